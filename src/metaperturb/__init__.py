@@ -1,0 +1,27 @@
+"""MetaPerturb (Ryu et al., NeurIPS 2020): a meta-learned perturbation of 82 parameters that regularizes any CNN.
+
+>>> import metaperturb
+>>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
+>>> phi = metaperturb.load_phi("runs/src/phi.pt")  # doctest: +SKIP
+>>> model = metaperturb.attach(model, phi, image_size=32)  # doctest: +SKIP
+"""
+
+from metaperturb import models
+from metaperturb.attach import attach, detach, find_sites
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb, PerturbSite, Slot
+from metaperturb.weights import load_phi, save_phi
+
+__version__ = "0.1.0"
+__all__ = [
+    "MetaPerturb",
+    "PerturbSite",
+    "Slot",
+    "UserError",
+    "attach",
+    "detach",
+    "find_sites",
+    "load_phi",
+    "models",
+    "save_phi",
+]

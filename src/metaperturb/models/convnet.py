@@ -1,0 +1,69 @@
+"""The paper's plain networks: Conv4, Conv6 and VGG9. A site follows each batch norm, before the ReLU."""
+
+from torch import Tensor, nn
+
+from metaperturb.errors import UserError
+from metaperturb.models.initialization import kaiming_init
+from metaperturb.perturbation import Slot
+
+# Output channels of each layer; True where a 2x2 max pooling follows. Conv4: Vinyals et al. 2016; Conv6 and VGG9 as in
+# the authors' released code (the paper names them only).
+CONV4 = [(64, True)] * 4
+CONV6 = [(64, True), (64, True), (64, False), (64, True), (64, False), (64, True)]
+VGG9 = [
+    (64, True),
+    (128, True),
+    (256, False),
+    (256, True),
+    (512, False),
+    (512, True),
+    (512, False),
+    (512, True),
+]
+
+
+class ConvLayer(nn.Sequential):
+    """3x3 convolution, batch norm, slot, ReLU and, if `pool`, 2x2 max pooling."""
+
+    def __init__(self, in_channels: int, out_channels: int, pool: bool) -> None:
+        super().__init__()
+        self.add_module("conv", nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.add_module("bn", nn.BatchNorm2d(out_channels))
+        self.add_module("slot", Slot())
+        self.add_module("relu", nn.ReLU(inplace=True))
+        if pool:
+            self.add_module("pool", nn.MaxPool2d(2))
+
+
+class ConvNet(nn.Module):
+    """A stack of `ConvLayer` and one linear classifier on the flattened map: `[B, 3, S, S]` → `[B, num_classes]`."""
+
+    def __init__(self, layers: list[tuple[int, bool]], num_classes: int, image_size: int) -> None:
+        super().__init__()
+        pools = sum(pool for _, pool in layers)
+        final_size = image_size // 2**pools
+        if final_size < 1:
+            raise UserError(
+                f"image_size {image_size}: too small for this network, which halves it {pools} times"
+            )
+        widths = [3] + [width for width, _ in layers]
+        self.layers = nn.Sequential(
+            *(ConvLayer(widths[i], width, pool) for i, (width, pool) in enumerate(layers))
+        )
+        self.fc = nn.Linear(widths[-1] * final_size**2, num_classes)
+        kaiming_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layers(x).flatten(1))
+
+
+def conv4(num_classes: int, image_size: int) -> ConvNet:
+    return ConvNet(CONV4, num_classes, image_size)
+
+
+def conv6(num_classes: int, image_size: int) -> ConvNet:
+    return ConvNet(CONV6, num_classes, image_size)
+
+
+def vgg9(num_classes: int, image_size: int) -> ConvNet:
+    return ConvNet(VGG9, num_classes, image_size)

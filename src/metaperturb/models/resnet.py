@@ -1,0 +1,123 @@
+"""CIFAR-style residual networks (He et al. 2016, section 4.2) and WRN-28-2 (Zagoruyko & Komodakis 2016).
+
+The site of a block follows the residual addition and precedes the block's last ReLU; a block of a wide ResNet ends with
+the addition, so there its site is the block's output.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaperturb.models.initialization import kaiming_init
+from metaperturb.perturbation import Slot
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a parameter-free shortcut: subsampled and zero-padded where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.slot = Slot()
+        self.stride = stride
+        self.pad = (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1 or self.pad:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(self.slot(out + x))
+
+
+class ResNet(nn.Module):
+    """`6n + 2` layers in three stages of 16, 32 and 64 channels: `[B, 3, S, S]` → `[B, num_classes]`."""
+
+    def __init__(self, blocks_per_stage: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages = []
+        for in_channels, channels, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
+            first = BasicBlock(in_channels, channels, stride)
+            rest = (BasicBlock(channels, channels, 1) for _ in range(blocks_per_stage - 1))
+            stages.append(nn.Sequential(first, *rest))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(64, num_classes)
+        kaiming_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.fc(out.mean(dim=(2, 3)))
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block; a 1x1 convolution is the shortcut where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        same = stride == 1 and in_channels == channels
+        self.shortcut = None if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+        self.slot = Slot()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return self.slot(out + shortcut)
+
+
+class WideResNet(nn.Module):
+    """`6n + 4` layers, `width` times the channels of a CIFAR ResNet: `[B, 3, S, S]` → `[B, num_classes]`."""
+
+    def __init__(self, blocks_per_stage: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        channels = [16, 16 * width, 32 * width, 64 * width]
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        stages = []
+        for stage in range(3):
+            first = WideBlock(channels[stage], channels[stage + 1], stride=1 if stage == 0 else 2)
+            rest = (
+                WideBlock(channels[stage + 1], channels[stage + 1], 1) for _ in range(blocks_per_stage - 1)
+            )
+            stages.append(nn.Sequential(first, *rest))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.bn = nn.BatchNorm2d(channels[-1])
+        self.fc = nn.Linear(channels[-1], num_classes)
+        kaiming_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.fc(F.relu(self.bn(out)).mean(dim=(2, 3)))
+
+
+# `image_size` is part of every builder's signature; these networks average over whatever map is left.
+def resnet8(num_classes: int, image_size: int) -> ResNet:
+    return ResNet(1, num_classes)
+
+
+def resnet20(num_classes: int, image_size: int) -> ResNet:
+    return ResNet(3, num_classes)
+
+
+def resnet32(num_classes: int, image_size: int) -> ResNet:
+    return ResNet(5, num_classes)
+
+
+def resnet44(num_classes: int, image_size: int) -> ResNet:
+    return ResNet(7, num_classes)
+
+
+def resnet56(num_classes: int, image_size: int) -> ResNet:
+    return ResNet(9, num_classes)
+
+
+def wrn_28_2(num_classes: int, image_size: int) -> WideResNet:
+    return WideResNet(4, 2, num_classes)

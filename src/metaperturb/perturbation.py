@@ -1,0 +1,229 @@
+"""The perturbation of MetaPerturb: 82 shared parameters φ and the places ("sites") where they act.
+
+Section numbers refer to Ryu et al., NeurIPS 2020. A feature map is `h`: `[B, C, H, W]`. φ multiplies it by
+
+    g(h) = s ∘ softplus(μ(h) + ε),   ε ~ N(0, I)                                              (eqs. 1, 2)
+
+where μ is a two-layer convolution that is equivariant to permutations of the channels and `s ∈ [0, 1]^C` is a
+scale a channel, computed from the statistics of the batch. One `MetaPerturb` (φ) serves every layer of every network;
+a `PerturbSite` adds what belongs to one place in one network: running statistics, strength and clip.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_SCALE_FEATURES = 4
+MOMENTUM = 0.1
+CLIP = 100.0  # k of section 3.2
+
+
+class MetaPerturb(nn.Module):
+    """The 82 parameters φ of the perturbation and the functions they define (section 3.2, figure 2).
+
+    | parameter | shape | role |
+    |---|---|---|
+    | `self1`, `all1` | `[3, 3]` each | first layer of μ: kernels λ₁ (each channel) and γ₁ (mean over channels) |
+    | `self2`, `all2` | `[3, 3]` each | second layer of μ: λ₂ and γ₂ |
+    | `scale_kernels` | `[4, 3, 3]` | four feature maps a channel, shared by all channels |
+    | `scale_affine` | `[10]` | statistics of a channel → logit of its scale |
+
+    The all-kernel acts on the *mean* over all channels, as in the authors' code, where the paper writes a sum over the
+    other channels: the number of channels then does not set the magnitude.
+
+    All parameters start from N(0, 0.01²). They belong to φ alone: a site or network that uses φ does not list them
+    among its own parameters, so `optimizer(model.parameters())` trains θ and leaves φ as it is.
+
+    Example:
+        >>> phi = MetaPerturb()
+        >>> sum(p.numel() for p in phi.parameters())
+        82
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("self1", "all1", "self2", "all2"):
+            setattr(self, name, nn.Parameter(0.01 * torch.randn(3, 3)))
+        self.scale_kernels = nn.Parameter(0.01 * torch.randn(NUM_SCALE_FEATURES, 3, 3))
+        self.scale_affine = nn.Parameter(0.01 * torch.randn(2 * NUM_SCALE_FEATURES + 2))
+
+    def noise_mean(self, h: Tensor) -> Tensor:
+        """μ(h), the mean of the noise before softplus: `[B, C, H, W]` → `[B, C, H, W]`."""
+        hidden = F.relu(_equivariant_conv(h, self.self1, self.all1))
+        return _equivariant_conv(hidden, self.self2, self.all2)
+
+    def scale_features(self, h: Tensor) -> Tensor:
+        """v, four spatial averages of rectified convolutions a channel: `[B, C, H, W]` → `[B, C, 4]`."""
+        # One depthwise convolution a kernel: on CPU a quarter of the time of a single one with four outputs a group.
+        maps = (F.relu(_depthwise_conv(h, kernel)).mean(dim=(2, 3)) for kernel in self.scale_kernels)
+        return torch.stack(tuple(maps), dim=2)
+
+    def scale(self, mean: Tensor, var: Tensor, channel_ratio: float, size_ratio: float) -> Tensor:
+        """s, the scale of each channel (figure 2, right).
+
+        Args:
+            mean, var: statistics of `scale_features` over the batch, `[C, 4]` each.
+            channel_ratio: number of channels / that of the widest perturbed layer.
+            size_ratio: height of the feature map / that of the input image.
+
+        Returns:
+            `[C]`, values in [0, 1].
+        """
+        weight = self.scale_affine
+        statistics = torch.cat([mean, var], dim=1) @ weight[:-2]
+        # The two ratios are numbers of the host: multiplying saves the copy that a tensor of them would cost on a GPU.
+        return torch.sigmoid(statistics + weight[-2] * channel_ratio + weight[-1] * size_ratio)
+
+    def extra_repr(self) -> str:
+        return f"{sum(p.numel() for p in self.parameters())} parameters"
+
+
+class PerturbSite(nn.Module):
+    """One place in a network where φ perturbs the feature map: `h ← h ∘ ((g(h) − 1)·c + 1)`.
+
+    Args:
+        phi: the shared φ. It is referred to, not owned: `site.parameters()` is empty and the state dict of a site
+            holds only its running statistics. Moving the site (`.to`, `.double`) moves φ along.
+        channels: C of the feature map.
+        channel_norm: channels of the widest perturbed layer of the network (default: `channels`).
+        size_norm: height of the network's input images in pixels.
+        noise, gate: ablations of table 3 (a): `noise=False` sets z to 1, `gate=False` sets s to 1.
+
+    Attributes:
+        strength: c in [0, 1]; 0 makes the site the identity.
+        clip: upper bound of the output in training, or None. Evaluation never clips.
+        running_mean, running_var: `[C, 4]` buffers, the statistics that evaluation uses.
+
+    In training mode the scale comes from the batch and the running statistics follow it (momentum 0.1, unbiased
+    variance); in evaluation mode it comes from the running statistics. Noise is drawn in both modes from PyTorch's global
+    generator of the device, or given by the caller.
+
+    Raises:
+        ValueError: a feature map of other shape, a batch of one image in training, noise of other shape, or a
+            strength or clip out of range.
+
+    Example:
+        >>> site = PerturbSite(MetaPerturb(), channels=16, channel_norm=64, size_norm=32)
+        >>> site(torch.randn(8, 16, 32, 32)).shape
+        torch.Size([8, 16, 32, 32])
+    """
+
+    def __init__(
+        self,
+        phi: MetaPerturb,
+        channels: int,
+        channel_norm: int | None = None,
+        size_norm: int = 32,
+        *,
+        noise: bool = True,
+        gate: bool = True,
+    ) -> None:
+        super().__init__()
+        channel_norm = channels if channel_norm is None else channel_norm
+        if min(channels, channel_norm, size_norm) < 1:
+            raise ValueError(
+                f"channels, channel_norm and size_norm must be positive, got {channels}, {channel_norm}, {size_norm}"
+            )
+        self._phi = (phi,)  # in a tuple, so that nn.Module does not register φ as a child
+        self.channels, self.channel_norm, self.size_norm = channels, channel_norm, size_norm
+        self.noise, self.gate = noise, gate
+        self.strength = 1.0
+        self.clip = CLIP
+        statistics = (channels, NUM_SCALE_FEATURES)
+        like = {"device": phi.self1.device, "dtype": phi.self1.dtype}
+        self.register_buffer("running_mean", torch.zeros(statistics, **like))
+        self.register_buffer("running_var", torch.ones(statistics, **like))
+
+    @property
+    def phi(self) -> MetaPerturb:
+        return self._phi[0]
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"strength must lie in [0, 1], got {value}")
+        self._strength = float(value)
+
+    @property
+    def clip(self) -> float | None:
+        return self._clip
+
+    @clip.setter
+    def clip(self, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"clip must be positive or None, got {value}")
+        self._clip = None if value is None else float(value)
+
+    def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
+        mean, var = self._statistics(h)
+        if self.training:
+            self._track(mean, var)
+        if self.strength == 0.0:
+            return h
+        if not self.noise:
+            z = 1.0
+        else:
+            if noise is None:
+                noise = torch.randn_like(h)
+            elif noise.shape != h.shape:
+                raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
+            z = F.softplus(self.phi.noise_mean(h) + noise)
+        g = z * self._scale(mean, var, h)[:, None, None] if self.gate else z
+        out = h * ((g - 1.0) * self.strength + 1.0)
+        return out.clamp(max=self.clip) if self.training and self.clip is not None else out
+
+    def scale(self, h: Tensor) -> Tensor:
+        """s: `[C]`, from the batch in training mode, from the running statistics in evaluation mode."""
+        return self._scale(*self._statistics(h), h)
+
+    def _scale(self, mean: Tensor, var: Tensor, h: Tensor) -> Tensor:
+        return self.phi.scale(mean, var, self.channels / self.channel_norm, h.shape[2] / self.size_norm)
+
+    def _statistics(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance over the batch (training) or the running ones: `[C, 4]` each."""
+        if h.dim() != 4 or h.shape[1] != self.channels:
+            raise ValueError(f"expected a feature map [B, {self.channels}, H, W], got {list(h.shape)}")
+        if not self.training:
+            return self.running_mean, self.running_var
+        if h.shape[0] < 2:
+            raise ValueError(
+                "the perturbation needs at least 2 images a batch in training (variance over the batch)"
+            )
+        features = self.phi.scale_features(h)  # [B, C, 4]
+        var, mean = torch.var_mean(features, dim=0, correction=1)
+        return mean, var
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
+        self.running_var.lerp_(var.to(self.running_var.dtype), MOMENTUM)
+
+    def _apply(self, fn, recurse: bool = True):
+        self.phi._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
+
+
+def _depthwise_conv(x: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve every channel of `x` `[B, C, H, W]` with the one `kernel` `[3, 3]`, padding 1."""
+    channels = x.shape[1]
+    return F.conv2d(x, kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
+
+
+def _equivariant_conv(x: Tensor, self_kernel: Tensor, all_kernel: Tensor) -> Tensor:
+    """Permuting the channels of `x` permutes those of the result (section 3.2, after Zaheer et al. 2017)."""
+    return _depthwise_conv(x, self_kernel) + _depthwise_conv(x.mean(dim=1, keepdim=True), all_kernel)
+
+
+class Slot(nn.Identity):
+    """Marks, inside a network's own forward pass, a place for a site; without an attached φ it does nothing.
+
+    `attach` prefers slots to what it would find by itself: a network written for this library says where to perturb.
+    """

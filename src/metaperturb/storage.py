@@ -1,0 +1,77 @@
+"""Files that are either complete or absent, and reading that executes nothing."""
+
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from metaperturb.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it over `path`.
+
+    Raises:
+        UserError: disk full, read-only folder and the like, with the path.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(f"{path}: cannot write ({reason(error)})") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def save_tensors(content: Any, path: Path) -> None:
+    """`torch.save`, atomically."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def save_json(content: Any, path: Path) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def load_tensors(path: Path) -> Any:
+    """`torch.load` on the CPU with `weights_only=True`: tensors and plain values, never code.
+
+    Raises:
+        UserError: unreadable, damaged, or holding anything but tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: not loaded, because it holds more than tensors and plain values (it could run code) or is damaged"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as a PyTorch file ({reason(error)})") from error
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, without the path that the caller names anyway."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

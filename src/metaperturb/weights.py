@@ -1,0 +1,89 @@
+"""Reading and writing φ: our files, the authors' released state dict, and the φ shipped with the package.
+
+Our format is a dict of plain values, loadable with `weights_only=True`:
+`{"format": "metaperturb-phi", "version": 1, "state": {name: tensor}, "card": {…}}`. The card says how φ came about.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.storage import load_tensors, save_tensors
+
+FORMAT = "metaperturb-phi"
+SHIPPED = Path(__file__).parent / "shipped"
+
+# The authors' names and ours. Theirs have singleton dimensions that ours lack; the values are the same.
+AUTHORS_NAMES = {
+    "phi_1.w_identity": "self1",
+    "phi_1.w_all": "all1",
+    "phi_2.w_identity": "self2",
+    "phi_2.w_all": "all2",
+    "kernel": "scale_kernels",
+    "fc.weight": "scale_affine",
+}
+
+
+def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> None:
+    """Write φ atomically; `card` holds plain values that say how it was trained."""
+    state = {name: p.detach().cpu().clone() for name, p in phi.state_dict().items()}
+    save_tensors({"format": FORMAT, "version": 1, "state": state, "card": dict(card or {})}, Path(path))
+
+
+def load_phi(source: str | os.PathLike) -> MetaPerturb:
+    """Read φ from a file of ours or of the authors, or by the name of a φ shipped with the package.
+
+    The result has `requires_grad=False` (Algorithm 2 keeps φ fixed) and its card, if any, as `phi.card`.
+    Nothing in the file is executed.
+
+    Raises:
+        UserError: no such file or shipped name; not a PyTorch file; parameters missing, of other shape or not finite.
+    """
+    path = find_phi(source)
+    content = load_tensors(path)
+    card = {}
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        content, card = content.get("state"), content.get("card", {})
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
+
+    phi = MetaPerturb()
+    expected = {name: tuple(p.shape) for name, p in phi.named_parameters()}
+    state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unknown:
+        wrong = [f"lacks {name}" for name in sorted(missing)] + [
+            f"has unknown {n}" for n in sorted(unknown, key=str)
+        ]
+        raise UserError(f"{path}: not a φ of 82 parameters: {', '.join(wrong[:4])}")
+    for name, shape in expected.items():
+        value = state[name]
+        if not isinstance(value, torch.Tensor) or tuple(s for s in value.shape if s != 1) != shape:
+            found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(f"{path}: {name} should have shape {list(shape)}, found {found}")
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {name} holds values that are not finite")
+        state[name] = value.reshape(shape).float()
+    phi.load_state_dict(state)
+    phi.requires_grad_(False)
+    phi.card = card
+    return phi
+
+
+def find_phi(source: str | os.PathLike) -> Path:
+    """The file behind a path or a shipped name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = sorted(p.stem for p in SHIPPED.glob("*.pt"))
+    if str(source) in shipped:
+        return SHIPPED / f"{source}.pt"
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; φ is a file, for instance {path / 'phi.pt'}")
+    names = f"shipped names: {', '.join(shipped)}" if shipped else "this version ships none by name"
+    raise UserError(f"{source}: no such φ file ({names})")
