@@ -113,10 +113,9 @@ class Attachment(nn.Module):
         return torch.cat([p.detach().reshape(-1) for p in self.phi.parameters()])
 
     def set_extra_state(self, state: Tensor) -> None:
+        parameters = list(self.phi.parameters())
         with torch.no_grad():
-            for p, values in zip(
-                self.phi.parameters(), state.split([p.numel() for p in self.phi.parameters()])
-            ):
+            for p, values in zip(parameters, state.split([p.numel() for p in parameters]), strict=True):
                 p.copy_(values.view_as(p))
 
     def extra_repr(self) -> str:
@@ -177,9 +176,7 @@ def attach(
         modules[name].register_forward_hook(_LeaveTap(tap), always_call=True)
     model.metaperturb = attachment
     if verbose:
-        print(
-            f"metaperturb: {len(specs)} sites in {type(model).__name__}: {_summary(specs)}", file=sys.stderr
-        )
+        print(f"metaperturb: {len(specs)} sites in {type(model).__name__}: {_summary(specs)}", file=sys.stderr)
     return model
 
 
@@ -207,7 +204,7 @@ def find_sites(model: nn.Module, image_size: int, names: Iterable[str] | None = 
     if names is None:
         if not found:
             raise UserError(
-                f"{type(model).__name__}: found no place to perturb (no residual sum of feature maps and no convolution "
+                f"{type(model).__name__}: found no place to perturb (no residual sum of feature maps, no convolution "
                 "before an activation); name modules with sites=[…]"
             )
         return found
@@ -221,13 +218,9 @@ def find_sites(model: nn.Module, image_size: int, names: Iterable[str] | None = 
 class _Watched:
     """What the dry run saw. Tensors are kept, so that their identities stay unique."""
 
-    outputs: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # module → its last output, in order of completion
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # module → its last output, in order of completion
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    sums: dict[str, dict[int, Tensor]] = field(
-        default_factory=dict
-    )  # module → index of sum → value, innermost only
+    sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # module → index of sum → value, innermost only
     activated: set[int] = field(default_factory=set)  # identities of tensors that an activation received
     normalized: set[int] = field(default_factory=set)  # … that a normalization received
     kept: list[Any] = field(default_factory=list)
@@ -271,9 +264,7 @@ def _watch(model: nn.Module, image_size: int) -> _Watched:
 
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
-        raise UserError(
-            f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs"
-        )
+        raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
     image = first.weight.new_zeros(2, first.in_channels, image_size, image_size)
     training = {module: module.training for module in model.modules()}
     handles = []
@@ -332,18 +323,13 @@ def _residual_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
 def _sum_sites(name: str, seen: _Watched) -> list[SiteSpec]:
     sums = seen.sums[name]
     alone = len(sums) == 1 and name
-    return [
-        _spec(name if alone else f"{name or 'model'}.sum{i}", name, k, v)
-        for i, (k, v) in enumerate(sums.items())
-    ]
+    return [_spec(name if alone else f"{name or 'model'}.sum{i}", name, k, v) for i, (k, v) in enumerate(sums.items())]
 
 
 def _plain_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
     modules = dict(model.named_modules())
     any_norm = any(isinstance(modules[name], NORMALIZATIONS) for name in seen.outputs)
-    with_weights = [
-        name for name in seen.outputs if next(modules[name].parameters(recurse=False), None) is not None
-    ]
+    with_weights = [name for name in seen.outputs if next(modules[name].parameters(recurse=False), None) is not None]
     specs = []
     for name, output in seen.outputs.items():
         if output.dim() != 4 or name == with_weights[-1]:  # the last layer is the classifier
@@ -355,9 +341,7 @@ def _plain_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
     return specs
 
 
-def _named_sites(
-    model: nn.Module, seen: _Watched, found: list[SiteSpec], names: Iterable[str]
-) -> list[SiteSpec]:
+def _named_sites(model: nn.Module, seen: _Watched, found: list[SiteSpec], names: Iterable[str]) -> list[SiteSpec]:
     names = [names] if isinstance(names, str) else list(names)
     known = {spec.name: spec for spec in found}
     specs = []

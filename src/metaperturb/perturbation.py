@@ -95,8 +95,8 @@ class PerturbSite(nn.Module):
         running_mean, running_var: `[C, 4]` buffers, the statistics that evaluation uses.
 
     In training mode the scale comes from the batch and the running statistics follow it (momentum 0.1, unbiased
-    variance); in evaluation mode it comes from the running statistics. Noise is drawn in both modes from PyTorch's global
-    generator of the device, or given by the caller.
+    variance); in evaluation mode it comes from the running statistics. Noise is drawn in both modes from PyTorch's
+    global generator of the device, or given by the caller.
 
     Raises:
         ValueError: a feature map of other shape, a batch of one image in training, noise of other shape, or a
@@ -191,9 +191,7 @@ class PerturbSite(nn.Module):
         if not self.training:
             return self.running_mean, self.running_var
         if h.shape[0] < 2:
-            raise ValueError(
-                "the perturbation needs at least 2 images a batch in training (variance over the batch)"
-            )
+            raise ValueError("the perturbation needs at least 2 images a batch in training (variance over the batch)")
         features = self.phi.scale_features(h)  # [B, C, 4]
         var, mean = torch.var_mean(features, dim=0, correction=1)
         return mean, var

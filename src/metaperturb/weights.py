@@ -4,6 +4,7 @@ Our format is a dict of plain values, loadable with `weights_only=True`:
 `{"format": "metaperturb-phi", "version": 1, "state": {name: tensor}, "card": {…}}`. The card says how φ came about.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,8 @@ AUTHORS_NAMES = {
 def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> None:
     """Write φ atomically; `card` holds plain values that say how it was trained."""
     state = {name: p.detach().cpu().clone() for name, p in phi.state_dict().items()}
-    save_tensors({"format": FORMAT, "version": 1, "state": state, "card": dict(card or {})}, Path(path))
+    plain_card = json.loads(json.dumps(card or {}))  # whatever JSON can hold, weights_only=True can load
+    save_tensors({"format": FORMAT, "version": 1, "state": state, "card": plain_card}, Path(path))
 
 
 def load_phi(source: str | os.PathLike) -> MetaPerturb:
@@ -57,9 +59,7 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unknown:
-        wrong = [f"lacks {name}" for name in sorted(missing)] + [
-            f"has unknown {n}" for n in sorted(unknown, key=str)
-        ]
+        wrong = [f"lacks {name}" for name in sorted(missing)] + [f"has unknown {n}" for n in sorted(unknown, key=str)]
         raise UserError(f"{path}: not a φ of 82 parameters: {', '.join(wrong[:4])}")
     for name, shape in expected.items():
         value = state[name]

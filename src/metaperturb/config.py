@@ -1,0 +1,255 @@
+"""One mechanism for all settings: a dataclass a program, filled from a YAML file and `--set key=value`.
+
+Every key is checked by name, type and range before any work starts. Keys marked `identity=False` do not change what a
+run computes (where it runs, how often it reports), so a run may be resumed with other values of them.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from metaperturb.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any, doc: str, *, low: float | None = None, high: float | None = None, identity: bool = True
+) -> Any:
+    """A dataclass field with its one-line description and, for numbers, inclusive bounds."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**factory, metadata={"doc": doc, "low": low, "high": high, "identity": identity})
+
+
+@dataclass(frozen=True)
+class CommonConfig:
+    """Settings of both training programs."""
+
+    run_dir: str = option("", "folder of the run: settings, metrics, checkpoints, result", identity=False)
+    data_root: str = option("data", "downloads and cached image arrays", identity=False)
+    download: bool = option(True, "fetch a data set that is not there", identity=False)
+    skip_unreadable: bool = option(False, "leave out files that are no images instead of stopping")
+    model: str = option("resnet20", "network: of the zoo, of torchvision, or timm/<name>")
+    batch_size: int = option(128, "images a step", low=2)
+    lr: float = option(1e-3, "learning rate of Adam", low=0.0)
+    weight_decay: float = option(5e-4, "L2 term inside Adam's gradient, as in the authors' code", low=0.0)
+    clip: float | None = option(
+        100.0, "upper bound of perturbed values in training (k of section 3.2), or null", low=1e-6
+    )
+    seed: int = option(0, "of initial weights, data order, augmentation and noise", low=0)
+    threads: int = option(1, "CPU threads a process; other numbers may change the last bits", low=1)
+    log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
+
+
+@dataclass(frozen=True)
+class MetaTrainConfig(CommonConfig):
+    """Meta-training (section 3.3, Algorithm 1). Defaults: the paper's settings."""
+
+    run_dir: str = option("runs/src", "folder of the run", identity=False)
+    source: Literal["tiny_imagenet", "embedded", "folder"] = option("tiny_imagenet", "source data set")
+    source_paths: list[str] = option([], "zips or folders of the source; default: under data_root", identity=False)
+    image_size: int = option(32, "images are resized to S×S pixels", low=8)
+    tasks: int = option(10, "T, the number of tasks", low=1)
+    split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
+    split_file: str = option("", "read the split from this file instead of drawing it")
+    steps: int = option(750, "meta-training steps", low=1)
+    anneal: float = option(
+        0.0, "strength rises linearly over this share of the steps; 0: full from the start", low=0, high=1
+    )
+    lookahead: float | None = option(
+        None, "inner step size of the one-step lookahead (Ren et al. 2018); null: joint training", low=1e-9
+    )
+    gpus: str = option("auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'", identity=False)
+    port: int = option(0, "TCP port for the processes to meet; 0: any free one", low=0, high=65535, identity=False)
+    checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
+
+
+@dataclass(frozen=True)
+class MetaTestConfig(CommonConfig):
+    """Meta-testing (Algorithm 2): train a network on a target data set. Defaults: the paper's settings."""
+
+    run_dir: str = option("runs/tgt", "folder of the run", identity=False)
+    target: str = option("s_cifar100", "target data set")
+    target_path: str | None = option(
+        None, "folder or archive of the target, where it is not under data_root", identity=False
+    )
+    image_size: int | None = option(None, "S in pixels; null: the data set's own", low=8)
+    method: Literal["base", "metaperturb"] = option("metaperturb", "regularizer")
+    phi: str | None = option(None, "file or shipped name of φ (method metaperturb)")
+    steps: int = option(10_000, "training steps", low=1)
+    lr_milestones: list[float] = option(
+        [0.4, 0.7, 0.9], "shares of the steps after which lr is multiplied", low=0, high=1
+    )
+    lr_factor: float = option(0.3, "what lr is multiplied with", low=0.0, high=1.0)
+    anneal: float = option(0.4, "strength rises linearly from 0 to 1 over this share of the steps", low=0, high=1)
+    eval_every: int = option(200, "steps between two evaluations on the test set", low=1)
+    eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1)
+    final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
+    eval_batch_size: int = option(500, "images a batch in evaluation", low=1)
+    gpu: str = option("auto", "GPU number or 'cpu'", identity=False)
+    checkpoint_every: int = option(500, "steps between two checkpoints", low=1, identity=False)
+
+
+# --- filling and checking
+
+
+def load_config(cls: type[Config], path: str | None, assignments: Iterable[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `key=value` texts.
+
+    Raises:
+        UserError: unknown key, wrong type, value out of range, or unreadable file; the message names the key.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types_of = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+
+    def put(key: str, value: Any, origin: str, convert: Callable[[Any, Any], Any]) -> None:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise UserError(f"{origin}: unknown setting {key!r} ({hint})")
+        try:
+            values[key] = convert(value, types_of[key])
+            _check_range(values[key], fields[key].metadata)
+        except ValueError as error:
+            raise UserError(f"{origin}: {key}: {error}") from None
+
+    if path is not None:
+        for key, value in _read_yaml(Path(path)).items():
+            put(key, value, path, _from_yaml)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise UserError(f"--set {assignment}: expected key=value")
+        put(key.strip(), text.strip(), f"--set {assignment}", _from_text)
+    return cls(**values)
+
+
+def parse_arguments(cls: type, doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line shared by the programs: `--config FILE --set key=value … --traceback`.
+
+    `load_config(cls, arguments.config, arguments.set)` reads the settings.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "settings (--set key=value):\n" + "\n".join(
+        f"  {field.name:<18}{field.metadata['doc']} [{_show(field)}]" for field in dataclasses.fields(cls)
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser.parse_args(argv)
+
+
+def differences(old: Mapping[str, Any], new: Any) -> list[str]:
+    """What distinguishes two runs: the settings, other than those with `identity=False`, that differ."""
+    changed = []
+    for field in dataclasses.fields(new):
+        before, after = old.get(field.name, "absent"), getattr(new, field.name)
+        if field.metadata["identity"] and before != after:
+            changed.append(f"{field.name}: {before} → {after}")
+    return changed
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the settings ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f", line {line + 1}"
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: expected 'key: value' lines")
+    return {str(key): value for key, value in content.items()}
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The members of an `A | None`, else the type itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _from_yaml(value: Any, kind: Any) -> Any:
+    members = _members(kind)
+    if value is None:
+        if type(None) in members:
+            return None
+        raise ValueError(f"expected {_describe(kind)}, got nothing")
+    target = members[0]
+    if typing.get_origin(target) is Literal:
+        if value in typing.get_args(target):
+            return value
+    elif typing.get_origin(target) is list:
+        if isinstance(value, list):
+            return [_from_yaml(item, typing.get_args(target)[0]) for item in value]
+    elif target is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a point, as text
+            return _number(value, float, kind)
+    elif isinstance(value, target) and isinstance(value, bool) == (target is bool):
+        return value
+    raise ValueError(f"expected {_describe(kind)}, got {value!r}")
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """A value given as text on the command line or from the environment."""
+    members = _members(kind)
+    if text.lower() in ("null", "none") and type(None) in members:
+        return None
+    target = members[0]
+    if typing.get_origin(target) is list:
+        items = [item.strip() for item in text.strip("[]").split(",")]
+        return [_from_text(item, typing.get_args(target)[0]) for item in items if item]
+    if target is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError(f"expected true or false, got {text!r}")
+    if target in (int, float):
+        return _number(text, target, kind)
+    return _from_yaml(text, kind)
+
+
+def _number(text: str, target: type, kind: Any) -> Any:
+    try:
+        return target(text.replace("_", ""))
+    except ValueError:
+        raise ValueError(f"expected {_describe(kind)}, got {text!r}") from None
+
+
+def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
+    low, high = metadata["low"], metadata["high"]
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            if not (number == number and abs(number) != float("inf")):
+                raise ValueError(f"must be finite, got {number}")
+            if (low is not None and number < low) or (high is not None and number > high):
+                bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+                raise ValueError(f"must be {bounds}, got {number}")
+
+
+def _describe(kind: Any) -> str:
+    members = _members(kind)
+    target = members[0]
+    if typing.get_origin(target) is Literal:
+        text = "one of " + ", ".join(typing.get_args(target))
+    elif typing.get_origin(target) is list:
+        text = "a list"
+    else:
+        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[target]
+    return text + (" or null" if type(None) in members else "")
+
+
+def _show(field: dataclasses.Field) -> str:
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return "null" if default is None else str(default)

@@ -1,0 +1,116 @@
+"""Batches of images: uint8 where they lie, cropped and flipped by batched tensor code on the training device."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaperturb.data.arrays import ImageArrays
+from metaperturb.randomness import numpy_generator
+
+
+class DeviceImages:
+    """A data set where training reads it: in the memory of a GPU as uint8, or the memory-mapped file on a CPU.
+
+    Args:
+        arrays: images `[N, 3, S, S]` and labels `[N]`.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, arrays: ImageArrays, device: torch.device) -> None:
+        self.arrays, self.device = arrays, device
+        self.on_gpu = device.type != "cpu"
+        if self.on_gpu:
+            self.images = torch.from_numpy(np.array(arrays.images)).to(device)
+            self.labels = torch.from_numpy(np.array(arrays.labels)).to(device)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images `[B, 3, S, S]` and labels `[B]` at `indices` `[B]` (on the device)."""
+        if self.on_gpu:
+            return self.images[indices], self.labels[indices]
+        rows = indices.numpy()
+        return torch.from_numpy(self.arrays.images[rows]), torch.from_numpy(self.arrays.labels[rows])
+
+
+class TrainingBatches:
+    """An endless, shuffled, augmented stream over part of a data set; batch `k` is a function of `k` alone.
+
+    Epoch after epoch is laid end to end and cut into batches, so every batch has the full size and every image is seen
+    once an epoch.
+
+    Args:
+        images: the data set.
+        indices: which of its images, `[n]` int64.
+        class_ids: data-set label → label here, for tasks that see some classes only: sorted class ids `[K]`, or None.
+        batch_size: B.
+        padding: border of black pixels, in which the crop of the original size moves.
+        key: `(seed, task, purpose)` of the shuffling.
+    """
+
+    def __init__(
+        self,
+        images: DeviceImages,
+        indices: np.ndarray,
+        class_ids: np.ndarray | None,
+        batch_size: int,
+        padding: int,
+        key: tuple[int, int, str],
+    ) -> None:
+        self.images, self.batch_size, self.padding, self.key = images, batch_size, padding, key
+        self.indices = np.ascontiguousarray(indices, dtype=np.int64)
+        self.epochs: dict[int, Tensor] = {}
+        self.new_label: Tensor | None = None
+        if class_ids is not None:
+            table = np.full(images.arrays.num_classes, -1, dtype=np.int64)
+            table[class_ids] = np.arange(len(class_ids))
+            self.new_label = torch.from_numpy(table).to(images.device)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Batch `step` (from 0): images `[B, 3, S, S]` float in [-1, 1] and labels `[B]`, on the device.
+
+        Crop offsets and flips come from PyTorch's global generator of the device; seed it first for a reproducible batch.
+        """
+        images, labels = self.images.take(self._indices(step))
+        if self.new_label is not None:
+            labels = self.new_label[labels]
+        return normalize(crop_and_flip(images, self.padding)), labels
+
+    def _indices(self, step: int) -> Tensor:
+        first, count = step * self.batch_size, len(self.indices)
+        parts, position = [], first
+        while position < first + self.batch_size:
+            epoch, start = divmod(position, count)
+            stop = min(count, start + first + self.batch_size - position)
+            parts.append(self._epoch(epoch)[start:stop])
+            position += stop - start
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self.epochs:
+            seed, task, purpose = self.key
+            order = numpy_generator(seed, task, purpose, epoch).permutation(self.indices)
+            for old in [e for e in self.epochs if e < epoch - 1]:
+                del self.epochs[old]
+            self.epochs[epoch] = torch.from_numpy(order).to(self.images.device)
+        return self.epochs[epoch]
+
+
+def crop_and_flip(images: Tensor, padding: int) -> Tensor:
+    """Random crop from a black border of `padding` pixels, then a random horizontal flip, per image.
+
+    uint8 `[B, 3, S, S]` → uint8 `[B, 3, S, S]` (section 4, "base regularizations").
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    if padding:
+        padded = F.pad(images, (padding,) * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # view: [B, 3, 2p + 1, 2p + 1, S, S]
+        y, x = torch.randint(2 * padding + 1, (2, batch), device=device)
+        images = windows[torch.arange(batch, device=device), :, y, x]
+    flip = torch.rand(batch, device=device) < 0.5
+    return torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 → float in [-1, 1], same shape."""
+    return images.float().div_(127.5).sub_(1.0)

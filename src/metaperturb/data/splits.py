@@ -1,0 +1,187 @@
+"""Class splits of the source data set into tasks (section 3.3 of the paper)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metaperturb.data.storage import disk_errors
+from metaperturb.errors import UserError
+
+KINDS = ("disjoint", "paired", "homogeneous")
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class TaskSplit:
+    """One task's part of the source data set.
+
+    Attributes:
+        classes: sorted int64 class ids; the task's own label of an image is the position of its class here.
+        train: sorted int64 indices of D_tr, on which the task's network is trained.
+        test: sorted int64 indices of D_te, on which φ is; disjoint from ``train``.
+    """
+
+    classes: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+
+
+def shuffled(items: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
+    """A random order of ``items``.
+
+    From the raw stream of the generator, which NumPy guarantees for ever: it reserves the right to change
+        what
+    ``Generator.permutation`` returns, and a split must not change with a new NumPy.
+    """
+    return items[np.argsort(bits.random_raw(len(items)), kind="stable")]
+
+
+def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> list[TaskSplit]:
+    """Split a data set over tasks: a pure function of its arguments.
+
+    Args:
+        labels: int ``[N]``.
+        num_tasks: T ≥ 1.
+        kind: ``"disjoint"``: the classes are dealt into T groups whose sizes differ by one at most, and each
+            class's images are halved into train and test (of an odd number, the extra one goes to train).
+            ``"paired"``: T / 2 such groups, each serving two tasks, 2i and 2i + 1, with the halves swapped.
+            ``"homogeneous"``: each class's images are dealt over the T tasks and halved there; every task has
+            all classes (Table 3c).
+        seed: non-negative.
+
+    Raises:
+        UserError: the request cannot be met: too few classes or images, or T odd for ``"paired"``.
+
+    Example:
+        >>> tasks = class_split(np.repeat(np.arange(20), 10), num_tasks=10, kind="disjoint", seed=0)
+        >>> len(tasks), len(tasks[0].classes), len(tasks[0].train), len(tasks[0].test)
+        (10, 2, 10, 10)
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown class split {kind!r}; known: {', '.join(KINDS)}")
+    if not isinstance(num_tasks, (int, np.integer)) or num_tasks < 1:
+        raise UserError(f"num_tasks {num_tasks!r}: must be a whole number, at least 1")
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UserError(f"seed {seed!r} of the class split: must be a whole number, not negative")
+    if kind == "paired" and num_tasks % 2:
+        raise UserError(f"class split paired: needs an even number of tasks, got {num_tasks}")
+    labels = np.asarray(labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    groups = {"disjoint": num_tasks, "paired": num_tasks // 2, "homogeneous": 1}[kind]
+    if groups > len(classes):
+        raise UserError(f"class split {kind}: {num_tasks} tasks need {groups} classes, the data has {len(classes)}")
+    shares = num_tasks if kind == "homogeneous" else 1
+    if counts.size == 0 or counts.min() < 2 * shares:
+        fewest = int(counts.min()) if counts.size else 0
+        which = f" (class {classes[counts.argmin()]})" if counts.size else ""
+        raise UserError(
+            f"class split {kind}: {num_tasks} tasks need at least {2 * shares} images a class, found {fewest}{which}"
+        )
+
+    bits = np.random.PCG64(int(seed))
+    dealt = np.array_split(shuffled(classes, bits), groups)
+    images = {int(c): shuffled(np.flatnonzero(labels == c), bits) for c in classes}
+    tasks = []
+    if kind == "homogeneous":
+        dealt_images = {c: np.array_split(index, num_tasks) for c, index in images.items()}
+        for task in range(num_tasks):
+            tasks.append(_task(classes, [share[task] for share in dealt_images.values()]))
+    else:
+        for group in dealt:
+            task = _task(group, [images[int(c)] for c in group])
+            tasks.append(task)
+            if kind == "paired":
+                tasks.append(TaskSplit(task.classes, train=task.test, test=task.train))
+    return tasks
+
+
+def _task(classes: np.ndarray, images: Sequence[np.ndarray]) -> TaskSplit:
+    """Halve each class's images, which are in random order."""
+    halves = [np.split(index, [(len(index) + 1) // 2]) for index in images]
+    train, test = (np.sort(np.concatenate(half)).astype(np.int64) for half in zip(*halves, strict=True))
+    return TaskSplit(np.sort(classes).astype(np.int64), train, test)
+
+
+def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, kind: str, seed: int) -> None:
+    """Write a split as JSON, atomically.
+
+    Args:
+        path: the file.
+        splits: the tasks.
+        fingerprint: of the data set whose indices these are (``ImageArrays.fingerprint``).
+        kind, seed: how the split was made, for the reader.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    tasks = [{f: getattr(s, f).tolist() for f in ("classes", "train", "test")} for s in splits]
+    document = {
+        "format": _FORMAT,
+        "fingerprint": fingerprint,
+        "kind": kind,
+        "seed": int(seed),
+        "tasks": tasks,
+    }
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with disk_errors(path, "write the class split"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(document))
+            temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # of a failed write; after a good one it is gone
+            temporary.unlink()
+
+
+def load_split(path: str | Path, fingerprint: str) -> list[TaskSplit]:
+    """Read what :func:`save_split` wrote.
+
+    Args:
+        path: the file.
+        fingerprint: of the data set that the split is to be used with.
+
+    Raises:
+        UserError: no such file, no class split in it, or one of another data set.
+    """
+    path = Path(path).expanduser()
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != _FORMAT:
+            raise ValueError(f"format {document['format']}, not {_FORMAT}")
+        written_for = document["fingerprint"]
+        tasks = [_parse_task(task) for task in document["tasks"]]
+        if not tasks:
+            raise ValueError("no tasks")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the class split ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a class split ({type(error).__name__}: {error})") from error
+    if written_for != fingerprint:
+        raise UserError(
+            f"{path}: made for other data (fingerprint {str(written_for)[:12]}, this data set has {fingerprint[:12]}); "
+            "make the split again or use the data set it was made for"
+        )
+    return tasks
+
+
+def _parse_task(task: dict[str, Any]) -> TaskSplit:
+    fields = {}
+    for field in ("classes", "train", "test"):
+        values = task[field]
+        if not values or not all(type(value) is int and value >= 0 for value in values):
+            raise ValueError(f"{field} must be a list of whole numbers")
+        fields[field] = np.array(values, dtype=np.int64)
+        if (np.diff(fields[field]) <= 0).any():
+            raise ValueError(f"{field} must ascend")
+    if np.intersect1d(fields["train"], fields["test"]).size:
+        raise ValueError("train and test overlap")
+    return TaskSplit(**fields)

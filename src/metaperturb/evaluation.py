@@ -1,0 +1,62 @@
+"""Test accuracy, negative log-likelihood and calibration error of a (stochastic) classifier.
+
+Predictions are averages of softmax over Monte-Carlo samples of the noise (Algorithm 2, line 10).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from metaperturb.data.batches import DeviceImages, normalize
+
+ECE_BINS = 15  # equal-width bins of confidence; the number customary since Guo et al. 2017
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: int) -> dict[str, float]:
+    """Evaluate on every image of the data set; the model's mode is restored afterwards.
+
+    Args:
+        model: images `[B, 3, S, S]` → logits `[B, K]`.
+        images: the test set.
+        samples: Monte-Carlo samples; 1 for a deterministic model.
+        batch_size: images a forward pass.
+
+    Returns:
+        `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`.
+    """
+    was_training = model.training
+    model.eval()
+    log_probabilities, labels = [], []
+    for chunk in torch.arange(len(images.arrays), device=images.device).split(batch_size):
+        x, y = images.take(chunk)
+        x = normalize(x)
+        log_p = model(x).log_softmax(dim=1)
+        for _ in range(samples - 1):
+            log_p = torch.logaddexp(log_p, model(x).log_softmax(dim=1))
+        log_probabilities.append(log_p - math.log(samples))
+        labels.append(y)
+    model.train(was_training)
+    return {**metrics(torch.cat(log_probabilities), torch.cat(labels)), "samples": samples}
+
+
+def metrics(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """`accuracy`, `nll` (mean, nats) and `ece` from log-probabilities `[N, K]` and labels `[N]`."""
+    confidence, prediction = log_probabilities.exp().max(dim=1)
+    correct = (prediction == labels).double()
+    nll = -log_probabilities.gather(1, labels[:, None]).mean(dtype=torch.float64)
+    return {
+        "accuracy": correct.mean().item(),
+        "nll": nll.item(),
+        "ece": expected_calibration_error(confidence, correct),
+    }
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
+    """Naeini et al. 2015: mean over equal-width bins, weighted by their share, of |accuracy − confidence|."""
+    confidence = confidence.double()
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # bins are (a, b]
+    zeros = confidence.new_zeros(bins)
+    gap = zeros.index_add(0, index, correct.double()) - zeros.index_add(0, index, confidence)
+    return (gap.abs().sum() / len(confidence)).item()

@@ -1,0 +1,167 @@
+"""Train a network on a target data set, with or without a meta-learned φ, and evaluate it (Algorithm 2).
+
+    python -m metaperturb.meta_test --config configs/tgt.yaml --set target=cub phi=runs/src/phi.pt gpu=0
+    python -m metaperturb.meta_test --config configs/tgt.yaml --set target=cub method=base gpu=0
+
+φ is frozen; its strength rises linearly over the first 40 % of the steps. Killed and started again, the run continues
+from its last checkpoint. The run folder gets `result.json` (accuracy, NLL and ECE on every test image),
+`metrics.jsonl`, `curves.png` and the checkpoint with the trained network.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from metaperturb import models
+from metaperturb.attach import attach
+from metaperturb.cli import run_program
+from metaperturb.config import MetaTestConfig, load_config, parse_arguments
+from metaperturb.data import TARGETS, load_target
+from metaperturb.data.batches import DeviceImages, TrainingBatches
+from metaperturb.distributed import parse_devices
+from metaperturb.errors import UserError
+from metaperturb.evaluation import evaluate
+from metaperturb.plots import plot_convergence
+from metaperturb.randomness import seed_torch
+from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
+from metaperturb.storage import load_tensors, save_tensors
+from metaperturb.training import accuracy, annealed_strength, check_finite
+from metaperturb.weights import load_phi
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(MetaTestConfig, __doc__, argv)
+    return run_program(
+        lambda: meta_test(load_config(MetaTestConfig, arguments.config, arguments.set)),
+        show_traceback=arguments.traceback,
+    )
+
+
+def meta_test(config: MetaTestConfig) -> dict:
+    """One training run on a target; returns the content of `result.json`."""
+    check_same_run(config, "meta_test")
+    if finished := finished_result(config.run_dir):
+        print(f"{config.run_dir}: already finished", file=sys.stderr)
+        report(finished)
+        return finished
+
+    # Settings that depend on each other, device, φ
+    if config.target not in TARGETS:
+        raise UserError(f"target: unknown {config.target!r} (known: {', '.join(TARGETS)})")
+    perturbed = config.method == "metaperturb"
+    if perturbed and config.phi is None:
+        raise UserError("phi: method metaperturb needs a file or shipped name of φ (run.sh src makes one)")
+    devices = parse_devices(config.gpu, key="gpu")
+    if len(devices) != 1:
+        raise UserError(f"gpu: expected one device, got {config.gpu!r}")
+    device = devices[0]
+    phi = load_phi(config.phi) if perturbed else None
+    torch.set_num_threads(config.threads)
+
+    # Data
+    train, test = load_target(
+        config.target,
+        data_root=Path(config.data_root),
+        path=config.target_path,
+        image_size=config.image_size,
+        download=config.download,
+        skip_unreadable=config.skip_unreadable,
+    )
+    train_images, test_images = DeviceImages(train, device), DeviceImages(test, device)
+    padding = 4 if train.image_size <= 32 else 8
+    key = (config.seed, 0, "order_train")
+    batches = TrainingBatches(train_images, torch.arange(len(train)).numpy(), None, config.batch_size, padding, key)
+
+    # Network and optimizer
+    seed_torch(config.seed, 0, "init")
+    model = models.create(config.model, train.num_classes, train.image_size).to(device)
+    if perturbed:
+        attach(model, phi, train.image_size, clip=config.clip)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    milestones = [round(share * config.steps) for share in config.lr_milestones]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.lr_factor)
+
+    # Resume
+    run = Run(config, "meta_test")
+    checkpoint = run.checkpoint_dir / "latest.pt"
+    start = 0
+    if checkpoint.exists():
+        state = load_tensors(checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start, run.seconds_before = state["step"], state["seconds"]
+        print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
+    run.rewind(start)
+    progress = StepProgress(f"{config.method} on {config.target}", config.steps, start)
+
+    # Training
+    recent: list[torch.Tensor] = []  # [loss, accuracy] of the steps since the last look, on the device
+    metrics: dict[str, float] = {}
+    model.train()
+    for step in range(start, config.steps):
+        if perturbed:
+            model.metaperturb.strength = annealed_strength(step, config.steps, config.anneal)
+        seed_torch(config.seed, 0, "theta_step", step)
+        x, y = batches.batch(step)
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        recent.append(torch.stack([loss.detach(), accuracy(logits, y)]))
+
+        done = step + 1
+        last = done == config.steps
+        evaluates, saves = done % config.eval_every == 0 or last, done % config.checkpoint_every == 0 or last
+        if done % config.log_every == 0 or evaluates or saves:
+            values = torch.stack(recent).cpu()  # the only place where the host waits for the device
+            recent.clear()
+            check_finite(values[:, None], done - len(values), config.run_dir)
+            mean_loss, mean_accuracy = values.mean(dim=0).tolist()
+            line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
+            if evaluates:
+                samples = 1 if not perturbed else config.final_samples if last else config.eval_samples
+                seed_torch(config.seed, 0, "evaluate", done)
+                metrics = evaluate(model, test_images, samples, config.eval_batch_size)
+                line |= {f"test_{name}": round(value, 6) for name, value in metrics.items()}
+            run.log({**line, "seconds": round(run.seconds, 2)})
+            shown = {"test_accuracy": metrics["accuracy"]} if metrics else {}
+            progress.update(done, loss=mean_loss, accuracy=mean_accuracy, **shown)
+        if saves:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
+            save_tensors({**state, "step": done, "seconds": run.seconds}, checkpoint)
+
+    # Result
+    progress.close()
+    if not metrics:  # killed between the last checkpoint and the result
+        seed_torch(config.seed, 0, "evaluate", config.steps)
+        metrics = evaluate(model, test_images, config.final_samples if perturbed else 1, config.eval_batch_size)
+    plot_convergence(
+        {config.method: [read_metrics(run.dir)]}, f"{config.target}, {config.model}", run.dir / "curves.png"
+    )
+    data = {"name": train.name, "train": len(train), "test": len(test), "fingerprint": train.fingerprint}
+    phi_card = phi.card if perturbed else None
+    result = run.finish({"target": data, "metrics": metrics, "phi_card": phi_card}, device)
+    report(result)
+    return result
+
+
+def report(result: dict) -> None:
+    m, config = result["metrics"], result["config"]
+    print(
+        f"{config['method']} on {config['target']}, {config['model']}, seed {config['seed']}: "
+        f"accuracy {100 * m['accuracy']:.2f} %  NLL {m['nll']:.3f}  ECE {100 * m['ece']:.2f} %  "
+        f"({result['target']['test']} test images, {m['samples']} samples)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Meta-train φ jointly over T tasks (section 3.3, Algorithm 1).
+
+    python -m metaperturb.meta_train --config configs/src.yaml                    # the paper's settings
+    python -m metaperturb.meta_train --config configs/src.yaml --set gpus=0,1     # one process a GPU
+    torchrun --nproc-per-node 8 -m metaperturb.meta_train --config configs/src.yaml   # one or many machines
+
+Each task owns a network θ_t, which learns on the task's D_tr with φ constant; φ learns on the D_te of all tasks with
+every θ_t constant. Only φ's gradient crosses processes. Killed and started again, it continues from the last
+checkpoint, with any number of processes; on CPUs the result is the same to the bit.
+
+The run folder gets `phi.pt` (the result: `metaperturb.load_phi`), `metrics.jsonl`, `result.json`, `curves.png`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaperturb import models
+from metaperturb.attach import attach
+from metaperturb.cli import run_program
+from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
+from metaperturb.data import ImageArrays, load_source
+from metaperturb.data.batches import DeviceImages, TrainingBatches
+from metaperturb.data.splits import TaskSplit, class_split, load_split, save_split
+from metaperturb.distributed import Group, launch
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.plots import plot_meta_training
+from metaperturb.randomness import seed_torch
+from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
+from metaperturb.storage import load_json, load_tensors, save_json, save_tensors
+from metaperturb.training import accuracy, annealed_strength, check_finite
+from metaperturb.weights import save_phi
+
+CROP_PADDING = 4  # section 4
+METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")  # a task's, beside φ's gradient in its row
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(MetaTrainConfig, __doc__, argv)
+    return run_program(
+        lambda: meta_train(load_config(MetaTrainConfig, arguments.config, arguments.set), arguments.traceback),
+        show_traceback=arguments.traceback,
+    )
+
+
+def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
+    """One meta-training run in as many processes as `config.gpus` lists."""
+    check_same_run(config, "meta_train")
+    if finished_result(config.run_dir):
+        print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
+        return
+    load_tasks(config)  # whatever is wrong with data or split is said now, before any process starts
+    launch(work, (config,), config.gpus, config.port, config.tasks, show_traceback)
+
+
+def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit]]:
+    """The source and its split into tasks, the same in every process."""
+    source = load_source(
+        config.source,
+        data_root=Path(config.data_root),
+        paths=config.source_paths,
+        image_size=config.image_size,
+        download=config.download,
+        skip_unreadable=config.skip_unreadable,
+    )
+    if config.split_file:
+        splits = load_split(Path(config.split_file), source.fingerprint)
+        if len(splits) != config.tasks:
+            raise UserError(f"{config.split_file}: has {len(splits)} tasks, the settings ask for {config.tasks}")
+    else:
+        splits = class_split(source.labels, config.tasks, config.split, config.seed)
+    return source, splits
+
+
+class Task:
+    """One task t: its data, its network θ_t with φ attached, and its optimizer."""
+
+    def __init__(
+        self, index: int, split: TaskSplit, images: DeviceImages, phi: MetaPerturb, config: MetaTrainConfig
+    ) -> None:
+        self.index, self.phi, self.config = index, phi, config
+
+        def batches(indices, purpose: str) -> TrainingBatches:
+            key = (config.seed, index, purpose)
+            return TrainingBatches(images, indices, split.classes, config.batch_size, CROP_PADDING, key)
+
+        self.train_batches = batches(split.train, "order_train")
+        self.test_batches = batches(split.test, "order_test")
+        seed_torch(config.seed, index, "init")
+        model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
+        self.model = attach(model, phi, config.image_size, clip=config.clip, verbose=index == 0)
+        self.theta = list(self.model.parameters())  # φ is not among them
+        self.optimizer = torch.optim.Adam(self.theta, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+    def theta_step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One step of θ on D_tr with φ constant (lines 8-9): loss and accuracy, on the device."""
+        seed_torch(self.config.seed, self.index, "theta_step", step)
+        self.model.train()
+        x, y = self.train_batches.batch(step)
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), accuracy(logits, y)
+
+    def phi_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of the loss on D_te with respect to φ, θ constant (line 10): `[82]`, loss, accuracy."""
+        seed_torch(self.config.seed, self.index, "phi_step", step)
+        x, y = self.test_batches.batch(step)
+        if self.config.lookahead is None:
+            batch_norm_to_eval(self.model.train())
+            for parameter in self.theta:
+                parameter.requires_grad_(False)
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, y)
+            gradients = torch.autograd.grad(loss, list(self.phi.parameters()))
+            for parameter in self.theta:
+                parameter.requires_grad_(True)
+        else:
+            logits, loss = self.lookahead(step, x, y)
+            gradients = torch.autograd.grad(loss, list(self.phi.parameters()))
+        return torch.cat([g.reshape(-1) for g in gradients]), loss.detach(), accuracy(logits, y)
+
+    def lookahead(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Ren et al. 2018: the loss on D_te at θ − η ∇θ L_tr(θ, φ), differentiable through that step."""
+        theta = dict(self.model.named_parameters())
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # the step is only looked at, not made
+        x_train, y_train = self.train_batches.batch(step)
+        self.model.train()
+        inner = F.cross_entropy(torch.func.functional_call(self.model, (theta, buffers), x_train), y_train)
+        gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+        ahead = {name: p - self.config.lookahead * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+        batch_norm_to_eval(self.model)
+        logits = torch.func.functional_call(self.model, (ahead, buffers), x)
+        return logits, F.cross_entropy(logits, y)
+
+    def state(self) -> dict:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def work(group: Group, config: MetaTrainConfig) -> None:
+    """What one process does."""
+    torch.set_num_threads(config.threads)
+    is_first = group.rank == 0
+    run = Run(config, "meta_train") if is_first else None
+
+    # Data, φ and the tasks of this process
+    source, splits = load_tasks(config)
+    images = DeviceImages(source, group.device)
+    seed_torch(config.seed, 0, "phi")
+    phi = MetaPerturb().to(group.device)
+    phi_optimizer = torch.optim.Adam(phi.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    tasks = [Task(t, splits[t], images, phi, config) for t in group.owned(config.tasks)]
+
+    # Resume
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.tasks)
+    start = checkpoints.restore(tasks, phi, phi_optimizer, run)
+    if run is not None:
+        run.rewind(start)
+        if not config.split_file:
+            save_split(run.dir / "split.json", splits, source.fingerprint, config.split, config.seed)
+        if start:
+            print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
+        progress = StepProgress("meta-train", config.steps, start)
+
+    # Joint meta-training
+    recent: list[Tensor] = []  # tables [T, 82 + metrics] of the steps since the last look, on the device
+    for step in range(start, config.steps):
+        strength = annealed_strength(step, config.steps, config.anneal)
+        rows = []
+        for task in tasks:
+            task.model.metaperturb.strength = strength
+            phi.requires_grad_(False)
+            train_loss, train_accuracy = task.theta_step(step)
+            phi.requires_grad_(True)
+            gradient, test_loss, test_accuracy = task.phi_gradient(step)
+            rows.append(torch.cat([gradient, torch.stack([train_loss, test_loss, train_accuracy, test_accuracy])]))
+        table = group.gather_rows(torch.stack(rows), config.tasks)
+        set_gradient(phi, table[:, : -len(METRICS)].mean(dim=0))
+        phi_optimizer.step()
+        recent.append(table)
+
+        done = step + 1
+        last = done == config.steps
+        if done % config.log_every == 0 or done % config.checkpoint_every == 0 or last:
+            tables = torch.stack(recent).cpu()  # the only place where the host waits for the device
+            recent.clear()
+            check_finite(tables, done - len(tables), config.run_dir)
+            if run is not None:
+                metrics = summarize(tables)
+                run.log({"step": done, **metrics, "strength": strength, "seconds": round(run.seconds, 2)})
+                progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
+        if done % config.checkpoint_every == 0 or last:
+            checkpoints.save(done, tasks, phi, phi_optimizer, group, run)
+
+    # Result
+    if run is not None:
+        progress.close()
+        finish(run, config, source, phi, group)
+
+
+def batch_norm_to_eval(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def set_gradient(phi: MetaPerturb, gradient: Tensor) -> None:
+    """Hand the averaged gradient `[82]` to φ's optimizer."""
+    parameters = list(phi.parameters())
+    for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def summarize(tables: Tensor) -> dict:
+    """Metrics of some steps `[steps, T, 82 + 4]`: means over steps, overall and a task."""
+    values = tables[:, :, -len(METRICS) :].mean(dim=0)  # [T, 4]
+    overall = {name: round(v, 6) for name, v in zip(METRICS, values.mean(dim=0).tolist(), strict=True)}
+    gradient_norm = tables[:, :, : -len(METRICS)].mean(dim=1).norm(dim=1).mean().item()
+    by_task = {f"{name}_by_task": [round(v, 4) for v in values[:, i].tolist()] for i, name in enumerate(METRICS[:2])}
+    return {**overall, "phi_gradient_norm": round(gradient_norm, 6), **by_task}
+
+
+class Checkpoints:
+    """Folders `step-000050/` with a file a task and one for φ; `latest.json` names the complete one.
+
+    Files belong to tasks, not to processes, so that a run continues with another number of them. A folder counts
+    once `latest.json` names it, when all its files are on disk: a kill at any moment leaves a good checkpoint.
+    """
+
+    def __init__(self, folder: Path, num_tasks: int) -> None:
+        self.folder, self.num_tasks = folder, num_tasks
+        self.latest = folder / "latest.json"
+
+    def restore(
+        self, tasks: list[Task], phi: MetaPerturb, phi_optimizer: torch.optim.Optimizer, run: Run | None
+    ) -> int:
+        """Load the latest checkpoint; returns how many steps it has behind it, 0 if there is none."""
+        if not self.latest.exists():
+            return 0
+        step = load_json(self.latest)["step"]
+        folder = self.step_folder(step)
+        for task in tasks:
+            task.load_state(load_tensors(folder / f"task-{task.index:02}.pt"))
+        shared = load_tensors(folder / "phi.pt")
+        phi.load_state_dict(shared["phi"])
+        phi_optimizer.load_state_dict(shared["optimizer"])
+        if run is not None:
+            run.seconds_before = shared["seconds"]
+        return step
+
+    def save(
+        self,
+        step: int,
+        tasks: list[Task],
+        phi: MetaPerturb,
+        phi_optimizer: torch.optim.Optimizer,
+        group: Group,
+        run: Run | None,
+    ) -> None:
+        folder = self.step_folder(step)
+        for task in tasks:
+            save_tensors(task.state(), folder / f"task-{task.index:02}.pt")
+        if run is not None:
+            shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict(), "seconds": run.seconds}
+            save_tensors(shared, folder / "phi.pt")
+        group.barrier()
+        if run is not None:
+            save_json({"step": step}, self.latest)
+            for old in self.folder.glob("step-*"):
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06}"
+
+
+def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPerturb, group: Group) -> None:
+    history = read_metrics(run.dir)
+    plot_meta_training(history, run.dir / "curves.png")
+    metrics = {name: history[-1][name] for name in METRICS}
+    description = {
+        "name": source.name,
+        "images": len(source),
+        "classes": source.num_classes,
+        "fingerprint": source.fingerprint,
+    }
+    result = run.finish({"source": description, "processes": group.size, "metrics": metrics}, group.device)
+    save_phi(phi, run.dir / "phi.pt", card={key: value for key, value in result.items() if key != "program"})
+    print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Random streams that are pure functions of (seed, task, purpose, step).
+
+Nothing random depends on which process runs a task or on what ran before, so results do not depend on the number of
+processes, and resuming needs no generator state: the step number says it all.
+"""
+
+import numpy as np
+import torch
+
+# Purposes keep their numbers for ever: they are part of what a seed means.
+PURPOSES = {"phi": 0, "init": 1, "order_train": 2, "order_test": 3, "theta_step": 4, "phi_step": 5, "evaluate": 6}
+
+
+def numpy_generator(seed: int, task: int, purpose: str, step: int = 0) -> np.random.Generator:
+    """An independent NumPy stream for this purpose."""
+    return np.random.Generator(np.random.PCG64(_sequence(seed, task, purpose, step)))
+
+
+def seed_torch(seed: int, task: int, purpose: str, step: int = 0) -> None:
+    """Seed PyTorch's generators on all devices, without waiting for any of them."""
+    torch.manual_seed(int(_sequence(seed, task, purpose, step).generate_state(1, np.uint64)[0]))
+
+
+def _sequence(seed: int, task: int, purpose: str, step: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence((seed, task, PURPOSES[purpose], step))

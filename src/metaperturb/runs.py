@@ -1,0 +1,207 @@
+"""One folder a run: `config.yaml`, `metrics.jsonl`, `checkpoints/`, and at the end `result.json` and `curves.png`."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+import yaml
+from tqdm import tqdm
+
+from metaperturb.config import differences
+from metaperturb.errors import UserError
+from metaperturb.storage import load_json, reason, write_atomically
+
+
+class Run:
+    """The folder of one run, held by one process at a time.
+
+    Args:
+        config: the settings; `config.run_dir` names the folder.
+        program: `"meta_train"` or `"meta_test"`.
+
+    Raises:
+        UserError: the folder belongs to a run with other settings, is in use, or cannot be written.
+    """
+
+    def __init__(self, config: Any, program: str) -> None:
+        self.config, self.program = config, program
+        self.dir = Path(config.run_dir)
+        self.metrics_path = self.dir / "metrics.jsonl"
+        self.checkpoint_dir = self.dir / "checkpoints"
+        self.seconds_before = 0.0  # wall time of earlier sittings, from the checkpoint
+        self._started = time.monotonic()
+        check_same_run(config, program)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.dir}: in use by another process; choose another run_dir") from None
+        except OSError as error:
+            raise UserError(f"{self.dir}: cannot write the run ({reason(error)})") from error
+        text = yaml.safe_dump({"program": program, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True)
+        write_atomically(self.dir / "config.yaml", lambda file: file.write(text.encode()))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run in seconds, over all sittings."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after `step`, which a resumed run computes again, and a half-written last line."""
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.dir) if line["step"] <= step]
+        write_atomically(self.metrics_path, lambda file: file.write("".join(kept).encode()))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line, which has a `step`."""
+        try:
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.metrics_path}: cannot write ({reason(error)})") from error
+
+    def finish(self, result: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Write `result.json`: the result and all that is needed to place it."""
+        content = {
+            "program": self.program,
+            **result,
+            "seed": self.config.seed,
+            "seconds": round(self.seconds, 1),
+            "config": dataclasses.asdict(self.config),
+            **provenance(device),
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.dir / "result.json", lambda file: file.write(text.encode()))
+        return content
+
+
+def check_same_run(config: Any, program: str) -> None:
+    """Refuse a folder that holds a run with other settings.
+
+    Raises:
+        UserError: naming the settings that differ.
+    """
+    if not config.run_dir:
+        raise UserError("run_dir: must name a folder")
+    path = Path(config.run_dir) / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); choose another run_dir") from error
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: is no record of a run; choose another run_dir")
+    changed = (
+        differences(old, config) if old.get("program") == program else [f"program: {old.get('program')} → {program}"]
+    )
+    if changed:
+        raise UserError(
+            f"{config.run_dir}: holds a run with other settings ({'; '.join(changed)}); "
+            "choose another run_dir or remove the folder"
+        )
+
+
+def finished_result(run_dir: str) -> dict[str, Any] | None:
+    """The content of `result.json`, or None while the run is not finished."""
+    path = Path(run_dir) / "result.json"
+    return load_json(path) if path.exists() else None
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a half-written last one (a killed process) is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and hardware."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # a subclass of str otherwise, which weights_only refuses
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        "commit": _commit(),
+        "hardware": {"device": gpu or "cpu", "cpu": _cpu_name(), "cores": os.cpu_count()},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, `+` appended if it has uncommitted changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        if tracked.returncode:
+            return None
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", str(here)], capture_output=True, check=True
+        )
+        return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class StepProgress:
+    """Steps done, metrics and time left: a tqdm bar on a terminal, elsewhere a plain line every `interval` seconds."""
+
+    def __init__(self, title: str, total: int, done: int, interval: float = 15.0) -> None:
+        self.title, self.total, self.done, self.first = title, total, done, done
+        self.interval, self.started = interval, time.monotonic()
+        self.last = self.started - interval  # so that the first update prints
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True)
+
+    def update(self, done: int, **metrics: float) -> None:
+        shown = {name: f"{value:.3f}" for name, value in metrics.items()}
+        if self.bar is not None:
+            self.bar.update(done - self.done)
+            self.bar.set_postfix(shown)
+        now, self.done = time.monotonic(), done
+        if self.bar is None and (now - self.last >= self.interval or done == self.total):
+            self.last = now
+            left = (now - self.started) / max(done - self.first, 1) * (self.total - done)
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.title}: step {done}/{self.total}  {text}  {_clock(left)} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

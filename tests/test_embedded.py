@@ -1,0 +1,116 @@
+"""The embedded data set: what the demo and the other tests take for granted of it."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from metaperturb.data import embedded
+from metaperturb.data.embedded import embedded_source, embedded_target
+from metaperturb.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def source():
+    return embedded_source(seed=0)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return embedded_target(seed=0)
+
+
+def checksum(seed: int) -> str:
+    """Of all images and labels, drawn at 16×16 to be quick."""
+    parts = [embedded_source(seed, image_size=16), *embedded_target(seed, image_size=16)]
+    return hashlib.sha256(b"".join(a.tobytes() for images, labels, _ in parts for a in (images, labels))).hexdigest()
+
+
+def test_counts_types_and_balance(source, target):
+    expected = [(source, 40, 120), (target[0], 16, 25), (target[1], 16, 63)]
+    for (images, labels, classes), n_classes, per_class in expected:
+        assert images.shape == (n_classes * per_class, 3, 32, 32) and images.dtype == np.uint8
+        assert labels.shape == (n_classes * per_class,) and labels.dtype == np.int64
+        assert len(classes) == len(set(classes)) == n_classes
+        assert np.bincount(labels).tolist() == [per_class] * n_classes
+
+
+def test_families_have_no_class_in_common(source, target):
+    assert target[0][2] == target[1][2]
+    assert not set(source[2]) & set(target[0][2])
+
+
+def test_all_images_differ(source, target):
+    """Within every set and between them: in particular no test image of the target is a training image."""
+    images = [image.tobytes() for part in (source, *target) for image in part[0]]
+    assert len(set(images)) == len(images)
+
+
+def test_pure_function_of_the_seed(target):
+    again = embedded_target(seed=0)
+    for (images, labels, _), (images_2, labels_2, _) in zip(target, again, strict=True):
+        assert np.array_equal(images, images_2) and np.array_equal(labels, labels_2)
+
+    assert not np.array_equal(embedded_target(1, image_size=8)[0][0], embedded_target(2, image_size=8)[0][0])
+    source_1, source_2 = embedded_source(1, image_size=8), embedded_source(2, image_size=8)
+    assert not np.array_equal(source_1[0], source_2[0]) and np.array_equal(source_1[1], source_2[1])
+
+
+def test_another_process_draws_the_same():
+    code = "import test_embedded; print(test_embedded.checksum(3))"
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "123"}
+    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == checksum(3)
+
+
+def nearest_mean_accuracy(features, labels, test_features, test_labels) -> float:
+    means = np.stack([features[labels == k].mean(0) for k in range(labels.max() + 1)])
+    distance = ((test_features[:, None] - means[None]) ** 2).sum(-1)
+    return float((distance.argmin(1) == test_labels).mean())
+
+
+def test_color_does_not_give_the_class_away(source, target):
+    """Nearest class mean on mean RGB stays below twice chance."""
+
+    def color(images):
+        return images.mean((2, 3))
+
+    images, labels, classes = source
+    even = np.arange(len(labels)) % 2 == 0
+    accuracy = nearest_mean_accuracy(color(images[even]), labels[even], color(images[~even]), labels[~even])
+    assert accuracy < 2 / len(classes)
+    (images, labels, classes), (test_images, test_labels, _) = target
+    assert nearest_mean_accuracy(color(images), labels, color(test_images), test_labels) < 2 / len(classes)
+
+
+def test_every_image_shows_something(source, target):
+    for images, _, _ in (source, *target):
+        gray = images.mean(1)
+        assert gray.std((1, 2)).min() > 8  # of 255; an empty picture with the strongest sensor noise has 6
+        assert 40 < gray.mean() < 215
+
+
+@pytest.mark.parametrize("size", [8, 21])
+def test_any_image_size(size):
+    train, test = embedded_target(seed=0, image_size=size)
+    assert train[0].shape == (400, 3, size, size) and test[0].shape == (1008, 3, size, size)
+
+
+@pytest.mark.parametrize("classes", [embedded._SOURCE_CLASSES, embedded._TARGET_CLASSES])
+def test_every_class_is_closed_under_mirroring(classes):
+    """The figure is symmetric in v, so that a flipped picture is one of the same class in another pose."""
+    line = np.linspace(-1, 1, 33)
+    u, v = np.broadcast_to(line[:, None], (1, 33, 33)), np.broadcast_to(line, (1, 33, 33))
+    for draw in classes.values():
+        distance, _ = draw(np.random.default_rng(0), u, v)
+        np.testing.assert_allclose(distance, distance[:, :, ::-1], atol=1e-12)
+        assert (distance < 0).any() and (distance > 0).any()
+
+
+def test_too_small_an_image_is_refused():
+    with pytest.raises(UserError, match="image_size is 7"):
+        embedded_target(image_size=7)

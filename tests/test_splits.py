@@ -1,0 +1,189 @@
+"""Class splits: disjoint, complete, pure, and the same after a round trip through a file."""
+
+import json
+
+import numpy as np
+import pytest
+from image_files import one_line
+
+from metaperturb.data.splits import class_split, load_split, save_split, shuffled
+from metaperturb.errors import UserError
+
+KINDS = ("disjoint", "paired", "homogeneous")
+# Written by the first version: split files and results refer to seeds.
+FROZEN_CLASSES = [[2, 3], [0, 1]]
+FROZEN_TRAIN = [[9, 11, 14, 15], [2, 3, 4, 7]]
+
+
+def _labels(classes=20, images=20, seed=0):
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), images))
+
+
+def _uneven():
+    counts = [5, 8, 13, 6, 9, 4, 7, 20, 11, 5, 6]
+    return np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+@pytest.mark.parametrize("labels", [_labels(), _uneven()])
+@pytest.mark.parametrize(("kind", "num_tasks"), [("disjoint", 4), ("disjoint", 1), ("paired", 4), ("homogeneous", 2)])
+def test_disjoint_and_complete(labels, kind, num_tasks):
+    tasks = class_split(labels, num_tasks, kind, seed=3)
+    assert len(tasks) == num_tasks
+    uses = np.zeros((2, len(labels)), dtype=int)
+    for task in tasks:
+        for part, indices in enumerate((task.train, task.test)):
+            assert indices.dtype == np.int64 and (np.diff(indices) > 0).all()
+            assert np.isin(labels[indices], task.classes).all()
+            uses[part, indices] += 1
+        assert not np.intersect1d(task.train, task.test).size
+        for c in task.classes:  # halved inside every class
+            extra = (labels[task.train] == c).sum() - (labels[task.test] == c).sum()
+            assert extra in (0, 1) or (kind == "paired" and extra == -1)
+    if kind == "paired":  # every image once in train and once in test
+        assert (uses == 1).all()
+    else:
+        assert (uses.sum(0) == 1).all()
+
+
+@pytest.mark.parametrize("num_tasks", [3, 10])
+def test_disjoint_classes(num_tasks):
+    tasks = class_split(_labels(), num_tasks, "disjoint", seed=0)
+    classes = np.concatenate([task.classes for task in tasks])
+    np.testing.assert_array_equal(np.sort(classes), np.arange(20))
+    sizes = [len(task.classes) for task in tasks]
+    assert max(sizes) - min(sizes) <= (1 if 20 % num_tasks else 0)
+    assert sorted(classes) != list(classes)  # shuffled
+
+
+def test_odd_count_gives_the_extra_image_to_train():
+    (task,) = class_split(np.zeros(7, dtype=int), 1, "disjoint", seed=0)
+    assert len(task.train) == 4 and len(task.test) == 3
+
+
+def test_paired_swaps_the_halves():
+    tasks = class_split(_labels(), 10, "paired", seed=5)
+    for even, odd in zip(tasks[::2], tasks[1::2], strict=True):
+        np.testing.assert_array_equal(even.classes, odd.classes)
+        np.testing.assert_array_equal(even.train, odd.test)
+        np.testing.assert_array_equal(even.test, odd.train)
+        assert len(even.classes) == 4
+    assert len(np.unique(np.concatenate([t.classes for t in tasks[::2]]))) == 20
+
+
+def test_homogeneous_tasks_see_all_classes():
+    labels = _labels()
+    for task in class_split(labels, 5, "homogeneous", seed=5):
+        np.testing.assert_array_equal(task.classes, np.arange(20))
+        for part in (task.train, task.test):
+            np.testing.assert_array_equal(np.bincount(labels[part], minlength=20), 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pure_and_seeded(kind):
+    labels = _labels()
+    np.random.seed(0)
+    one = class_split(labels, 4, kind, seed=1)
+    np.random.seed(1)
+    two = class_split(labels.copy(), 4, kind, seed=1)
+    other = class_split(labels, 4, kind, seed=2)
+    for a, b in zip(one, two, strict=True):
+        for field in ("classes", "train", "test"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    assert any(not np.array_equal(a.train, b.train) for a, b in zip(one, other, strict=True))
+
+
+def test_the_split_of_a_seed_never_changes():
+    tasks = class_split(np.repeat(np.arange(4), 4), 2, "disjoint", seed=0)
+    assert [t.classes.tolist() for t in tasks] == FROZEN_CLASSES
+    assert [t.train.tolist() for t in tasks] == FROZEN_TRAIN
+
+
+def test_class_ids_need_not_be_dense():
+    tasks = class_split(np.repeat([3, 50, 7, 1000], 4), 2, "disjoint", seed=0)
+    assert sorted(np.concatenate([t.classes for t in tasks])) == [3, 7, 50, 1000]
+
+
+def test_shuffled_is_a_fair_permutation():
+    bits = np.random.PCG64(0)
+    counts = np.zeros((4, 4))
+    for _ in range(4000):
+        counts[np.arange(4), shuffled(np.arange(4), bits)] += 1
+    assert (abs(counts - 1000) < 130).all()  # 4.7 standard deviations
+
+
+BAD_REQUESTS = [
+    (_labels(), 21, "disjoint", 0, ("21 tasks", "21 classes", "has 20")),
+    (_labels(), 5, "paired", 0, ("even number of tasks", "got 5")),
+    (_labels(), 42, "paired", 0, ("42 tasks", "21 classes", "has 20")),
+    (_labels(), 11, "homogeneous", 0, ("11 tasks", "22 images", "found 20")),
+    (np.array([0, 0, 1]), 1, "disjoint", 0, ("2 images", "found 1 (class 1)")),
+    (np.array([], dtype=int), 1, "disjoint", 0, ("1 classes", "has 0")),
+    (_labels(), 0, "disjoint", 0, ("num_tasks 0",)),
+    (_labels(), 2.5, "disjoint", 0, ("num_tasks 2.5",)),
+    (_labels(), 2, "disjoint", -1, ("seed -1",)),
+    (_labels(), 2, "random", 0, ("unknown class split 'random'", "disjoint, paired, homogeneous")),
+]
+
+
+@pytest.mark.parametrize(("labels", "num_tasks", "kind", "seed", "says"), BAD_REQUESTS)
+def test_impossible_requests(labels, num_tasks, kind, seed, says):
+    with pytest.raises(UserError) as error:
+        class_split(labels, num_tasks, kind, seed)
+    message = one_line(error)
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(tmp_path, kind):
+    tasks = class_split(_labels(), 4, kind, seed=9)
+    path = tmp_path / "new" / "split.json"
+    save_split(path, tasks, "abc123", kind, 9)
+    for a, b in zip(tasks, load_split(path, "abc123"), strict=True):
+        for field in ("classes", "train", "test"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+            assert getattr(b, field).dtype == np.int64
+    assert json.loads(path.read_text())["kind"] == kind
+    assert [p.name for p in path.parent.iterdir()] == ["split.json"]
+
+
+def test_split_of_other_data(tmp_path):
+    path = tmp_path / "split.json"
+    save_split(path, class_split(_labels(), 4, "disjoint", 0), "abc123", "disjoint", 0)
+    with pytest.raises(UserError, match=r"split\.json: made for other data \(fingerprint abc123, .* def456") as error:
+        load_split(path, "def456")
+    one_line(error)
+
+
+GOOD = {"format": 1, "fingerprint": "x", "kind": "disjoint", "seed": 0}
+BAD_FILES = [
+    "not json",
+    "[]",
+    "{}",
+    json.dumps({**GOOD, "tasks": []}),
+    json.dumps({**GOOD, "format": 99, "tasks": [{"classes": [0], "train": [0], "test": [1]}]}),
+    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [0]}]}),
+    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [0, 1], "test": [1]}]}),
+    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [1, 0], "test": [2]}]}),
+    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [-1], "test": [2]}]}),
+    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": ["a"], "test": [2]}]}),
+    json.dumps({**GOOD, "tasks": 7}),
+]
+
+
+@pytest.mark.parametrize("content", BAD_FILES)
+def test_bad_files(tmp_path, content):
+    path = tmp_path / "split.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"split\.json: not a class split") as error:
+        load_split(path, "x")
+    one_line(error)
+
+
+def test_missing_file_and_unwritable_place(tmp_path):
+    with pytest.raises(UserError, match="cannot read the class split") as error:
+        load_split(tmp_path / "nowhere.json", "x")
+    one_line(error)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the class split: a file is where") as error:
+        save_split(tmp_path / "file" / "split.json", class_split(_labels(), 2, "disjoint", 0), "x", "disjoint", 0)
+    one_line(error)

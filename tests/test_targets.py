@@ -1,0 +1,449 @@
+"""Target sets in miniature official layouts, and what is said when they are absent or damaged."""
+
+import builtins
+import dataclasses
+import gzip
+import hashlib
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torchvision.datasets as tv
+from image_files import expected_pixels, one_line, picture, write_folder, write_tar, write_zip
+
+from metaperturb.data import TARGETS, load_target, targets
+from metaperturb.data.targets import crop_padding, few_per_class
+from metaperturb.errors import UserError
+
+DEAD = "http://127.0.0.1:9/"  # nothing listens there
+
+
+def _shrink(monkeypatch, name, num_classes, train, test, val=None):
+    """Expect the counts of the miniature instead of the official ones."""
+    spec = dataclasses.replace(TARGETS[name], num_classes=num_classes, train=train, test=test, val=val)
+    monkeypatch.setitem(TARGETS, name, spec)
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def _mat(**content) -> bytes:
+    scipy_io = pytest.importorskip("scipy.io")
+    buffer = io.BytesIO()
+    scipy_io.savemat(buffer, content)
+    return buffer.getvalue()
+
+
+def _check_images(arrays, contents, size=84):
+    np.testing.assert_array_equal(arrays.images, np.stack([expected_pixels(content, size) for content in contents]))
+
+
+def test_specs_are_those_of_the_paper():
+    counts = {name: (s.num_classes, s.train, s.test, s.image_size, s.padding) for name, s in TARGETS.items()}
+    assert counts["stl10"] == (10, 5000, 8000, 96, 8)
+    assert counts["s_cifar100"] == (100, 5000, 10000, 32, 4)
+    assert counts["dogs"] == (120, 12000, 8580, 84, 8)
+    assert counts["cars"] == (196, 8144, 8041, 84, 8)
+    assert counts["aircraft"] == (100, 6667, 3333, 84, 8)
+    assert counts["cub"] == (200, 5994, 5794, 84, 8)
+    assert counts["small_svhn"] == (10, 5000, 26032, 32, 4)
+    assert (crop_padding(32), crop_padding(33)) == (4, 8)
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(UserError, match=r"unknown target 'cubs'; known: stl10, .*folder") as error:
+        load_target("cubs", data_root=tmp_path)
+    one_line(error)
+    with pytest.raises(UserError, match="target cub: no split 'val'; it has train, test") as error:
+        load_target("cub", data_root=tmp_path, splits=("train", "val"))
+    one_line(error)
+    with pytest.raises(UserError, match="target folder: needs the path") as error:
+        load_target("folder", data_root=tmp_path)
+    one_line(error)
+
+
+def test_fixed_choice():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 80))
+    train, val = few_per_class(labels, 50), few_per_class(labels, 25, skip=50)
+    for chosen, count in ((train, 50), (val, 25)):
+        np.testing.assert_array_equal(np.bincount(labels[chosen]), count)
+        assert (np.diff(chosen) > 0).all()
+    assert not np.intersect1d(train, val).size
+    np.testing.assert_array_equal(train, few_per_class(labels, 50))
+    assert few_per_class(np.zeros(100, dtype=int), 5).tolist() == [3, 11, 13, 20, 92]  # never changes
+
+
+# --- CUB
+
+
+def _cub_files():
+    images = [f"00{1 + i // 4}.Bird_{i // 4}/b{i}.jpg" for i in range(12)]
+    files = {f"images/{name}": picture(i, (60, 50), "JPEG") for i, name in enumerate(images)}
+    files["images.txt"] = "".join(f"{i + 1} {name}\n" for i, name in enumerate(images)).encode()
+    files["image_class_labels.txt"] = "".join(f"{i + 1} {1 + i // 4}\n" for i in range(12)).encode()
+    files["train_test_split.txt"] = "".join(f"{i + 1} {int(i % 4 < 2)}\n" for i in range(12)).encode()
+    files["classes.txt"] = b"1 001.Bird_0\n2 002.Bird_1\n3 003.Bird_2\n"
+    return {**{f"CUB_200_2011/{name}": content for name, content in files.items()}, "attributes.txt": b"1 x"}
+
+
+@pytest.mark.parametrize("form", ["archive", "folder", "parent", "named"])
+def test_cub(tmp_path, monkeypatch, form):
+    _shrink(monkeypatch, "cub", 3, 6, 6)
+    files, path = _cub_files(), None
+    if form == "archive":
+        write_tar(tmp_path / "CUB_200_2011.tgz", files)
+    elif form == "named":
+        path = write_tar(tmp_path / "birds.tgz", files)
+    else:
+        write_folder(tmp_path, files)
+        path = tmp_path if form == "parent" else None
+    train, test = load_target("cub", data_root=tmp_path, path=path, download=False)
+    assert train.classes == ("001.Bird_0", "002.Bird_1", "003.Bird_2")
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    contents = [content for name, content in files.items() if name.endswith(".jpg")]
+    _check_images(train, [contents[i] for i in (0, 1, 4, 5, 8, 9)])
+    _check_images(test, [contents[i] for i in (2, 3, 6, 7, 10, 11)])
+    assert load_target("cub", data_root=tmp_path, path=path)[0].fingerprint == train.fingerprint
+
+
+def test_cub_counts_are_verified(tmp_path):
+    write_tar(tmp_path / "CUB_200_2011.tgz", _cub_files())
+    with pytest.raises(
+        UserError, match="expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3"
+    ) as e:
+        load_target("cub", data_root=tmp_path)
+    assert "CUB_200_2011.tgz" in one_line(e)
+
+
+BROKEN_CUB = {
+    "image missing": ("images/001.Bird_0/b0.jpg", None, "b0.jpg is listed but missing"),
+    "table missing": ("classes.txt", None, "classes.txt is missing"),
+    "no split table": ("train_test_split.txt", None, "not CUB-200-2011"),
+    "table broken": ("classes.txt", b"\xff\xfe nonsense", "classes.txt: not a table"),
+    "table too short": ("image_class_labels.txt", b"1 1\n", "no entry '2' in one of its tables"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CUB)
+def test_broken_cub(tmp_path, monkeypatch, case):
+    _shrink(monkeypatch, "cub", 3, 6, 6)
+    name, content, says = BROKEN_CUB[case]
+    files = _cub_files()
+    files[f"CUB_200_2011/{name}"] = content
+    files = {name: content for name, content in files.items() if content is not None}
+    with pytest.raises(UserError) as error:
+        load_target("cub", data_root=tmp_path, path=write_tar(tmp_path / "x.tgz", files))
+    assert says in one_line(error) and "x.tgz" in one_line(error)
+
+
+def test_cub_absent(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"no such file; fetch https://data.caltech.edu") as error:
+        load_target("cub", data_root=tmp_path, download=False)
+    one_line(error)
+    monkeypatch.setattr(targets, "CUB_URL", DEAD + "cub.tgz")
+    with pytest.raises(UserError, match="download failed") as error:
+        load_target("cub", data_root=tmp_path)
+    assert str(tmp_path / "CUB_200_2011.tgz") in one_line(error)
+
+
+# --- Dogs
+
+
+def _dogs_files():
+    names = [f"n0{c}-Dog_{c}/n0{c}_{i}.jpg" for c in (2, 1) for i in range(4)]
+    images = {f"Images/{name}": picture(i, (60, 50), "JPEG") for i, name in enumerate(names)}
+    lists = {}
+    for split, numbers in (("train", (0, 1, 4, 5)), ("test", (2, 3, 6, 7))):
+        file_list = np.array([[names[i]] for i in numbers], dtype=object)
+        lists[f"{split}_list.mat"] = _mat(file_list=file_list, labels=np.array([[1 + i // 4] for i in numbers]))
+    return images, lists
+
+
+@pytest.mark.parametrize("form", ["archives", "extracted"])
+def test_dogs(tmp_path, monkeypatch, form):
+    _shrink(monkeypatch, "dogs", 2, 4, 4)
+    images, lists = _dogs_files()
+    place = tmp_path / "stanford_dogs"
+    place.mkdir()
+    if form == "archives":
+        write_tar(place / "images.tar", images)
+        write_tar(place / "lists.tar", lists)
+    else:
+        write_folder(place, {**images, **lists})
+    train, test = load_target("dogs", data_root=tmp_path, download=False)
+    assert train.classes == ("n02-Dog_2", "n01-Dog_1")  # the order of the official labels
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1]
+    contents = list(images.values())
+    _check_images(train, [contents[i] for i in (0, 1, 4, 5)])
+    _check_images(test, [contents[i] for i in (2, 3, 6, 7)])
+
+
+def test_dogs_broken_or_absent(tmp_path, monkeypatch):
+    images, lists = _dogs_files()
+    place = tmp_path / "stanford_dogs"
+    with pytest.raises(UserError, match=r"images\.tar: no such file; fetch http://vision.stanford.edu") as error:
+        load_target("dogs", data_root=tmp_path, download=False)
+    one_line(error)
+    place.mkdir()
+    write_tar(place / "images.tar", images)
+    write_tar(place / "lists.tar", {**lists, "train_list.mat": b"no mat file at all" * 50})
+    with pytest.raises(UserError, match=r"lists\.tar: train_list\.mat: not a Stanford Dogs list") as error:
+        load_target("dogs", data_root=tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["dogs", "cars", "small_svhn"])
+def test_without_scipy(tmp_path, monkeypatch, name):
+    real = builtins.__import__
+
+    def no_scipy(module, *args, **kwargs):
+        if module.startswith("scipy"):
+            raise ImportError(f"No module named {module!r}")
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_scipy)
+    with pytest.raises(UserError, match=r"pip install 'metaperturb\[mat\]'") as error:
+        load_target(name, data_root=tmp_path)
+    one_line(error)
+
+
+# --- torchvision
+
+
+def _cars_files():
+    annotations, contents = {}, {}
+    for split, numbers in (("train", range(4)), ("test", range(4, 7))):
+        rows = np.zeros((1, len(numbers)), dtype=[("fname", object), ("class", object)])
+        for column, i in enumerate(numbers):
+            rows[0, column] = (f"{i:05}.jpg", 1 + i % 2)
+            contents[f"cars_{split}/{i:05}.jpg"] = picture(i, (60, 50), "JPEG")
+        annotations[split] = _mat(annotations=rows)
+    return {
+        **contents,
+        "devkit/cars_train_annos.mat": annotations["train"],
+        "cars_test_annos_withlabels.mat": annotations["test"],
+        "devkit/cars_meta.mat": _mat(class_names=np.array(["Acura", "BMW"], dtype=object)[None]),
+    }
+
+
+def test_cars(tmp_path, monkeypatch):
+    _shrink(monkeypatch, "cars", 2, 4, 3)
+    files = _cars_files()
+    write_folder(tmp_path / "stanford_cars", files)
+    train, test = load_target("cars", data_root=tmp_path)
+    assert train.classes == ("Acura", "BMW")
+    assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 1, 0]
+    _check_images(train, [files[f"cars_train/{i:05}.jpg"] for i in range(4)])
+    (tmp_path / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
+    with pytest.raises(
+        UserError, match=r"cars_test_annos_withlabels\.mat missing; Stanford Cars can no longer"
+    ) as error:
+        load_target("cars", data_root=tmp_path)
+    message = one_line(error)
+    assert all(part in message for part in ("cars_train/", "cars_test/", "devkit/cars_meta.mat", str(tmp_path)))
+
+
+def _aircraft_files():
+    files = {f"data/images/{i:07}.jpg": picture(i, (60, 50), "JPEG") for i in range(6)}
+    files["data/variants.txt"] = b"707-320\nF-16A/B\n"
+    rows = [f"{i:07} {('707-320', 'F-16A/B')[i % 2]}" for i in range(6)]
+    files["data/images_variant_trainval.txt"] = "\n".join(rows[:4]).encode()
+    files["data/images_variant_test.txt"] = "\n".join(rows[4:]).encode()
+    return {f"fgvc-aircraft-2013b/{name}": content for name, content in files.items()}
+
+
+@pytest.mark.parametrize("form", ["extracted", "archive", "download"])
+def test_aircraft(tmp_path, monkeypatch, form):
+    _shrink(monkeypatch, "aircraft", 2, 4, 2)
+    files = _aircraft_files()
+    if form == "extracted":
+        write_folder(tmp_path, files)
+    else:
+        archive = write_tar(tmp_path / "fgvc-aircraft-2013b.tar.gz", files)
+        monkeypatch.setattr(targets, "AIRCRAFT_MD5", _md5(archive.read_bytes()))
+        if form == "download":
+            fetched = tmp_path / "server.tar.gz"
+            archive.rename(fetched)
+            monkeypatch.setattr(targets, "download", lambda url, path, md5: path.write_bytes(fetched.read_bytes()))
+    train, test = load_target("aircraft", data_root=tmp_path, download=form == "download")
+    assert train.classes == ("707-320", "F-16A/B")
+    assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 1]
+    _check_images(test, [files[f"fgvc-aircraft-2013b/data/images/{i:07}.jpg"] for i in (4, 5)])
+    assert not list(tmp_path.glob(".*.tmp"))
+    if form == "archive":
+        assert archive.exists()
+    (tmp_path / "fgvc-aircraft-2013b/data/images/0000001.jpg").unlink()
+    with pytest.raises(UserError, match=r"0000001\.jpg is listed but missing") as error:
+        load_target("aircraft", data_root=tmp_path)
+    one_line(error)
+
+
+def test_aircraft_absent_or_cut_off(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"place fgvc-aircraft-2013b\.tar\.gz from https://www.robots") as error:
+        load_target("aircraft", data_root=tmp_path, download=False)
+    one_line(error)
+    archive = write_tar(tmp_path / "fgvc-aircraft-2013b.tar.gz", _aircraft_files())
+    with pytest.raises(UserError, match=r"fgvc-aircraft-2013b\.tar\.gz: wrong MD5") as error:
+        load_target("aircraft", data_root=tmp_path)
+    one_line(error)
+    archive.write_bytes(archive.read_bytes()[:3000])
+    monkeypatch.setattr(targets, "AIRCRAFT_MD5", _md5(archive.read_bytes()))
+    with pytest.raises(UserError, match="failed") as error:  # while extracting: nothing may be left of it
+        load_target("aircraft", data_root=tmp_path)
+    one_line(error)
+    assert archive.exists() and not (tmp_path / "fgvc-aircraft-2013b").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def _dtd_files():
+    names = [f"{c}/{c}_{i}.jpg" for i in range(6) for c in ("banded", "woven")]
+    files = {f"dtd/images/{name}": picture(i, (60, 50), "JPEG") for i, name in enumerate(names)}
+    for split, part in (("train", names[:4]), ("val", names[4:8]), ("test", names[8:])):
+        files[f"dtd/labels/{split}1.txt"] = "\n".join(part).encode()
+    return files
+
+
+@pytest.mark.parametrize("form", ["extracted", "archive"])
+def test_dtd(tmp_path, monkeypatch, form):
+    _shrink(monkeypatch, "dtd", 2, 8, 4)
+    files = _dtd_files()
+    if form == "extracted":
+        write_folder(tmp_path / "dtd", files)
+    else:
+        archive = write_tar(tmp_path / "dtd-r1.0.1.tar.gz", files)
+        monkeypatch.setattr(tv.DTD, "_MD5", _md5(archive.read_bytes()))
+    train, test = load_target("dtd", data_root=tmp_path, download=False)
+    assert train.classes == ("banded", "woven")
+    assert train.labels.tolist() == [0, 1] * 4 and test.labels.tolist() == [0, 1] * 2
+    _check_images(train, list(files.values())[:8])
+    _check_images(test, list(files.values())[8:12])
+    assert not list((tmp_path / "dtd").glob("*.tar.gz"))
+
+
+def _cifar_archive(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    files, data = {}, {}
+    for split, count in (("train", 160), ("test", 6)):
+        data[split] = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+        labels = [i % 2 for i in range(count)]
+        files[split] = pickle.dumps({"data": data[split].reshape(count, -1), "fine_labels": labels})
+    files["meta"] = pickle.dumps({"fine_label_names": ["apple", "bee"]})
+    archive = write_tar(
+        tmp_path / "cifar-100-python.tar.gz", {f"cifar-100-python/{name}": content for name, content in files.items()}
+    )
+    monkeypatch.setattr(tv.CIFAR100, "tgz_md5", _md5(archive.read_bytes()))
+    monkeypatch.setattr(tv.CIFAR100, "train_list", [["train", _md5(files["train"])]])
+    monkeypatch.setattr(tv.CIFAR100, "test_list", [["test", _md5(files["test"])]])
+    monkeypatch.setattr(tv.CIFAR100, "meta", {**tv.CIFAR100.meta, "md5": _md5(files["meta"])})
+    return data
+
+
+def test_s_cifar100(tmp_path, monkeypatch):
+    _shrink(monkeypatch, "s_cifar100", 2, 100, 6, val=50)
+    data = _cifar_archive(tmp_path, monkeypatch)
+    train, val, test = load_target("s_cifar100", data_root=tmp_path, splits=("train", "val", "test"))
+    assert train.classes == ("apple", "bee") and test.labels.tolist() == [0, 1] * 3
+    np.testing.assert_array_equal(test.images, data["test"])
+    position = {image.tobytes(): i for i, image in enumerate(data["train"])}
+    chosen = [[position[np.array(image).tobytes()] for image in arrays.images] for arrays in (train, val)]
+    assert not set(chosen[0]) & set(chosen[1])
+    for arrays, indices, count in ((train, chosen[0], 50), (val, chosen[1], 25)):
+        assert arrays.labels.tolist() == [i % 2 for i in indices]
+        assert np.bincount(arrays.labels).tolist() == [count, count]
+    # The checksums say what the data is: once cached, the original is not needed.
+    for file in (tmp_path / "cifar-100-python").iterdir():
+        file.unlink()
+    assert load_target("s_cifar100", data_root=tmp_path)[0].fingerprint == train.fingerprint
+    with pytest.raises(UserError, match=r"cifar-100-python: incomplete or damaged; delete it") as error:
+        load_target("s_cifar100", data_root=tmp_path, image_size=16)
+    one_line(error)
+
+
+def test_small_svhn(tmp_path, monkeypatch):
+    _shrink(monkeypatch, "small_svhn", 10, 5000, 20)
+    rng = np.random.default_rng(0)
+    data = {}
+    for split, count in (("train", 5100), ("test", 20)):
+        images = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        labels = (np.arange(count) % 10 + 1).astype(np.uint8)  # 10 stands for the digit 0
+        content = _mat(X=images, y=labels[:, None])
+        data[split] = images.transpose(3, 2, 0, 1)
+        (tmp_path / f"{split}_32x32.mat").write_bytes(content)
+        monkeypatch.setitem(tv.SVHN.split_list, split, [DEAD, f"{split}_32x32.mat", _md5(content)])
+    train, test = load_target("small_svhn", data_root=tmp_path, download=False)
+    assert np.bincount(train.labels).tolist() == [500] * 10
+    np.testing.assert_array_equal(test.images, data["test"])
+    assert test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 2 and test.classes[0] == "0"
+
+
+def test_stl10(tmp_path, monkeypatch):
+    _shrink(monkeypatch, "stl10", 2, 4, 2)
+    rng = np.random.default_rng(0)
+    files, data = {"class_names.txt": b"airplane\nbird\n", "unlabeled_X.bin": b""}, {}
+    for split, count in (("train", 4), ("test", 2)):
+        data[split] = rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        files[f"{split}_X.bin"] = data[split].transpose(0, 1, 3, 2).tobytes()  # stored column by column
+        files[f"{split}_y.bin"] = bytes(1 + i % 2 for i in range(count))
+    write_folder(tmp_path / "stl10_binary", files)
+    for table in ("train_list", "test_list"):
+        monkeypatch.setattr(tv.STL10, table, [[name, _md5(files[name])] for name, _ in getattr(tv.STL10, table)])
+    train, _ = load_target("stl10", data_root=tmp_path)
+    assert train.classes == ("airplane", "bird") and train.labels.tolist() == [0, 1, 0, 1]
+    np.testing.assert_array_equal(train.images, data["train"])
+    small, _ = load_target("stl10", data_root=tmp_path, image_size=32)
+    assert small.images.shape == (4, 3, 32, 32)
+
+
+def test_stl10_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(tv.STL10, "url", DEAD + "stl10_binary.tar.gz")
+    with pytest.raises(
+        UserError, match=rf"download from {DEAD}stl10_binary.tar.gz failed; fetch stl10_binary"
+    ) as error:
+        load_target("stl10", data_root=tmp_path)
+    assert str(tmp_path) in one_line(error)
+    assert not [p for p in tmp_path.iterdir() if "stl10" in p.name and p.suffix != ".lock"]
+
+
+def test_fashion_mnist(tmp_path, monkeypatch):
+    _shrink(monkeypatch, "fashion_mnist", 10, 6, 3)
+    rng = np.random.default_rng(0)
+    resources, data = [], {}
+    for split, count in (("train", 6), ("t10k", 3)):
+        data[split] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
+        labels = (0x801).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(range(count))
+        for kind, content in (("images-idx3", header + data[split].tobytes()), ("labels-idx1", labels)):
+            packed = gzip.compress(content)
+            (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(packed)
+            resources.append((f"{split}-{kind}-ubyte.gz", _md5(packed)))
+    monkeypatch.setattr(tv.FashionMNIST, "resources", resources)
+    train, test = load_target("fashion_mnist", data_root=tmp_path, download=False)
+    assert train.images.shape == (6, 3, 32, 32) and test.labels.tolist() == [0, 1, 2]
+    assert train.classes[0] == "T-shirt/top"
+    np.testing.assert_array_equal(train.images[:, 0], train.images[:, 2])
+    (tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="FashionMNIST: incomplete or damaged") as error:
+        load_target("fashion_mnist", data_root=tmp_path, image_size=28)
+    one_line(error)
+
+
+# --- the sets without official counts
+
+
+def test_folder_has_no_expected_counts(tmp_path):
+    files = {f"{split}/{c}/1.png": picture(1) for split in ("train", "test") for c in "ab"}
+    train, test = load_target("folder", path=write_zip(tmp_path / "x.zip", files), data_root=tmp_path)
+    assert train.images.shape == test.images.shape == (2, 3, 32, 32)
+
+
+def test_embedded_is_wrapped(tmp_path):
+    train, test = load_target("embedded", data_root=tmp_path, seed=1)
+    assert train.classes == test.classes and train.images.shape[1:] == (3, 32, 32)
+    assert train.images.dtype == np.uint8 and train.labels.dtype == np.int64
+    again, _ = load_target("embedded", data_root=tmp_path, seed=1)
+    assert again.fingerprint == train.fingerprint != test.fingerprint
+    (small,) = load_target("embedded", data_root=tmp_path, seed=1, image_size=16, splits=("train",))
+    assert small.image_size == 16
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,157 @@
+"""Tiny ImageNet in its official layout, whole or in parts."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from image_files import expected_pixels, one_line, picture, write_folder, write_zip
+
+from metaperturb.data import load_source, tiny_imagenet
+from metaperturb.data.tiny_imagenet import load_tiny_imagenet
+from metaperturb.errors import UserError
+
+WNIDS = ("n02", "n01", "n10")
+
+
+def _layout(first: int, last: int, val: bool = True) -> dict[str, bytes]:
+    """Images ``first … last - 1`` of each class, as in the official archive."""
+    files = {"wnids.txt": "\n".join(WNIDS).encode(), "words.txt": b"n01\tcat"}
+    for c, wnid in enumerate(WNIDS):
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = f"{wnid}_0.JPEG\t0\t0\t63\t63".encode()
+        for i in range(first, last):
+            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = picture(100 * c + i, (64, 64), "JPEG")
+    if val:
+        rows = [f"val_{i}.JPEG\t{WNIDS[i % 3]}\t0\t32\t44\t62\n" for i in range(12)]
+        files["val/val_annotations.txt"] = "".join(rows).encode()
+        for i in range(6):  # the other half is not here
+            files[f"val/images/val_{i}.JPEG"] = picture(900 + i, (64, 64), "JPEG")
+    files["test/images/test_0.JPEG"] = picture(5, (64, 64), "JPEG")
+    return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
+
+
+def _load(root, *paths, **options):
+    return load_source("tiny_imagenet", data_root=root, paths=paths, **options)
+
+
+def test_whole_parts_and_folder_are_the_same(tmp_path):
+    layout = _layout(0, 12)
+    whole = write_zip(tmp_path / "whole.zip", layout)
+    one = write_zip(tmp_path / "one.zip", _layout(0, 5))
+    two = write_zip(tmp_path / "two.zip", _layout(5, 12, val=False))
+    overlapping = write_zip(tmp_path / "overlapping.zip", _layout(3, 12))
+    folder = write_folder(tmp_path / "folder", layout)
+    choices = [(whole,), (one, two), (two, one), (one, overlapping), (folder,), (folder / "tiny-imagenet-200",)]
+    found = [_load(tmp_path / f"root{i}", *paths) for i, paths in enumerate(choices)]
+    assert len({arrays.fingerprint for arrays in found}) == 1
+    for arrays in found:
+        np.testing.assert_array_equal(arrays.images, found[0].images)
+        np.testing.assert_array_equal(arrays.labels, np.repeat(np.arange(3), 12))
+    assert found[0].classes == ("n01", "n02", "n10")
+    # By class, then by file name as plain text: 0, 1, 10, 11, 2, …
+    third = layout["tiny-imagenet-200/train/n01/images/n01_10.JPEG"]
+    np.testing.assert_array_equal(found[0].images[2], expected_pixels(third, 32))
+
+
+def test_image_size(tmp_path):
+    layout = _layout(0, 2)
+    path = write_zip(tmp_path / "x.zip", layout)
+    for size in (32, 64):
+        arrays = _load(tmp_path, path, image_size=size)
+        names = sorted(name for name in layout if "/train/" in name and name.endswith("JPEG"))
+        np.testing.assert_array_equal(arrays.images, np.stack([expected_pixels(layout[n], size) for n in names]))
+
+
+def test_validation_images(tmp_path):
+    layout = _layout(0, 2)
+    paths = [write_zip(tmp_path / "one.zip", layout), write_zip(tmp_path / "two.zip", _layout(2, 4, val=False))]
+    val = load_tiny_imagenet(data_root=tmp_path, paths=paths, split="val")
+    train = load_tiny_imagenet(data_root=tmp_path, paths=paths)
+    assert val.classes == train.classes
+    # Sorted by class: val_1, val_4 are n01 (label 0), val_0, val_3 n02, val_2, val_5 n10.
+    assert val.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for image, number in zip(val.images, [1, 4, 0, 3, 2, 5], strict=True):
+        content = layout[f"tiny-imagenet-200/val/images/val_{number}.JPEG"]
+        np.testing.assert_array_equal(image, expected_pixels(content, 32))
+    with pytest.raises(UserError, match=r"two\.zip: no labelled validation images") as error:
+        load_tiny_imagenet(data_root=tmp_path, paths=paths[1:], split="val")
+    one_line(error)
+
+
+def test_usual_places(tmp_path):
+    layout = _layout(0, 2)
+    write_folder(tmp_path / "a", layout)
+    write_zip(tmp_path / "tiny-imagenet-200.zip", layout)
+    assert _load(tmp_path / "a").fingerprint == _load(tmp_path).fingerprint
+
+
+def test_absent(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"tiny-imagenet-200\.zip: no such file; fetch http") as error:
+        _load(tmp_path, download=False)
+    one_line(error)
+    monkeypatch.setattr(tiny_imagenet, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
+    with pytest.raises(UserError, match="download failed") as error:
+        _load(tmp_path)
+    message = one_line(error)
+    assert "http://127.0.0.1:9" in message and str(tmp_path / "tiny-imagenet-200.zip") in message
+    with pytest.raises(UserError, match=r"nowhere\.zip: no such file"):
+        _load(tmp_path, tmp_path / "nowhere.zip")
+
+
+def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch):
+    archive = write_zip(tmp_path / "server.zip", _layout(0, 2))
+    monkeypatch.setattr(tiny_imagenet, "URL", archive.as_uri())
+    with pytest.raises(UserError, match=r"wrong MD5 .* expected 90528d7ca1a48142e341f4ef8d21d0de") as error:
+        _load(tmp_path / "root")
+    one_line(error)
+    monkeypatch.setattr(tiny_imagenet, "MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(_load(tmp_path / "root")) == 6
+
+
+def test_foreign_and_truncated(tmp_path):
+    foreign = write_zip(tmp_path / "foreign.zip", {"cifar/train/cat/1.png": picture(1)})
+    good = write_zip(tmp_path / "good.zip", _layout(0, 2))
+    for paths in ([foreign], [good, foreign]):
+        with pytest.raises(UserError, match=r"foreign\.zip: not Tiny ImageNet") as error:
+            _load(tmp_path, *paths)
+        one_line(error)
+    good.write_bytes(good.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"good\.zip: not a zip file \(is the download complete\?\)"):
+        _load(tmp_path, good)
+
+
+def test_same_name_with_other_content(tmp_path):
+    one = write_zip(tmp_path / "one.zip", _layout(0, 2))
+    name = "tiny-imagenet-200/train/n01/images/n01_1.JPEG"
+    two = write_zip(tmp_path / "two.zip", {**_layout(2, 4), name: picture(77, kind="JPEG")})
+    with pytest.raises(UserError, match=r"n01_1\.JPEG differs") as error:
+        _load(tmp_path, one, two)
+    assert str(one) in one_line(error) and str(two) in one_line(error)
+
+
+def test_class_without_images(tmp_path):
+    path = write_zip(tmp_path / "x.zip", {**_layout(0, 2), "tiny-imagenet-200/train/n99/images/": b""})
+    with pytest.raises(UserError, match="train/n99: class folder without images") as error:
+        _load(tmp_path, path)
+    one_line(error)
+
+
+def test_unreadable_image(tmp_path):
+    name = "tiny-imagenet-200/train/n01/images/n01_1.JPEG"
+    path = write_zip(tmp_path / "x.zip", {**_layout(0, 3), name: b"<html>"})
+    with pytest.raises(UserError, match=rf"x\.zip: {name}: unreadable image") as error:
+        _load(tmp_path, path)
+    one_line(error)
+    assert _load(tmp_path, path, skip_unreadable=True).labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_bad_annotations(tmp_path):
+    layout = {**_layout(0, 2), "tiny-imagenet-200/val/val_annotations.txt": b"val_0.JPEG\tn77\t0\n"}
+    with pytest.raises(UserError, match=r"val_annotations\.txt, line 1") as error:
+        load_tiny_imagenet(data_root=tmp_path, paths=[write_zip(tmp_path / "x.zip", layout)], split="val")
+    one_line(error)
+
+
+def test_unknown_source(tmp_path):
+    with pytest.raises(UserError, match="unknown source 'imagenet'; known: tiny_imagenet") as error:
+        load_source("imagenet", data_root=tmp_path)
+    one_line(error)
