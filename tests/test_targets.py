@@ -266,7 +266,8 @@ def test_aircraft(tmp_path, monkeypatch, form):
         if form == "download":
             fetched = tmp_path / "server.tar.gz"
             archive.rename(fetched)
-            monkeypatch.setattr(targets, "download", lambda url, path, md5: path.write_bytes(fetched.read_bytes()))
+            real = targets.download
+            monkeypatch.setattr(targets, "download", lambda url, path, md5: real(fetched.as_uri(), path, md5))
     train, test = load_target("aircraft", data_root=tmp_path, download=form == "download")
     assert train.classes == ("707-320", "F-16A/B")
     assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 1]

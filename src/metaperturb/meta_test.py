@@ -20,6 +20,7 @@ from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
 from metaperturb.data import TARGETS, load_target
 from metaperturb.data.batches import DeviceImages, TrainingBatches
+from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
 from metaperturb.evaluation import evaluate
@@ -27,7 +28,7 @@ from metaperturb.plots import plot_convergence
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
-from metaperturb.training import accuracy, annealed_strength, check_finite
+from metaperturb.training import accuracy, annealed_strength, check_finite, check_finite_parameters
 from metaperturb.weights import load_phi
 
 
@@ -70,7 +71,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         skip_unreadable=config.skip_unreadable,
     )
     train_images, test_images = DeviceImages(train, device), DeviceImages(test, device)
-    padding = 4 if train.image_size <= 32 else 8
+    padding = crop_padding(train.image_size)
     key = (config.seed, 0, "order_train")
     batches = TrainingBatches(train_images, torch.arange(len(train)).numpy(), None, config.batch_size, padding, key)
 
@@ -132,6 +133,7 @@ def meta_test(config: MetaTestConfig) -> dict:
             shown = {"test_accuracy": metrics["accuracy"]} if metrics else {}
             progress.update(done, loss=mean_loss, accuracy=mean_accuracy, **shown)
         if saves:
+            check_finite_parameters(model.parameters(), "task 0", done, config.run_dir)
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),

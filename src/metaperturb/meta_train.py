@@ -26,6 +26,7 @@ from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
 from metaperturb.data import ImageArrays, load_source
 from metaperturb.data.batches import DeviceImages, TrainingBatches
 from metaperturb.data.splits import TaskSplit, class_split, load_split, save_split
+from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import Group, launch
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
@@ -33,10 +34,9 @@ from metaperturb.plots import plot_meta_training
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
 from metaperturb.storage import load_json, load_tensors, save_json, save_tensors
-from metaperturb.training import accuracy, annealed_strength, check_finite
+from metaperturb.training import accuracy, annealed_strength, check_finite, check_finite_parameters
 from metaperturb.weights import save_phi
 
-CROP_PADDING = 4  # section 4
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")  # a task's, beside φ's gradient in its row
 
 
@@ -54,7 +54,9 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     if finished_result(config.run_dir):
         print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
         return
-    load_tasks(config)  # whatever is wrong with data or split is said now, before any process starts
+    # Whatever is wrong with data, split or network is said now, before any process starts.
+    _, splits = load_tasks(config)
+    attach(models.create(config.model, len(splits[0].classes), config.image_size), MetaPerturb(), config.image_size)
     launch(work, (config,), config.gpus, config.port, config.tasks, show_traceback)
 
 
@@ -87,13 +89,15 @@ class Task:
 
         def batches(indices, purpose: str) -> TrainingBatches:
             key = (config.seed, index, purpose)
-            return TrainingBatches(images, indices, split.classes, config.batch_size, CROP_PADDING, key)
+            return TrainingBatches(
+                images, indices, split.classes, config.batch_size, crop_padding(config.image_size), key
+            )
 
         self.train_batches = batches(split.train, "order_train")
         self.test_batches = batches(split.test, "order_test")
         seed_torch(config.seed, index, "init")
         model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
-        self.model = attach(model, phi, config.image_size, clip=config.clip, verbose=index == 0)
+        self.model = attach(model, phi, config.image_size, clip=config.clip, verbose=False)
         self.theta = list(self.model.parameters())  # φ is not among them
         self.optimizer = torch.optim.Adam(self.theta, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -130,14 +134,20 @@ class Task:
     def lookahead(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Ren et al. 2018: the loss on D_te at θ − η ∇θ L_tr(θ, φ), differentiable through that step."""
         theta = dict(self.model.named_parameters())
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # the step is only looked at, not made
         x_train, y_train = self.train_batches.batch(step)
+
+        def forward(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+            # On copies of the buffers: the step is only looked at, so it leaves no trace in the running statistics.
+            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            return torch.func.functional_call(self.model, (parameters, buffers), images)
+
         self.model.train()
-        inner = F.cross_entropy(torch.func.functional_call(self.model, (theta, buffers), x_train), y_train)
+        inner = F.cross_entropy(forward(theta, x_train), y_train)
         gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
-        ahead = {name: p - self.config.lookahead * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+        steps = zip(theta.items(), gradients, strict=True)
+        ahead = {name: parameter - self.config.lookahead * gradient for (name, parameter), gradient in steps}
         batch_norm_to_eval(self.model)
-        logits = torch.func.functional_call(self.model, (ahead, buffers), x)
+        logits = forward(ahead, x)
         return logits, F.cross_entropy(logits, y)
 
     def state(self) -> dict:
@@ -159,7 +169,8 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     images = DeviceImages(source, group.device)
     seed_torch(config.seed, 0, "phi")
     phi = MetaPerturb().to(group.device)
-    phi_optimizer = torch.optim.Adam(phi.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    phi_lr = config.lr if config.phi_lr is None else config.phi_lr
+    phi_optimizer = torch.optim.Adam(phi.parameters(), lr=phi_lr, weight_decay=config.weight_decay, fused=True)
     tasks = [Task(t, splits[t], images, phi, config) for t in group.owned(config.tasks)]
 
     # Resume
@@ -269,7 +280,10 @@ class Checkpoints:
         run: Run | None,
     ) -> None:
         folder = self.step_folder(step)
+        run_dir = str(self.folder.parent)
+        check_finite_parameters(phi.parameters(), "φ", step, run_dir)
         for task in tasks:
+            check_finite_parameters(task.theta, f"task {task.index}", step, run_dir)
             save_tensors(task.state(), folder / f"task-{task.index:02}.pt")
         if run is not None:
             shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict(), "seconds": run.seconds}

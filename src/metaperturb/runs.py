@@ -93,8 +93,10 @@ def check_same_run(config: Any, program: str) -> None:
     """
     if not config.run_dir:
         raise UserError("run_dir: must name a folder")
-    path = Path(config.run_dir) / "config.yaml"
-    if not path.exists():
+    folder = Path(config.run_dir)
+    path = folder / "config.yaml"
+    something_done = any(folder.glob("checkpoints/latest.*")) or (folder / "result.json").exists()
+    if not (something_done and path.exists()):  # a run that failed at its start may be put right and started again
         return
     try:
         old = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,5 +1,8 @@
 """What the steps of both training programs share."""
 
+from collections.abc import Iterable
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -30,7 +33,21 @@ def check_finite(values: Tensor, first_step: int, run_dir: str) -> None:
     bad = ~torch.isfinite(values.flatten(2)).all(dim=2)
     if bad.any():
         step, task = (int(i) for i in bad.nonzero()[0])
-        raise UserError(
-            f"task {task}, step {first_step + step + 1}: the loss or a gradient is not finite; stopped, the last good "
-            f"checkpoint is kept in {run_dir} (a smaller lr or clip may help, in a new run_dir)"
-        )
+        _diverged("the loss or a gradient", f"task {task}, step {first_step + step + 1}", run_dir)
+
+
+def check_finite_parameters(parameters: Iterable[Tensor], whose: str, step: int, run_dir: str) -> None:
+    """The same for what a checkpoint after `step` steps is about to hold; `whose`: `"task 3"`, `"φ"`.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    if not all(torch.isfinite(p).all() for p in parameters):
+        _diverged("a parameter", f"{whose}, step {step}", run_dir)
+
+
+def _diverged(what: str, where: str, run_dir: str) -> NoReturn:
+    raise UserError(
+        f"{where}: {what} is not finite; stopped, the last good checkpoint is kept in {run_dir} (a smaller lr or clip "
+        "may help, in a new run_dir)"
+    )

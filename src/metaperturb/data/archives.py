@@ -386,6 +386,7 @@ def _fetch(url: str, part: Path, final: Path) -> str:
             reason = getattr(error, "reason", None) or error
             if isinstance(error, urllib.error.HTTPError):
                 reason = f"HTTP {error.code} {error.reason}"
+                error.close()
             raise UserError(f"{url}: download failed ({reason}); fetch it by other means to {final}") from error
 
     with network(lambda: urllib.request.urlopen(request, timeout=60)) as response:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,6 +30,8 @@ from metaperturb.errors import UserError
 # Part of every cache key: raise it when the pixels written for the same input change.
 _CACHE_FORMAT = 1
 _SKIP_HINT = "repair or remove it, or set skip_unreadable=true to leave such files out"
+
+Content = bytes | np.ndarray | Exception
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class Plan:
     classes: Sequence[str]
     labels: Sequence[int]
     names: Sequence[str]
-    read: Callable[[], Iterable[tuple[int, bytes | np.ndarray | Exception]]]
+    read: Callable[[], Iterable[tuple[int, Content]]]
 
 
 @dataclass(frozen=True)
@@ -275,38 +276,57 @@ def _decode(
     """Fill ``images`` and ``crcs``; this thread reads, a pool decodes. Returns {index: why} of unreadable images."""
     unreadable: dict[int, str] = {}
 
-    def finish(index: int, future: Future[tuple[np.ndarray, int]]) -> None:
-        try:
-            images[index], crcs[index] = future.result()
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL raises nearly anything on broken images
+    def work(chunk: Sequence[tuple[int, Content]]) -> list[tuple[int, Exception]]:
+        failed = []
+        for index, content in chunk:
+            try:
+                if isinstance(content, Exception):
+                    raise content
+                images[index] = to_pixels(content, images.shape[-1])
+                crcs[index] = zlib.crc32(content)
+            except MemoryError:
+                raise
+            except Exception as error:  # PIL raises nearly anything on broken images
+                failed.append((index, error))
+        return failed
+
+    def finish(size: int, future: Future[list[tuple[int, Exception]]]) -> None:
+        for index, error in future.result():
             reason = " ".join(str(error).split()) or type(error).__name__
             if "cannot identify image file" in reason:  # PIL appends the address of an in-memory buffer
                 reason = "not an image in a format that PIL knows"
             unreadable[index] = f"{plan.names[index]}: unreadable image ({reason})"
             if not skip_unreadable:
                 raise UserError(f"{unreadable[index]}; {_SKIP_HINT}") from error
-        progress.add()
-
-    def work(content: bytes | np.ndarray | Exception) -> tuple[np.ndarray, int]:
-        if isinstance(content, Exception):
-            raise content
-        return to_pixels(content, images.shape[-1]), zlib.crc32(content)
+        progress.add(size)
 
     workers = min(8, len(os.sched_getaffinity(0)))
-    pending: deque[tuple[int, Future[Any]]] = deque()
+    pending: deque[tuple[int, Future[list[tuple[int, Exception]]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for index, content in plan.read():
-                pending.append((index, pool.submit(work, content)))
-                if len(pending) >= 16 * workers:  # bounds the memory
+            for chunk in _chunks(plan.read()):
+                pending.append((len(chunk), pool.submit(work, chunk)))
+                if len(pending) >= 2 * workers:  # bounds the memory
                     finish(*pending.popleft())
             while pending:
                 finish(*pending.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return unreadable
+
+
+def _chunks(items: Iterable[tuple[int, Content]]) -> Iterator[list[tuple[int, Content]]]:
+    """Groups of 16 images, fewer if they are large: handing small images to threads one by one halves the speed."""
+    chunk: list[tuple[int, Content]] = []
+    size = 0
+    for index, content in items:
+        chunk.append((index, content))
+        size += 0 if isinstance(content, Exception) else memoryview(content).nbytes
+        if len(chunk) == 16 or size > 2**20:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def from_memory(name: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ImageArrays:

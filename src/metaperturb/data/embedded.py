@@ -6,7 +6,7 @@ fine-grained target sets do:
 - *source*: 8 shapes × 5 fills = 40 classes ("striped star"), 120 images each, to meta-train φ on;
 - *target*: bugs, 2 bodies × 2 markings × 4 kinds of limbs = 16 classes that differ in their parts only, 25 training
   images each. A small CNN learns these by heart (train accuracy near 100 %) while it takes many a six-legged bug
-  for an eight-legged one (test accuracy in the middle): the regime where a regularizer matters.
+  for a four-legged one (test accuracy in the middle): the regime where a regularizer matters.
 
 What makes them hard is what makes photographs hard: place, size, rotation, foreshortening and colors are random,
 the background is cluttered, something lies in front, light, blur and sensor noise vary. None of it depends on the

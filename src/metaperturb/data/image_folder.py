@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from metaperturb.data.archives import Archive, open_archive, subfolder_root
@@ -44,6 +45,8 @@ def load_image_folder(
     """
     with open_archive(path) as archive:
         key = archive.key()
+        # All splits are looked through before the images of the first are decoded, which may take minutes.
+        plans = cache(lambda: {split: _plan(archive, split) for split in splits})
         return tuple(
             cached(
                 data_root,
@@ -51,7 +54,7 @@ def load_image_folder(
                 split,
                 image_size,
                 key,
-                lambda s=split: _plan(archive, s),
+                lambda s=split: plans()[s],
                 skip_unreadable,
             )
             for split in splits

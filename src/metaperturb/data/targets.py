@@ -318,7 +318,9 @@ def _fetched(
         offered = [name for name in archives if (root / name).is_file()]
         if not fetch and (not archives or len(offered) < len(archives)):
             needed = ", ".join(archives) or produced
-            raise UserError(f"{root / produced}: not there; place {needed} from {url} in {root}, or allow the download")
+            raise UserError(
+                f"{root / produced}: not there; place {needed} from {url} in {root}/, or allow the download"
+            )
         temporary = root / f".{produced}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: this process holds the lock
         old_timeout = socket.getdefaulttimeout()
@@ -334,7 +336,9 @@ def _fetched(
                     (temporary / place).symlink_to((root / name).resolve())
                 temporary.mkdir(exist_ok=True)
                 socket.setdefaulttimeout(60)  # torchvision sets none and would wait for ever
-                advice = f"download from {url} failed; fetch {', '.join(archives) or produced} by other means to {root}"
+                advice = (
+                    f"download from {url} failed; fetch {', '.join(archives) or produced} by other means to {root}/"
+                )
                 with _torchvision_errors(root / produced, advice):
                     make(temporary)
                 for place, _ in archives.values():  # a link to the user's file, or 100s of MB no longer needed
@@ -455,12 +459,10 @@ def _aircraft(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[s
     folder = "fgvc-aircraft-2013b"
     file = f"{folder}.tar.gz"
     url = f"https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/{file}"
-
-    def make(root: Path) -> None:
-        download(url, root / file, AIRCRAFT_MD5)  # torchvision would check nothing
-        tv.FGVCAircraft(str(root), download=True)
-
-    _fetched(place, folder, url, {file: (file, AIRCRAFT_MD5)}, fetch, make)
+    if fetch and not (place / folder).exists():
+        download(url, place / file, AIRCRAFT_MD5)  # torchvision's own download checks nothing
+    archives: dict[str, tuple[str, str | None]] = {file: (file, AIRCRAFT_MD5)}
+    _fetched(place, folder, url, archives, fetch, lambda r: tv.FGVCAircraft(str(r), download=True))
     archive = stack.enter_context(open_archive(place / folder))
 
     def plan() -> Plan:

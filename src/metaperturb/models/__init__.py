@@ -53,9 +53,7 @@ def create(name: str, num_classes: int, image_size: int) -> nn.Module:
         )
     builder = torchvision.models.get_model_builder(name)
     options = {"weights": None, "num_classes": num_classes}
-    if (
-        "inception" in name or name == "googlenet"
-    ):  # their auxiliary heads would change the output in training
+    if "inception" in name or name == "googlenet":  # their auxiliary heads would change the output in training
         options |= {"aux_logits": False, "init_weights": True}
     return builder(**options)
 
@@ -64,12 +62,8 @@ def _from_timm(name: str, num_classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UserError(
-            f"model timm/{name}: timm is not installed (pip install 'metaperturb[timm]')"
-        ) from error
+        raise UserError(f"model timm/{name}: timm is not installed (pip install 'metaperturb[timm]')") from error
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(
-            f"model timm/{name}: unknown to timm {timm.__version__} (near: {', '.join(near) or 'none'})"
-        )
+        raise UserError(f"model timm/{name}: unknown to timm {timm.__version__} (near: {', '.join(near) or 'none'})")
     return timm.create_model(name, num_classes=num_classes)

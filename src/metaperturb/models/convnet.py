@@ -43,13 +43,9 @@ class ConvNet(nn.Module):
         pools = sum(pool for _, pool in layers)
         final_size = image_size // 2**pools
         if final_size < 1:
-            raise UserError(
-                f"image_size {image_size}: too small for this network, which halves it {pools} times"
-            )
+            raise UserError(f"image_size {image_size}: too small for this network, which halves it {pools} times")
         widths = [3] + [width for width, _ in layers]
-        self.layers = nn.Sequential(
-            *(ConvLayer(widths[i], width, pool) for i, (width, pool) in enumerate(layers))
-        )
+        self.layers = nn.Sequential(*(ConvLayer(widths[i], width, pool) for i, (width, pool) in enumerate(layers)))
         self.fc = nn.Linear(widths[-1] * final_size**2, num_classes)
         kaiming_init(self)
 

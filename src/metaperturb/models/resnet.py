@@ -84,9 +84,7 @@ class WideResNet(nn.Module):
         stages = []
         for stage in range(3):
             first = WideBlock(channels[stage], channels[stage + 1], stride=1 if stage == 0 else 2)
-            rest = (
-                WideBlock(channels[stage + 1], channels[stage + 1], 1) for _ in range(blocks_per_stage - 1)
-            )
+            rest = (WideBlock(channels[stage + 1], channels[stage + 1], 1) for _ in range(blocks_per_stage - 1))
             stages.append(nn.Sequential(first, *rest))
         self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.BatchNorm2d(channels[-1])

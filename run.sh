@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# MetaPerturb: everything from here.
+#
+#   ./run.sh demo              meta-train φ and use it, on drawn images: no download, minutes on a CPU
+#   ./run.sh test              the tests
+#   ./run.sh src               meta-train φ on Tiny ImageNet           (Algorithm 1)
+#   ./run.sh tgt <gpu|cpu>     train a network on a target data set     (Algorithm 2)
+#   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
+#
+# Each creates .venv and installs requirements.txt first, where that has not been done (PYTHON=… names the Python to use;
+# VENV=none takes its packages as they are). Settings follow; override them from the environment, and any other setting
+# by a key=value behind the command:   TGT_DATA=cub ./run.sh tgt 0 steps=2000
+set -euo pipefail
+
+GPUS=${GPUS:-auto}                  # devices for src: 0,1,… one process each; cpu; cpu,cpu; auto
+DATA=${DATA:-data}                  # downloads and cached arrays
+RUNS=${RUNS:-runs}                  # results
+SEED=${SEED:-0}
+
+SRC_DATA=${SRC_DATA:-tiny_imagenet} # or embedded, folder
+SRC_PATHS=${SRC_PATHS:-}            # local zips or folders, comma-separated; empty: under DATA, else downloaded
+SRC_MODEL=${SRC_MODEL:-resnet20}
+SRC_SPLIT=${SRC_SPLIT:-disjoint}    # or paired, homogeneous
+SRC_TASKS=${SRC_TASKS:-10}
+SRC_STEPS=${SRC_STEPS:-750}
+SRC_RUN=${SRC_RUN:-$RUNS/src-$SRC_DATA-$SRC_MODEL-$SRC_SPLIT-seed$SEED}
+
+TGT_DATA=${TGT_DATA:-s_cifar100}    # stl10 dogs cars aircraft cub small_svhn fashion_mnist dtd folder embedded
+TGT_PATH=${TGT_PATH:-}              # folder or archive of the target; empty: under DATA, else downloaded
+TGT_MODEL=${TGT_MODEL:-resnet20}    # conv4 conv6 vgg9 resnet20 … wrn_28_2, or any CNN of torchvision
+TGT_STEPS=${TGT_STEPS:-10000}
+METHOD=${METHOD:-metaperturb}       # or base
+PHI=${PHI:-$SRC_RUN/phi.pt}
+TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED}
+
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+die() { echo "error: $*" >&2; exit 1; }
+
+usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' run.sh; }
+
+find_python() { # the first Python of a supported version
+    local candidate
+    for candidate in ${PYTHON:-python3.12 python3.11 python3 python3.13}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "needs Python 3.11 or later (looked for: ${PYTHON:-python3.12, python3.11, python3}; PYTHON=/path/to/python names one)"
+}
+
+setup() { # setup REQUIREMENTS…: .venv with these files installed; sets $py
+    local base stamp
+    if [ "${VENV:-.venv}" = none ]; then
+        py=$(find_python)
+        export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+        return
+    fi
+    py=.venv/bin/python
+    stamp=$(cat "$@" pyproject.toml | cksum)
+    [ "$(cat .venv/.installed-"${#@}" 2>/dev/null)" = "$stamp" ] && "$py" -c '' 2>/dev/null && return
+    base=$(find_python)
+    echo "installing into .venv (PyTorch is large: some minutes)" >&2
+    "$base" -m venv .venv || die "$base cannot make virtual environments (on Debian: apt install python3-venv)"
+    local files=()
+    for file in "$@"; do files+=(-r "$file"); done
+    "$py" -m pip install --quiet --disable-pip-version-check "${files[@]}" || die "pip could not install the packages (network?)"
+    "$py" -m pip install --quiet --disable-pip-version-check --no-deps -e . || die "pip could not install metaperturb"
+    echo "$stamp" > .venv/.installed-"${#@}"
+}
+
+command=${1:-}
+[ $# -gt 0 ] && shift
+case $command in
+demo)
+    setup requirements.txt
+    exec "$py" scripts/demo.py --out "$RUNS/demo" "$@"
+    ;;
+test)
+    setup requirements.txt tests/requirements.txt
+    exec "$py" -m pytest "$@"
+    ;;
+src)
+    setup requirements.txt
+    exec "$py" -m metaperturb.meta_train --config configs/src.yaml --set "gpus=$GPUS" "data_root=$DATA" "seed=$SEED" \
+        "source=$SRC_DATA" "source_paths=$SRC_PATHS" "model=$SRC_MODEL" "split=$SRC_SPLIT" "tasks=$SRC_TASKS" \
+        "steps=$SRC_STEPS" "run_dir=$SRC_RUN" "$@"
+    ;;
+tgt)
+    [ $# -gt 0 ] || die "usage: ./run.sh tgt <gpu number or cpu> [key=value …]"
+    gpu=$1 && shift
+    setup requirements.txt
+    options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "target=$TGT_DATA" "model=$TGT_MODEL" "steps=$TGT_STEPS"
+        "method=$METHOD" "run_dir=$TGT_RUN")
+    [ -n "$TGT_PATH" ] && options+=("target_path=$TGT_PATH")
+    [ "$METHOD" = base ] || options+=("phi=$PHI")
+    exec "$py" -m metaperturb.meta_test --config configs/tgt.yaml --set "${options[@]}" "$@"
+    ;;
+data)
+    setup requirements.txt
+    exec "$py" scripts/prepare_data.py --data-root "$DATA" "$@"
+    ;;
+"" | help | -h | --help) usage ;;
+*)
+    usage >&2
+    die "unknown command '$command'"
+    ;;
+esac

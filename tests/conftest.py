@@ -1,0 +1,114 @@
+"""A small real image folder, and the programs run as processes, for the tests of training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_files import write_folder
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def class_pictures(classes: int, per_class: int, split: str, size: int = 12) -> dict[str, bytes]:
+    """PNG files `<split>/<class>/<i>.png` whose stripes differ between classes, so that there is something to learn."""
+    import io
+
+    files = {}
+    for label in range(classes):
+        for i in range(per_class):
+            rng = np.random.default_rng((label, i, split == "test"))
+            y, x = np.mgrid[:size, :size]
+            wave = np.sin((label + 1) * (x if label % 2 else y) / 3.0 + rng.uniform(0, 6))
+            image = 128 + 60 * wave[..., None] + rng.normal(0, 25, (size, size, 3))
+            buffer = io.BytesIO()
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+            files[f"{split}/class{label:02}/{i}.png"] = buffer.getvalue()
+    return files
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """10 classes, 8 training and 5 test images each, 12×12 pixels; its cache lies beside it in `cache_root`."""
+    path = tmp_path_factory.mktemp("images") / "folder"
+    return write_folder(path, class_pictures(10, 8, "train") | class_pictures(10, 5, "test"))
+
+
+@pytest.fixture(scope="session")
+def source_settings(image_folder, tmp_path_factory) -> list[str]:
+    """A meta-training of seconds: five tasks of two classes."""
+    cache = tmp_path_factory.mktemp("data")
+    return [
+        "source=folder",
+        f"source_paths={image_folder}",
+        f"data_root={cache}",
+        "image_size=12",
+        "model=resnet8",
+        "tasks=5",
+        "batch_size=4",
+        "log_every=2",
+        "checkpoint_every=2",
+    ]
+
+
+@pytest.fixture(scope="session")
+def target_settings(image_folder, tmp_path_factory) -> list[str]:
+    """A meta-test of seconds."""
+    return [
+        "target=folder",
+        f"target_path={image_folder}",
+        f"data_root={tmp_path_factory.mktemp('data')}",
+        "image_size=12",
+        "model=resnet8",
+        "batch_size=16",
+        "eval_every=4",
+        "eval_samples=2",
+        "final_samples=3",
+        "log_every=2",
+        "checkpoint_every=2",
+        "gpu=cpu",
+    ]
+
+
+def start(program: str, settings: list[str], **options) -> subprocess.Popen:
+    """`python -m metaperturb.<program> --set …` in a process group of its own, output captured as text."""
+    command = [sys.executable, "-m", f"metaperturb.{program}", "--set", *settings]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
+    )
+
+
+def run(program: str, settings: list[str], **options) -> subprocess.CompletedProcess:
+    process = start(program, settings, **options)
+    out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def error_line(completed: subprocess.CompletedProcess) -> str:
+    """The one `error:` line of a program that failed as it should: exit code not 0 and no traceback."""
+    assert completed.returncode not in (0, None)
+    assert "Traceback" not in completed.stderr, completed.stderr
+    lines = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, completed.stderr
+    return lines[0]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in task.read_text().split()]
+    return [c for c in found if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,101 @@
+"""A second implementation of the perturbation site, from SPEC section 2 and section 3.2 of the paper alone.
+
+float64 NumPy and explicit loops: slow, and obvious enough to be believed. It shares no code with `metaperturb`.
+"""
+
+import numpy as np
+
+MOMENTUM = 0.1
+
+
+def correlate3x3(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """What deep learning calls convolution: `[H, W]` with `[3, 3]`, one pixel of zeros around, `[H, W]`."""
+    height, width = image.shape
+    out = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            for dy in range(3):
+                for dx in range(3):
+                    row, column = y + dy - 1, x + dx - 1
+                    if 0 <= row < height and 0 <= column < width:
+                        out[y, x] += kernel[dy, dx] * image[row, column]
+    return out
+
+
+def equivariant_layer(h: np.ndarray, self_kernel: np.ndarray, all_kernel: np.ndarray) -> np.ndarray:
+    """Every channel with the self kernel, the mean channel with the all kernel, added: `[B, C, H, W]`."""
+    out = np.empty(h.shape)
+    for b, example in enumerate(h):
+        shared = correlate3x3(sum(example) / len(example), all_kernel)
+        for c, channel in enumerate(example):
+            out[b, c] = correlate3x3(channel, self_kernel) + shared
+    return out
+
+
+def softplus(a: np.ndarray) -> np.ndarray:
+    return np.maximum(a, 0) + np.log1p(np.exp(-np.abs(a)))
+
+
+class OracleSite:
+    """One site with its own running statistics.
+
+    Args:
+        weights: `self1`, `all1`, `self2`, `all2` `[3, 3]`, `scale_kernels` `[4, 3, 3]`, `scale_affine` `[10]`.
+        channels: C.
+        channel_norm: the channel count of the network's widest perturbed layer.
+        size_norm: the input image size.
+    """
+
+    def __init__(self, weights: dict[str, np.ndarray], channels: int, channel_norm: int, size_norm: int) -> None:
+        self.weights = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
+        self.channel_norm, self.size_norm = channel_norm, size_norm
+        self.running_mean = np.zeros((channels, 4))
+        self.running_var = np.ones((channels, 4))
+        self.training = True
+        self.strength, self.clip = 1.0, 100.0
+
+    def noise_mean(self, h: np.ndarray) -> np.ndarray:
+        w = self.weights
+        hidden = np.maximum(equivariant_layer(h, w["self1"], w["all1"]), 0)
+        return equivariant_layer(hidden, w["self2"], w["all2"])
+
+    def features(self, h: np.ndarray) -> np.ndarray:
+        """v: `[B, C, 4]`."""
+        v = np.empty((*h.shape[:2], 4))
+        for b, example in enumerate(h):
+            for c, channel in enumerate(example):
+                for k, kernel in enumerate(self.weights["scale_kernels"]):
+                    v[b, c, k] = np.maximum(correlate3x3(channel, kernel), 0).mean()
+        return v
+
+    def batch_statistics(self, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and unbiased variance over the batch, `[C, 4]` each."""
+        v = self.features(h)
+        mean = v.sum(axis=0) / len(v)
+        return mean, ((v - mean) ** 2).sum(axis=0) / (len(v) - 1)
+
+    def scale(self, h: np.ndarray) -> np.ndarray:
+        """s: `[C]`; leaves the running statistics alone."""
+        mean, var = self.batch_statistics(h) if self.training else (self.running_mean, self.running_var)
+        channels, height = h.shape[1], h.shape[2]
+        s = np.empty(channels)
+        for c in range(channels):
+            layer = [channels / self.channel_norm, height / self.size_norm]
+            statistics = np.array([*mean[c], *var[c], *layer])
+            s[c] = 1 / (1 + np.exp(-(self.weights["scale_affine"] @ statistics)))
+        return s
+
+    def forward(self, h: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        z = softplus(self.noise_mean(h) + noise)
+        s = self.scale(h)
+        out = h.copy()
+        for c in range(h.shape[1]):
+            g = s[c] * z[:, c]
+            out[:, c] *= (g - 1) * self.strength + 1
+        if self.training:
+            mean, var = self.batch_statistics(h)
+            self.running_mean = (1 - MOMENTUM) * self.running_mean + MOMENTUM * mean
+            self.running_var = (1 - MOMENTUM) * self.running_var + MOMENTUM * var
+            if self.clip is not None and self.strength > 0:  # strength 0 is the identity
+                out = np.minimum(out, self.clip)
+        return out

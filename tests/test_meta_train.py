@@ -1,0 +1,440 @@
+"""Meta-training as processes: the same bits for any number of them and after any kill; ends together, in one line."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import ROOT, alive, children, error_line, run, start
+
+import metaperturb.meta_train as program
+from metaperturb.config import MetaTrainConfig, load_config
+from metaperturb.data.batches import DeviceImages
+from metaperturb.distributed import Group, launch
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.storage import load_tensors
+from metaperturb.weights import load_phi
+
+STEPS = 6
+
+
+def phi_bits(run_dir: Path) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in load_phi(run_dir / "phi.pt").parameters()])
+
+
+@pytest.fixture(scope="module")
+def reference(source_settings, tmp_path_factory) -> Path:
+    """An uninterrupted run in one process."""
+    run_dir = tmp_path_factory.mktemp("reference") / "src"
+    completed = run("meta_train", [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}", "gpus=cpu"])
+    assert completed.returncode == 0, completed.stderr
+    return run_dir
+
+
+def test_run_folder_is_complete(reference):
+    result = json.loads((reference / "result.json").read_text())
+    assert result["config"]["steps"] == STEPS and result["seed"] == 0 and result["processes"] == 1
+    assert result["versions"]["torch"] == str(torch.__version__)
+    assert set(result["metrics"]) == {"train_loss", "test_loss", "train_accuracy", "test_accuracy"}
+    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert load_phi(reference / "phi.pt").card["config"]["tasks"] == 5
+    assert [p.name for p in (reference / "checkpoints").glob("step-*")] == [f"step-{STEPS:06}"]
+
+
+def test_phi_has_moved_and_is_still_82_finite_numbers(reference):
+    torch.manual_seed(0)
+    bits = phi_bits(reference)
+    assert bits.shape == (82,) and torch.isfinite(bits).all()
+    program.seed_torch(0, 0, "phi")
+    initial = torch.cat([p.flatten() for p in MetaPerturb().parameters()])
+    assert (bits != initial).float().mean() > 0.9
+    assert (bits - initial).abs().max() < STEPS * 1.1e-3  # Adam moves a parameter by at most about lr a step
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_bits_do_not_depend_on_the_number_of_processes(reference, source_settings, tmp_path, processes):
+    gpus = ",".join(["cpu"] * processes)
+    completed = run("meta_train", [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", f"gpus={gpus}"])
+    assert completed.returncode == 0, completed.stderr
+    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+    ours, theirs = ([json.loads(x) for x in (d / "metrics.jsonl").open()] for d in (tmp_path / "src", reference))
+    assert [{**a, "seconds": 0} for a in ours] == [{**b, "seconds": 0} for b in theirs]
+
+
+def test_bits_under_torchrun(reference, source_settings, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "metaperturb.meta_train", "--set", *source_settings, f"steps={STEPS}", "gpus=cpu,cpu"]
+    completed = subprocess.run([*command, f"run_dir={tmp_path / 'src'}"], capture_output=True, text=True, timeout=200)
+    assert completed.returncode == 0, completed.stderr
+    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("delay", "then"), [(0.0, "cpu"), (0.15, "cpu,cpu,cpu")])
+def test_bits_after_sigkill_and_resume_with_other_processes(reference, source_settings, tmp_path, delay, then):
+    run_dir = tmp_path / "src"
+    settings = [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}"]
+    killed = start("meta_train", [*settings, "gpus=cpu,cpu"])
+    wait_for(lambda: (run_dir / "checkpoints" / "latest.json").exists() or killed.poll() is not None)
+    time.sleep(delay)
+    os.killpg(killed.pid, signal.SIGKILL)  # launcher and workers alike, wherever they are
+    killed.communicate()
+    assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "half')  # as a kill in mid-write leaves it
+    resumed = run("meta_train", [*settings, f"gpus={then}"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after step" in resumed.stderr
+    assert torch.equal(phi_bits(run_dir), phi_bits(reference))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+
+
+def test_finished_run_is_not_run_again(reference, source_settings):
+    before = (reference / "phi.pt").stat().st_mtime_ns
+    completed = run("meta_train", [*source_settings, f"steps={STEPS}", f"run_dir={reference}", "gpus=cpu"])
+    assert completed.returncode == 0 and "already finished" in completed.stderr
+    assert (reference / "phi.pt").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused(reference, source_settings):
+    settings = [*source_settings, "steps=7", "seed=1", f"run_dir={reference}"]
+    line = error_line(run("meta_train", settings))
+    assert "steps: 6 → 7" in line and "seed: 0 → 1" in line
+
+
+def test_worker_killed_ends_all_within_seconds(source_settings, tmp_path):
+    settings = [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu,cpu"]
+    launcher = start("meta_train", settings)
+    wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
+    workers = children(launcher.pid)
+    assert len(workers) == 3
+    os.kill(workers[1], signal.SIGKILL)
+    killed_at = time.monotonic()
+    out, err = launcher.communicate(timeout=30)
+    assert time.monotonic() - killed_at < 15
+    line = error_line(subprocess.CompletedProcess([], launcher.returncode, out, err))
+    assert "process 1 (cpu) was killed by SIGKILL" in line and "resumes" in line
+    assert not any(alive(pid) for pid in workers)
+    assert (tmp_path / "src" / "checkpoints" / "latest.json").exists()
+
+
+def test_launcher_killed_leaves_no_orphans(source_settings, tmp_path):
+    launcher = start("meta_train", [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu"])
+    wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
+    workers = children(launcher.pid)
+    assert len(workers) == 2
+    launcher.kill()
+    launcher.communicate()
+    wait_for(lambda: not any(alive(pid) for pid in workers), seconds=10)
+
+
+@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
+def test_interrupt_ends_all_and_says_how_to_go_on(source_settings, tmp_path, gpus):
+    launcher = start("meta_train", [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", f"gpus={gpus}"])
+    wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
+    workers = children(launcher.pid)
+    os.killpg(launcher.pid, signal.SIGINT)
+    out, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 130
+    assert "interrupted; the same command resumes" in err and "Traceback" not in err
+    assert not any(alive(pid) for pid in workers)
+
+
+@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(source_settings, tmp_path, gpus):
+    run_dir = tmp_path / "src"
+    settings = [*source_settings, "phi_lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}", f"gpus={gpus}"]
+    line = error_line(run("meta_train", settings))
+    assert "not finite" in line and "task 0, step 2" in line
+    assert json.loads((run_dir / "checkpoints" / "latest.json").read_text()) == {"step": 1}
+    state = load_tensors(run_dir / "checkpoints" / "step-000001" / "task-00.pt")
+    assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
+
+
+def test_no_checkpoint_of_parameters_that_are_not_finite(source_settings, tmp_path):
+    settings = [*source_settings, "phi_lr=1e38", "checkpoint_every=1", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    line = error_line(run("meta_train", settings))  # float32 overflows in φ's first update, not yet in any loss
+    assert "φ, step 1" in line and "not finite" in line
+    assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
+
+
+def test_port_in_use(source_settings, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = [*source_settings, f"port={port}", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu"]
+        assert f"port {port}: in use" in error_line(run("meta_train", settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["gpus=cpu,cpu,cpu,cpu,cpu,cpu"], "6 processes for 5 tasks"),
+        (["gpus=99"], "no GPU 99"),
+        (["gpus=first"], "expected GPU numbers or 'cpu'"),
+        (["steps=many"], "steps: expected a whole number, got 'many'"),
+        (["stepps=3"], "did you mean steps?"),
+        (["tasks=11"], "11"),
+        (["source_paths=nowhere.zip"], "nowhere.zip"),
+        (["model=resnet21"], "model resnet21: unknown (near: resnet"),
+        (["batch_size=1"], "batch_size: must be at least 2"),
+    ],
+)
+def test_bad_settings_are_one_line(source_settings, tmp_path, capsys, settings, expected):
+    code = program.main(["--set", *source_settings, f"run_dir={tmp_path / 'src'}", *settings])
+    captured = capsys.readouterr()
+    assert code == 1
+    assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+
+
+def test_run_folder_in_use(source_settings, tmp_path, capsys):
+    settings = [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    first = start("meta_train", settings)
+    try:
+        wait_for(lambda: (tmp_path / "src" / "config.yaml").exists())
+        assert program.main(["--set", *settings]) == 1
+        assert "in use by another process" in capsys.readouterr().err
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+
+
+def test_disk_full_is_one_line_and_keeps_the_checkpoint(source_settings, tmp_path):
+    """A limit on the size of files stands in for a full disk: small files pass, a checkpoint of θ does not."""
+    settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    command = [sys.executable, "-m", "metaperturb.meta_train", "--set", *settings]
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command]
+    completed = subprocess.run(limited, capture_output=True, text=True, timeout=200)
+    assert "cannot write" in error_line(completed) and "task-00.pt" in error_line(completed)
+    assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
+    assert run("meta_train", settings).returncode == 0  # with room again, it goes through
+
+
+def test_run_folder_that_cannot_be_written(source_settings, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    line = error_line(run("meta_train", [*source_settings, f"run_dir={tmp_path / 'file' / 'src'}", "gpus=cpu"]))
+    assert "cannot write" in line or "cannot be read" in line
+
+
+# --- one process, from inside
+
+
+@pytest.fixture
+def setting(source_settings, tmp_path):
+    """Config, tasks and φ as `work` builds them, without a run folder."""
+    torch.set_num_threads(1)
+
+    def build(*settings: str):
+        config = load_config(MetaTrainConfig, None, [*source_settings, f"run_dir={tmp_path}", *settings])
+        source, splits = program.load_tasks(config)
+        images = DeviceImages(source, torch.device("cpu"))
+        program.seed_torch(config.seed, 0, "phi")
+        phi = MetaPerturb()
+        return config, phi, [program.Task(t, splits[t], images, phi, config) for t in range(config.tasks)]
+
+    return build
+
+
+def leaves(loss: torch.Tensor) -> set[int]:
+    """Identities of the tensors that `loss.backward()` would give a gradient to."""
+    found, waiting, seen = set(), [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def test_no_gradient_is_computed_that_is_thrown_away(setting, monkeypatch):
+    _, phi, tasks = setting()
+    losses, graphs = [], []
+    cross_entropy = F.cross_entropy
+
+    def recording(logits, labels):
+        losses.append(cross_entropy(logits, labels))
+        graphs.append(leaves(losses[-1]))
+        return losses[-1]
+
+    monkeypatch.setattr(F, "cross_entropy", recording)
+    task = tasks[0]
+    phi.requires_grad_(False)
+    task.theta_step(0)
+    phi.requires_grad_(True)
+    task.phi_gradient(0)
+    theta, phi_ids = {id(p) for p in task.theta}, {id(p) for p in phi.parameters()}
+    assert graphs[0] == theta
+    assert graphs[1] == phi_ids
+
+
+def test_phi_step_leaves_theta_and_batch_norm_alone_and_theta_step_leaves_phi(setting):
+    _, phi, tasks = setting()
+    task = tasks[1]
+    batch_norm = {k: v.clone() for k, v in task.model.state_dict().items() if ".bn" in k or "bn1" in k}
+    theta = [p.detach().clone() for p in task.theta]
+    task.phi_gradient(0)
+    assert all(torch.equal(a, b) for a, b in zip(theta, task.theta, strict=True))
+    assert all(torch.equal(v, task.model.state_dict()[k]) for k, v in batch_norm.items())
+    assert all(p.grad is None for p in task.theta)
+    before = [p.detach().clone() for p in phi.parameters()]
+    phi.requires_grad_(False)
+    task.theta_step(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, phi.parameters(), strict=True))
+    assert all(p.grad is None for p in phi.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(theta, task.theta, strict=True))
+
+
+def test_against_a_plain_loop_of_algorithm_1(setting, tmp_path):
+    """The same draws, but textbook code: one backward pass a step with every gradient, and Adam written out."""
+    config, phi, tasks = setting("tasks=2", "steps=3")
+    parameters = list(phi.parameters())
+    adam = {id(p): [torch.zeros_like(p), torch.zeros_like(p), 0] for p in parameters}
+    for task in tasks:
+        adam |= {id(p): [torch.zeros_like(p), torch.zeros_like(p), 0] for p in task.theta}
+
+    def step_adam(p, gradient):
+        m, v, t = adam[id(p)]
+        gradient = gradient + config.weight_decay * p.detach()
+        m.mul_(0.9).add_(gradient, alpha=0.1)
+        v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        adam[id(p)][2] = t = t + 1
+        with torch.no_grad():
+            p -= config.lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+    for step in range(config.steps):
+        sums = [torch.zeros_like(p) for p in parameters]
+        for task in tasks:
+            task.model.train()
+            program.seed_torch(config.seed, task.index, "theta_step", step)
+            x, y = task.train_batches.batch(step)
+            loss = -task.model(x).log_softmax(1)[range(len(y)), y].mean()
+            for p, g in zip(task.theta, torch.autograd.grad(loss, task.theta), strict=True):
+                step_adam(p, g)
+            for module in task.model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
+            program.seed_torch(config.seed, task.index, "phi_step", step)
+            x, y = task.test_batches.batch(step)
+            loss = -task.model(x).log_softmax(1)[range(len(y)), y].mean()
+            for total, g in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+                total += g
+        for p, total in zip(parameters, sums, strict=True):
+            step_adam(p, total / len(tasks))
+    expected = torch.cat([p.detach().flatten() for p in parameters])
+
+    program.meta_train(config_for(config, tmp_path / "run"))
+    assert torch.allclose(phi_bits(tmp_path / "run"), expected, rtol=1e-4, atol=1e-6)
+
+
+def config_for(config: MetaTrainConfig, run_dir: Path) -> MetaTrainConfig:
+    import dataclasses
+
+    return dataclasses.replace(config, run_dir=str(run_dir), gpus="cpu")
+
+
+def test_lookahead_gradient_against_finite_differences(setting):
+    """d/dφ of L_te(θ − η ∇L_tr(θ, φ), φ), in float64, with everything else held fixed."""
+    _, phi, tasks = setting("lookahead=0.05", "clip=null")
+    task = tasks[0]
+    task.model.double()
+    for batches in (task.train_batches, task.test_batches):
+        original = batches.batch
+        batches.batch = lambda step, original=original: (original(step)[0].double(), original(step)[1])
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.normal_(0, 0.3)  # away from zero, where every derivative is small
+
+    def loss_and_gradient():
+        state = {k: v.clone() for k, v in task.model.state_dict().items()}
+        gradient, loss, _ = task.phi_gradient(0)
+        task.model.load_state_dict(state)
+        return gradient, loss
+
+    gradient, _ = loss_and_gradient()
+    assert all(torch.equal(a, b) for a, b in zip(task.theta, list(task.model.parameters()), strict=True))
+    position = 0
+    for p in phi.parameters():
+        index = p.numel() // 2
+        step = 1e-6
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.view(-1)[index] += sign * step
+            values.append(loss_and_gradient()[1])
+            with torch.no_grad():
+                p.view(-1)[index] -= sign * step
+        numeric = (values[0] - values[1]) / (2 * step)
+        assert torch.isclose(gradient[position + index], numeric, rtol=1e-4, atol=1e-8)
+        position += p.numel()
+
+
+def test_lookahead_and_annealing_change_the_result(reference, source_settings, tmp_path):
+    for setting in ("lookahead=0.01", "anneal=0.5"):
+        run_dir = tmp_path / setting
+        settings = [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}", "gpus=cpu", setting]
+        assert program.main(["--set", *settings]) == 0
+        assert not torch.equal(phi_bits(run_dir), phi_bits(reference))
+
+
+def test_split_file_reproduces_the_run(reference, source_settings, tmp_path):
+    settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    assert program.main(["--set", *settings, f"split_file={reference / 'split.json'}"]) == 0
+    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+
+
+def record_collectives(group: Group, config: MetaTrainConfig, path: str) -> None:
+    """`work`, with every tensor that any collective sends written down."""
+    sent: list[tuple[str, int]] = []
+    for name in ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor", "reduce", "gather", "scatter"):
+        original = getattr(dist, name)
+
+        def recording(*arguments, name=name, original=original, **options):
+            tensors = [a for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor)]
+            sent.append((name, sum(t.numel() for t in tensors)))
+            return original(*arguments, **options)
+
+        setattr(dist, name, recording)
+    program.work(group, config)
+    if group.rank == 0:
+        Path(path).write_text(json.dumps(sent))
+
+
+def test_collectives_carry_82_numbers_a_task_and_few_more(source_settings, tmp_path):
+    sizes = {}
+    for model in ("resnet8", "conv4"):
+        settings = [*source_settings, "image_size=16", f"model={model}", "steps=2", f"run_dir={tmp_path / model}"]
+        config = load_config(MetaTrainConfig, None, [*settings, "gpus=cpu,cpu"])
+        path = tmp_path / f"{model}.json"
+        launch(record_collectives, (config, str(path)), config.gpus, 0, config.tasks, False)
+        sizes[model] = json.loads(path.read_text())
+    assert sizes["resnet8"] == sizes["conv4"]  # nothing grows with θ
+    per_step = -(-5 // 2) * (82 + len(program.METRICS))
+    assert sizes["resnet8"] == [["all_gather", per_step]] * 2
+
+
+def test_programs_say_their_settings():
+    completed = subprocess.run(
+        [sys.executable, "-m", "metaperturb.meta_train", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert completed.returncode == 0 and "T, the number of tasks [10]" in completed.stdout

@@ -1,0 +1,541 @@
+"""The perturbation against a second implementation, its symmetries, its gradients, its noise and its errors."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import OracleSite, softplus
+from torch import nn
+
+from metaperturb import MetaPerturb, PerturbSite, load_phi, save_phi
+
+SHAPES = {
+    "self1": (3, 3),
+    "all1": (3, 3),
+    "self2": (3, 3),
+    "all2": (3, 3),
+    "scale_kernels": (4, 3, 3),
+    "scale_affine": (10,),
+}
+
+
+def make_phi(seed=0, spread=0.5):
+    """φ far from its initial weights, in float64: with N(0, 0.01²) most mistakes would hide below the tolerance."""
+    generator = torch.Generator().manual_seed(seed)
+    phi = MetaPerturb().double()
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.copy_(spread * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return phi
+
+
+def make_pair(channels=3, channel_norm=7, size_norm=11, seed=0):
+    """A site and its oracle."""
+    phi = make_phi(seed)
+    weights = {name: p.detach().numpy() for name, p in phi.named_parameters()}
+    return PerturbSite(phi, channels, channel_norm, size_norm), OracleSite(weights, channels, channel_norm, size_norm)
+
+
+def maps(*shape, seed=1, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def assert_same(actual, expected):
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def assert_same_statistics(site, oracle):
+    assert_same(site.running_mean, oracle.running_mean)
+    assert_same(site.running_var, oracle.running_var)
+
+
+# --- against the oracle
+
+ODD_SHAPES = [(2, 3, 5, 5), (3, 1, 4, 4), (2, 4, 1, 1), (4, 2, 3, 7), (2, 1, 1, 1), (3, 5, 2, 1)]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_noise_mean(shape):
+    site, oracle = make_pair(shape[1])
+    h = maps(*shape)
+    assert_same(site.phi.noise_mean(h), oracle.noise_mean(h.numpy()))
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_whole_site_through_training_and_evaluation(shape):
+    site, oracle = make_pair(shape[1])
+    for step in range(4):
+        h, noise = maps(*shape, seed=2 * step), maps(*shape, seed=2 * step + 1)
+        assert_same(site.scale(h), oracle.scale(h.numpy()))
+        assert_same(site(h, noise=noise), oracle.forward(h.numpy(), noise.numpy()))
+        assert_same_statistics(site, oracle)
+    site.eval()
+    oracle.training = False
+    assert_same(site.scale(h), oracle.scale(h.numpy()))
+    assert_same(site(h, noise=noise), oracle.forward(h.numpy(), noise.numpy()))
+    one = h[:1], noise[:1]  # a single image will do in evaluation
+    assert_same(site(one[0], noise=one[1]), oracle.forward(one[0].numpy(), one[1].numpy()))
+    assert_same_statistics(site, oracle)  # evaluation left them alone
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("clip", [None, 100.0, 0.75])
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_strength_and_clip(strength, clip, training):
+    site, oracle = make_pair()
+    h, noise = maps(3, 3, 4, 5, spread=2.0), maps(3, 3, 4, 5, seed=5)
+    site.strength = oracle.strength = strength
+    site.clip = oracle.clip = clip
+    site.train(training)
+    oracle.training = training
+    out, expected = site(h, noise=noise), oracle.forward(h.numpy(), noise.numpy())
+    assert_same(out, expected)
+    if clip == 0.75:  # the clip is at work, on one side only, and nowhere but in training with some strength
+        assert (out.max() <= 0.75) == (training and strength > 0)
+        assert out.min() < -0.75
+
+
+def test_the_default_clip_is_100_and_strength_1():
+    site = PerturbSite(make_phi(spread=1e-6), 3, 7, 11)
+    assert site.clip == 100.0 and site.strength == 1.0
+    h = maps(2, 3, 4, 4, spread=1e3)  # about a third of it is left: softplus(0) times sigmoid(0)
+    noise = torch.zeros_like(h)
+    out = site(h, noise=noise)
+    assert out.max() == 100 and out.min() < -100
+    assert site.eval()(h, noise=noise).max() > 100
+
+
+def test_softplus_stays_exact_for_large_arguments():
+    site, oracle = make_pair()
+    h = maps(2, 3, 4, 4)
+    noise = maps(2, 3, 4, 4, seed=7, spread=50.0)
+    np.testing.assert_allclose(softplus(np.array([-800.0, 0.0, 800.0])), [0, np.log(2), 800])
+    assert_same(site.eval()(h, noise=noise), _evaluated(oracle, h, noise))
+
+
+def _evaluated(oracle, h, noise):
+    oracle.training = False
+    return oracle.forward(h.numpy(), noise.numpy())
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "channels_last", "expanded"])
+def test_memory_layouts(layout):
+    plain, noise = maps(3, 4, 5, 5), maps(3, 4, 5, 5, seed=2)
+    if layout == "transposed":
+        h = plain.permute(0, 1, 3, 2)
+    elif layout == "strided":
+        h = maps(6, 4, 10, 10)[::2, :, ::2, ::2]
+    elif layout == "expanded":
+        h = plain[:, :1].expand(3, 4, 5, 5)
+    else:
+        h = plain.to(memory_format=torch.channels_last)
+    site, oracle = make_pair(4)
+    assert_same(site(h, noise=noise), oracle.forward(h.contiguous().numpy(), noise.numpy()))
+    assert_same_statistics(site, oracle)
+    assert_same(site.eval()(h, noise=noise), _evaluated(oracle, h.contiguous(), noise))
+
+
+def test_in_float32():
+    site, oracle = make_pair()
+    h, noise = maps(4, 3, 6, 6), maps(4, 3, 6, 6, seed=2)
+    out = site.float()(h.float(), noise=noise.float())
+    assert out.dtype == torch.float32
+    np.testing.assert_allclose(out.detach(), oracle.forward(h.numpy(), noise.numpy()), rtol=1e-4, atol=1e-4)
+
+
+def test_the_variance_is_corrected_once():
+    """Batches of two: with n/(n−1) applied twice (as in the authors' code) the running variance would be 2× this."""
+    site, _ = make_pair()
+    h = maps(2, 3, 4, 4)
+    site(h)
+    v = site.phi.scale_features(h).detach()
+    expected = 0.9 + 0.1 * (v[0] - v[1]) ** 2 / 2
+    torch.testing.assert_close(site.running_var, expected, rtol=1e-12, atol=0)
+
+
+def test_the_scale_uses_height_and_channel_count():
+    phi = make_phi()
+    with torch.no_grad():
+        phi.scale_affine[:8] = 0
+        phi.scale_affine[8:] = torch.tensor([2.0, -3.0])
+    site = PerturbSite(phi, channels=4, channel_norm=16, size_norm=32).eval()
+    expected = torch.sigmoid(torch.tensor(2 * 4 / 16 - 3 * 8 / 32, dtype=torch.float64))
+    torch.testing.assert_close(site.scale(maps(2, 4, 8, 5)), expected.expand(4))
+
+
+# --- symmetries
+
+
+def test_noise_mean_is_equivariant_to_channel_permutations():
+    phi, h = make_phi(), maps(2, 6, 5, 5)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(order, torch.arange(6))
+    torch.testing.assert_close(phi.noise_mean(h[:, order]), phi.noise_mean(h)[:, order], rtol=1e-12, atol=1e-14)
+
+
+def test_noise_mean_mixes_channels_but_not_images():
+    phi, h = make_phi(), maps(3, 4, 5, 5)
+    changed = h.clone()
+    changed[0, 0] += 1
+    difference = (phi.noise_mean(changed) - phi.noise_mean(h)).abs().amax(dim=(2, 3))
+    assert (difference[0] > 1e-6).all() and (difference[1:] == 0).all()
+
+
+def test_noise_mean_does_not_grow_with_the_number_of_channels():
+    phi, h = make_phi(), maps(2, 1, 5, 5)
+    few, many = phi.noise_mean(h.expand(-1, 2, -1, -1)), phi.noise_mean(h.expand(-1, 64, -1, -1))
+    torch.testing.assert_close(few[:, 0], many[:, 0], rtol=1e-10, atol=1e-12)
+
+
+def test_the_whole_site_is_equivariant_in_training_and_evaluation():
+    site, _ = make_pair(5)
+    other = copy.deepcopy(site)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    for seed in range(2):
+        h, noise = maps(3, 5, 4, 4, seed=seed), maps(3, 5, 4, 4, seed=seed + 10)
+        out, permuted = site(h, noise=noise), other(h[:, order], noise=noise[:, order])
+        torch.testing.assert_close(permuted, out[:, order], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(other.running_mean, site.running_mean[order])
+    torch.testing.assert_close(other.running_var, site.running_var[order])
+    out, permuted = site.eval()(h, noise=noise), other.eval()(h[:, order], noise=noise[:, order])
+    torch.testing.assert_close(permuted, out[:, order], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strength_0_is_the_identity_bit_for_bit(training, dtype):
+    site = PerturbSite(make_phi(), 3, 64, 32).to(dtype).train(training)
+    site.strength = 0.0
+    h = maps(2, 3, 5, 5, spread=1000.0).to(dtype)  # above the clip too
+    h[0, 0, 0, 0] = -0.0
+    before = h.clone()
+    out = site(h)
+    assert torch.equal(out.view(torch.uint8), before.view(torch.uint8))
+    assert torch.equal(h, before)
+
+
+def test_the_input_is_not_written_to():
+    site, _ = make_pair()
+    h, noise = maps(2, 3, 4, 4, spread=300.0), maps(2, 3, 4, 4)
+    before = h.clone(), noise.clone()
+    site(h, noise=noise)
+    site.eval()(h, noise=noise)
+    assert torch.equal(h, before[0]) and torch.equal(noise, before[1])
+
+
+def test_statistics_are_tracked_at_strength_0():
+    """Annealing starts at 0: evaluation must not meet statistics that never moved."""
+    site, oracle = make_pair()
+    site.strength = oracle.strength = 0.0
+    h = maps(3, 3, 4, 4)
+    site(h)
+    oracle.forward(h.numpy(), np.zeros(h.shape))
+    assert_same_statistics(site, oracle)
+
+
+# --- parameters
+
+
+def test_82_parameters():
+    phi = MetaPerturb()
+    assert {name: tuple(p.shape) for name, p in phi.named_parameters()} == SHAPES
+    assert sum(p.numel() for p in phi.parameters()) == 82
+    assert set(phi.state_dict()) == set(SHAPES)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in phi.parameters())
+
+
+def test_initial_weights_are_normal_with_std_001():
+    torch.manual_seed(0)
+    made = [MetaPerturb() for _ in range(60)]
+    for name in SHAPES:
+        values = torch.stack([phi.get_parameter(name) for phi in made]).detach()
+        count = values.numel()
+        assert abs(values.mean()) < 5 * 0.01 / count**0.5, name
+        assert abs(values.std() / 0.01 - 1) < 5 / (2 * count) ** 0.5, name
+        assert values.abs().max() > 0.02  # normal, not uniform with this deviation
+        assert not torch.equal(values[0], values[1])
+
+
+def test_a_site_owns_its_statistics_and_nothing_else():
+    phi = MetaPerturb()
+    site = PerturbSite(phi, channels=5, channel_norm=64, size_norm=32)
+    assert list(site.parameters()) == [] and list(site.children()) == []
+    assert {n: tuple(b.shape) for n, b in site.named_buffers()} == {"running_mean": (5, 4), "running_var": (5, 4)}
+    assert set(site.state_dict()) == {"running_mean", "running_var"}
+    assert (site.running_mean == 0).all() and (site.running_var == 1).all()
+    assert site.phi is phi
+    other = PerturbSite(phi, channels=5, channel_norm=64, size_norm=32)
+    site(torch.randn(2, 5, 4, 4))
+    assert (other.running_mean == 0).all() and (other.running_var == 1).all()
+
+
+def test_moving_a_site_moves_phi_along():
+    phi = MetaPerturb()
+    first, second = PerturbSite(phi, 2, 2, 4), PerturbSite(phi, 2, 2, 4)
+    nn.Sequential(first, second).to(torch.float64)
+    assert all(p.dtype == torch.float64 for p in phi.parameters())
+    assert first.running_mean.dtype == second.running_var.dtype == torch.float64
+    assert first.phi is second.phi is phi
+    assert first(torch.randn(2, 2, 4, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu():
+    site, oracle = make_pair()
+    h, noise = maps(3, 3, 5, 5), maps(3, 3, 5, 5, seed=2)
+    site.cuda()
+    assert site.phi.self1.is_cuda
+    assert_same(site(h.cuda(), noise=noise.cuda()).cpu(), oracle.forward(h.numpy(), noise.numpy()))
+    site.cpu(), assert_same_statistics(site, oracle)
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_gradients_of_phi_and_h_against_finite_differences(strength, training):
+    site, _ = make_pair(2)
+    for seed in range(2):
+        site(maps(3, 2, 3, 3, seed=seed))
+    site.strength = strength
+    site.train(training)
+    h, noise = maps(3, 2, 3, 3, seed=4).requires_grad_(), maps(3, 2, 3, 3, seed=5)
+    names = list(SHAPES)
+
+    def through(h, *weights):
+        clean = copy.deepcopy(site)
+        for name, weight in zip(names, weights, strict=True):
+            delattr(clean.phi, name)
+            setattr(clean.phi, name, weight)
+        return clean(h, noise=noise)
+
+    weights = [site.phi.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(through, (h, *weights), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def test_gradient_of_a_network_loss_by_central_differences():
+    """Two sites share φ, a strided convolution and a nonlinearity in between, cross-entropy behind."""
+    torch.manual_seed(0)
+    phi = make_phi(3, spread=0.3)
+    first, second = PerturbSite(phi, 4, 6, 8), PerturbSite(phi, 6, 6, 8)
+    conv1 = nn.Conv2d(3, 4, 3, padding=1).double()
+    conv2 = nn.Conv2d(4, 6, 3, stride=2, padding=1).double()
+    head = nn.Linear(6, 3).double()
+    x, labels = maps(5, 3, 8, 8), torch.tensor([0, 1, 2, 1, 0])
+    noises = maps(5, 4, 8, 8, seed=8), maps(5, 6, 4, 4, seed=9)
+
+    def loss():
+        h = F.relu(first(conv1(x), noise=noises[0]))
+        h = F.relu(second(conv2(h), noise=noises[1]))
+        return F.cross_entropy(head(h.mean(dim=(2, 3))), labels)
+
+    parameters = [*phi.parameters(), conv1.bias]
+    gradients = torch.autograd.grad(loss(), parameters)
+    step = 1e-5
+    checked = 0
+    for p, gradient in zip(parameters, gradients, strict=True):
+        for position in itertools.product(*map(range, p.shape)):
+            value = p.data[position].item()
+            with torch.no_grad():
+                p[position] = value + step
+                above = loss().item()
+                p[position] = value - step
+                below = loss().item()
+                p[position] = value
+            numeric = (above - below) / (2 * step)
+            assert gradient[position].item() == pytest.approx(numeric, rel=1e-4, abs=1e-8), (p.shape, position)
+            checked += 1
+    assert checked == 82 + 4
+    assert all(gradient.abs().max() > 1e-6 for gradient in gradients)  # every part of φ takes part
+
+
+def test_a_frozen_phi_leaves_no_graph():
+    site, _ = make_pair()
+    site.phi.requires_grad_(False)
+    h = maps(2, 3, 4, 4)
+    assert not site(h).requires_grad
+    h.requires_grad_()
+    out = site(h)
+    (gradient,) = torch.autograd.grad(out.sum(), h)
+    assert gradient.abs().sum() > 0
+    assert all(p.grad is None for p in site.phi.parameters())
+
+
+def test_running_statistics_carry_no_graph():
+    site, _ = make_pair()
+    h = maps(2, 3, 4, 4).requires_grad_()
+    for _ in range(2):
+        site(h).sum().backward()  # a second backward would fail if the statistics kept the first graph
+        for statistics in (site.running_mean, site.running_var):
+            assert not statistics.requires_grad and statistics.grad_fn is None and statistics.grad is None
+    out = site.eval()(h)
+    gradients = torch.autograd.grad(out.sum(), site.phi.scale_kernels, allow_unused=True)
+    assert gradients == (None,) or not gradients[0].any()  # running statistics stand in for the batch's
+
+
+def test_the_clip_stops_the_gradient_where_it_acts():
+    site, _ = make_pair()
+    site.clip = 0.5
+    h, noise = maps(3, 3, 4, 4, spread=3.0).requires_grad_(), maps(3, 3, 4, 4, seed=3)
+    site.gate = False  # the scale would mix the images of the batch
+    out = site(h, noise=noise)
+    clipped = out == 0.5
+    assert clipped.any() and not clipped.all()
+    (gradient,) = torch.autograd.grad(out[clipped].sum(), h)
+    assert not gradient.any()
+
+
+# --- noise
+
+
+def test_noise_has_mean_zero_and_variance_one():
+    """μ = 0 and s = 1/2 when φ = 0: the output of ones is softplus(ε)/2, so ε can be read back."""
+    phi = MetaPerturb().double()
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.zero_()
+    site = PerturbSite(phi, 8, 8, 32)
+    torch.manual_seed(0)
+    for training in (True, False):
+        out = site.train(training)(torch.ones(16, 8, 24, 24, dtype=torch.float64))
+        noise = torch.log(torch.expm1(2 * out)).detach()
+        count = noise.numel()
+        assert abs(noise.mean()) < 5 / count**0.5
+        assert abs(noise.var() - 1) < 5 * (2 / count) ** 0.5
+        assert abs((noise**4).mean() - 3) < 0.15  # normal
+        for a, b in [(noise[:8], noise[8:]), (noise[:, :4], noise[:, 4:]), (noise[..., :12], noise[..., 12:])]:
+            assert abs((a * b).mean()) < 5 / (count / 2) ** 0.5  # independent by image, channel, place
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_noise_differs_between_calls_and_sites_and_follows_the_seed(training):
+    phi = make_phi()
+    sites = [PerturbSite(phi, 3, 3, 5).train(training) for _ in range(2)]
+    h = maps(2, 3, 5, 5)
+
+    def draw():
+        return [sites[0](h), sites[0](h), sites[1](h)]
+
+    torch.manual_seed(7)
+    first = draw()
+    for a, b in itertools.combinations(first, 2):
+        assert not torch.allclose(a, b)
+    torch.manual_seed(7)
+    again = draw()
+    if not training:  # in training the running statistics have moved, but the output does not depend on them
+        assert torch.equal(sites[0].running_mean, torch.zeros(3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.manual_seed(7)
+    torch.testing.assert_close(sites[0](h, noise=torch.randn_like(h)), first[0])
+
+
+# --- statistics
+
+
+def test_scale_in_training_differs_from_evaluation_and_converges_to_it():
+    site, _ = make_pair()
+    h = maps(6, 3, 5, 5, spread=2.0)
+    batch_scale = site.scale(h).detach()
+    gaps = []
+    for repetitions in (0, 1, 20, 200):
+        for _ in range(repetitions):
+            site.train()(h)
+        gaps.append((site.eval().scale(h) - batch_scale).abs().max().item())
+    assert gaps[0] > 0.02 and gaps[0] > gaps[1] > gaps[2] > gaps[3]
+    assert gaps[3] < 1e-9
+    assert ((batch_scale > 0) & (batch_scale < 1)).all()
+    assert batch_scale.std() > 0  # a scale a channel
+
+
+def test_asking_for_the_scale_changes_nothing():
+    site, _ = make_pair()
+    state = {name: value.clone() for name, value in site.state_dict().items()}
+    site.scale(maps(3, 3, 4, 4))
+    assert all(torch.equal(value, state[name]) for name, value in site.state_dict().items())
+
+
+def test_a_saved_site_evaluates_identically(tmp_path):
+    site = PerturbSite(make_phi().float(), 3, 7, 11)
+    h, noise = maps(3, 3, 4, 4).float(), maps(3, 3, 4, 4, seed=3).float()
+    for _ in range(3):
+        site(h)
+    expected = site.eval()(h, noise=noise)
+    save_phi(site.phi, tmp_path / "phi.pt")
+    torch.save(site.state_dict(), tmp_path / "site.pt")
+    loaded = PerturbSite(load_phi(tmp_path / "phi.pt"), 3, 7, 11).eval()
+    assert not torch.equal(loaded(h, noise=noise), expected)
+    loaded.load_state_dict(torch.load(tmp_path / "site.pt", weights_only=True))
+    assert torch.equal(loaded(h, noise=noise), expected)
+
+
+# --- ablations of table 3 (a)
+
+
+def test_ablations_switch_off_one_component_each():
+    phi = make_phi()
+    h, noise = maps(3, 3, 4, 4), maps(3, 3, 4, 4, seed=2)
+    only_scale = PerturbSite(phi, 3, 7, 11, noise=False)
+    only_noise = PerturbSite(phi, 3, 7, 11, gate=False)
+    scale = only_scale.scale(h)[:, None, None]
+    torch.testing.assert_close(only_scale(h, noise=noise), h * scale)
+    torch.testing.assert_close(only_noise(h, noise=noise), h * F.softplus(phi.noise_mean(h) + noise))
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((2, 4, 5, 5), r"3.*\[2, 4, 5, 5\]"), ((3, 5, 5), "3"), ((2, 3), "3"), ((1, 3, 5, 5), "2 images|batch of")],
+)
+def test_wrong_feature_maps(shape, words):
+    site = PerturbSite(MetaPerturb(), 3, 64, 32)
+    with pytest.raises(ValueError, match=words):
+        site(torch.randn(shape))
+    with pytest.raises(ValueError, match=words):
+        site.scale(torch.randn(shape))
+    assert (site.running_mean == 0).all() and (site.running_var == 1).all()
+
+
+def test_wrong_feature_maps_in_evaluation():
+    site = PerturbSite(MetaPerturb(), 3, 64, 32).eval()
+    for shape in [(2, 4, 5, 5), (3, 5, 5)]:
+        with pytest.raises(ValueError):
+            site(torch.randn(shape))
+        with pytest.raises(ValueError):
+            site.scale(torch.randn(shape))
+    assert site(torch.randn(1, 3, 5, 5)).shape == (1, 3, 5, 5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 5), (2, 1, 5, 5), (2, 3, 1, 1), (3, 5, 5), (2, 3, 5, 6)])
+def test_noise_of_wrong_shape_is_not_broadcast(shape):
+    site = PerturbSite(MetaPerturb(), 3, 64, 32)
+    with pytest.raises(ValueError, match="noise"):
+        site(torch.randn(2, 3, 5, 5), noise=torch.randn(shape))
+
+
+@pytest.mark.parametrize("strength", [-0.01, 1.01, float("nan"), float("inf")])
+def test_strength_out_of_range(strength):
+    site = PerturbSite(MetaPerturb(), 3, 64, 32)
+    with pytest.raises(ValueError, match="strength"):
+        site.strength = strength
+    assert site.strength == 1.0
+
+
+@pytest.mark.parametrize("clip", [0, -1.0, float("nan")])
+def test_clip_out_of_range(clip):
+    site = PerturbSite(MetaPerturb(), 3, 64, 32)
+    with pytest.raises(ValueError, match="clip"):
+        site.clip = clip
+    assert site.clip == 100.0
+
+
+@pytest.mark.parametrize("sizes", [(0, 64, 32), (3, 0, 32), (3, 64, 0), (3, 64, -32)])
+def test_sizes_must_be_positive(sizes):
+    with pytest.raises(ValueError):
+        PerturbSite(MetaPerturb(), *sizes)
