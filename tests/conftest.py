@@ -70,6 +70,7 @@ def target_settings(image_folder, tmp_path_factory) -> list[str]:
         "log_every=2",
         "checkpoint_every=2",
         "gpu=cpu",
+        "threads=1",
     ]
 
 

@@ -18,7 +18,7 @@ from conftest import ROOT, alive, children, error_line, run, start
 import metaperturb.meta_train as program
 from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.data.batches import DeviceImages
-from metaperturb.distributed import Group, launch
+from metaperturb.distributed import Group, backend_for, launch
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors
 from metaperturb.weights import load_phi
@@ -151,7 +151,7 @@ def test_interrupt_ends_all_and_says_how_to_go_on(source_settings, tmp_path, gpu
     wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
     workers = children(launcher.pid)
     os.killpg(launcher.pid, signal.SIGINT)
-    out, err = launcher.communicate(timeout=30)
+    _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == 130
     assert "interrupted; the same command resumes" in err and "Traceback" not in err
     assert not any(alive(pid) for pid in workers)
@@ -438,3 +438,46 @@ def test_programs_say_their_settings():
         [sys.executable, "-m", "metaperturb.meta_train", "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert completed.returncode == 0 and "T, the number of tasks [10]" in completed.stdout
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_steps_never_wait_for_the_gpu(source_settings, tmp_path):
+    config = load_config(MetaTrainConfig, None, [*source_settings, f"run_dir={tmp_path}"])
+    source, splits = program.load_tasks(config)
+    device = torch.device("cuda", 0)
+    images, phi = DeviceImages(source, device), MetaPerturb().to(device)
+    task = program.Task(0, splits[0], images, phi, config)
+    for step in range(4):  # the first steps allocate, and let the optimizer make its state
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            phi.requires_grad_(False)
+            task.theta_step(step)
+            phi.requires_grad_(True)
+            task.phi_gradient(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("gpus", ["0", "0,0"])
+def test_on_one_gpu_alone_and_shared(source_settings, tmp_path, gpus):
+    settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", f"gpus={gpus}"]
+    completed = run("meta_train", settings)
+    assert completed.returncode == 0, completed.stderr
+    assert torch.isfinite(phi_bits(tmp_path / "src")).all()
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend"),
+    [
+        (["cpu"] * 2, "gloo"),
+        (["cuda:0", "cuda:1"], "nccl"),
+        (["cuda:0", "cuda:0"], "gloo"),
+        (["cuda:0", "cpu"], "gloo"),
+    ],
+)
+def test_backend(devices, backend):
+    assert backend_for([torch.device(device) for device in devices]) == backend

@@ -45,7 +45,6 @@ class CommonConfig:
         100.0, "upper bound of perturbed values in training (k of section 3.2), or null", low=1e-6
     )
     seed: int = option(0, "of initial weights, data order, augmentation and noise", low=0)
-    threads: int = option(1, "CPU threads a process; other numbers may change the last bits", low=1)
     log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
 
 
@@ -68,6 +67,7 @@ class MetaTrainConfig(CommonConfig):
     lookahead: float | None = option(
         None, "inner step size of the one-step lookahead (Ren et al. 2018); null: joint training", low=1e-9
     )
+    threads: int = option(1, "CPU threads a process; other numbers may change the last bits", low=1)
     gpus: str = option("auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'", identity=False)
     port: int = option(0, "TCP port for the processes to meet; 0: any free one", low=0, high=65535, identity=False)
     checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
@@ -95,6 +95,7 @@ class MetaTestConfig(CommonConfig):
     eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
     eval_batch_size: int = option(500, "images a batch in evaluation", low=1)
+    threads: int = option(0, "CPU threads, 0: one a core; other numbers may change the last bits", low=0)
     gpu: str = option("auto", "GPU number or 'cpu'", identity=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1, identity=False)
 

@@ -8,6 +8,7 @@ from its last checkpoint. The run folder gets `result.json` (accuracy, NLL and E
 `metrics.jsonl`, `curves.png` and the checkpoint with the trained network.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     device = devices[0]
     phi = load_phi(config.phi) if perturbed else None
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or os.cpu_count())
 
     # Data
     train, test = load_target(

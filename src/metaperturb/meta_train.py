@@ -2,7 +2,8 @@
 
     python -m metaperturb.meta_train --config configs/src.yaml                    # the paper's settings
     python -m metaperturb.meta_train --config configs/src.yaml --set gpus=0,1     # one process a GPU
-    torchrun --nproc-per-node 8 -m metaperturb.meta_train --config configs/src.yaml   # one or many machines
+    torchrun --nproc-per-node 8 -m metaperturb.meta_train --config configs/src.yaml   # one or many machines (which
+                                                                                      # then share run_dir)
 
 Each task owns a network θ_t, which learns on the task's D_tr with φ constant; φ learns on the D_te of all tasks with
 every θ_t constant. Only φ's gradient crosses processes. Killed and started again, it continues from the last
@@ -11,6 +12,7 @@ checkpoint, with any number of processes; on CPUs the result is the same to the 
 The run folder gets `phi.pt` (the result: `metaperturb.load_phi`), `metrics.jsonl`, `result.json`, `curves.png`.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -56,7 +58,8 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
         return
     # Whatever is wrong with data, split or network is said now, before any process starts.
     _, splits = load_tasks(config)
-    attach(models.create(config.model, len(splits[0].classes), config.image_size), MetaPerturb(), config.image_size)
+    model = models.create(config.model, len(splits[0].classes), config.image_size)
+    attach(model, MetaPerturb(), config.image_size, verbose=os.environ.get("RANK", "0") == "0")
     launch(work, (config,), config.gpus, config.port, config.tasks, show_traceback)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from metaperturb.data.storage import Progress, disk_errors, file_lock
+from metaperturb.data.disk import Progress, disk_errors, file_lock
 from metaperturb.errors import UserError
 
 # The largest published image of the supported sets is a few MB; a member beyond this is a mistake or a zip

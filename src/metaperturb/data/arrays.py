@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from metaperturb.data.archives import Archive
-from metaperturb.data.storage import Progress, disk_errors, file_lock
+from metaperturb.data.disk import Progress, disk_errors, file_lock
 from metaperturb.errors import UserError
 
 # Part of every cache key: raise it when the pixels written for the same input change.

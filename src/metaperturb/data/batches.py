@@ -91,7 +91,10 @@ class TrainingBatches:
             order = numpy_generator(seed, task, purpose, epoch).permutation(self.indices)
             for old in [e for e in self.epochs if e < epoch - 1]:
                 del self.epochs[old]
-            self.epochs[epoch] = torch.from_numpy(order).to(self.images.device)
+            indices = torch.from_numpy(order)
+            if self.images.on_gpu:  # from pinned memory, so that the host does not wait for the device
+                indices = indices.pin_memory().to(self.images.device, non_blocking=True)
+            self.epochs[epoch] = indices
         return self.epochs[epoch]
 
 

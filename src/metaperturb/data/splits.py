@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metaperturb.data.storage import disk_errors
+from metaperturb.data.disk import disk_errors
 from metaperturb.errors import UserError
 
 KINDS = ("disjoint", "paired", "homogeneous")

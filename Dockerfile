@@ -1,0 +1,19 @@
+# MetaPerturb on a GPU. The image holds the packages; the two commands are the README's:
+#
+#   docker build -t metaperturb .
+#   docker run --gpus all --ipc host -v "$PWD/data:/metaperturb/data" -v "$PWD/runs:/metaperturb/runs" metaperturb src
+#   docker run --gpus all --ipc host -v "$PWD/data:/metaperturb/data" -v "$PWD/runs:/metaperturb/runs" metaperturb tgt 0
+#
+# PyTorch's wheels bring CUDA along, so that a plain Python image does; the host provides the driver.
+FROM python:3.12-slim
+
+RUN apt-get update && apt-get install --yes --no-install-recommends git && rm -rf /var/lib/apt/lists/*
+WORKDIR /metaperturb
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --requirement requirements.txt
+COPY . .
+RUN pip install --no-cache-dir --no-deps --editable .
+
+ENV VENV=none PYTHON=python
+ENTRYPOINT ["./run.sh"]
+CMD ["help"]

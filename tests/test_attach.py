@@ -1,0 +1,842 @@
+"""Where `attach` puts the sites, what it leaves alone, and what it refuses.
+
+Where the sites act is checked from outside: the test replaces what every site returns by a constant, or computes by
+hand the feature map that a site should receive.
+"""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from image_files import one_line
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
+
+CONSTANT = 7.0
+
+
+def quiet(model, phi=None, image_size=32, sites=None, **options):
+    return attach(model, phi or MetaPerturb(), image_size, sites, verbose=False, **options)
+
+
+def site_names(model):
+    return [spec.name for spec in model.metaperturb.specs]
+
+
+def images(batch=2, size=32, seed=0):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def record_inputs(model):
+    """What the sites receive, in the order in which they run: a list that fills as the model runs."""
+    received = []
+    for site in model.metaperturb.sites:
+        site.register_forward_pre_hook(lambda site, args: received.append((site, args[0].detach().clone())))
+    return received
+
+
+def constant_sites(model):
+    """Let every site return a constant map."""
+    for site in model.metaperturb.sites:
+        site.register_forward_hook(lambda site, args, output: torch.full_like(output, CONSTANT))
+
+
+def seeded(model, x, seed=0):
+    torch.manual_seed(seed)
+    return model(x)
+
+
+# --- networks of a user
+
+
+def conv(a, b, stride=1):
+    return nn.Conv2d(a, b, 3, stride, padding=1)
+
+
+class Head(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.fc = nn.Linear(channels, 5)
+
+    def forward(self, x):
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class FunctionalPlain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.head = conv(3, 4), conv(4, 6), Head(6)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        return self.head(F.relu(self.conv2(x)))
+
+
+class NormPlain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = conv(3, 4), nn.BatchNorm2d(4), conv(4, 6), nn.BatchNorm2d(6)
+        self.head = Head(6)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.head(self.bn2(self.conv2(x)).relu())
+
+
+class SharedReLU(nn.Module):
+    """One in-place ReLU module, used after every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3, self.head = conv(3, 4), conv(4, 4), conv(4, 6, 2), Head(6)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        for layer in (self.conv1, self.conv2, self.conv3):
+            x = self.relu(layer(x))
+        return self.head(x)
+
+
+def all_conv():
+    return nn.Sequential(
+        conv(3, 4),
+        nn.ReLU(),
+        conv(4, 6, 2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 5, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+ADDITIONS = {
+    "out + x": lambda out, x: out + x,
+    "x + out": lambda out, x: x + out,
+    "torch.add": torch.add,
+    "torch.add keywords": lambda out, x: torch.add(input=out, other=x),
+    "out.add": lambda out, x: out.add(x),
+    "out.add_": lambda out, x: out.add_(x),
+    "sum of a list": lambda out, x: sum([out, x]),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, channels, add):
+        super().__init__()
+        self.conv1, self.conv2, self.add = conv(channels, channels), conv(channels, channels), add
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.add(self.conv2(self.relu(self.conv1(x))), x))
+
+
+class InPlaceBlock(Block):
+    def __init__(self, channels):
+        super().__init__(channels, None)
+
+    def forward(self, x):
+        out = self.conv2(self.relu(self.conv1(x)))
+        out += x
+        return self.relu(out)
+
+
+class InPlaceStatementBlock(InPlaceBlock):
+    """Adds in place and does not look at the result of the call."""
+
+    def forward(self, x):
+        out = self.conv2(self.relu(self.conv1(x)))
+        out.add_(x)
+        return self.relu(out)
+
+
+class Residual(nn.Module):
+    def __init__(self, make_block, blocks=2):
+        super().__init__()
+        self.stem = conv(3, 4)
+        self.blocks = nn.Sequential(*(make_block() for _ in range(blocks)))
+        self.head = Head(4)
+
+    def forward(self, x):
+        return self.head(self.blocks(F.relu(self.stem(x))))
+
+
+class RootSum(nn.Module):
+    """Residual sums in the forward of the network itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3, self.head = conv(3, 4), conv(4, 4), conv(4, 4), Head(4)
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.conv2(x) + x)
+        x = F.relu(x + self.conv3(x))
+        return self.head(x)
+
+
+PLAIN_NETS = {
+    "functional": (FunctionalPlain, ["conv1", "conv2"]),
+    "batch norm": (NormPlain, ["bn1", "bn2"]),
+    "shared relu": (SharedReLU, ["conv1", "conv2", "conv3"]),
+    "all conv": (all_conv, ["0", "2"]),
+    "conv bn pool relu": (
+        lambda: nn.Sequential(
+            conv(3, 4), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), Head(6)
+        ),
+        ["1", "5"],
+    ),
+}
+RESIDUAL_NETS = {
+    **{name: lambda add=add: Residual(lambda: Block(4, add)) for name, add in ADDITIONS.items()},
+    "out += x": lambda: Residual(lambda: InPlaceBlock(4)),
+    "out.add_ as a statement": lambda: Residual(lambda: InPlaceStatementBlock(4)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PLAIN_NETS)
+def test_plain_networks_before_each_activation(name, training):
+    make, expected_names = PLAIN_NETS[name]
+    torch.manual_seed(0)
+    model = quiet(make().train(training))
+    assert site_names(model) == expected_names
+    x = images(4, 16)
+    before = []  # what the marked layers give by themselves: hooks that ran before a site's
+    received = record_inputs(model)
+    for site_name in expected_names:
+        module = model.get_submodule(site_name)
+        hook = module.register_forward_hook(lambda m, args, out: before.append(out.detach().clone()), prepend=True)
+        assert hook is not None
+    model(x)
+    assert [site for site, _ in received] == model.metaperturb.sites
+    for (_, h), expected in zip(received, before, strict=True):
+        assert torch.equal(h, expected) and (h < 0).any() and (h > 0).any()
+    constant_sites(model)
+    activated = []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, Head)):
+            module.register_forward_pre_hook(lambda m, args: activated.append(args[0]))
+    model(x)
+    for h in activated[1:]:  # all but the image: relu of the constant, whatever pooling came between
+        assert (h == CONSTANT).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", RESIDUAL_NETS)
+def test_residual_blocks_after_the_sum_before_the_activation(name, training):
+    torch.manual_seed(0)
+    model = quiet(RESIDUAL_NETS[name]().train(training))
+    assert site_names(model) == ["blocks.0", "blocks.1"]
+    received, entering, leaving = record_inputs(model), [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, args: entering.append(args[0].detach().clone()))
+        block.register_forward_hook(lambda block, args, out: leaving.append(out.detach().clone()))
+    x = images(4, 16)
+    seeded(model, x)
+    for (_, h), start, block in zip(received, entering, model.blocks, strict=True):
+        with torch.no_grad():
+            expected = F.conv2d(start, block.conv1.weight, block.conv1.bias, padding=1).clamp(min=0)
+            expected = F.conv2d(expected, block.conv2.weight, block.conv2.bias, padding=1) + start
+        torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
+        assert (h < 0).any()
+    for (site, h), end in zip(received, leaving, strict=True):  # and what leaves the block is what the site made of it
+        assert not torch.allclose(end, h.relu())
+        assert site.channels == 4
+    constant_sites(model)
+    leaving.clear()
+    model(x).sum().backward()
+    assert len(leaving) == 2 and all((end == CONSTANT).all() for end in leaving)
+
+
+def test_residual_sums_in_the_networks_own_forward():
+    torch.manual_seed(0)
+    model = quiet(RootSum())
+    received = record_inputs(model)
+    x = images(3, 8)
+    assert len(model.metaperturb.sites) == 2
+    seeded(model, x)
+    with torch.no_grad():
+        start = F.relu(model.conv1(x))
+        first = model.conv2(start) + start
+    torch.testing.assert_close(received[0][1], first)
+    site = model.metaperturb.sites[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        start = F.relu(site(first))
+        torch.testing.assert_close(received[1][1], start + model.conv3(start), rtol=1e-4, atol=1e-5)
+    constant_sites(model)
+    seen = []
+    model.head.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(x)
+    assert (seen[0] == CONSTANT).all()
+
+
+class BiasedBlock(nn.Module):
+    """Adds a learned map first: no residual sum, although at a batch of one both operands have one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(4, 4)
+        self.bias = nn.Parameter(torch.randn(1, 4, 16, 16))
+
+    def forward(self, x):
+        return F.relu((self.conv(x) + self.bias) + x)
+
+
+def test_the_sites_do_not_depend_on_the_batch_size():
+    torch.manual_seed(0)
+    model = quiet(Residual(BiasedBlock, blocks=1), image_size=16).eval()
+    received = record_inputs(model)
+    x = images(2, 16)
+    model(x)
+    model(x[:1])
+    (_, both), (_, one) = received
+    torch.testing.assert_close(one, both[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_within_a_block():
+    """The sums of an inner block are not those of the outer one."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.conv = Block(4, torch.add), conv(4, 4)
+
+        def forward(self, x):
+            return F.relu(self.conv(self.inner(x)) + x)
+
+    torch.manual_seed(0)
+    model = quiet(Residual(Outer, blocks=1))
+    assert site_names(model) == ["blocks.0.inner", "blocks.0"]
+    received, inner = record_inputs(model), []
+    model.blocks[0].inner.register_forward_hook(lambda m, args, out: inner.append((args[0], out)))
+    model(images(2, 8))
+    assert [site for site, _ in received] == model.metaperturb.sites
+    start, end = inner[0]
+    torch.testing.assert_close(received[1][1], (model.blocks[0].conv(end) + start).detach(), rtol=1e-4, atol=1e-5)
+
+
+# --- the zoo
+
+ZOO_SITES = {
+    "conv4": (4, 64),
+    "conv6": (6, 64),
+    "vgg9": (8, 512),
+    "resnet20": (9, 64),
+    "resnet32": (15, 64),
+    "resnet56": (27, 64),
+    "wrn_28_2": (12, 128),
+}
+
+
+@pytest.mark.parametrize("name", ZOO_SITES)
+def test_zoo(name):
+    model = quiet(models.create(name, num_classes=10, image_size=32).eval())
+    count, widest = ZOO_SITES[name]
+    sites = model.metaperturb.sites
+    assert len(sites) == count
+    assert {site.channel_norm for site in sites} == {widest} == {max(site.channels for site in sites)}
+    assert {site.size_norm for site in sites} == {32}
+    received = record_inputs(model)
+    with torch.no_grad():
+        assert model(images()).shape == (2, 10)
+    assert [site for site, _ in received] == sites  # each once, in this order
+    for site, h in received:
+        assert h.shape[1] == site.channels and (h < 0).any()
+
+
+def test_zoo_residual_block_by_hand():
+    torch.manual_seed(0)
+    model = quiet(models.create("resnet20", num_classes=10, image_size=32).eval())
+    block = model.layer2[0]  # halves the map and doubles the channels
+    received = []
+    site = model.metaperturb.sites[site_names(model).index("layer2.0")]
+    site.register_forward_pre_hook(lambda site, args: received.append(args[0].clone()))
+    x = torch.randn(2, 16, 32, 32)
+    with torch.no_grad():
+        out = F.conv2d(x, block.conv1.weight, stride=2, padding=1) / (1 + 1e-5) ** 0.5
+        out = F.conv2d(out.relu(), block.conv2.weight, padding=1) / (1 + 1e-5) ** 0.5
+        expected = out.clone()
+        expected[:, 8:24] += x[:, :, ::2, ::2]
+        noise = torch.zeros_like(out)
+        torch.manual_seed(0)
+        leaves = block(x)
+        torch.testing.assert_close(received[0], expected, rtol=1e-4, atol=1e-4)
+        torch.manual_seed(0)
+        noise = torch.randn_like(expected)
+        torch.testing.assert_close(leaves, site(received[0], noise=noise).relu())
+
+
+def test_zoo_plain_layer_by_hand():
+    torch.manual_seed(0)
+    model = quiet(models.create("conv4", num_classes=10, image_size=32).train())
+    received = record_inputs(model)
+    x = images(4)
+    model(x)
+    layer = model.layers[0]
+    with torch.no_grad():
+        expected = F.batch_norm(F.conv2d(x, layer.conv.weight, layer.conv.bias, padding=1), None, None, training=True)
+    torch.testing.assert_close(received[0][1], expected, rtol=1e-4, atol=1e-4)
+    constant_sites(model)
+    seen = []
+    model.fc.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(x)
+    assert (seen[0] == CONSTANT).all()
+
+
+# --- torchvision
+
+
+def torchvision_network(name, num_classes=6):
+    """Built without the initialization by `create`, which takes seconds for the large ones."""
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=num_classes)
+        if name.startswith("vgg"):  # 100 million weights that the sites have nothing to do with
+            model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes)
+    torch.manual_seed(0)
+    model = model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        if hasattr(module, "layer_scale"):  # ConvNeXt
+            nn.init.constant_(module.layer_scale, 0.1)
+    return model
+
+
+# sites, the widest, image size, classes of the modules whose output is the site's (after an activation, if it has one)
+TORCHVISION = {
+    "resnet18": (8, 512, 32, ("BasicBlock",)),
+    "resnet50": (16, 2048, 32, ("Bottleneck",)),
+    "vgg11": (8, 512, 32, ("Conv2d",)),
+    "vgg11_bn": (8, 512, 32, ("BatchNorm2d",)),
+    "densenet121": (121, 1024, 32, ("BatchNorm2d",)),
+    "mobilenet_v2": (17, 320, 32, ("InvertedResidual",)),
+    "mobilenet_v3_small": (11, 96, 32, ("InvertedResidual",)),
+    "efficientnet_b0": (16, 320, 32, ("MBConv",)),
+    "convnext_tiny": (18, 768, 32, ("CNBlock",)),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name):
+    count, widest, size, classes = TORCHVISION[name]
+    model = torchvision_network(name)
+    parameters = {n for n, _ in model.named_parameters()}
+    quiet(model, image_size=size)
+    sites = model.metaperturb.sites
+    assert len(sites) == count
+    assert {site.channel_norm for site in sites} == {widest} == {max(site.channels for site in sites)}
+    assert {site.size_norm for site in sites} == {size}
+    assert {n for n, _ in model.named_parameters()} == parameters
+
+    # training: backward through in-place activations; θ and φ both get a gradient
+    ran = []
+    for site in sites:
+        site.register_forward_pre_hook(lambda site, args: ran.append(site))
+    x = images(2, size)
+    model.train()
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert ran == sites
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight
+    assert torch.isfinite(first.grad).all() and first.grad.any()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.metaperturb.phi.parameters())
+    assert all((site.running_var != 1).any() for site in sites)
+
+    # where: behind a constant site, what leaves the block (or layer) is that constant
+    constant_sites(model)
+    leaving = []
+    for module in model.modules():
+        if type(module).__name__ in classes:
+            module.register_forward_hook(lambda module, args, output: leaving.append(output.clone()))
+    with torch.no_grad():
+        model.eval()(x)
+    assert len(leaving) == count
+    assert all((output == CONSTANT).all() for output in leaving)
+
+
+def test_torchvision_residual_sum_by_hand():
+    model = quiet(torchvision_network("resnet18").eval())
+    received, parts = record_inputs(model), []
+    blocks = [m for m in model.modules() if type(m).__name__ == "BasicBlock"]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, args: parts.append([args[0].clone()]))
+        block.bn2.register_forward_hook(lambda m, args, out: parts[-1].append(out.clone()))
+        if block.downsample is not None:
+            block.downsample.register_forward_hook(lambda m, args, out: parts[-1].append(out.clone()))
+    with torch.no_grad():
+        model(images())
+    for (_, h), (start, branch, *downsampled) in zip(received, parts, strict=True):
+        assert torch.equal(h, branch + (downsampled[0] if downsampled else start))
+        assert (h < 0).any()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2"])
+def test_strength_0_is_the_network_itself(name):
+    model = torchvision_network(name)
+    twin = copy.deepcopy(model)
+    quiet(model).metaperturb.strength = 0.0
+    x = images(4)
+    assert torch.equal(seeded(model, x), seeded(twin, x))  # the seed is for dropout: at strength 0 no noise is drawn
+    assert torch.equal(model.eval()(x), twin.eval()(x))
+
+
+# --- attach leaves the network as it was
+
+
+class ModeChanger(nn.Module):
+    """Part of it in evaluation mode while the whole trains, as when batch norm is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.bn2, self.head = conv(3, 4), nn.BatchNorm2d(4), nn.BatchNorm2d(4), Head(4)
+        self.bn2.eval()
+
+    def forward(self, x):
+        return self.head(F.relu(self.bn2(F.relu(self.bn1(self.conv1(x))))))
+
+
+@pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), ModeChanger, RootSum])
+def test_attach_changes_neither_mode_nor_statistics_nor_random_state(make):
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    phi = MetaPerturb()
+    random_state = torch.get_rng_state()
+    quiet(model, phi, image_size=16)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(module.training == modes[n] for n, module in model.named_modules() if not n.startswith("metaperturb"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert all(site.training == model.training for site in model.metaperturb.sites)
+    assert all((site.running_mean == 0).all() and (site.running_var == 1).all() for site in model.metaperturb.sites)
+    assert all(p.grad is None for p in [*phi.parameters(), *model.parameters()])
+
+
+def test_attach_draws_nothing_for_a_network_that_does():
+    """Dropout that is on in evaluation too (Monte-Carlo dropout) draws in the dry run."""
+
+    class MonteCarloDropout(FunctionalPlain):
+        def forward(self, x):
+            return super().forward(F.dropout(x))
+
+    model, phi = MonteCarloDropout(), MetaPerturb()
+    random_state = torch.get_rng_state()
+    quiet(model, phi, image_size=16)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.create("resnet8", 5, 16),
+        lambda: models.create("conv4", 5, 16),
+        RootSum,
+        SharedReLU,
+        RESIDUAL_NETS["out += x"],
+    ],
+)
+def test_detach_restores_the_network_bit_for_bit(make, training):
+    torch.manual_seed(0)
+    model = make().train(training)
+    keys, twin, x = list(model.state_dict()), copy.deepcopy(model), images(3, 16)
+    own_calls = []
+    model.register_forward_hook(lambda *_: own_calls.append(1))
+    quiet(model, image_size=16)
+    assert any(key.startswith("metaperturb") for key in model.state_dict())
+    assert detach(model) is model
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), twin(x))
+    assert own_calls  # the user's own hook is still there
+    for module in model.modules():
+        own = module is model
+        assert len(module._forward_hooks) == own and not module._forward_pre_hooks
+        assert not module._forward_hooks_always_called
+    assert detach(model) is model  # nothing attached: nothing to do
+    quiet(model, image_size=16)  # and it may be attached anew
+    assert not torch.equal(seeded(model, x), twin(x))
+
+
+def test_the_networks_parameters_do_not_include_phi():
+    phi = MetaPerturb()
+    model = models.create("resnet8", 5, 16)
+    count = sum(p.numel() for p in model.parameters())
+    quiet(model, phi, image_size=16)
+    assert sum(p.numel() for p in model.parameters()) == count
+    identities = {id(p) for p in model.parameters()}
+    assert not any(id(p) in identities for p in phi.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in phi.parameters()]
+    model(images(4, 16)).square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, phi.parameters(), strict=True))
+    model.requires_grad_(False)  # θ constant, φ not
+    assert all(p.requires_grad for p in phi.parameters())
+
+
+def test_moving_the_network_moves_sites_and_phi():
+    phi = MetaPerturb()
+    model = quiet(models.create("resnet8", 5, 16), phi, image_size=16).double()
+    assert all(p.dtype == torch.float64 for p in phi.parameters())
+    assert all(site.running_mean.dtype == torch.float64 for site in model.metaperturb.sites)
+    assert model(images(2, 16).double()).dtype == torch.float64
+
+
+def test_attach_to_a_network_in_double_precision():
+    """Either it works or attach says at once that φ and network must have one precision."""
+    model = models.create("resnet8", 5, 16).double()
+    try:
+        quiet(model, image_size=16)
+    except UserError as error:
+        assert "float64" in str(error)
+    else:
+        assert model(images(2, 16).double()).dtype == torch.float64
+
+
+def test_a_sequential_network_runs_its_children_still():
+    """`attach` must not add a child that such a network would run as its last layer."""
+    model = quiet(all_conv(), image_size=16)
+    assert model(images(2, 16)).shape == (2, 5)
+
+
+def test_one_line_on_stderr_names_the_sites(capsys):
+    attach(models.create("conv4", 5, 32), MetaPerturb(), image_size=32)
+    attach(models.create("resnet20", 5, 32), MetaPerturb(), image_size=32)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    plain, residual = captured.err.splitlines()
+    assert "4 sites" in plain and all(f"layers.{i}" in plain for i in range(4))
+    assert "9 sites" in residual and "layer1.0" in residual and "layer3.2" in residual
+    quiet(models.create("conv4", 5, 32))
+    assert capsys.readouterr().err == ""
+
+
+def test_strength_and_clip_of_all_sites():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16, clip=None)
+    assert all(site.clip is None and site.strength == 1.0 for site in model.metaperturb.sites)
+    model.metaperturb.strength = 0.25
+    model.metaperturb.clip = 3.0
+    assert [(s.strength, s.clip) for s in model.metaperturb.sites] == [(0.25, 3.0)] * 3
+    assert model.metaperturb.strength == 0.25 and model.metaperturb.clip == 3.0
+    with pytest.raises(ValueError):
+        model.metaperturb.strength = 1.5
+
+
+# --- saving
+
+
+@pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), RootSum, SharedReLU])
+@pytest.mark.parametrize("through_file", [False, True])
+def test_state_dict_round_trip_gives_the_same_logits(make, through_file, tmp_path):
+    torch.manual_seed(0)
+    model = quiet(make(), image_size=16)
+    with torch.no_grad():
+        for p in model.metaperturb.phi.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        for seed in range(3):
+            model(images(4, 16, seed))
+    x = images(3, 16, 9)
+    expected = seeded(model.eval(), x, seed=5)
+    state = copy.deepcopy(model.state_dict())
+    if through_file:
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        state = torch.load(tmp_path / "model.pt", weights_only=True)
+    fresh = quiet(make(), MetaPerturb(), image_size=16).eval()
+    assert not torch.equal(seeded(fresh, x, seed=5), expected)
+    fresh.load_state_dict(state)
+    assert torch.equal(seeded(fresh, x, seed=5), expected)
+    assert fresh.metaperturb.phi is not model.metaperturb.phi
+    assert not torch.equal(seeded(fresh, x, seed=6), expected)  # the noise is still drawn
+
+
+def test_state_dict_does_not_alias_phi():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16)
+    state = model.state_dict()
+    kept = state["metaperturb._extra_state"].clone()
+    with torch.no_grad():
+        model.metaperturb.phi.self1.add_(1)
+    assert torch.equal(state["metaperturb._extra_state"], kept)
+
+
+@pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), RootSum, RESIDUAL_NETS["out + x"]])
+def test_a_deep_copy_is_independent(make):
+    torch.manual_seed(0)
+    model = quiet(make(), image_size=16)
+    model(images(4, 16))
+    clone = copy.deepcopy(model)
+    x = images(2, 16, 3)
+    assert torch.equal(seeded(model.eval(), x), seeded(clone.eval(), x))
+    assert clone.metaperturb.phi is not model.metaperturb.phi
+    assert {id(site.phi) for site in clone.metaperturb.sites} == {id(clone.metaperturb.phi)}
+    statistics = [site.running_mean.clone() for site in model.metaperturb.sites]
+    moved = [site.running_mean.clone() for site in clone.metaperturb.sites]
+    clone.train()(x)
+    assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))
+    assert not any(torch.equal(a, s.running_mean) for a, s in zip(moved, clone.metaperturb.sites, strict=True))
+    clone.eval().metaperturb.strength = 0.0
+    assert model.metaperturb.strength == 1.0
+    assert not torch.equal(seeded(model, x), seeded(clone, x))
+    expected = seeded(model, x)
+    detach(clone)
+    assert torch.equal(seeded(model, x), expected)
+
+
+def test_a_pickled_network():
+    torch.manual_seed(0)
+    model = quiet(models.create("resnet8", 5, 16), image_size=16)
+    model(images(4, 16))
+    buffer = io.BytesIO()
+    torch.save(model.eval(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)  # our own bytes
+    assert torch.equal(seeded(loaded, images(2, 16)), seeded(model, images(2, 16)))
+
+
+def test_one_phi_in_two_networks():
+    phi = MetaPerturb()
+    first = quiet(models.create("resnet8", 5, 16), phi, image_size=16)
+    second = quiet(models.create("conv4", 5, 16), phi, image_size=16)
+    assert first.metaperturb.phi is second.metaperturb.phi is phi
+    first(images(2, 16)).sum().backward()
+    gradient = phi.self1.grad.clone()
+    second(images(2, 16)).sum().backward()
+    assert not torch.equal(phi.self1.grad, gradient)
+    assert all((site.running_mean != 0).any() for m in (first, second) for site in m.metaperturb.sites)
+    detach(first)
+    assert second.metaperturb.phi is phi
+
+
+# --- named sites
+
+
+def test_named_sites():
+    model = models.create("resnet20", 5, 32)
+    chosen = [spec.name for spec in find_sites(model, 32)]
+    assert len(chosen) == 9
+    quiet(model, sites=["layer3.2", "layer2.0"])
+    assert site_names(model) == ["layer2.0", "layer3.2"]  # in the order in which the network runs them
+    assert {s.channel_norm for s in model.metaperturb.sites} == {64}
+    detach(model)
+    quiet(model, sites=["layer2.0"])
+    assert model.metaperturb.sites[0].channel_norm == 32  # the widest perturbed layer
+    detach(model)
+    quiet(model, sites=chosen)
+    assert site_names(model) == chosen
+
+
+def test_named_modules_that_would_not_be_found():
+    model = quiet(SharedReLU(), image_size=16, sites=["relu", "conv2"])
+    assert sorted(site_names(model)) == ["conv2", "relu"]
+    plain = quiet(torchvision_network("resnet18"), sites=["bn1", "layer1.0.bn1", "layer4.1"])
+    received = record_inputs(plain)
+    with torch.no_grad():
+        plain.eval()(images())
+    assert [h.shape[1] for _, h in received] == [64, 64, 512]
+    assert all((h < 0).any() for _, h in received)
+
+
+@pytest.mark.parametrize("name", ["clip", "strength", "sites", "specs", "phi"])
+def test_modules_may_be_called_like_our_own_attributes(name):
+    class Named(FunctionalPlain):
+        def forward(self, x):
+            x = F.relu(getattr(self, name)(x))
+            return super().forward(x)
+
+    model = Named()
+    setattr(model, name, conv(3, 3))
+    quiet(model, image_size=16)
+    assert name in site_names(model)
+    model(images(2, 16))
+    assert len(model.metaperturb.sites) == 3
+
+
+# --- what it refuses
+
+
+def refused(model, image_size=32, sites=None):
+    training = model.training
+    keys = list(model.state_dict())
+    with pytest.raises(UserError) as error:
+        quiet(model, image_size=image_size, sites=sites)
+    assert model.training == training and list(model.state_dict()) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not _get_current_function_mode_stack()
+    return one_line(error)
+
+
+def test_unknown_site_names():
+    message = refused(models.create("resnet8", 5, 32), sites=["layer2.0", "layer1.9"])
+    assert "layer1.9" in message and "layer1.0" in message  # with what there is
+    assert "fc" in refused(models.create("resnet8", 5, 32), sites=["fc"])  # no feature map
+    assert "twice" in refused(models.create("resnet8", 5, 32), sites=["layer1.0", "layer1.0"])
+    refused(models.create("resnet8", 5, 32), sites=[])
+
+
+def test_no_convolution():
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.ReLU(), nn.Linear(8, 5))
+    assert "Conv2d" in refused(mlp, 16)
+    only_classifier = nn.Sequential(conv(3, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert "sites" in refused(only_classifier, 16)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "densenet121"])
+def test_images_too_small(name):
+    message = refused(torchvision_network(name), 8)
+    assert "8" in message and "image_size" in message
+
+
+def test_images_of_another_size_than_the_network_was_made_for():
+    assert "image_size" in refused(models.create("conv4", 5, 32), 64)
+
+
+def test_attaching_twice():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16)
+    x = images(2, 16)
+    expected = seeded(model.eval(), x)
+    with pytest.raises(UserError) as error:
+        quiet(model, image_size=16)
+    assert "detach" in one_line(error)
+    assert torch.equal(seeded(model, x), expected)
+
+
+# --- errors while it runs
+
+
+@pytest.mark.parametrize("make", [RootSum, RESIDUAL_NETS["out + x"], lambda: models.create("resnet8", 5, 16)])
+def test_an_exception_in_the_forward_leaves_no_mode_behind(make):
+    torch.manual_seed(0)
+    model = quiet(make(), image_size=16).eval()
+    x = images(2, 16)
+    expected = seeded(model, x)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+    def fail(module, args, output):
+        raise RuntimeError("on purpose")
+
+    for module in (convolutions[0], convolutions[-1]):
+        handle = module.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+        handle.remove()
+        assert not _get_current_function_mode_stack()
+        assert torch.equal(torch.ones(1, 1, 2, 2) + torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 2.0))
+    assert torch.equal(seeded(model, x), expected)
+
+
+def test_an_exception_in_a_site_leaves_no_mode_behind():
+    model = quiet(RootSum(), image_size=16)
+    with pytest.raises(ValueError, match="2 images"):
+        model(images(1, 16))
+    assert not _get_current_function_mode_stack()
+    received = record_inputs(model)
+    model(images(2, 16))
+    assert len(received) == 2  # and the sites act afterwards

@@ -1,0 +1,261 @@
+"""Batches: the crop and the flip, the order of the images, and what a batch depends on."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from metaperturb.data.arrays import ImageArrays
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, normalize
+
+CPU = torch.device("cpu")
+
+
+def random_images(count, size=6, seed=0):
+    """uint8 without zeros, so that the black border can be told from the image."""
+    return np.random.default_rng(seed).integers(1, 256, (count, 3, size, size), dtype=np.uint8)
+
+
+def numbered_images(count, size=4):
+    """Image i is full of the value i."""
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 3, size, size)).copy()
+
+
+def data_set(images, labels=None, num_classes=5):
+    labels = np.arange(len(images)) % num_classes if labels is None else labels
+    names = tuple(f"class {i}" for i in range(num_classes))
+    return DeviceImages(ImageArrays(images, np.asarray(labels, dtype=np.int64), names, "0" * 8, "made-train"), CPU)
+
+
+def stream(count=10, batch_size=4, indices=None, class_ids=None, padding=0, key=(0, 0, "order_train"), **options):
+    indices = np.arange(count) if indices is None else indices
+    return TrainingBatches(data_set(numbered_images(count), **options), indices, class_ids, batch_size, padding, key)
+
+
+def numbers(batch):
+    """Which numbered images a batch holds."""
+    images, _ = batch
+    values = (images[:, 0, 0, 0] + 1) * 127.5
+    return values.round().long().tolist()
+
+
+def all_crops(image, padding):
+    """{(y, x, flip): crop} of one image [3, S, S], by slicing."""
+    size = image.shape[-1]
+    padded = np.zeros((3, size + 2 * padding, size + 2 * padding), dtype=np.uint8)
+    padded[:, padding : padding + size, padding : padding + size] = image
+    crops = {}
+    for y in range(2 * padding + 1):
+        for x in range(2 * padding + 1):
+            crop = padded[:, y : y + size, x : x + size]
+            crops[y, x, False], crops[y, x, True] = crop, crop[:, :, ::-1]
+    return crops
+
+
+def find_crop(output, crops):
+    found = [key for key, crop in crops.items() if np.array_equal(output, crop)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+# --- crop and flip
+
+
+@pytest.mark.parametrize(("size", "padding"), [(6, 2), (5, 1), (6, 0), (3, 4)])
+def test_every_output_is_a_crop_of_the_padded_image_or_of_its_mirror(size, padding):
+    images = random_images(24, size)
+    torch.manual_seed(0)
+    out = crop_and_flip(torch.from_numpy(images), padding)
+    assert out.dtype == torch.uint8 and out.shape == images.shape
+    for image, output in zip(images, out.numpy(), strict=True):
+        crops = all_crops(image, padding)
+        assert any(np.array_equal(output, crop) for crop in crops.values())
+
+
+def test_all_offsets_and_both_flips_occur_evenly_and_per_image():
+    padding, count = 2, 4000
+    image = random_images(1, 6)
+    crops = all_crops(image[0], padding)
+    torch.manual_seed(0)
+    out = crop_and_flip(torch.from_numpy(image).expand(count, -1, -1, -1), padding).numpy()
+    drawn = [find_crop(output, crops) for output in out]
+    seen = {key: drawn.count(key) for key in crops}
+    assert set(drawn) == set(crops) and len(crops) == 2 * 5 * 5  # (2p + 1)² offsets, both flips
+    expected = count / 50
+    chi_squared = sum((n - expected) ** 2 / expected for n in seen.values())
+    assert chi_squared < 100  # 49 degrees of freedom: mean 49, beyond 100 one time in 40,000
+    pairs = set(itertools.pairwise(drawn))
+    assert len(pairs) > 1500  # neighbours are drawn independently of each other
+
+
+def test_against_a_loop_with_the_same_draws():
+    padding, images = 4, random_images(16, 8)
+    torch.manual_seed(3)
+    out = crop_and_flip(torch.from_numpy(images), padding).numpy()
+    torch.manual_seed(3)
+    offsets_y, offsets_x = torch.randint(2 * padding + 1, (2, 16)).tolist()
+    flips = (torch.rand(16) < 0.5).tolist()
+    assert True in flips and False in flips
+    for i, key in enumerate(zip(offsets_y, offsets_x, flips, strict=True)):
+        assert np.array_equal(out[i], all_crops(images[i], padding)[key])
+
+
+def test_channels_move_together():
+    image = np.repeat(random_images(1, 6)[:, :1], 3, axis=1)
+    out = crop_and_flip(torch.from_numpy(np.repeat(image, 20, axis=0)), 2)
+    assert torch.equal(out[:, 0], out[:, 1]) and torch.equal(out[:, 0], out[:, 2])
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_the_source_stays_untouched(padding):
+    images = random_images(8)
+    before, tensor = images.copy(), torch.from_numpy(images)
+    out = crop_and_flip(tensor, padding)
+    out.zero_()
+    assert np.array_equal(images, before)
+    batches = TrainingBatches(data_set(images), np.arange(8), None, 8, padding, (0, 0, "order_train"))
+    batches.batch(0)[0].zero_()
+    assert np.array_equal(images, before)
+
+
+def test_a_read_only_memory_map_is_no_problem(tmp_path):
+    np.save(tmp_path / "images.npy", numbered_images(10))
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    batches = TrainingBatches(data_set(images), np.arange(10), None, 5, 1, (0, 0, "order_train"))
+    batches.batch(0)[0].add_(1.0)
+    assert np.array_equal(images, numbered_images(10))
+
+
+def test_value_range():
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    out = normalize(values)
+    assert out.dtype == torch.float32 and out.min() == -1 and out.max() == 1
+    torch.testing.assert_close(out.flatten(), torch.arange(256) / 255 * 2 - 1, rtol=0, atol=1e-6)
+    assert values.dtype == torch.uint8 and values.max() == 255
+    images, labels = TrainingBatches(data_set(random_images(9)), np.arange(9), None, 9, 2, (0, 0, "order_train")).batch(
+        0
+    )
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert images.min() == -1 and images.max() <= 1  # the border is black
+
+
+# --- order
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (12, 4), (7, 7), (5, 3), (3, 8), (1, 3)])
+def test_every_image_once_an_epoch(count, batch_size):
+    batches = stream(count, batch_size)
+    epochs = 6
+    steps = -(-epochs * count // batch_size)
+    order = []
+    for k in range(steps):
+        batch = batches.batch(k)
+        assert batch[0].shape == (batch_size, 3, 4, 4)  # always full, also where an epoch ends within it
+        order += numbers(batch)
+        assert batch[1].tolist() == [i % 5 for i in order[-batch_size:]]  # labels go with their images
+    chunks = [tuple(order[e * count : (e + 1) * count]) for e in range(epochs)]
+    assert all(sorted(chunk) == list(range(count)) for chunk in chunks)
+    if count >= 7:
+        assert len(set(chunks)) == epochs  # shuffled anew
+        assert all(chunk != tuple(range(count)) for chunk in chunks)
+
+
+def test_only_the_given_images():
+    indices = np.array([3, 1, 8, 5])
+    order = [i for k in range(5) for i in numbers(stream(10, 4, indices).batch(k))]
+    assert all(sorted(order[e : e + 4]) == [1, 3, 5, 8] for e in range(0, 20, 4))
+    assert indices.tolist() == [3, 1, 8, 5]
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 25])
+def test_a_batch_is_a_function_of_its_number_alone(batch_size):
+    steps = 12
+    forward = stream(10, batch_size, padding=1)
+    images = data_set(random_images(10))
+    forward.images = images
+
+    def batch(batches, k):
+        torch.manual_seed(100 + k)
+        return batches.batch(k)
+
+    expected = [batch(forward, k) for k in range(steps)]
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(steps), 2))
+    again = stream(10, batch_size, padding=1)
+    again.images = images
+    for k in order.tolist():
+        for a, b in zip(batch(again, k), expected[k], strict=True):
+            assert torch.equal(a, b)
+    for k in (steps - 1, 0):  # a resumed run asks for one batch of a fresh stream
+        resumed = stream(10, batch_size, padding=1)
+        resumed.images = images
+        assert torch.equal(batch(resumed, k)[0], expected[k][0])
+
+
+def test_the_order_depends_on_the_key_and_not_on_the_global_state():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    first = numbers(stream(50, 50).batch(0))
+    torch.manual_seed(2)
+    np.random.seed(2)
+    assert numbers(stream(50, 50).batch(0)) == first
+    others = [numbers(stream(50, 50, key=k).batch(0)) for k in [(1, 0, "order_train"), (0, 1, "order_train")]]
+    others.append(numbers(stream(50, 50, key=(0, 0, "order_test")).batch(0)))
+    assert len({tuple(o) for o in [first, *others]}) == 4
+
+
+def test_augmentation_follows_the_global_seed():
+    batches = TrainingBatches(data_set(random_images(8)), np.arange(8), None, 8, 2, (0, 0, "order_train"))
+    torch.manual_seed(0)
+    first = batches.batch(0)[0]
+    second = batches.batch(0)[0]
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(batches.batch(0)[0], first)
+
+
+def test_a_long_stream_keeps_few_epochs_in_memory():
+    batches = stream(5, 5)
+    for k in range(40):
+        batches.batch(k)
+    assert len(batches.epochs) <= 3
+
+
+# --- labels
+
+
+def test_labels_are_renumbered_for_a_task():
+    labels = np.array([4, 1, 4, 7, 1, 7, 0, 2, 9, 4])
+    class_ids = np.array([1, 4, 7])
+    indices = np.flatnonzero(np.isin(labels, class_ids))
+    batches = stream(10, 7, indices, class_ids, labels=labels, num_classes=10)
+    for k in range(3):
+        batch = batches.batch(k)
+        assert sorted(numbers(batch)) == indices.tolist()
+        assert batch[1].tolist() == [{1: 0, 4: 1, 7: 2}[labels[i]] for i in numbers(batch)]
+
+
+def test_labels_without_renumbering():
+    labels = np.array([4, 1, 4, 7, 1, 7, 0, 2, 9, 4])
+    batch = stream(10, 10, labels=labels, num_classes=10).batch(0)
+    assert batch[1].tolist() == labels[numbers(batch)].tolist()
+
+
+def test_taking_images_by_number():
+    images = random_images(6)
+    taken, labels = data_set(images).take(torch.tensor([4, 0, 4]))
+    assert taken.dtype == torch.uint8 and np.array_equal(taken.numpy(), images[[4, 0, 4]])
+    assert labels.tolist() == [4, 0, 4] and labels.dtype == torch.int64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu():
+    arrays = data_set(random_images(10)).arrays
+    batches = TrainingBatches(
+        DeviceImages(arrays, torch.device("cuda")), np.arange(10), None, 10, 2, (0, 0, "order_train")
+    )
+    images, labels = batches.batch(0)
+    assert images.is_cuda and labels.is_cuda and sorted(labels.tolist()) == sorted(arrays.labels.tolist())
+    order = stream(10, 10)._indices(0)
+    for output, index in zip((images.cpu() + 1).mul(127.5).round().byte().numpy(), order.tolist(), strict=True):
+        find_crop(output, all_crops(arrays.images[index], 2))

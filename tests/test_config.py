@@ -1,0 +1,110 @@
+"""The one mechanism for settings: types, ranges and names are checked before any work."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, differences, load_config
+from metaperturb.errors import UserError
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def yaml_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_the_papers():
+    source, target = MetaTrainConfig(), MetaTestConfig()
+    assert (source.tasks, source.steps, source.batch_size, source.lr, source.weight_decay) == (10, 750, 128, 1e-3, 5e-4)
+    assert (source.split, source.clip, source.anneal, source.lookahead) == ("disjoint", 100.0, 0.0, None)
+    assert (target.steps, target.lr_milestones, target.lr_factor, target.anneal) == (10_000, [0.4, 0.7, 0.9], 0.3, 0.4)
+    assert (target.eval_samples, target.final_samples) == (5, 100)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid_and_say_what_they_are(path):
+    cls = MetaTrainConfig if "src" in path.name else MetaTestConfig
+    load_config(cls, str(path))
+    head = path.read_text().split("\n\n")[0]
+    assert head.startswith("# ") and "./run.sh" in head
+
+
+def test_shipped_paper_configs_are_the_defaults():
+    assert load_config(MetaTrainConfig, str(ROOT / "configs/src.yaml")) == MetaTrainConfig()
+    assert load_config(MetaTestConfig, str(ROOT / "configs/tgt.yaml")) == MetaTestConfig()
+
+
+def test_file_then_assignments(tmp_path):
+    path = yaml_file(tmp_path, "steps: 5\nlr: 1e-4\nclip: null\nsource_paths: [a.zip, b.zip]\n")
+    config = load_config(MetaTrainConfig, path, ["steps=6", "seed = 3", "source_paths=c.zip"])
+    assert (config.steps, config.lr, config.clip, config.seed, config.source_paths) == (6, 1e-4, None, 3, ["c.zip"])
+    assert load_config(MetaTrainConfig, path, ["clip=none", "source_paths="]).source_paths == []
+    assert load_config(MetaTestConfig, None, ["steps=10_000", "phi=null"]).phi is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stpes: 5", "unknown setting 'stpes' (did you mean steps?)"),
+        ("steps: 1.5", "steps: expected a whole number, got 1.5"),
+        ("steps: true", "steps: expected a whole number, got True"),
+        ("steps: '5'", "steps: expected a whole number, got '5'"),
+        ("steps: 0", "steps: must be at least 1, got 0"),
+        ("steps:", "steps: expected a whole number, got nothing"),
+        ("lr: fast", "lr: expected a number, got 'fast'"),
+        ("lr: .nan", "lr: must be finite"),
+        ("lr: [1e-3]", "lr: expected a number"),
+        ("clip: 0", "clip: must be at least"),
+        ("anneal: 1.5", "anneal: must be between 0 and 1, got 1.5"),
+        ("download: 1", "download: expected true or false, got 1"),
+        ("split: random", "split: expected one of disjoint, paired, homogeneous, got 'random'"),
+        ("source_paths: a.zip", "source_paths: expected a list, got 'a.zip'"),
+        ("source_paths: [1]", "source_paths: expected text, got 1"),
+        ("model: 20", "model: expected text, got 20"),
+        ("port: 70000", "port: must be between 0 and 65535"),
+        ("- steps", "expected 'key: value' lines"),
+        ("steps: [1", "line 1: not valid YAML"),
+        ("steps: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_refused_in_a_file(tmp_path, text, expected):
+    path = yaml_file(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load_config(MetaTrainConfig, path)
+    message = str(error.value)
+    assert expected in message and path in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("steps", "expected key=value"),
+        ("steps=", "steps: expected a whole number, got ''"),
+        ("steps=ten", "steps: expected a whole number, got 'ten'"),
+        ("download=yes", "download: expected true or false, got 'yes'"),
+        ("lr=inf", "lr: must be finite"),
+        ("seed=-1", "seed: must be at least 0"),
+        ("split=disjunct", "split: expected one of"),
+        ("spilt=paired", "did you mean split?"),
+    ],
+)
+def test_refused_on_the_command_line(assignment, expected):
+    with pytest.raises(UserError, match="--set") as error:
+        load_config(MetaTrainConfig, None, [assignment])
+    assert expected in str(error.value)
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot read"):
+        load_config(MetaTrainConfig, "nowhere.yaml")
+
+
+def test_differences_name_what_changes_a_result_only():
+    old = dataclasses.asdict(MetaTrainConfig())
+    assert differences(old, MetaTrainConfig(gpus="cpu,cpu", run_dir="elsewhere", log_every=1, port=1)) == []
+    assert differences(old, MetaTrainConfig(steps=1, clip=None)) == ["clip: 100.0 → None", "steps: 750 → 1"]

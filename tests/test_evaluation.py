@@ -1,0 +1,247 @@
+"""Accuracy, NLL and ECE by hand, and that evaluation counts every image and averages probabilities."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from metaperturb import MetaPerturb, attach, models
+from metaperturb.data.arrays import ImageArrays
+from metaperturb.data.batches import DeviceImages
+from metaperturb.evaluation import evaluate, expected_calibration_error, metrics
+
+
+def data_set(count, num_classes=3, seed=0, size=8, labels=None):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+    labels = rng.integers(0, num_classes, count) if labels is None else labels
+    names = tuple(map(str, range(num_classes)))
+    arrays = ImageArrays(images, np.asarray(labels, dtype=np.int64), names, "0" * 8, "made-test")
+    return DeviceImages(arrays, torch.device("cpu"))
+
+
+class Recorder(nn.Module):
+    """Logits are a fixed function of the image; remembers how it was called."""
+
+    def __init__(self, num_classes=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(3, num_classes)
+        self.norm = nn.BatchNorm2d(3)
+        self.batches, self.modes, self.gradients, self.lowest, self.highest = [], [], [], 1.0, -1.0
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        self.modes.append((self.training, self.norm.training))
+        self.lowest, self.highest = min(self.lowest, x.min().item()), max(self.highest, x.max().item())
+        logits = 5 * self.fc(self.norm(x).mean(dim=(2, 3)))
+        self.gradients.append(logits.requires_grad)
+        return logits
+
+
+def ece_by_loop(confidence, correct, bins):
+    """Naeini et al. 2015, bin by bin."""
+    total = 0.0
+    for b in range(bins):
+        inside = [i for i, c in enumerate(confidence) if b / bins < c <= (b + 1) / bins or (b == 0 and c == 0)]
+        if inside:
+            accuracy = sum(correct[i] for i in inside) / len(inside)
+            mean = sum(confidence[i] for i in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(accuracy - mean)
+    return total
+
+
+# --- calibration error
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "bins", "expected"),
+    [
+        ([1.0, 1.0], [1, 1], 15, 0.0),
+        ([1.0, 1.0], [0, 0], 15, 1.0),
+        ([0.5], [1], 15, 0.5),
+        ([0.8, 0.8, 0.8, 0.8, 0.8], [1, 1, 1, 1, 0], 15, 0.0),
+        ([0.9, 0.9], [1, 0], 10, 0.4),
+        ([0.25, 0.75], [1, 0], 2, 0.75),  # two bins: (0.75 + 0.75) / 2; one bin would give 0
+        ([0.25, 0.75], [1, 0], 1, 0.0),
+        ([0.95, 0.95, 0.55, 0.55], [1, 1, 0, 1], 10, 0.5 * 0.05 + 0.5 * 0.05),
+        ([0.61, 0.69, 0.95], [1, 0, 1], 10, (2 / 3) * abs(0.5 - 0.65) + (1 / 3) * 0.05),
+        ([0.5, 0.51], [0, 1], 2, (0.5 + 0.49) / 2),  # 0.5 belongs to the lower bin
+    ],
+)
+def test_calibration_error_by_hand(confidence, correct, bins, expected):
+    value = expected_calibration_error(
+        torch.tensor(confidence, dtype=torch.float64), torch.tensor(correct).double(), bins
+    )
+    assert value == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_error_against_a_loop_and_without_order():
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(500, generator=generator, dtype=torch.float64)
+    correct = (torch.rand(500, generator=generator) < 0.6).double()
+    for bins in (1, 7, 15, 100):
+        value = expected_calibration_error(confidence, correct, bins)
+        assert value == pytest.approx(ece_by_loop(confidence.tolist(), correct.tolist(), bins), abs=1e-12)
+    order = torch.randperm(500, generator=generator)
+    assert expected_calibration_error(confidence[order], correct[order]) == pytest.approx(
+        ece_by_loop(confidence.tolist(), correct.tolist(), 15), abs=1e-12
+    )
+
+
+def test_extreme_confidences_fall_into_the_outer_bins():
+    confidence = torch.tensor([0.0, 1.0, 1.0 + 1e-7])  # a sum of float32 probabilities may exceed 1
+    assert expected_calibration_error(confidence, torch.tensor([0.0, 1.0, 1.0])) == pytest.approx(0, abs=1e-6)
+
+
+# --- accuracy and likelihood
+
+
+def test_metrics_by_hand():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]], dtype=torch.float64)
+    labels = torch.tensor([0, 2, 2, 1])
+    result = metrics(p.log(), labels)
+    assert result["accuracy"] == 0.5
+    assert result["nll"] == pytest.approx(-(math.log(0.7) + math.log(0.3) + math.log(0.4) + math.log(0.25)) / 4)
+    assert result["ece"] == pytest.approx((0.3 + 0.6 + 0.6 + 0.5) / 4)  # each in a bin of its own
+    assert all(isinstance(value, float) for value in result.values())
+
+
+def test_nll_of_a_very_wrong_prediction_is_finite():
+    logits = torch.tensor([[200.0, -200.0]])
+    result = metrics(logits.log_softmax(dim=1), torch.tensor([1]))
+    assert result["nll"] == pytest.approx(400) and result["accuracy"] == 0
+
+
+# --- evaluate
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (5, 100), (7, 1), (1, 3)])
+def test_every_image_counts(count, batch_size):
+    data, model = data_set(count), Recorder().eval()
+    result = evaluate(model, data, samples=1, batch_size=batch_size)
+    assert sum(model.batches) == count and max(model.batches) <= batch_size
+    assert model.batches[:-1] == [batch_size] * (len(model.batches) - 1)
+    with torch.no_grad():
+        x = torch.from_numpy(data.arrays.images.astype(np.float32)) / 127.5 - 1
+        p = (5 * model.fc(x.mean(dim=(2, 3)) / (1 + 1e-5) ** 0.5)).softmax(dim=1).double().numpy()
+    labels = data.arrays.labels
+    assert result["accuracy"] == pytest.approx((p.argmax(axis=1) == labels).mean())
+    assert result["nll"] == pytest.approx(-np.log(p[np.arange(count), labels]).mean(), rel=1e-4)
+    ece = ece_by_loop(p.max(axis=1).tolist(), (p.argmax(axis=1) == labels).tolist(), 15)
+    assert result["ece"] == pytest.approx(ece, abs=1e-4)
+    assert result["samples"] == 1
+
+
+def test_the_result_does_not_depend_on_the_batch_size():
+    data, model = data_set(23), Recorder()
+    results = [evaluate(model, data, samples=1, batch_size=b) for b in (1, 5, 23, 64)]
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-5, abs=1e-6)
+
+
+def test_the_last_image_counts():
+    """The authors' code drops the last partial batch: with one wrong image, the last, it would report 100 %."""
+
+    class ByBrightness(nn.Module):
+        def forward(self, x):
+            bright = (x.mean(dim=(1, 2, 3)) > 0).float()
+            return torch.stack([10 * (1 - bright), 10 * bright], dim=1)
+
+    images = np.zeros((9, 3, 4, 4), dtype=np.uint8)
+    labels = np.array([0] * 8 + [1])
+    data = DeviceImages(ImageArrays(images, labels, ("a", "b"), "0", "made-test"), torch.device("cpu"))
+    assert evaluate(ByBrightness(), data, samples=1, batch_size=4)["accuracy"] == pytest.approx(8 / 9)
+
+
+class Alternating(nn.Module):
+    """Logits of a fixed list, one after the other."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.calls = torch.tensor(logits), 0
+
+    def forward(self, x):
+        logits = self.logits[self.calls % len(self.logits)]
+        self.calls += 1
+        return logits.expand(len(x), -1)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_samples_are_averaged_as_probabilities(batch_size):
+    logits = [[0.0, 0.0], [3.0, 0.0], [0.0, 8.0]]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    mean = p.mean(axis=0)
+    model = Alternating(logits)
+    result = evaluate(model, data_set(4, 2, labels=[0, 0, 0, 1]), samples=3, batch_size=batch_size)
+    assert model.calls == 3 * 4 // batch_size
+    assert result["samples"] == 3
+    assert result["nll"] == pytest.approx(-(3 * np.log(mean[0]) + np.log(mean[1])) / 4, rel=1e-5)
+    # neither the mean of the log-probabilities nor that of the logits
+    assert abs(result["nll"] + (3 * np.log(p[:, 0]).mean() + np.log(p[:, 1]).mean()) / 4) > 0.1
+    assert result["accuracy"] == (0.25 if mean[1] > mean[0] else 0.75)
+    hits = 0.25 if mean[1] > mean[0] else 0.75
+    assert result["ece"] == pytest.approx(abs(hits - mean.max()), abs=1e-5)
+
+
+def test_averaging_keeps_tiny_probabilities():
+    """In float32 exp(−200) is 0: averaging of plain probabilities would report an infinite NLL."""
+    model = Alternating([[200.0, 0.0], [300.0, 0.0]])
+    result = evaluate(model, data_set(2, 2, labels=[1, 1]), samples=2, batch_size=2)
+    assert result["nll"] == pytest.approx(200 + math.log(2), rel=1e-6)
+
+
+def test_many_equal_samples_change_nothing():
+    data, model = data_set(9), Recorder()
+    one, many = (evaluate(model, data, samples=n, batch_size=4) for n in (1, 30))
+    assert many["nll"] == pytest.approx(one["nll"], rel=1e-5) and many["accuracy"] == one["accuracy"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_mode_without_gradients_and_the_mode_restored(training):
+    model = Recorder().train(training)
+    statistics = model.norm.running_mean.clone()
+    evaluate(model, data_set(5), samples=2, batch_size=3)
+    assert model.modes == [(False, False)] * 4 and model.gradients == [False] * 4
+    assert model.training == model.norm.training == training
+    assert torch.equal(model.norm.running_mean, statistics)
+    assert torch.is_grad_enabled()
+    assert -1 <= model.lowest < -0.9 and 0.9 < model.highest <= 1
+
+
+def test_a_frozen_batch_norm_stays_frozen():
+    model = Recorder().train()
+    model.norm.eval()
+    evaluate(model, data_set(5), samples=1, batch_size=3)
+    assert model.training and not model.norm.training
+
+
+def test_the_mode_is_restored_after_an_error():
+    class Fails(Recorder):
+        def forward(self, x):
+            raise RuntimeError("on purpose")
+
+    model = Fails().train()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        evaluate(model, data_set(5), samples=1, batch_size=3)
+    assert model.training and model.norm.training
+
+
+def test_a_perturbed_network_draws_noise_for_every_sample():
+    torch.manual_seed(0)
+    model = attach(models.create("resnet8", 3, 8), MetaPerturb(), image_size=8, verbose=False).train()
+    data = data_set(12)
+    statistics = [site.running_mean.clone() for site in model.metaperturb.sites]
+
+    def nll(samples, seed):
+        torch.manual_seed(seed)
+        return evaluate(model, data, samples=samples, batch_size=5)["nll"]
+
+    assert nll(1, 0) == nll(1, 0)
+    single, averaged = (np.array([nll(samples, seed) for seed in range(8)]) for samples in (1, 16))
+    assert single.std() > 2 * averaged.std() > 0  # averaging takes the noise away
+    assert averaged.mean() < single.mean()  # Jensen: −log of a mean lies below the mean of −log
+    assert model.training
+    assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))

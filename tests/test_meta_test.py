@@ -1,0 +1,186 @@
+"""Meta-testing as a process: resumable to the bit, every test image counts, bad input in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import error_line, run, start
+from image_files import write_folder
+
+import metaperturb.meta_test as program
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.storage import load_tensors
+from metaperturb.training import annealed_strength
+from metaperturb.weights import save_phi
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def phi_file(tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    phi = MetaPerturb()
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.normal_(0, 0.2)
+    path = tmp_path_factory.mktemp("phi") / "phi.pt"
+    save_phi(phi, path, {"note": "random"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(target_settings, phi_file) -> list[str]:
+    return [*target_settings, f"steps={STEPS}", f"phi={phi_file}"]
+
+
+@pytest.fixture(scope="module")
+def reference(settings, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("reference") / "tgt"
+    completed = run("meta_test", [*settings, f"run_dir={run_dir}"])
+    assert completed.returncode == 0, completed.stderr
+    assert "(50 test images, 3 samples)" in completed.stdout
+    return run_dir
+
+
+def model_state(run_dir: Path) -> dict:
+    return load_tensors(run_dir / "checkpoints" / "latest.pt")["model"]
+
+
+def test_run_folder_is_complete(reference):
+    result = json.loads((reference / "result.json").read_text())
+    assert result["target"]["train"] == 80 and result["target"]["test"] == 50
+    assert result["phi_card"] == {"note": "random"}
+    assert result["metrics"]["accuracy"] * 50 == pytest.approx(round(result["metrics"]["accuracy"] * 50), abs=1e-9)
+    lines = [json.loads(line) for line in (reference / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "test_accuracy" in line] == [4, 8]
+    assert lines[-1]["test_samples"] == 3 and lines[1]["test_samples"] == 2
+    assert lines[-1]["test_nll"] == pytest.approx(result["metrics"]["nll"], abs=1e-6)
+    assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_after_sigkill_and_resume(reference, settings, tmp_path):
+    run_dir = tmp_path / "tgt"
+    killed = start("meta_test", [*settings, f"run_dir={run_dir}"])
+    deadline = time.monotonic() + 90
+    while not (run_dir / "checkpoints" / "latest.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
+    resumed = run("meta_test", [*settings, f"run_dir={run_dir}"])
+    assert resumed.returncode == 0 and "resuming after step" in resumed.stderr
+    ours, theirs = model_state(run_dir), model_state(reference)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    metrics = [json.loads((d / "result.json").read_text())["metrics"] for d in (run_dir, reference)]
+    assert metrics[0] == metrics[1]
+
+
+def test_phi_is_frozen_and_saved_with_the_network(reference, phi_file):
+    saved = model_state(reference)["metaperturb._extra_state"]
+    expected = torch.cat([p.flatten() for p in program.load_phi(phi_file).parameters()])
+    assert torch.equal(saved, expected)
+
+
+def test_base_is_a_plain_network(target_settings, tmp_path):
+    settings = [*target_settings, f"steps={STEPS}", "method=base", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 0
+    assert not any("metaperturb" in key for key in model_state(tmp_path / "tgt"))
+    assert json.loads((tmp_path / "tgt" / "result.json").read_text())["metrics"]["samples"] == 1
+
+
+def test_zero_strength_is_base_bit_for_bit(target_settings, phi_file, tmp_path, monkeypatch):
+    """With c held at 0 the perturbed network learns exactly what the plain one learns."""
+    common = [*target_settings, "steps=4", "lr_milestones=0.5"]
+    assert program.main(["--set", *common, "method=base", f"run_dir={tmp_path / 'base'}"]) == 0
+    monkeypatch.setattr(program, "annealed_strength", lambda *_: 0.0)
+    assert program.main(["--set", *common, f"phi={phi_file}", f"run_dir={tmp_path / 'zero'}"]) == 0
+    base, zero = model_state(tmp_path / "base"), model_state(tmp_path / "zero")
+    assert all(torch.equal(value, zero[key]) for key, value in base.items())
+
+
+def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.Adam.step
+
+    def recording(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recording)
+    settings = [*target_settings, "steps=10", f"phi={phi_file}", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 0
+    assert seen == pytest.approx([1e-3] * 4 + [3e-4] * 3 + [9e-5] * 2 + [2.7e-5])
+    strengths = [annealed_strength(i, 10_000, 0.4) for i in (0, 1999, 3999, 4000, 9999)]
+    assert strengths == [1 / 4000, 0.5, 1.0, 1.0, 1.0]
+    assert annealed_strength(0, 750, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["target=cifar5"], "target: unknown 'cifar5'"),
+        (["gpu=99"], "gpu: no GPU 99"),
+        (["gpu=cpu,cpu"], "gpu: expected one device"),
+        (["phi=null"], "phi: method metaperturb needs"),
+        (["phi=nowhere.pt"], "nowhere.pt: no such φ file"),
+        (["method=dropout"], "method: expected one of base, metaperturb"),
+        (["lr=-1"], "lr: must be at least 0"),
+        (["lr=nan"], "lr: must be finite"),
+        (["target_path=nowhere"], "nowhere"),
+        (["target=cub", "target_path=null", "download=false"], "CUB_200_2011"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, tmp_path, capsys, changes, expected):
+    code = program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}", *changes])
+    captured = capsys.readouterr()
+    assert code == 1
+    assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path):
+    run_dir = tmp_path / "tgt"
+    line = error_line(run("meta_test", [*settings, "lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"]))
+    assert "step" in line and "not finite" in line
+    if (run_dir / "checkpoints" / "latest.pt").exists():
+        assert all(torch.isfinite(v).all() for v in model_state(run_dir).values())
+
+
+def test_unreadable_image(image_folder, target_settings, tmp_path, capsys):
+    images = {
+        f"{s}/{c}/{i}.png": (image_folder / f"{s}/class00/{i}.png").read_bytes()
+        for s in ("train", "test")
+        for c in "ab"
+        for i in range(3)
+    }
+    broken = write_folder(tmp_path / "images", {**images, "train/a/9.png": b"no image"})
+    changes = [
+        f"target_path={broken}",
+        f"data_root={tmp_path}",
+        f"run_dir={tmp_path / 'tgt'}",
+        "method=base",
+        "steps=1",
+    ]
+    assert program.main(["--set", *target_settings, *changes]) == 1
+    captured = capsys.readouterr()
+    assert "9.png" in error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
+    assert program.main(["--set", *target_settings, *changes, "skip_unreadable=true"]) == 0
+
+
+def test_truncated_checkpoint_is_one_line(settings, tmp_path, capsys):
+    checkpoint = tmp_path / "tgt" / "checkpoints" / "latest.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"PK\x03\x04 half a file")
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]) == 1
+    captured = capsys.readouterr()
+    assert "latest.pt" in error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(settings, tmp_path):
+    assert program.main(["--set", *settings, "gpu=0", f"run_dir={tmp_path / 'tgt'}"]) == 0

@@ -1,0 +1,191 @@
+"""The zoo: parameter counts as published, shapes, initial weights, names."""
+
+import sys
+
+import pytest
+import torch
+from image_files import one_line
+from torch import nn
+
+from metaperturb import UserError, models
+
+# With 10 classes. CIFAR ResNets with parameter-free shortcuts: He et al. 2016, table 6 ("0.27M, 0.46M, 0.66M, 0.85M").
+PUBLISHED = {
+    "resnet20": (10, 269_722),
+    "resnet32": (10, 464_154),
+    "resnet44": (10, 658_586),
+    "resnet56": (10, 853_018),
+    "wrn_28_2": (10, 1_467_610),
+    "resnet18": (1000, 11_689_512),
+    "resnet34": (1000, 21_797_672),
+}
+# Output channels, and where a 2×2 pooling follows.
+PLAIN = {
+    "conv4": ([64] * 4, 4),
+    "conv6": ([64] * 6, 4),
+    "vgg9": ([64, 128, 256, 256, 512, 512, 512, 512], 5),
+}
+ZOO = ["conv4", "conv6", "vgg9", "resnet20", "resnet32", "resnet44", "resnet56", "wrn_28_2", "resnet18", "resnet34"]
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def create_without_weights(name, num_classes=10, image_size=32):
+    with torch.device("meta"):
+        return models.create(name, num_classes, image_size)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_as_published(name):
+    num_classes, expected = PUBLISHED[name]
+    assert count(create_without_weights(name, num_classes)) == expected
+
+
+@pytest.mark.parametrize(("image_size", "num_classes"), [(32, 10), (84, 200), (96, 7)])
+@pytest.mark.parametrize("name", PLAIN)
+def test_parameter_counts_of_the_plain_networks(name, image_size, num_classes):
+    widths, pools = PLAIN[name]
+    expected, before = 0, 3
+    for width in widths:
+        expected += 9 * before * width + width  # convolution and bias
+        expected += 2 * width  # batch norm
+        before = width
+    side = image_size
+    for _ in range(pools):
+        side //= 2
+    expected += before * side * side * num_classes + num_classes
+    assert count(create_without_weights(name, num_classes, image_size)) == expected
+
+
+@pytest.mark.parametrize("image_size", [32, 84, 96])
+@pytest.mark.parametrize("name", ["conv4", "conv6", "vgg9", "resnet20", "wrn_28_2", "resnet18"])
+def test_output_shapes(name, image_size):
+    model = models.create(name, num_classes=7, image_size=image_size).eval()
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, image_size, image_size))
+    assert logits.shape == (2, 7) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_depth_and_downsampling(name):
+    """Layers with weights, as the names count them, and the map that the classifier sees."""
+    model = create_without_weights(name).eval()
+    weighted = [m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    main_path = [m for m in weighted if getattr(m, "kernel_size", (0, 0)) != (1, 1)]  # 1×1: projection shortcuts
+    depth = {"conv4": 5, "conv6": 7, "vgg9": 9, "wrn_28_2": 26}.get(name) or int(name.removeprefix("resnet"))
+    assert len(main_path) == depth  # WRN-28 counts its three projection shortcuts, less one, as layers
+    sizes = []
+    for module in weighted:
+        module.register_forward_hook(
+            lambda m, args, out: sizes.append(args[0].shape[-1]) if args[0].dim() == 4 else None
+        )
+    model(torch.empty(2, 3, 32, 32, device="meta"))
+    smallest = {"conv4": 4, "conv6": 4, "vgg9": 2, "resnet18": 1, "resnet34": 1}.get(name, 8)
+    assert min(sizes) == smallest
+
+
+def test_cifar_resnet_by_hand():
+    """Batch norm is the identity at first in evaluation, so the whole of ResNet8 can be written down."""
+    torch.manual_seed(0)
+    model = models.create("resnet8", 5, 32).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    norm = (1 + 1e-5) ** -0.5
+
+    def conv(x, module):
+        return nn.functional.conv2d(x, module.weight, stride=module.stride, padding=1) * norm
+
+    h = conv(x, model.conv1).relu()
+    for layer in (model.layer1, model.layer2, model.layer3):
+        block = layer[0]
+        out = conv(conv(h, block.conv1).relu(), block.conv2)
+        shortcut = torch.zeros_like(out)
+        border = (out.shape[1] - h.shape[1]) // 2
+        step = h.shape[2] // out.shape[2]
+        shortcut[:, border : border + h.shape[1]] = h[:, :, ::step, ::step]
+        h = (out + shortcut).relu()
+    assert h.shape == (2, 64, 8, 8)
+    torch.testing.assert_close(model(x), model.fc(h.mean(dim=(2, 3))))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn_28_2", "conv4"])
+def test_signals_keep_their_size_at_initialization(name):
+    torch.manual_seed(0)
+    model = models.create(name, 10, 32).train()
+    logits = model(torch.randn(16, 3, 32, 32))
+    assert 0.02 < logits.std() < 20
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+
+
+def test_the_seed_says_the_weights():
+    made = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        made.append(torch.cat([p.detach().flatten() for p in models.create("resnet8", 5, 32).parameters()]))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+# --- torchvision and timm
+
+
+def test_any_network_of_torchvision():
+    model = create_without_weights("densenet121", 7).eval()
+    assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
+    assert create_without_weights("efficientnet_b0", 3).classifier[-1].out_features == 3
+
+
+@pytest.mark.parametrize(("name", "image_size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_networks_with_auxiliary_heads_give_plain_logits_in_training(name, image_size):
+    model = create_without_weights(name, 7, image_size).train()
+    logits = model(torch.empty(4, 3, image_size, image_size, device="meta"))
+    assert isinstance(logits, torch.Tensor) and logits.shape == (4, 7)
+
+
+@pytest.mark.parametrize(("name", "near"), [("resnet21", "resnet20"), ("wrn-28-2", "wrn_28_2"), ("vg9", "vgg9")])
+def test_unknown_names(name, near):
+    with pytest.raises(UserError) as error:
+        models.create(name, num_classes=10, image_size=32)
+    message = one_line(error)
+    assert name in message and near in message.partition("near: ")[2].split(";")[0]
+
+
+@pytest.mark.parametrize("name", ["", "alexnet2000", "timm", "os.system", "resnet20 "])
+def test_other_unknown_names(name):
+    with pytest.raises(UserError) as error:
+        models.create(name, num_classes=10, image_size=32)
+    one_line(error)
+
+
+@pytest.mark.parametrize("num_classes", [1, 0, -3])
+def test_too_few_classes(num_classes):
+    with pytest.raises(UserError) as error:
+        models.create("resnet20", num_classes=num_classes, image_size=32)
+    assert str(num_classes) in one_line(error)
+
+
+@pytest.mark.parametrize(("name", "image_size"), [("conv4", 15), ("conv6", 8), ("vgg9", 31)])
+def test_images_too_small(name, image_size):
+    with pytest.raises(UserError) as error:
+        models.create(name, num_classes=10, image_size=image_size)
+    assert str(image_size) in one_line(error)
+    assert models.create(name, num_classes=10, image_size={"vgg9": 32}.get(name, 16)) is not None
+
+
+def test_timm_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # makes `import timm` fail
+    with pytest.raises(UserError) as error:
+        models.create("timm/resnet10t", num_classes=10, image_size=32)
+    message = one_line(error)
+    assert "timm/resnet10t" in message and "pip install" in message
+
+
+def test_timm_network():
+    timm = pytest.importorskip("timm")
+    assert timm.is_model("resnet10t")
+    model = models.create("timm/resnet10t", num_classes=10, image_size=32)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(UserError, match="resnet10t"):
+        models.create("timm/resnet10", num_classes=10, image_size=32)

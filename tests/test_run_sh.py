@@ -1,0 +1,113 @@
+"""`run.sh` end to end, on tiny settings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, class_pictures
+from image_files import write_folder, write_zip
+
+
+def run_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """With the packages of the Python that runs the tests; installing them is what started the tests."""
+    env = {**os.environ, "VENV": "none", "PYTHON": sys.executable, "PYTHONPATH": "", **environment}
+    return subprocess.run(
+        [str(ROOT / "run.sh"), *arguments], capture_output=True, text=True, timeout=280, env=env, check=False
+    )
+
+
+def test_usage():
+    for arguments in ((), ("help",)):
+        completed = run_sh(*arguments)
+        assert completed.returncode == 0 and "./run.sh demo" in completed.stdout
+    completed = run_sh("dmeo")
+    assert completed.returncode == 1 and "error: unknown command 'dmeo'" in completed.stderr
+    completed = run_sh("tgt")
+    assert completed.returncode == 1 and "error: usage: ./run.sh tgt <gpu" in completed.stderr
+
+
+def test_no_suitable_python():
+    completed = run_sh("demo", PYTHON="/bin/false")
+    assert completed.returncode == 1
+    assert completed.stderr.strip() == (
+        "error: needs Python 3.11 or later (looked for: /bin/false; PYTHON=/path/to/python names one)"
+    )
+
+
+def test_demo(tmp_path):
+    src = ["steps=4", "tasks=2", "batch_size=8", "checkpoint_every=2"]
+    tgt = ["steps=4", "batch_size=8", "eval_every=2", "final_samples=2"]
+    completed = run_sh("demo", "--seeds", "1", "--src", *src, "--tgt", *tgt, RUNS=str(tmp_path))
+    assert completed.returncode == 0, completed.stderr
+    table = (tmp_path / "demo" / "table.md").read_text()
+    assert table.strip() in completed.stdout
+    header, _, base, metaperturb = table.strip().splitlines()
+    assert header == "| method | seeds | accuracy % | NLL | ECE % |"
+    assert base.startswith("| Base | 1 | ") and metaperturb.startswith("| MetaPerturb | 1 | ")
+    result = json.loads((tmp_path / "demo" / "base-seed0" / "result.json").read_text())
+    assert f"| 1 | {100 * result['metrics']['accuracy']:.2f} | " in base
+    assert (tmp_path / "demo" / "convergence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_table_gives_mean_and_sample_standard_deviation():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from demo import summaries
+    finally:
+        sys.path.pop(0)
+    metrics = [{"accuracy": a, "nll": 2 * a, "ece": 0.0} for a in (0.1, 0.2, 0.6)]
+    assert list(summaries(metrics)) == ["30.00 ± 26.46", "0.60 ± 0.53", "0.00 ± 0.00"]
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path) -> list[Path]:
+    """Two zips with the official layout, 10 classes of 4 images in each."""
+    parts = []
+    for part in (1, 2):
+        files = {}
+        for name, content in class_pictures(10, 8, "train", size=64).items():
+            _, label, file = name.split("/")
+            index = int(file.removesuffix(".png"))
+            if index % 2 == part - 1:
+                wnid = f"n{int(label[5:]):08}"
+                files[f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{index}.JPEG"] = content
+        parts.append(write_zip(tmp_path / f"tiny.part{part}.zip", files))
+    return parts
+
+
+def test_src_then_tgt(tmp_path, tiny_imagenet):
+    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data")}
+    source = {
+        "SRC_PATHS": ",".join(map(str, tiny_imagenet)),
+        "SRC_TASKS": "5",
+        "SRC_STEPS": "2",
+        "SRC_MODEL": "resnet8",
+    }
+    completed = run_sh("src", "batch_size=4", GPUS="cpu,cpu", **environment, **source)
+    assert completed.returncode == 0, completed.stderr
+    phi = tmp_path / "runs" / "src-tiny_imagenet-resnet8-disjoint-seed0" / "phi.pt"
+    assert phi.exists()
+
+    folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
+    target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_MODEL": "conv4", "TGT_STEPS": "2", **environment}
+    completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", SRC_MODEL="resnet8", **target)
+    assert completed.returncode == 0, completed.stderr
+    completed = run_sh("tgt", "cpu", "batch_size=4", METHOD="base", **target)
+    assert completed.returncode == 0, completed.stderr
+    for method in ("metaperturb", "base"):
+        result = json.loads((tmp_path / "runs" / f"tgt-folder-conv4-{method}-seed0" / "result.json").read_text())
+        assert result["config"]["method"] == method and result["target"]["test"] == 6
+
+
+def test_wrong_settings_are_named(tmp_path):
+    completed = run_sh("tgt", "99", METHOD="base", RUNS=str(tmp_path), TGT_DATA="embedded")
+    assert completed.returncode == 1 and "error: gpu: no GPU 99" in completed.stderr
+    completed = run_sh("src", SRC_STEPS="many", RUNS=str(tmp_path))
+    assert completed.returncode == 1 and "steps: expected a whole number, got 'many'" in completed.stderr
+    completed = run_sh("src", "steps", RUNS=str(tmp_path))
+    assert completed.returncode == 1 and "expected key=value" in completed.stderr
+    completed = run_sh("data", "cub51", DATA=str(tmp_path))
+    assert completed.returncode == 1 and "unknown data set 'cub51'" in completed.stderr

@@ -1,0 +1,360 @@
+"""φ files: ours and the authors', what is refused and how, and writing that is complete or absent."""
+
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from image_files import one_line
+
+from metaperturb import MetaPerturb, PerturbSite, UserError, load_phi, save_phi
+
+AUTHORS = {
+    "phi_1.w_identity": ("self1", (1, 1, 3, 3)),
+    "phi_1.w_all": ("all1", (1, 1, 3, 3)),
+    "phi_2.w_identity": ("self2", (1, 1, 3, 3)),
+    "phi_2.w_all": ("all2", (1, 1, 3, 3)),
+    "kernel": ("scale_kernels", (4, 1, 3, 3)),
+    "fc.weight": ("scale_affine", (1, 10)),
+}
+
+
+def make_phi(seed=0):
+    torch.manual_seed(seed)
+    phi = MetaPerturb()
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.normal_()
+    return phi
+
+
+def authors_state(phi):
+    """φ under the authors' names and shapes."""
+    return {theirs: phi.get_parameter(ours).detach().reshape(shape) for theirs, (ours, shape) in AUTHORS.items()}
+
+
+def assert_same_phi(a, b):
+    names = [name for name, _ in a.named_parameters()]
+    assert names == [name for name, _ in b.named_parameters()]
+    assert all(torch.equal(a.get_parameter(n), b.get_parameter(n)) for n in names)
+
+
+def assert_same_function(a, b):
+    h, noise = torch.randn(3, 4, 6, 6), torch.randn(3, 4, 6, 6)
+    out = [PerturbSite(phi, 4, 16, 32)(h, noise=noise) for phi in (a, b)]
+    assert torch.equal(*out)
+
+
+def refused(path):
+    with pytest.raises(UserError) as error, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        load_phi(path)
+    message = one_line(error)
+    assert not warned, str(warned[0].message)  # that one line is all the user sees
+    assert str(path) in message
+    return message
+
+
+# --- round trips
+
+
+def test_save_and_load(tmp_path):
+    phi = make_phi()
+    before = [p.detach().clone() for p in phi.parameters()]
+    save_phi(phi, tmp_path / "phi.pt")
+    loaded = load_phi(tmp_path / "phi.pt")
+    assert isinstance(loaded, MetaPerturb) and loaded is not phi
+    assert_same_phi(phi, loaded)
+    assert_same_function(phi, loaded)
+    assert not any(p.requires_grad for p in loaded.parameters())  # Algorithm 2 keeps φ fixed
+    assert all(p.requires_grad for p in phi.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, phi.parameters(), strict=True))
+    save_phi(loaded, tmp_path / "again.pt")
+    assert_same_phi(phi, load_phi(tmp_path / "again.pt"))
+    assert os.stat(tmp_path / "phi.pt").st_mode & 0o777 == 0o644
+    assert sorted(os.listdir(tmp_path)) == ["again.pt", "phi.pt"]
+
+
+@pytest.mark.parametrize("as_type", [str, os.fspath, lambda path: path])
+def test_paths_of_any_kind(tmp_path, as_type):
+    path = as_type(tmp_path / "deep" / "folder" / "φ file.pt")
+    save_phi(make_phi(), path)  # makes the folder
+    assert_same_phi(make_phi(), load_phi(path))
+
+
+def test_the_card_comes_back(tmp_path):
+    card = {"data": "embedded", "steps": 750, "seeds": [0, 1], "accuracy": {"s-cifar100": 0.34}, "note": None}
+    save_phi(make_phi(), tmp_path / "phi.pt", card=card)
+    assert load_phi(tmp_path / "phi.pt").card == card
+    assert torch.load(tmp_path / "phi.pt", weights_only=True)["card"] == card
+    save_phi(make_phi(), tmp_path / "bare.pt")
+    assert load_phi(tmp_path / "bare.pt").card == {}
+
+
+def test_phi_in_double_precision(tmp_path):
+    phi = make_phi().double()
+    save_phi(phi, tmp_path / "phi.pt")
+    loaded = load_phi(tmp_path / "phi.pt")
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert_same_phi(phi.float(), loaded)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+@pytest.mark.parametrize("shaped", [True, False])
+def test_the_authors_format(tmp_path, zip_format, shaped):
+    phi = make_phi(3)
+    state = authors_state(phi)
+    if not shaped:
+        state = {theirs: phi.get_parameter(ours).detach() for theirs, (ours, _) in AUTHORS.items()}
+    torch.save(state, tmp_path / "phi_perturb_750.pth", _use_new_zipfile_serialization=zip_format)
+    loaded = load_phi(tmp_path / "phi_perturb_750.pth")
+    assert_same_phi(phi, loaded)
+    assert_same_function(phi, loaded)
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_the_released_phi_of_the_authors():
+    path = os.path.join(os.path.dirname(__file__), "../../shared/data/authors_phi_perturb_750.pth")
+    if not os.path.exists(path):
+        pytest.skip("the authors' file is not here")
+    raw, phi = torch.load(path, map_location="cpu", weights_only=True), load_phi(path)
+    for theirs, (ours, shape) in AUTHORS.items():
+        assert tuple(raw[theirs].shape) == shape
+        assert torch.equal(raw[theirs].flatten().float(), phi.get_parameter(ours).flatten())
+
+
+def test_a_bare_state_dict_of_ours(tmp_path):
+    torch.save(make_phi().state_dict(), tmp_path / "phi.pt")
+    assert_same_phi(make_phi(), load_phi(tmp_path / "phi.pt"))
+
+
+# --- what is refused
+
+
+def changed(name, value):
+    state = authors_state(make_phi())
+    if value is None:
+        del state[name]
+    else:
+        state[name] = value
+    return state
+
+
+NAN_KERNEL = torch.zeros(4, 1, 3, 3)
+NAN_KERNEL[2, 0, 1, 1] = float("nan")
+BAD_STATES = {
+    "wrong size": (changed("kernel", torch.zeros(5, 1, 3, 3)), ["scale_kernels", "[5, 1, 3, 3]"]),
+    "right count, wrong shape": (changed("fc.weight", torch.zeros(2, 5)), ["scale_affine", "[2, 5]"]),
+    "transposed": (changed("kernel", torch.zeros(3, 3, 1, 4)), ["scale_kernels"]),
+    "scalar": (changed("fc.weight", torch.tensor(1.0)), ["scale_affine"]),
+    "no tensor": (changed("phi_1.w_all", [1.0] * 9), ["all1", "list"]),
+    "missing": (changed("phi_2.w_all", None), ["all2"]),
+    "unknown": (changed("fc.bias", torch.zeros(1)), ["fc.bias"]),
+    "NaN": (changed("kernel", NAN_KERNEL), ["scale_kernels", "finite"]),
+    "infinite": (changed("fc.weight", torch.full((1, 10), float("-inf"))), ["scale_affine", "finite"]),
+    "empty dict": ({}, ["lacks"]),
+    "a network": (torch.nn.Conv2d(3, 4, 3).state_dict(), ["lacks"]),
+    "a list": ([torch.zeros(3, 3)], ["no φ"]),
+    "a tensor": (torch.zeros(82), ["no φ"]),
+    "a number": (82, ["no φ"]),
+    "ours without state": ({"format": "metaperturb-phi", "version": 1}, ["no φ"]),
+    "ours with a list": ({"format": "metaperturb-phi", "version": 1, "state": [1]}, ["no φ"]),
+    "numbers as names": ({1: torch.zeros(1), (2, 3): torch.zeros(1)}, ["lacks"]),
+    "a name of two lines": ({**authors_state(make_phi()), "first\nsecond": torch.zeros(1)}, ["unknown"]),
+    "sparse": (changed("phi_1.w_all", torch.eye(3).to_sparse()), ["all1"]),
+    "complex": (changed("phi_1.w_all", torch.eye(3) * 1j), ["all1"]),
+    "a tensor without values": (changed("phi_1.w_all", torch.empty(3, 3, device="meta")), ["all1"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_files_that_hold_something_else(tmp_path, name):
+    content, words = BAD_STATES[name]
+    torch.save(content, tmp_path / "phi.pt")
+    message = refused(tmp_path / "phi.pt")
+    assert all(word in message for word in words), message
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (exec, (f"open({self.path!r}, 'w').close()",))
+
+
+def with_code(folder):
+    return {**authors_state(make_phi()), "extra": RunsCode(folder / "ran")}
+
+
+@pytest.mark.parametrize("kind", ["plain pickle", "torch zip", "torch legacy"])
+def test_code_in_the_file_is_not_run(tmp_path, kind):
+    path = tmp_path / "phi.pt"
+    if kind == "plain pickle":
+        path.write_bytes(pickle.dumps(with_code(tmp_path)))
+    else:
+        torch.save(with_code(tmp_path), path, _use_new_zipfile_serialization=kind == "torch zip")
+    refused(path)
+    assert not (tmp_path / "ran").exists()
+    if kind != "plain pickle":
+        torch.load(path, weights_only=False)  # our own file: to show that it would have run
+        assert (tmp_path / "ran").exists()
+
+
+def test_a_whole_pickled_module_is_refused(tmp_path):
+    torch.save(make_phi(), tmp_path / "phi.pt")
+    refused(tmp_path / "phi.pt")
+
+
+FOREIGN = {
+    "empty": b"",
+    "one byte": b"\x80",
+    "text": b"not a model\nat all\n",
+    "unicode text": "φ φ φ".encode(),
+    "JSON": b'{"self1": [1, 2, 3]}',
+    "zeros": bytes(4096),
+    "an image": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "an empty zip": b"PK\x05\x06" + bytes(18),
+    "a web page": b"<!DOCTYPE html>\n<html><body>404</body></html>",
+    "a number pickled": pickle.dumps(3),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_kinds(tmp_path, name):
+    (tmp_path / "phi.pt").write_bytes(FOREIGN[name])
+    refused(tmp_path / "phi.pt")
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_truncated_anywhere(tmp_path, zip_format):
+    whole = tmp_path / "whole.pt"
+    torch.save(authors_state(make_phi()), whole, _use_new_zipfile_serialization=zip_format)
+    content = whole.read_bytes()
+    path = tmp_path / "phi.pt"
+    for length in [*range(0, len(content) - 1, max(1, len(content) // 60)), len(content) - 1]:
+        path.write_bytes(content[:length])
+        refused(path)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_damaged_anywhere(tmp_path, zip_format):
+    """Flipped bytes: refused in one line, or, where the format does not notice, a φ of finite numbers."""
+    whole = tmp_path / "whole.pt"
+    torch.save(authors_state(make_phi()), whole, _use_new_zipfile_serialization=zip_format)
+    content = whole.read_bytes()
+    path = tmp_path / "phi.pt"
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        position = int(torch.randint(len(content), (1,), generator=generator))
+        damaged = bytearray(content)
+        damaged[position] ^= int(torch.randint(1, 256, (1,), generator=generator))
+        path.write_bytes(damaged)
+        try:
+            phi = load_phi(path)
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error), position
+        else:
+            assert all(torch.isfinite(p).all() for p in phi.parameters())
+
+
+def test_missing_file_and_folder(tmp_path):
+    refused(tmp_path / "nothing.pt")
+    refused(tmp_path / "no" / "folder" / "phi.pt")
+    assert "folder" in refused(tmp_path)
+    refused("no-shipped-phi-of-this-name")
+    with pytest.raises(UserError):
+        load_phi("")
+
+
+def test_a_file_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file" / "phi.pt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path):
+    save_phi(make_phi(), tmp_path / "phi.pt")
+    (tmp_path / "phi.pt").chmod(0)
+    assert "ermission" in refused(tmp_path / "phi.pt")
+
+
+# --- writing
+
+
+def unwritable(path):
+    with pytest.raises(UserError) as error:
+        save_phi(make_phi(1), path)
+    message = one_line(error)
+    assert str(path) in message
+    return message
+
+
+def test_writing_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    unwritable(tmp_path / "file" / "phi.pt")
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "x"
+
+
+def test_writing_over_a_folder(tmp_path):
+    (tmp_path / "phi.pt").mkdir()
+    unwritable(tmp_path / "phi.pt")
+    assert os.listdir(tmp_path) == ["phi.pt"] and os.listdir(tmp_path / "phi.pt") == []
+
+
+def test_a_name_too_long(tmp_path):
+    unwritable(tmp_path / ("x" * 300 + ".pt"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(tmp_path):
+    save_phi(make_phi(), tmp_path / "phi.pt")
+    tmp_path.chmod(0o555)
+    try:
+        unwritable(tmp_path / "phi.pt")
+        assert os.listdir(tmp_path) == ["phi.pt"]
+        assert_same_phi(make_phi(), load_phi(tmp_path / "phi.pt"))
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_card_that_is_not_plain_leaves_no_file(tmp_path):
+    with pytest.raises((TypeError, UserError)):
+        save_phi(make_phi(), tmp_path / "phi.pt", card={"phi": make_phi()})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A limit on the size of files fails in the middle of writing, as a full disk does."""
+    path = tmp_path / "phi.pt"
+    save_phi(make_phi(), path)
+    script = """
+        import resource, sys
+        from pathlib import Path
+        import torch
+        from metaperturb import MetaPerturb, UserError, save_phi
+        from metaperturb.storage import save_tensors
+
+        path = Path(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        big = {"weights": torch.zeros(300_000)}  # fails inside torch.save; φ fails when its buffer is flushed
+        for save in (lambda: save_phi(MetaPerturb(), path), lambda: save_tensors(big, path)):
+            try:
+                save()
+            except UserError as error:
+                print(repr(str(error)))
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 and all(str(path) in line and "\\n" not in line for line in lines), result.stdout
+    assert result.stderr == ""
+    assert os.listdir(tmp_path) == ["phi.pt"]
+    assert_same_phi(make_phi(), load_phi(path))
