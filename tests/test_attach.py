@@ -476,7 +476,7 @@ def test_torchvision_residual_sum_by_hand():
         assert (h < 0).any()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2"])
 def test_strength_0_is_the_network_itself(name):
     model = torchvision_network(name)
     twin = copy.deepcopy(model)
@@ -756,6 +756,14 @@ def test_modules_may_be_called_like_our_own_attributes(name):
     assert name in site_names(model)
     model(images(2, 16))
     assert len(model.metaperturb.sites) == 3
+
+
+def test_the_widest_perturbed_layer_need_not_be_the_last():
+    model = nn.Sequential(conv(3, 9), nn.ReLU(), conv(9, 12), nn.ReLU(), conv(12, 4), nn.ReLU(), Head(4))
+    quiet(model, image_size=16)
+    assert [site.channel_norm for site in model.metaperturb.sites] == [12, 12, 12]
+    quiet(detach(model), image_size=16, sites=["0", "4"])
+    assert [site.channel_norm for site in model.metaperturb.sites] == [9, 9]
 
 
 # --- what it refuses

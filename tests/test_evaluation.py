@@ -240,8 +240,8 @@ def test_a_perturbed_network_draws_noise_for_every_sample():
         return evaluate(model, data, samples=samples, batch_size=5)["nll"]
 
     assert nll(1, 0) == nll(1, 0)
-    single, averaged = (np.array([nll(samples, seed) for seed in range(8)]) for samples in (1, 16))
-    assert single.std() > 2 * averaged.std() > 0  # averaging takes the noise away
+    single, averaged = (np.array([nll(samples, seed) for seed in range(10)]) for samples in (1, 8))
+    assert single.std() > 1.5 * averaged.std() > 0  # averaging takes the noise away
     assert averaged.mean() < single.mean()  # Jensen: −log of a mean lies below the mean of −log
     assert model.training
     assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metaperturb.errors import UserError
+from metaperturb.modes import eval_mode
 from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite, Slot
 
 ADDITIONS = {
@@ -70,7 +71,7 @@ class SiteSpec:
 
 
 class Attachment(nn.Module):
-    """The sites of one network, as its child `metaperturb`.
+    """The sites of one network, as its last child, `metaperturb`.
 
     `strength` and `clip` set those of all sites. The state dict holds the running statistics of every site and the 82
     values of φ, so that a reloaded network evaluates identically; loading it sets φ to the saved values.
@@ -81,7 +82,12 @@ class Attachment(nn.Module):
         self._phi = (phi,)  # not a child: φ is not among the network's parameters
         self.specs = specs
         for spec, site in zip(specs, sites, strict=True):
-            self.add_module(spec.name.replace(".", "/"), site)
+            # Child names may not hold "."; the "/" in front keeps them apart from our own attributes.
+            self.add_module("/" + spec.name.replace(".", "/"), site)
+
+    def forward(self, x: Any) -> Any:
+        """The identity: a network that is an `nn.Sequential` runs its children, and this is one."""
+        return x
 
     @property
     def phi(self) -> MetaPerturb:
@@ -236,9 +242,11 @@ class _Watcher(TorchFunctionMode):
         if getattr(func, "__name__", "") in ACTIVATIONS and args and isinstance(args[0], Tensor):
             self.seen.activated.add(id(args[0]))
         out = func(*args, **(kwargs or {}))
-        if _is_residual_sum(func, args, out):
+        operands = _summed_maps(func, args, kwargs, out)
+        if operands:
             name, index = self.stack[-1]
-            self.seen.sums.setdefault(name, {})[index] = out
+            if operands[0].shape == operands[1].shape:
+                self.seen.sums.setdefault(name, {})[index] = out
             for call in self.stack:
                 call[1] += 1
         self.seen.kept.append((args, out))
@@ -266,13 +274,12 @@ def _watch(model: nn.Module, image_size: int) -> _Watched:
     if first is None:
         raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
     image = first.weight.new_zeros(2, first.in_channels, image_size, image_size)
-    training = {module: module.training for module in model.modules()}
     handles = []
     for module in model.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        model.eval()
-        with torch.no_grad(), watcher:
+        devices = [image.device] if image.is_cuda else []
+        with eval_mode(model), torch.random.fork_rng(devices), torch.no_grad(), watcher:
             model(image)
     except Exception as error:
         cause = str(error).strip().split("\n")[0]
@@ -282,16 +289,20 @@ def _watch(model: nn.Module, image_size: int) -> _Watched:
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return watcher.seen
 
 
-def _is_residual_sum(func: Any, args: tuple, out: Any) -> bool:
-    if func not in ADDITIONS or len(args) < 2:
-        return False
-    a, b = args[:2]
-    return isinstance(b, Tensor) and isinstance(out, Tensor) and out.dim() == 4 and a.shape == b.shape
+def _summed_maps(func: Any, args: tuple, kwargs: dict | None, out: Any) -> tuple[Tensor, Tensor] | None:
+    """The operands, if this call adds two tensors to a feature map.
+
+    Whether their shapes are equal (a residual sum) or one is broadcast (a bias, a position) is for the dry run to say:
+    there the batch has two images, while a later batch of one may make a broadcast look like a residual sum.
+    """
+    if func not in ADDITIONS or not isinstance(out, Tensor) or out.dim() != 4:
+        return None
+    named = kwargs or {}
+    operands = (*args, *(named[key] for key in ("input", "other") if key in named))
+    return operands[:2] if len(operands) >= 2 and all(isinstance(o, Tensor) for o in operands[:2]) else None
 
 
 # --- choosing
@@ -411,12 +422,15 @@ class _TapMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if _is_residual_sum(func, args, out) and not getattr(_local, "inside", False):
-            site = self.sites.get(self.count)
-            self.count += 1
-            if site is not None:
-                out = _perturb(site, out)
-        return out
+        if getattr(_local, "inside", False) or not _summed_maps(func, args, kwargs, out):
+            return out
+        site = self.sites.get(self.count)
+        self.count += 1
+        if site is None:
+            return out
+        if func is torch.Tensor.add_:  # maybe a statement, whose value nobody takes: the sum itself must change
+            return out.copy_(_perturb(site, out.clone()))
+        return _perturb(site, out)
 
 
 class _EnterTap(_Hook):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.data.batches import DeviceImages, normalize
+from metaperturb.modes import eval_mode
 
 ECE_BINS = 15  # equal-width bins of confidence; the number customary since Guo et al. 2017
 
@@ -26,18 +27,16 @@ def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: i
     Returns:
         `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`.
     """
-    was_training = model.training
-    model.eval()
     log_probabilities, labels = [], []
-    for chunk in torch.arange(len(images.arrays), device=images.device).split(batch_size):
-        x, y = images.take(chunk)
-        x = normalize(x)
-        log_p = model(x).log_softmax(dim=1)
-        for _ in range(samples - 1):
-            log_p = torch.logaddexp(log_p, model(x).log_softmax(dim=1))
-        log_probabilities.append(log_p - math.log(samples))
-        labels.append(y)
-    model.train(was_training)
+    with eval_mode(model):
+        for chunk in torch.arange(len(images.arrays), device=images.device).split(batch_size):
+            x, y = images.take(chunk)
+            x = normalize(x)
+            log_p = model(x).log_softmax(dim=1)
+            for _ in range(samples - 1):
+                log_p = torch.logaddexp(log_p, model(x).log_softmax(dim=1))
+            log_probabilities.append(log_p - math.log(samples))
+            labels.append(y)
     return {**metrics(torch.cat(log_probabilities), torch.cat(labels)), "samples": samples}
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaperturb import models
 from metaperturb.attach import attach
@@ -31,6 +31,7 @@ from metaperturb.data.splits import TaskSplit, class_split, load_split, save_spl
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import Group, launch
 from metaperturb.errors import UserError
+from metaperturb.modes import batch_norm_to_eval
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.plots import plot_meta_training
 from metaperturb.randomness import seed_torch
@@ -221,12 +222,6 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     if run is not None:
         progress.close()
         finish(run, config, source, phi, group)
-
-
-def batch_norm_to_eval(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
 
 
 def set_gradient(phi: MetaPerturb, gradient: Tensor) -> None:

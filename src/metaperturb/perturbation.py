@@ -69,7 +69,7 @@ class MetaPerturb(nn.Module):
         Returns:
             `[C]`, values in [0, 1].
         """
-        weight = self.scale_affine
+        weight = self.scale_affine.to(mean.dtype)
         statistics = torch.cat([mean, var], dim=1) @ weight[:-2]
         # The two ratios are numbers of the host: multiplying saves the copy that a tensor of them would cost on a GPU.
         return torch.sigmoid(statistics + weight[-2] * channel_ratio + weight[-1] * size_ratio)
@@ -182,7 +182,7 @@ class PerturbSite(nn.Module):
         return self._scale(*self._statistics(h), h)
 
     def _scale(self, mean: Tensor, var: Tensor, h: Tensor) -> Tensor:
-        return self.phi.scale(mean, var, self.channels / self.channel_norm, h.shape[2] / self.size_norm)
+        return self.phi.scale(mean, var, self.channels / self.channel_norm, h.shape[2] / self.size_norm).to(h.dtype)
 
     def _statistics(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance over the batch (training) or the running ones: `[C, 4]` each."""
@@ -193,6 +193,8 @@ class PerturbSite(nn.Module):
         if h.shape[0] < 2:
             raise ValueError("the perturbation needs at least 2 images a batch in training (variance over the batch)")
         features = self.phi.scale_features(h)  # [B, C, 4]
+        if features.dtype in (torch.float16, torch.bfloat16):  # too coarse for a variance
+            features = features.float()
         var, mean = torch.var_mean(features, dim=0, correction=1)
         return mean, var
 
@@ -212,7 +214,7 @@ class PerturbSite(nn.Module):
 def _depthwise_conv(x: Tensor, kernel: Tensor) -> Tensor:
     """Convolve every channel of `x` `[B, C, H, W]` with the one `kernel` `[3, 3]`, padding 1."""
     channels = x.shape[1]
-    return F.conv2d(x, kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
+    return F.conv2d(x, kernel.to(x.dtype).expand(channels, 1, 3, 3), padding=1, groups=channels)
 
 
 def _equivariant_conv(x: Tensor, self_kernel: Tensor, all_kernel: Tensor) -> Tensor:

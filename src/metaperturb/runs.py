@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from metaperturb.config import differences
 from metaperturb.errors import UserError
-from metaperturb.storage import load_json, reason, write_atomically
+from metaperturb.storage import load_json, reason, remove_leftovers, save_json, write_atomically
 
 
 class Run:
@@ -49,6 +49,7 @@ class Run:
             raise UserError(f"{self.dir}: in use by another process; choose another run_dir") from None
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write the run ({reason(error)})") from error
+        remove_leftovers(self.dir)
         text = yaml.safe_dump({"program": program, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True)
         write_atomically(self.dir / "config.yaml", lambda file: file.write(text.encode()))
 
@@ -80,8 +81,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
             **provenance(device),
         }
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.dir / "result.json", lambda file: file.write(text.encode()))
+        save_json(content, self.dir / "result.json")
         return content
 
 

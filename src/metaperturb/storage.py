@@ -1,10 +1,10 @@
 """Files that are either complete or absent, and reading that executes nothing."""
 
+import contextlib
 import json
 import os
 import pickle
-import tempfile
-import zipfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +13,8 @@ import torch
 
 from metaperturb.errors import UserError
 
+TEMPORARY = ".unfinished"
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it over `path`.
@@ -20,21 +22,24 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         UserError: disk full, read-only folder and the like, with the path.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({reason(error)})") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while writing in `folder` or below."""
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def save_tensors(content: Any, path: Path) -> None:
@@ -54,12 +59,14 @@ def load_tensors(path: Path) -> Any:
         UserError: unreadable, damaged, or holding anything but tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on odd files; the caller judges the content
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: not loaded, because it holds more than tensors and plain values (it could run code) or is damaged"
+            f"{path}: not loaded, because it is damaged or holds more than tensors and plain values (it could run code)"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what a damaged file makes torch raise is not of a few kinds
         raise UserError(f"{path}: cannot be read as a PyTorch file ({reason(error)})") from error
 
 

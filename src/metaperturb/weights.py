@@ -59,13 +59,15 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unknown:
-        wrong = [f"lacks {name}" for name in sorted(missing)] + [f"has unknown {n}" for n in sorted(unknown, key=str)]
+        wrong = [f"lacks {name}" for name in sorted(missing)] + [
+            f"has unknown {n!r:.40}" for n in sorted(unknown, key=str)
+        ]
         raise UserError(f"{path}: not a φ of 82 parameters: {', '.join(wrong[:4])}")
     for name, shape in expected.items():
         value = state[name]
-        if not isinstance(value, torch.Tensor) or tuple(s for s in value.shape if s != 1) != shape:
-            found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise UserError(f"{path}: {name} should have shape {list(shape)}, found {found}")
+        if not _is_plain(value) or tuple(s for s in value.shape if s != 1) != shape:
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(f"{path}: {name} should be an array of numbers of shape {list(shape)}, found {found}")
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: {name} holds values that are not finite")
         state[name] = value.reshape(shape).float()
@@ -73,6 +75,16 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     phi.requires_grad_(False)
     phi.card = card
     return phi
+
+
+def _is_plain(value: Any) -> bool:
+    """A dense floating-point tensor that has values: a file may hold sparse, complex or value-less ones."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.is_floating_point()
+        and value.device.type != "meta"
+    )
 
 
 def find_phi(source: str | os.PathLike) -> Path:

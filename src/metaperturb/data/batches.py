@@ -68,7 +68,7 @@ class TrainingBatches:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Batch `step` (from 0): images `[B, 3, S, S]` float in [-1, 1] and labels `[B]`, on the device.
 
-        Crop offsets and flips come from PyTorch's global generator of the device; seed it first for a reproducible batch.
+        Crop offsets and flips come from PyTorch's global generator of the device: seed it first to reproduce a batch.
         """
         images, labels = self.images.take(self._indices(step))
         if self.new_label is not None:

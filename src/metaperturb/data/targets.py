@@ -28,9 +28,9 @@ from metaperturb.data.arrays import (
     plan_from_samples,
     to_pixels,
 )
+from metaperturb.data.disk import disk_errors, file_lock, is_disk_error
 from metaperturb.data.image_folder import load_image_folder
 from metaperturb.data.splits import shuffled
-from metaperturb.data.disk import disk_errors, file_lock, is_disk_error
 from metaperturb.errors import UserError
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
