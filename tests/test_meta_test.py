@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -170,6 +171,16 @@ def test_unreadable_image(image_folder, target_settings, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "9.png" in error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
     assert program.main(["--set", *target_settings, *changes, "skip_unreadable=true"]) == 0
+
+
+def test_changed_phi_is_refused_on_resume(settings, phi_file, tmp_path, capsys):
+    phi = shutil.copy(phi_file, tmp_path / "phi.pt")
+    settings = [*settings, f"phi={phi}", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 0
+    (tmp_path / "tgt" / "result.json").unlink()
+    save_phi(MetaPerturb(), phi)
+    assert program.main(["--set", *settings]) == 1
+    assert "changed since this run began" in capsys.readouterr().err
 
 
 def test_truncated_checkpoint_is_one_line(settings, tmp_path, capsys):

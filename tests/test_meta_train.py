@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,6 +120,16 @@ def test_other_settings_are_refused(reference, source_settings):
     assert "steps: 6 → 7" in line and "seed: 0 → 1" in line
 
 
+def test_changed_images_are_refused_on_resume(source_settings, image_folder, tmp_path, capsys):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    settings = [*source_settings, f"source_paths={images}", f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    assert program.main(["--set", *settings]) == 0
+    (tmp_path / "src" / "result.json").unlink()  # as if it had been killed just before
+    shutil.copy(images / "train/class00/0.png", images / "train/class01/0.png")
+    assert program.main(["--set", *settings]) == 1
+    assert "the source or its split changed" in capsys.readouterr().err
+
+
 def test_worker_killed_ends_all_within_seconds(source_settings, tmp_path):
     settings = [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu,cpu"]
     launcher = start("meta_train", settings)
@@ -163,7 +174,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(source_settings, tmp_path,
     settings = [*source_settings, "phi_lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}", f"gpus={gpus}"]
     line = error_line(run("meta_train", settings))
     assert "not finite" in line and "task 0, step 2" in line
-    assert json.loads((run_dir / "checkpoints" / "latest.json").read_text()) == {"step": 1}
+    assert json.loads((run_dir / "checkpoints" / "latest.json").read_text())["step"] == 1
     state = load_tensors(run_dir / "checkpoints" / "step-000001" / "task-00.pt")
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
 

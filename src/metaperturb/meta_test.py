@@ -87,10 +87,15 @@ def meta_test(config: MetaTestConfig) -> dict:
 
     # Resume
     run = Run(config, "meta_test")
+    data = [train.fingerprint, test.fingerprint]
+    phi_values = torch.nn.utils.parameters_to_vector(phi.parameters()).cpu() if perturbed else torch.empty(0)
     checkpoint = run.checkpoint_dir / "latest.pt"
     start = 0
     if checkpoint.exists():
         state = load_tensors(checkpoint)
+        if state["data"] != data or not torch.equal(state["phi"], phi_values):
+            changed = "the target" if state["data"] != data else f"φ in {config.phi}"
+            raise UserError(f"{run.dir}: {changed} changed since this run began; choose another run_dir")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -135,12 +140,9 @@ def meta_test(config: MetaTestConfig) -> dict:
             progress.update(done, loss=mean_loss, accuracy=mean_accuracy, **shown)
         if saves:
             check_finite_parameters(model.parameters(), "task 0", done, config.run_dir)
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            }
-            save_tensors({**state, "step": done, "seconds": run.seconds}, checkpoint)
+            learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            origin = {"data": data, "phi": phi_values, "schedule": schedule.state_dict()}
+            save_tensors({**learned, **origin, "step": done, "seconds": run.seconds}, checkpoint)
 
     # Result
     progress.close()
@@ -150,9 +152,10 @@ def meta_test(config: MetaTestConfig) -> dict:
     plot_convergence(
         {config.method: [read_metrics(run.dir)]}, f"{config.target}, {config.model}", run.dir / "curves.png"
     )
-    data = {"name": train.name, "train": len(train), "test": len(test), "fingerprint": train.fingerprint}
+    target = {"name": train.name, "train": len(train), "test": len(test), "fingerprints": data}
     phi_card = phi.card if perturbed else None
-    result = run.finish({"target": data, "metrics": metrics, "phi_card": phi_card}, device)
+    result = run.describe({"target": target, "metrics": metrics, "phi_card": phi_card}, device)
+    run.finish(result)
     report(result)
     return result
 

@@ -12,6 +12,7 @@ checkpoint, with any number of processes; on CPUs the result is the same to the 
 The run folder gets `phi.pt` (the result: `metaperturb.load_phi`), `metrics.jsonl`, `result.json`, `curves.png`.
 """
 
+import hashlib
 import os
 import shutil
 import sys
@@ -81,6 +82,15 @@ def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit]]:
     else:
         splits = class_split(source.labels, config.tasks, config.split, config.seed)
     return source, splits
+
+
+def data_digest(source: ImageArrays, splits: list[TaskSplit]) -> str:
+    """Identifies what a run learns from: the images and which task sees which."""
+    digest = hashlib.sha256(source.fingerprint.encode())
+    for split in splits:
+        for part in (split.classes, split.train, split.test):
+            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 class Task:
@@ -178,7 +188,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     tasks = [Task(t, splits[t], images, phi, config) for t in group.owned(config.tasks)]
 
     # Resume
-    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.tasks)
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", data_digest(source, splits))
     start = checkpoints.restore(tasks, phi, phi_optimizer, run)
     if run is not None:
         run.rewind(start)
@@ -247,8 +257,8 @@ class Checkpoints:
     once `latest.json` names it, when all its files are on disk: a kill at any moment leaves a good checkpoint.
     """
 
-    def __init__(self, folder: Path, num_tasks: int) -> None:
-        self.folder, self.num_tasks = folder, num_tasks
+    def __init__(self, folder: Path, data: str) -> None:
+        self.folder, self.data = folder, data
         self.latest = folder / "latest.json"
 
     def restore(
@@ -257,7 +267,12 @@ class Checkpoints:
         """Load the latest checkpoint; returns how many steps it has behind it, 0 if there is none."""
         if not self.latest.exists():
             return 0
-        step = load_json(self.latest)["step"]
+        latest = load_json(self.latest)
+        if latest["data"] != self.data:
+            raise UserError(
+                f"{self.folder.parent}: the source or its split changed since this run began; choose another run_dir"
+            )
+        step = latest["step"]
         folder = self.step_folder(step)
         for task in tasks:
             task.load_state(load_tensors(folder / f"task-{task.index:02}.pt"))
@@ -288,7 +303,7 @@ class Checkpoints:
             save_tensors(shared, folder / "phi.pt")
         group.barrier()
         if run is not None:
-            save_json({"step": step}, self.latest)
+            save_json({"step": step, "data": self.data}, self.latest)
             for old in self.folder.glob("step-*"):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -307,8 +322,9 @@ def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPert
         "classes": source.num_classes,
         "fingerprint": source.fingerprint,
     }
-    result = run.finish({"source": description, "processes": group.size, "metrics": metrics}, group.device)
-    save_phi(phi, run.dir / "phi.pt", card={key: value for key, value in result.items() if key != "program"})
+    content = run.describe({"source": description, "processes": group.size, "metrics": metrics}, group.device)
+    save_phi(phi, run.dir / "phi.pt", card=content)
+    run.finish(content)
     print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
 
 

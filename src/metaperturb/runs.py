@@ -71,9 +71,9 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.metrics_path}: cannot write ({reason(error)})") from error
 
-    def finish(self, result: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        """Write `result.json`: the result and all that is needed to place it."""
-        content = {
+    def describe(self, result: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """The result and all that is needed to place it: settings, seed, versions, commit, hardware, wall time."""
+        return {
             "program": self.program,
             **result,
             "seed": self.config.seed,
@@ -81,8 +81,11 @@ class Run:
             "config": dataclasses.asdict(self.config),
             **provenance(device),
         }
+
+    def finish(self, content: dict[str, Any]) -> None:
+        """Write `result.json`, the last of the files (a run counts as finished once it is there), and let go."""
         save_json(content, self.dir / "result.json")
-        return content
+        self._lock.close()
 
 
 def check_same_run(config: Any, program: str) -> None:
