@@ -7,12 +7,12 @@
 # PyTorch's wheels bring CUDA along, so that a plain Python image does; the host provides the driver.
 FROM python:3.12-slim
 
+# git: results name the commit that made them
 RUN apt-get update && apt-get install --yes --no-install-recommends git && rm -rf /var/lib/apt/lists/*
 WORKDIR /metaperturb
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt
 COPY . .
-RUN pip install --no-cache-dir --no-deps --editable .
 
 ENV VENV=none PYTHON=python
 ENTRYPOINT ["./run.sh"]

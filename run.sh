@@ -11,10 +11,11 @@
 # VENV=none takes its packages as they are). Settings follow; override them from the environment, and any other setting
 # by a key=value behind the command:   TGT_DATA=cub ./run.sh tgt 0 steps=2000
 set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
 
 GPUS=${GPUS:-auto}                  # devices for src: 0,1,… one process each; cpu; cpu,cpu; auto
-DATA=${DATA:-data}                  # downloads and cached arrays
-RUNS=${RUNS:-runs}                  # results
+DATA=${DATA:-$here/data}            # downloads and cached arrays
+RUNS=${RUNS:-$here/runs}            # results
 SEED=${SEED:-0}
 
 SRC_DATA=${SRC_DATA:-tiny_imagenet} # or embedded, folder
@@ -33,73 +34,85 @@ METHOD=${METHOD:-metaperturb}       # or base
 PHI=${PHI:-$SRC_RUN/phi.pt}
 TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED}
 
-cd "$(dirname "${BASH_SOURCE[0]}")"
+VENV=${VENV:-$here/.venv}
 
 die() { echo "error: $*" >&2; exit 1; }
 
-usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' run.sh; }
+usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
 find_python() { # the first Python of a supported version
-    local candidate
-    for candidate in ${PYTHON:-python3.12 python3.11 python3 python3.13}; do
+    local candidates=(python3.12 python3.11 python3 python3.13) candidate
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    die "needs Python 3.11 or later (looked for: ${PYTHON:-python3.12, python3.11, python3}; PYTHON=/path/to/python names one)"
+    die "needs Python 3.11 or later (looked for: ${candidates[*]}; PYTHON=/path/to/python names one)"
 }
 
-setup() { # setup REQUIREMENTS…: .venv with these files installed; sets $py
-    local base stamp
-    if [ "${VENV:-.venv}" = none ]; then
+setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of these files, installing those that are missing
+    export PYTHONPATH="$here/src${PYTHONPATH:+:$PYTHONPATH}"
+    if [ "$VENV" = none ]; then
         py=$(find_python)
-        export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
         return
     fi
-    py=.venv/bin/python
-    stamp=$(cat "$@" pyproject.toml | cksum)
-    [ "$(cat .venv/.installed-"${#@}" 2>/dev/null)" = "$stamp" ] && "$py" -c '' 2>/dev/null && return
-    base=$(find_python)
-    echo "installing into .venv (PyTorch is large: some minutes)" >&2
-    "$base" -m venv .venv || die "$base cannot make virtual environments (on Debian: apt install python3-venv)"
-    local files=()
-    for file in "$@"; do files+=(-r "$file"); done
-    "$py" -m pip install --quiet --disable-pip-version-check "${files[@]}" || die "pip could not install the packages (network?)"
-    "$py" -m pip install --quiet --disable-pip-version-check --no-deps -e . || die "pip could not install metaperturb"
-    echo "$stamp" > .venv/.installed-"${#@}"
+    py=$VENV/bin/python
+    mkdir -p "$VENV"
+    exec 9>"$VENV/.lock" # two commands started at once install one after the other
+    flock 9 2>/dev/null || true
+    if ! "$py" -m pip --version >/dev/null 2>&1; then
+        local base
+        base=$(find_python)
+        "$base" -m venv --clear "$VENV" || die "$base cannot make virtual environments (on Debian: apt install python3-venv)"
+    fi
+    local file sum missing=()
+    for file in "$@"; do
+        sum=$(cksum <"$file")
+        grep -qxF "$file $sum" "$VENV/.installed" 2>/dev/null || missing+=(-r "$file")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        echo "installing into $VENV (PyTorch is large: some minutes)" >&2
+        "$py" -m pip install --quiet --disable-pip-version-check "${missing[@]}" ||
+            die "pip could not install the packages (network?); the same command tries again"
+        for file in "$@"; do echo "$file $(cksum <"$file")"; done >>"$VENV/.installed"
+    fi
+    exec 9>&-
 }
 
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
 demo)
-    setup requirements.txt
-    exec "$py" scripts/demo.py --out "$RUNS/demo" "$@"
+    setup "$here/requirements.txt"
+    exec "$py" "$here/scripts/demo.py" --out "$RUNS/demo" "$@"
     ;;
 test)
-    setup requirements.txt tests/requirements.txt
-    exec "$py" -m pytest "$@"
+    setup "$here/requirements.txt" "$here/tests/requirements.txt"
+    cd "$here"
+    [[ $py = /* ]] || py=.venv/bin/python
+    PYTHONPATH=src exec "$py" -m pytest "$@"
     ;;
 src)
-    setup requirements.txt
-    exec "$py" -m metaperturb.meta_train --config configs/src.yaml --set "gpus=$GPUS" "data_root=$DATA" "seed=$SEED" \
+    setup "$here/requirements.txt"
+    exec "$py" -m metaperturb.meta_train --config "$here/configs/src.yaml" --set "gpus=$GPUS" "data_root=$DATA" "seed=$SEED" \
         "source=$SRC_DATA" "source_paths=$SRC_PATHS" "model=$SRC_MODEL" "split=$SRC_SPLIT" "tasks=$SRC_TASKS" \
         "steps=$SRC_STEPS" "run_dir=$SRC_RUN" "$@"
     ;;
 tgt)
     [ $# -gt 0 ] || die "usage: ./run.sh tgt <gpu number or cpu> [key=value …]"
     gpu=$1 && shift
-    setup requirements.txt
+    setup "$here/requirements.txt"
     options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "target=$TGT_DATA" "model=$TGT_MODEL" "steps=$TGT_STEPS"
         "method=$METHOD" "run_dir=$TGT_RUN")
     [ -n "$TGT_PATH" ] && options+=("target_path=$TGT_PATH")
     [ "$METHOD" = base ] || options+=("phi=$PHI")
-    exec "$py" -m metaperturb.meta_test --config configs/tgt.yaml --set "${options[@]}" "$@"
+    exec "$py" -m metaperturb.meta_test --config "$here/configs/tgt.yaml" --set "${options[@]}" "$@"
     ;;
 data)
-    setup requirements.txt
-    exec "$py" scripts/prepare_data.py --data-root "$DATA" "$@"
+    setup "$here/requirements.txt"
+    exec "$py" "$here/scripts/prepare_data.py" --data-root "$DATA" "$@"
     ;;
 "" | help | -h | --help) usage ;;
 *)

@@ -7,6 +7,7 @@ It starts the two training programs as anybody would, several at once; started a
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from metaperturb.cli import run_program
+from metaperturb.cli import PARENT, run_program
 from metaperturb.config import MetaTestConfig, load_config
 from metaperturb.errors import UserError
 from metaperturb.plots import LABELS, plot_convergence
@@ -68,7 +69,7 @@ def demo(arguments: argparse.Namespace) -> None:
     own = [f"run_dir={source_run}", f"gpus={devices}"]
     print("1. meta-train φ on the source: drawn shapes, 40 classes in 4 tasks", flush=True)
     command = [sys.executable, "-m", "metaperturb.meta_train", "--config", config, "--set", *own, *arguments.src]
-    if subprocess.run(command, check=False).returncode:
+    if subprocess.run(command, check=False, env=child_environment()).returncode:
         raise UserError("the meta-training did not finish (see above); the same command resumes")
 
     print("2. train on the target, drawn bugs, with and without φ", flush=True)
@@ -96,7 +97,9 @@ def train_cells(cells: list[Cell], phi: Path, settings: list[str], jobs: int) ->
                     cell = waiting.pop(0)
                     cell.run_dir.mkdir(parents=True, exist_ok=True)
                     with open(cell.run_dir / "log.txt", "w") as log:
-                        process = subprocess.Popen(cell.command(phi, settings), stdout=log, stderr=log)
+                        process = subprocess.Popen(
+                            cell.command(phi, settings), stdout=log, stderr=log, env=child_environment()
+                        )
                     running[process] = cell
                 time.sleep(0.5)
                 bar.n = sum(last_step(cell) for cell in cells)
@@ -114,6 +117,11 @@ def train_cells(cells: list[Cell], phi: Path, settings: list[str], jobs: int) ->
                 process.terminate()
             for process in running:
                 process.wait()
+
+
+def child_environment() -> dict[str, str]:
+    """Lets the programs end when the demo is gone."""
+    return {**os.environ, PARENT: str(os.getpid())}
 
 
 def last_step(cell: Cell) -> int:

@@ -848,3 +848,17 @@ def test_an_exception_in_a_site_leaves_no_mode_behind():
     received = record_inputs(model)
     model(images(2, 16))
     assert len(received) == 2  # and the sites act afterwards
+
+
+def test_layers_declared_in_another_order_than_called():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 4)
+            self.body = nn.Conv2d(16, 16, 3, padding=1)
+            self.stem = nn.Conv2d(3, 16, 3, padding=1)
+
+        def forward(self, x):
+            return self.fc(self.body(self.stem(x).relu()).relu().mean((2, 3)))
+
+    assert [spec.name for spec in find_sites(Reversed(), 16)] == ["stem", "body"]

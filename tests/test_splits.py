@@ -138,7 +138,7 @@ def test_round_trip(tmp_path, kind):
     tasks = class_split(_labels(), 4, kind, seed=9)
     path = tmp_path / "new" / "split.json"
     save_split(path, tasks, "abc123", kind, 9)
-    for a, b in zip(tasks, load_split(path, "abc123"), strict=True):
+    for a, b in zip(tasks, load_split(path, "abc123", _labels()), strict=True):
         for field in ("classes", "train", "test"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
             assert getattr(b, field).dtype == np.int64
@@ -150,7 +150,7 @@ def test_split_of_other_data(tmp_path):
     path = tmp_path / "split.json"
     save_split(path, class_split(_labels(), 4, "disjoint", 0), "abc123", "disjoint", 0)
     with pytest.raises(UserError, match=r"split\.json: made for other data \(fingerprint abc123, .* def456") as error:
-        load_split(path, "def456")
+        load_split(path, "def456", _labels())
     one_line(error)
 
 
@@ -174,16 +174,26 @@ BAD_FILES = [
 def test_bad_files(tmp_path, content):
     path = tmp_path / "split.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"split\.json: not a class split") as error:
-        load_split(path, "x")
+    with pytest.raises(UserError, match=r"split\.json: (not a class split|cannot be read as JSON)") as error:
+        load_split(path, "x", _labels())
     one_line(error)
+
+
+@pytest.mark.parametrize("change", [{"train": [0, 10_000]}, {"classes": [39]}])
+def test_tasks_that_do_not_fit_the_data(tmp_path, change):
+    labels = _labels()
+    task = {"classes": [int(labels[0])], "train": [0], "test": [int(np.flatnonzero(labels == labels[0])[1])], **change}
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({**GOOD, "tasks": [task]}))
+    with pytest.raises(UserError, match="task 0 names images that the data set lacks or that are of other classes"):
+        load_split(path, "x", labels)
 
 
 def test_missing_file_and_unwritable_place(tmp_path):
-    with pytest.raises(UserError, match="cannot read the class split") as error:
-        load_split(tmp_path / "nowhere.json", "x")
+    with pytest.raises(UserError, match=r"nowhere\.json: cannot be read as JSON") as error:
+        load_split(tmp_path / "nowhere.json", "x", _labels())
     one_line(error)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the class split: a file is where") as error:
+    with pytest.raises(UserError, match=r"split\.json: cannot write") as error:
         save_split(tmp_path / "file" / "split.json", class_split(_labels(), 2, "disjoint", 0), "x", "disjoint", 0)
     one_line(error)

@@ -6,6 +6,14 @@
 >>> model = metaperturb.attach(model, phi, image_size=32)  # doctest: +SKIP
 """
 
+import signal
+import sys
+
+if (
+    sys.argv[0] == "-m"
+):  # as a program: until `run_program` has taken over, Ctrl-C ends the long import of PyTorch quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from metaperturb import models
 from metaperturb.attach import attach, detach, find_sites
 from metaperturb.errors import UserError

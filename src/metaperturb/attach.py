@@ -225,7 +225,6 @@ class _Watched:
     """What the dry run saw. Tensors are kept, so that their identities stay unique."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)  # module → its last output, in order of completion
-    inputs: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # module → index of sum → value, innermost only
     activated: set[int] = field(default_factory=set)  # identities of tensors that an activation received
     normalized: set[int] = field(default_factory=set)  # … that a normalization received
@@ -254,15 +253,35 @@ class _Watcher(TorchFunctionMode):
 
 
 def _watch(model: nn.Module, image_size: int) -> _Watched:
-    watcher = _Watcher()
+    """Run the network once on zeros and note what happens."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if not convolutions:
+        raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
+    # Which convolution sees the image is not known before the network has run; mostly the one declared first.
+    candidates = dict.fromkeys([convolutions[0].in_channels, 3, *(m.in_channels for m in convolutions)])
+    failure: Exception | None = None
+    for channels in candidates:
+        watcher = _Watcher()
+        image = convolutions[0].weight.new_zeros(2, channels, image_size, image_size)
+        try:
+            _dry_run(model, image, watcher)
+            return watcher.seen
+        except Exception as error:
+            failure = failure or error
+    cause = str(failure).strip().split("\n")[0]
+    raise UserError(
+        f"{type(model).__name__}: does not run on images [2, {next(iter(candidates))}, {image_size}, {image_size}] "
+        f"({cause}); is image_size right?"
+    ) from failure
+
+
+def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher) -> None:
     names = {module: name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: tuple) -> None:
         watcher.stack.append([names[module], 0])
-        if args and isinstance(args[0], Tensor):
-            watcher.seen.inputs[names[module]] = args[0]
-            if isinstance(module, NORMALIZATIONS):
-                watcher.seen.normalized.add(id(args[0]))
+        if args and isinstance(args[0], Tensor) and isinstance(module, NORMALIZATIONS):
+            watcher.seen.normalized.add(id(args[0]))
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         watcher.stack.pop()
@@ -270,10 +289,6 @@ def _watch(model: nn.Module, image_size: int) -> _Watched:
         if isinstance(output, Tensor):
             watcher.seen.outputs[names[module]] = output
 
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
-        raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
-    image = first.weight.new_zeros(2, first.in_channels, image_size, image_size)
     handles = []
     for module in model.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
@@ -281,15 +296,9 @@ def _watch(model: nn.Module, image_size: int) -> _Watched:
         devices = [image.device] if image.is_cuda else []
         with eval_mode(model), torch.random.fork_rng(devices), torch.no_grad(), watcher:
             model(image)
-    except Exception as error:
-        cause = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{type(model).__name__}: does not run on images {list(image.shape)} ({cause}); is image_size right?"
-        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return watcher.seen
 
 
 def _summed_maps(func: Any, args: tuple, kwargs: dict | None, out: Any) -> tuple[Tensor, Tensor] | None:
@@ -340,10 +349,10 @@ def _sum_sites(name: str, seen: _Watched) -> list[SiteSpec]:
 def _plain_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
     modules = dict(model.named_modules())
     any_norm = any(isinstance(modules[name], NORMALIZATIONS) for name in seen.outputs)
-    with_weights = [name for name in seen.outputs if next(modules[name].parameters(recurse=False), None) is not None]
+    layers = [name for name in seen.outputs if isinstance(modules[name], nn.Conv2d | nn.Linear)]
     specs = []
     for name, output in seen.outputs.items():
-        if output.dim() != 4 or name == with_weights[-1]:  # the last layer is the classifier
+        if output.dim() != 4 or name in layers[-1:]:  # the last layer is the classifier
             continue
         is_norm = isinstance(modules[name], NORMALIZATIONS)
         is_conv = isinstance(modules[name], nn.Conv2d) and id(output) not in seen.normalized

@@ -1,17 +1,26 @@
 """How the programs start, fail and stop: one line instead of a traceback, and a meaningful exit code."""
 
+import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 
 from metaperturb.errors import UserError
 
 EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
+EXIT_SIGNAL = 128  # plus the signal's number: the shell's convention
+PARENT = "METAPERTURB_PARENT"  # process id of a program that started this one and may not be outlived
 
 
 def run_program(main: Callable[[], None], *, show_traceback: bool) -> int:
     """Run `main` and return the exit code; a `UserError` becomes one line on stderr."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see metaperturb/__init__.py
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    if PARENT in os.environ:
+        threading.Thread(target=_follow, args=(int(os.environ.pop(PARENT)),), daemon=True).start()
     try:
         main()
     except UserError as error:
@@ -19,13 +28,34 @@ def run_program(main: Callable[[], None], *, show_traceback: bool) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, Stopped) as stop:
+        number, what = (signal.SIGTERM, "stopped") if isinstance(stop, Stopped) else (signal.SIGINT, "interrupted")
+        print(f"{what}; the same command resumes from the last checkpoint", file=sys.stderr)
+        return EXIT_SIGNAL + number
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
-        text = str(error).strip().split("\n")[0]
-        print(f"error: {type(error).__name__}: {text} (--traceback shows where)", file=sys.stderr)
+        print(f"error: {describe_unexpected(error)}", file=sys.stderr)
         return EXIT_ERROR
     return 0
+
+
+class Stopped(BaseException):
+    """SIGTERM, raised where the program is, so that what it started is ended too."""
+
+
+def describe_unexpected(error: Exception) -> str:
+    """An error that nobody foresaw, in one line."""
+    lines = str(error).strip().splitlines() or ["no details"]
+    return f"{type(error).__name__}: {lines[0]} (--traceback shows where)"
+
+
+def _raise_stopped(*_: object) -> None:
+    raise Stopped
+
+
+def _follow(parent: int) -> None:
+    """No orphans: end when the parent is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(EXIT_ERROR)

@@ -67,7 +67,7 @@ class MetaTrainConfig(CommonConfig):
     lookahead: float | None = option(
         None, "inner step size of the one-step lookahead (Ren et al. 2018); null: joint training", low=1e-9
     )
-    threads: int = option(1, "CPU threads a process; other numbers may change the last bits", low=1)
+    threads: int = option(1, "CPU threads a process; other numbers may change the last bits", low=1, high=1024)
     gpus: str = option("auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'", identity=False)
     port: int = option(0, "TCP port for the processes to meet; 0: any free one", low=0, high=65535, identity=False)
     checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
@@ -91,11 +91,12 @@ class MetaTestConfig(CommonConfig):
     )
     lr_factor: float = option(0.3, "what lr is multiplied with", low=0.0, high=1.0)
     anneal: float = option(0.4, "strength rises linearly from 0 to 1 over this share of the steps", low=0, high=1)
-    eval_every: int = option(200, "steps between two evaluations on the test set", low=1)
+    eval_split: Literal["test", "val"] = option("test", "what to evaluate on; val: s_cifar100 and folder, to choose φ")
+    eval_every: int = option(200, "steps between two evaluations", low=1)
     eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
     eval_batch_size: int = option(500, "images a batch in evaluation", low=1)
-    threads: int = option(0, "CPU threads, 0: one a core; other numbers may change the last bits", low=0)
+    threads: int = option(0, "CPU threads, 0: one a core; other numbers may change the last bits", low=0, high=1024)
     gpu: str = option("auto", "GPU number or 'cpu'", identity=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1, identity=False)
 

@@ -22,9 +22,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from metaperturb.cli import EXIT_ERROR, describe_unexpected
 from metaperturb.errors import UserError
 
-EXIT_ERROR = 1
 EXIT_PEER_LOST = 75  # this process is well, but another one is gone
 RESUME = "the same command resumes from the last checkpoint"
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
@@ -52,6 +52,7 @@ class Group:
         """Rows of this process's tasks `[n, K]` → those of all tasks, in task order `[T, K]`, on every process.
 
         This is the only traffic of meta-training: K numbers a task (φ's gradient and a few losses), whatever θ is.
+        With gloo, that is where a GPU is shared, the rows pass through the host, which then waits for them.
         """
         if self.size == 1:
             return rows
@@ -59,11 +60,11 @@ class Group:
         on_host = dist.get_backend() == "gloo"
         sent = torch.zeros(per_process, rows.shape[1], dtype=rows.dtype, device="cpu" if on_host else rows.device)
         sent[: len(rows)] = rows
-        received = torch.empty(self.size, *sent.shape, dtype=sent.dtype, device=sent.device)
+        received = sent.new_empty(self.size * per_process, rows.shape[1])
         with peer_errors():
-            dist.all_gather(list(received.unbind(0)), sent)
-        # received[r, i] is task i·G + r
-        return received.transpose(0, 1).reshape(-1, rows.shape[1])[:num_tasks].to(rows.device)
+            dist.all_gather_into_tensor(received, sent)
+        by_process = received.view(self.size, per_process, -1)  # [r, i] is task i·G + r
+        return by_process.transpose(0, 1).reshape(-1, rows.shape[1])[:num_tasks].to(rows.device)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -109,52 +110,65 @@ def parse_devices(text: str, key: str = "gpus") -> list[torch.device]:
 
 
 def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
-def launch(work: Callable[..., None], arguments: tuple, gpus: str, port: int, tasks: int, show_traceback: bool) -> None:
-    """Call `work(group, *arguments)` in one process a device of `gpus`, or in this one under `torchrun`.
+def launch(
+    work: Callable[..., None], arguments: tuple, devices: list[torch.device], port: int, traceback: bool
+) -> None:
+    """Call `work(group, *arguments)` in one process a device.
 
     Args:
         work: a module-level function.
-        gpus: see `parse_devices`.
+        devices: see `choose_devices`; under `torchrun`, which has started the processes, those of this machine.
         port: TCP port of the meeting place, 0 for any free one.
-        tasks: processes beyond the number of tasks would have nothing to do and are refused.
+        traceback: whether processes print one when they fail.
 
     Raises:
         UserError: the first error of any process; all processes have ended by then.
     """
     if under_torchrun():
-        _run_as_torchrun_worker(work, arguments, gpus, tasks)
-        return
-    devices = parse_devices(gpus)
-    if len(devices) > tasks:
-        raise UserError(f"gpus: {len(devices)} processes for {tasks} tasks; list at most {tasks} devices")
-    if len(devices) == 1:
+        _run_as_torchrun_worker(work, arguments, devices)
+    elif len(devices) == 1:
         work(Group(0, 1, devices[0]), *arguments)
     else:
-        _spawn(work, arguments, devices, port, show_traceback)
+        _spawn(work, arguments, devices, port, traceback)
+
+
+def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
+    """The devices of this machine's processes.
+
+    Raises:
+        UserError: a device that is not there, or more processes than tasks: some would have nothing to do.
+    """
+    if not under_torchrun():
+        devices = parse_devices(gpus)
+        if len(devices) > tasks:
+            raise UserError(f"gpus: {len(devices)} processes for {tasks} tasks; list at most {tasks} devices")
+        return devices
+    size, local_size = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if size > tasks:
+        raise UserError(f"torchrun: {size} processes for {tasks} tasks; start at most {tasks}")
+    if gpus == "auto":
+        count = torch.cuda.device_count()
+        return [torch.device("cuda", i % count) if count else torch.device("cpu") for i in range(local_size)]
+    devices = parse_devices(gpus)
+    if len(devices) != local_size:
+        raise UserError(f"gpus: lists {len(devices)} devices for {local_size} processes on this machine")
+    return devices
 
 
 def backend_for(devices: list[torch.device]) -> str:
-    """NCCL where each process has a GPU of its own, gloo where GPUs are shared or absent."""
+    """NCCL where each process has a GPU of its own, gloo where GPUs are shared or absent.
+
+    Decided from one machine's devices: several machines must be alike in this.
+    """
     own_gpu = all(device.type == "cuda" for device in devices) and len(set(devices)) == len(devices)
     return "nccl" if own_gpu else "gloo"
 
 
-def _run_as_torchrun_worker(work: Callable[..., None], arguments: tuple, gpus: str, tasks: int) -> None:
+def _run_as_torchrun_worker(work: Callable[..., None], arguments: tuple, devices: list[torch.device]) -> None:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if size > tasks:
-        raise UserError(f"torchrun: {size} processes for {tasks} tasks; start at most {tasks}")
-    if gpus == "auto" and torch.cuda.is_available():
-        devices = [torch.device("cuda", i % torch.cuda.device_count()) for i in range(local_size)]
-    elif gpus == "auto":
-        devices = [torch.device("cpu")] * local_size
-    else:
-        devices = parse_devices(gpus)
-        if len(devices) != local_size:
-            raise UserError(f"gpus: lists {len(devices)} devices for {local_size} processes on this machine")
     if devices[local].type == "cuda":
         torch.cuda.set_device(devices[local])
     dist.init_process_group(backend_for(devices), timeout=TIMEOUT)
@@ -244,6 +258,7 @@ def _worker(
 ) -> None:
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     device = devices[rank]
     code, message = EXIT_ERROR, None
     try:
@@ -259,8 +274,7 @@ def _worker(
     except UserError as error:
         message = str(error)
     except Exception as error:
-        text = str(error).strip().split("\n")[0]
-        message = f"process {rank}: {type(error).__name__}: {text} (--traceback shows where)"
+        message = f"process {rank}: {describe_unexpected(error)}"
     if code and show_traceback:
         traceback.print_exc()
     if message is not None:

@@ -60,7 +60,9 @@ def meta_test(config: MetaTestConfig) -> dict:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     device = devices[0]
     phi = load_phi(config.phi) if perturbed else None
+    models.create(config.model, num_classes=2, image_size=config.image_size or TARGETS[config.target].image_size)
     torch.set_num_threads(config.threads or os.cpu_count())
+    run = Run(config, "meta_test")
 
     # Data
     train, test = load_target(
@@ -70,6 +72,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         image_size=config.image_size,
         download=config.download,
         skip_unreadable=config.skip_unreadable,
+        splits=("train", config.eval_split),
     )
     train_images, test_images = DeviceImages(train, device), DeviceImages(test, device)
     padding = crop_padding(train.image_size)
@@ -86,7 +89,6 @@ def meta_test(config: MetaTestConfig) -> dict:
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.lr_factor)
 
     # Resume
-    run = Run(config, "meta_test")
     data = [train.fingerprint, test.fingerprint]
     phi_values = torch.nn.utils.parameters_to_vector(phi.parameters()).cpu() if perturbed else torch.empty(0)
     checkpoint = run.checkpoint_dir / "latest.pt"
@@ -127,7 +129,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         if done % config.log_every == 0 or evaluates or saves:
             values = torch.stack(recent).cpu()  # the only place where the host waits for the device
             recent.clear()
-            check_finite(values[:, None], done - len(values), config.run_dir)
+            check_finite(values, done - len(values), config.run_dir)
             mean_loss, mean_accuracy = values.mean(dim=0).tolist()
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:
@@ -139,7 +141,7 @@ def meta_test(config: MetaTestConfig) -> dict:
             shown = {"test_accuracy": metrics["accuracy"]} if metrics else {}
             progress.update(done, loss=mean_loss, accuracy=mean_accuracy, **shown)
         if saves:
-            check_finite_parameters(model.parameters(), "task 0", done, config.run_dir)
+            check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
             learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             origin = {"data": data, "phi": phi_values, "schedule": schedule.state_dict()}
             save_tensors({**learned, **origin, "step": done, "seconds": run.seconds}, checkpoint)
@@ -165,7 +167,7 @@ def report(result: dict) -> None:
     print(
         f"{config['method']} on {config['target']}, {config['model']}, seed {config['seed']}: "
         f"accuracy {100 * m['accuracy']:.2f} %  NLL {m['nll']:.3f}  ECE {100 * m['ece']:.2f} %  "
-        f"({result['target']['test']} test images, {m['samples']} samples)"
+        f"({result['target']['test']} {config['eval_split']} images, {m['samples']} samples)"
     )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from metaperturb import models
 from metaperturb.attach import attach
@@ -30,7 +31,7 @@ from metaperturb.data import ImageArrays, load_source
 from metaperturb.data.batches import DeviceImages, TrainingBatches
 from metaperturb.data.splits import TaskSplit, class_split, load_split, save_split
 from metaperturb.data.targets import crop_padding
-from metaperturb.distributed import Group, launch
+from metaperturb.distributed import Group, choose_devices, launch
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norm_to_eval
 from metaperturb.perturbation import MetaPerturb
@@ -58,11 +59,16 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     if finished_result(config.run_dir):
         print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
         return
-    # Whatever is wrong with data, split or network is said now, before any process starts.
-    _, splits = load_tasks(config)
-    model = models.create(config.model, len(splits[0].classes), config.image_size)
+    # Whatever is wrong is said now, the quick checks first, before any process starts.
+    devices = choose_devices(config.gpus, config.tasks)
+    model = models.create(config.model, num_classes=2, image_size=config.image_size)
     attach(model, MetaPerturb(), config.image_size, verbose=os.environ.get("RANK", "0") == "0")
-    launch(work, (config,), config.gpus, config.port, config.tasks, show_traceback)
+    if config.split == "paired" and config.tasks % 2:
+        raise UserError(f"tasks: split paired needs an even number, got {config.tasks}")
+    if config.split_file and not Path(config.split_file).is_file():
+        raise UserError(f"split_file: {config.split_file} does not exist")
+    load_tasks(config)
+    launch(work, (config,), devices, config.port, show_traceback)
 
 
 def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit]]:
@@ -76,7 +82,7 @@ def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit]]:
         skip_unreadable=config.skip_unreadable,
     )
     if config.split_file:
-        splits = load_split(Path(config.split_file), source.fingerprint)
+        splits = load_split(Path(config.split_file), source.fingerprint, source.labels)
         if len(splits) != config.tasks:
             raise UserError(f"{config.split_file}: has {len(splits)} tasks, the settings ask for {config.tasks}")
     else:
@@ -119,36 +125,36 @@ class Task:
         """One step of θ on D_tr with φ constant (lines 8-9): loss and accuracy, on the device."""
         seed_torch(self.config.seed, self.index, "theta_step", step)
         self.model.train()
+        self.phi.requires_grad_(False)
         x, y = self.train_batches.batch(step)
         logits = self.model(x)
         loss = F.cross_entropy(logits, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        self.phi.requires_grad_(True)
         return loss.detach(), accuracy(logits, y)
 
     def phi_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the loss on D_te with respect to φ, θ constant (line 10): `[82]`, loss, accuracy."""
         seed_torch(self.config.seed, self.index, "phi_step", step)
+        batch_norm_to_eval(self.model.train())
+        for parameter in self.theta:
+            parameter.requires_grad_(False)
         x, y = self.test_batches.batch(step)
-        if self.config.lookahead is None:
-            batch_norm_to_eval(self.model.train())
-            for parameter in self.theta:
-                parameter.requires_grad_(False)
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
-            gradients = torch.autograd.grad(loss, list(self.phi.parameters()))
-            for parameter in self.theta:
-                parameter.requires_grad_(True)
-        else:
-            logits, loss = self.lookahead(step, x, y)
-            gradients = torch.autograd.grad(loss, list(self.phi.parameters()))
-        return torch.cat([g.reshape(-1) for g in gradients]), loss.detach(), accuracy(logits, y)
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
+        gradient = parameters_to_vector(torch.autograd.grad(loss, list(self.phi.parameters())))
+        for parameter in self.theta:
+            parameter.requires_grad_(True)
+        return gradient, loss.detach(), accuracy(logits, y)
 
-    def lookahead(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Ren et al. 2018: the loss on D_te at θ − η ∇θ L_tr(θ, φ), differentiable through that step."""
+    def lookahead_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same at θ − η ∇θ L_tr(θ, φ), differentiated through that step (Ren et al. 2018; plain SGD, no decay)."""
+        seed_torch(self.config.seed, self.index, "phi_step", step)
         theta = dict(self.model.named_parameters())
         x_train, y_train = self.train_batches.batch(step)
+        x, y = self.test_batches.batch(step)
 
         def forward(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
             # On copies of the buffers: the step is only looked at, so it leaves no trace in the running statistics.
@@ -162,7 +168,9 @@ class Task:
         ahead = {name: parameter - self.config.lookahead * gradient for (name, parameter), gradient in steps}
         batch_norm_to_eval(self.model)
         logits = forward(ahead, x)
-        return logits, F.cross_entropy(logits, y)
+        loss = F.cross_entropy(logits, y)
+        gradient = parameters_to_vector(torch.autograd.grad(loss, list(self.phi.parameters())))
+        return gradient, loss.detach(), accuracy(logits, y)
 
     def state(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -192,8 +200,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     start = checkpoints.restore(tasks, phi, phi_optimizer, run)
     if run is not None:
         run.rewind(start)
-        if not config.split_file:
-            save_split(run.dir / "split.json", splits, source.fingerprint, config.split, config.seed)
+        save_split(run.dir / "split.json", splits, source.fingerprint, config.split, config.seed)
         if start:
             print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
         progress = StepProgress("meta-train", config.steps, start)
@@ -205,10 +212,12 @@ def work(group: Group, config: MetaTrainConfig) -> None:
         rows = []
         for task in tasks:
             task.model.metaperturb.strength = strength
-            phi.requires_grad_(False)
-            train_loss, train_accuracy = task.theta_step(step)
-            phi.requires_grad_(True)
-            gradient, test_loss, test_accuracy = task.phi_gradient(step)
+            if config.lookahead is None:
+                train_loss, train_accuracy = task.theta_step(step)
+                gradient, test_loss, test_accuracy = task.phi_gradient(step)
+            else:  # looks from where θ is, so before θ moves
+                gradient, test_loss, test_accuracy = task.lookahead_gradient(step)
+                train_loss, train_accuracy = task.theta_step(step)
             rows.append(torch.cat([gradient, torch.stack([train_loss, test_loss, train_accuracy, test_accuracy])]))
         table = group.gather_rows(torch.stack(rows), config.tasks)
         set_gradient(phi, table[:, : -len(METRICS)].mean(dim=0))
@@ -218,7 +227,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
         done = step + 1
         last = done == config.steps
         if done % config.log_every == 0 or done % config.checkpoint_every == 0 or last:
-            tables = torch.stack(recent).cpu()  # the only place where the host waits for the device
+            tables = torch.stack(recent).cpu()  # the host waits for the device only here (and in gather_rows with gloo)
             recent.clear()
             check_finite(tables, done - len(tables), config.run_dir)
             if run is not None:
@@ -315,7 +324,7 @@ class Checkpoints:
 def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPerturb, group: Group) -> None:
     history = read_metrics(run.dir)
     plot_meta_training(history, run.dir / "curves.png")
-    metrics = {name: history[-1][name] for name in METRICS}
+    metrics = {name: history[-1][name] for name in METRICS} if history else None
     description = {
         "name": source.name,
         "images": len(source),

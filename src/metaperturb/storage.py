@@ -1,6 +1,7 @@
 """Files that are either complete or absent, and reading that executes nothing."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -30,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({reason(error)})") from error
@@ -44,7 +45,9 @@ def remove_leftovers(folder: Path) -> None:
 
 def save_tensors(content: Any, path: Path) -> None:
     """`torch.save`, atomically."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    buffer = io.BytesIO()  # torch hides the cause when the disk is full; writing the bytes ourselves tells it
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def save_json(content: Any, path: Path) -> None:

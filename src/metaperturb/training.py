@@ -24,20 +24,21 @@ def check_finite(values: Tensor, first_step: int, run_dir: str) -> None:
     """Stop before a checkpoint could follow a loss or gradient that is not finite.
 
     Args:
-        values: `[steps, T, …]`, of consecutive steps and all tasks.
+        values: `[steps, T, K]` of consecutive steps and all tasks, or `[steps, K]` without tasks.
         first_step: how many steps preceded them.
 
     Raises:
         UserError: naming the first such step and task.
     """
-    bad = ~torch.isfinite(values.flatten(2)).all(dim=2)
-    if bad.any():
-        step, task = (int(i) for i in bad.nonzero()[0])
-        _diverged("the loss or a gradient", f"task {task}, step {first_step + step + 1}", run_dir)
+    bad = (~torch.isfinite(values).all(dim=-1)).nonzero()
+    if len(bad):
+        step, *task = bad[0].tolist()
+        where = f"task {task[0]}, " if task else ""
+        _diverged("the loss or a gradient", f"{where}step {first_step + step + 1}", run_dir)
 
 
 def check_finite_parameters(parameters: Iterable[Tensor], whose: str, step: int, run_dir: str) -> None:
-    """The same for what a checkpoint after `step` steps is about to hold; `whose`: `"task 3"`, `"φ"`.
+    """The same for what a checkpoint after `step` steps is about to hold; `whose`: `"task 3"`, `"φ"`, `"θ"`.
 
     Raises:
         UserError: a value is not finite.

@@ -39,8 +39,7 @@ class ImageArrays:
     """A labelled set of square RGB images.
 
     Attributes:
-        images: uint8 ``[N, 3, H, W]``, H = W; read-only, memory-mapped from the cache (embedded sets: in
-            memory).
+        images: uint8 ``[N, 3, H, W]``, H = W; read-only, memory-mapped from the cache (embedded sets: in memory).
         labels: int64 ``[N]``, each in ``0 … num_classes - 1``.
         classes: the class names; label ``i`` means ``classes[i]``.
         fingerprint: hex digest of the content: set, split, image size, classes, and the label and CRC-32 of
@@ -151,8 +150,7 @@ def cached(
     """The arrays of one split, from the cache if it is there, else built and cached.
 
     Several processes may ask at once: one builds, the others wait and share its files. A build that is killed
-        leaves
-    nothing that could be taken for a cache.
+    leaves nothing that could be taken for a cache.
 
     Args:
         data_root: holds ``cache/<name>-<split>-<image_size>-<key>/{images.npy,labels.npy,meta.json}``.

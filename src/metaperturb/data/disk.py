@@ -51,8 +51,7 @@ def file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` (created if absent) against other processes; waits for it.
 
     The kernel drops the lock when its holder dies, so a killed process never leaves one behind. The empty
-    lock
-    file stays: removing it would let two processes hold locks on two files of the same name.
+    lock file stays: removing it would let two processes hold locks on two files of the same name.
 
     Raises:
         UserError: the file cannot be created, or the file system offers no locks.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from metaperturb.data.disk import disk_errors
 from metaperturb.errors import UserError
+from metaperturb.storage import load_json, write_atomically
 
 KINDS = ("disjoint", "paired", "homogeneous")
 _FORMAT = 1
@@ -37,8 +35,7 @@ class TaskSplit:
 def shuffled(items: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
     """A random order of ``items``.
 
-    From the raw stream of the generator, which NumPy guarantees for ever: it reserves the right to change
-        what
+    From the raw stream of the generator, which NumPy guarantees for ever: it reserves the right to change what
     ``Generator.permutation`` returns, and a split must not change with a new NumPy.
     """
     return items[np.argsort(bits.random_raw(len(items)), kind="stable")]
@@ -122,47 +119,32 @@ def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, 
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path).expanduser()
     tasks = [{f: getattr(s, f).tolist() for f in ("classes", "train", "test")} for s in splits]
-    document = {
-        "format": _FORMAT,
-        "fingerprint": fingerprint,
-        "kind": kind,
-        "seed": int(seed),
-        "tasks": tasks,
-    }
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with disk_errors(path, "write the class split"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(document))
-            temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):  # of a failed write; after a good one it is gone
-            temporary.unlink()
+    head = {"format": _FORMAT, "fingerprint": fingerprint, "kind": kind, "seed": int(seed)}
+    text = json.dumps({**head, "tasks": tasks})
+    write_atomically(Path(path).expanduser(), lambda file: file.write(text.encode()))
 
 
-def load_split(path: str | Path, fingerprint: str) -> list[TaskSplit]:
+def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> list[TaskSplit]:
     """Read what :func:`save_split` wrote.
 
     Args:
         path: the file.
         fingerprint: of the data set that the split is to be used with.
+        labels: int ``[N]``, those of the data set.
 
     Raises:
         UserError: no such file, no class split in it, or one of another data set.
     """
     path = Path(path).expanduser()
+    document = load_json(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != _FORMAT:
             raise ValueError(f"format {document['format']}, not {_FORMAT}")
         written_for = document["fingerprint"]
         tasks = [_parse_task(task) for task in document["tasks"]]
         if not tasks:
             raise ValueError("no tasks")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the class split ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a class split ({type(error).__name__}: {error})") from error
     if written_for != fingerprint:
@@ -170,6 +152,10 @@ def load_split(path: str | Path, fingerprint: str) -> list[TaskSplit]:
             f"{path}: made for other data (fingerprint {str(written_for)[:12]}, this data set has {fingerprint[:12]}); "
             "make the split again or use the data set it was made for"
         )
+    for number, task in enumerate(tasks):
+        images = np.concatenate([task.train, task.test])
+        if images.max() >= len(labels) or not np.isin(labels[images], task.classes).all():
+            raise UserError(f"{path}: task {number} names images that the data set lacks or that are of other classes")
     return tasks
 
 

@@ -70,14 +70,8 @@ class TargetSpec:
     splits: tuple[str, ...] = ("train", "test")
     val: int | None = None
 
-    @property
-    def padding(self) -> int:
-        """Crop padding in pixels at the default image size."""
-        return crop_padding(self.image_size)
 
-
-# Counts: appendix of the paper and the sets' own pages. DTD: partition 1, train and val together for
-# training.
+# Counts: appendix of the paper and the sets' own pages. DTD: partition 1, train and val together for training.
 TARGETS: dict[str, TargetSpec] = {
     "stl10": TargetSpec("STL10", 10, 5000, 8000, 96),
     "s_cifar100": TargetSpec("s-CIFAR100", 100, 5000, 10000, 32, ("train", "val", "test"), 2500),
@@ -268,7 +262,9 @@ def _loadmat(title: str) -> Callable[..., dict[str, Any]]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise UserError(f"{title}: its labels are MATLAB files; pip install 'metaperturb[mat]' reads them") from error
+        raise UserError(
+            f"{title}: its labels are MATLAB files; {sys.executable} -m pip install scipy reads them"
+        ) from error
     return loadmat
 
 

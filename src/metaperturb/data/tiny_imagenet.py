@@ -1,5 +1,4 @@
-"""Tiny ImageNet (200 classes × 500 training images, 64×64), the source of meta-training (section 4 of the
-paper).
+"""Tiny ImageNet (200 classes × 500 training images, 64×64), the source of meta-training (section 4 of the paper).
 
 The official archive holds ``tiny-imagenet-200/train/<wnid>/images/<wnid>_<i>.JPEG`` and, of the validation
 set, ``tiny-imagenet-200/val/images/*.JPEG`` with their classes in

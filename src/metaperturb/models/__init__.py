@@ -1,6 +1,7 @@
 """Networks by name: those of the paper, and any CNN of torchvision or timm."""
 
 import difflib
+import sys
 from collections.abc import Callable
 
 import torchvision
@@ -62,7 +63,7 @@ def _from_timm(name: str, num_classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model timm/{name}: timm is not installed (pip install 'metaperturb[timm]')") from error
+        raise UserError(f"model timm/{name}: timm is not installed ({sys.executable} -m pip install timm)") from error
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"model timm/{name}: unknown to timm {timm.__version__} (near: {', '.join(near) or 'none'})")
