@@ -69,14 +69,14 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
     fi
     local file sum missing=()
     for file in "$@"; do
-        sum=$(cksum <"$file")
-        grep -qxF "$file $sum" "$VENV/.installed" 2>/dev/null || missing+=(-r "$file")
+        sum="${file#"$here"/} $(cksum <"$file")"
+        grep -qxF "$sum" "$VENV/.installed" 2>/dev/null || missing+=(-r "$file")
     done
     if [ ${#missing[@]} -gt 0 ]; then
         echo "installing into $VENV (PyTorch is large: some minutes)" >&2
         "$py" -m pip install --quiet --disable-pip-version-check "${missing[@]}" ||
             die "pip could not install the packages (network?); the same command tries again"
-        for file in "$@"; do echo "$file $(cksum <"$file")"; done >>"$VENV/.installed"
+        for file in "$@"; do echo "${file#"$here"/} $(cksum <"$file")"; done >>"$VENV/.installed"
     fi
     exec 9>&-
 }
