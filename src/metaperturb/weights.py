@@ -97,5 +97,5 @@ def find_phi(source: str | os.PathLike) -> Path:
         return SHIPPED / f"{source}.pt"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; φ is a file, for instance {path / 'phi.pt'}")
-    names = f"shipped names: {', '.join(shipped)}" if shipped else "this version ships none by name"
+    names = f"shipped names: {', '.join(shipped)}" if shipped else "./run.sh src makes one"
     raise UserError(f"{source}: no such φ file ({names})")
