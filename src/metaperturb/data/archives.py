@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,7 @@ from typing import Any
 from metaperturb.data.disk import Progress, disk_errors, file_lock
 from metaperturb.errors import UserError
 
-# The largest published image of the supported sets is a few MB; a member beyond this is a mistake or a zip
-# bomb.
+# The largest published image of the supported sets is a few MB; a member beyond this is a mistake or a zip bomb.
 MAX_MEMBER_BYTES = 256 * 2**20
 # Deep enough for any supported layout, and it ends a walk through a symbolic link that points to its own
 # parent.
@@ -61,7 +61,7 @@ def _is_noise(name: str) -> bool:
     )
 
 
-class Archive:
+class Archive(ABC):
     """The files of a zip, a tar or a folder; use as a context manager.
 
     Attributes:
@@ -81,26 +81,28 @@ class Archive:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (a folder has none)
         """Close the underlying file, if any."""
 
+    @abstractmethod
     def key(self) -> str:
         """Hex digest that changes when the content does, found without reading the content."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _list(self) -> Iterator[tuple[str, Any, bool]]:
         """Yield (name as stored, member, whether it is a folder)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _size(self, member: Any) -> int:
-        raise NotImplementedError
+        """Bytes of the content."""
 
+    @abstractmethod
     def _offset(self, member: Any) -> Any:
         """Sort key under which reading goes through the archive once, forwards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, member: Any) -> bytes:
-        raise NotImplementedError
+        """The content."""
 
     def _scan(self) -> dict[str, Any]:
         if self._members is None:
