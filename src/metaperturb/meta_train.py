@@ -183,8 +183,7 @@ class Task:
 def work(group: Group, config: MetaTrainConfig) -> None:
     """What one process does."""
     torch.set_num_threads(config.threads)
-    is_first = group.rank == 0
-    run = Run(config, "meta_train") if is_first else None
+    run = Run(config, "meta_train") if group.rank == 0 else None
 
     # Data, φ and the tasks of this process
     source, splits = load_tasks(config)
