@@ -7,8 +7,8 @@
 # PyTorch's wheels bring CUDA along, so that a plain Python image does; the host provides the driver.
 FROM python:3.12-slim
 
-# git: results name the commit that made them
-RUN apt-get update && apt-get install --yes --no-install-recommends git && rm -rf /var/lib/apt/lists/*
+# git: results name the commit that made them; g++: the kernel for CPUs, compiled on first use
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 WORKDIR /metaperturb
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt

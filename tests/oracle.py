@@ -99,3 +99,39 @@ class OracleSite:
             if self.clip is not None and self.strength > 0:  # strength 0 is the identity
                 out = np.minimum(out, self.clip)
         return out
+
+
+# --- the noise of the fused kernels
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
+    """Philox4x32-10 of Salmon et al. 2011, in Python integers: four words of 32 bits."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [second >> 32 ^ c[1] ^ k[0], second & 0xFFFFFFFF, first >> 32 ^ c[3] ^ k[1], first & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def normal_pair(first: int, second: int) -> tuple[float, float]:
+    """Two standard normals from two words: Box and Muller's, the angle taken by quarters of the circle."""
+    radius = np.sqrt(-2 * np.log(((first >> 1) + 0.5) / 2**31))
+    angle = (second % 2**30 / 2**30 - 0.5) * np.pi / 2
+    pair = [np.cos(angle), np.sin(angle)]
+    if second >> 30 & 1:
+        pair.reverse()
+    sign = -1 if second >> 31 else 1
+    return sign * radius * pair[0], sign * radius * pair[1]
+
+
+def drawn_noise(seed: int, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """ε `[B, C, H, W]` of a seed: counter j of a plane gives its values j, q + j, 2q + j and 3q + j, q = ⌈HW/4⌉."""
+    batch, channels, height, width = shape
+    quarter = -(-height * width // 4)
+    noise = np.empty((batch * channels, 4 * quarter))
+    for plane in range(batch * channels):
+        for j in range(quarter):
+            words = philox((j, plane, 0, 0), (seed % 2**32, seed >> 32))
+            noise[plane, j::quarter] = *normal_pair(*words[:2]), *normal_pair(*words[2:])
+    return noise[:, : height * width].reshape(shape)

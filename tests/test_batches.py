@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, normalize
 
@@ -259,3 +260,27 @@ def test_on_a_gpu():
     order = stream(10, 10)._indices(0)
     for output, index in zip((images.cpu() + 1).mul(127.5).round().byte().numpy(), order.tolist(), strict=True):
         find_crop(output, all_crops(arrays.images[index], 2))
+
+
+# --- the C++ pass that batches take on a CPU
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4, 9])
+@pytest.mark.parametrize("size", [1, 5, 16, 37])
+def test_one_pass_gives_the_same_bits(size, padding):
+    images = random_images(7, size)
+
+    def batch(kernel):
+        batches = TrainingBatches(data_set(images), np.arange(7), None, 64, padding, (0, 0, "order_train"))
+        torch.manual_seed(size)
+        with kernels.use_kernel(kernel):
+            return batches.batch(3)
+
+    (fused, fused_labels), (plain, plain_labels) = batch("fused"), batch("plain")
+    assert torch.equal(fused, plain) and torch.equal(fused_labels, plain_labels)
+    assert fused.dtype == torch.float32 and fused.min() >= -1 and fused.max() <= 1
+
+
+def test_indices_beyond_the_images_are_an_error():
+    with pytest.raises(IndexError, match="beyond the 10 images"):
+        stream(indices=np.array([3, 10]))

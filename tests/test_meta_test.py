@@ -14,6 +14,7 @@ from conftest import error_line, run, start
 from image_files import write_folder
 
 import metaperturb.meta_test as program
+from metaperturb import kernels
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors
 from metaperturb.training import annealed_strength
@@ -182,6 +183,18 @@ def test_changed_phi_is_refused_on_resume(settings, phi_file, tmp_path, capsys):
     save_phi(MetaPerturb(), phi)
     assert program.main(["--set", *settings]) == 1
     assert "changed since this run began" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(kernels.kernel_name() == "plain", reason="needs a C++ compiler")
+def test_another_kernel_on_resume_is_said(settings, tmp_path, capsys):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
+    assert json.loads((run_dir / "result.json").read_text())["kernel"] == "cpp"
+    (run_dir / "result.json").unlink()
+    with kernels.use_kernel("auto"):  # the program's choice ends here
+        assert program.main(["--set", *settings, f"run_dir={run_dir}", "kernel=plain"]) == 0
+    assert "goes on with the plain kernel where it began with cpp" in capsys.readouterr().err
+    assert json.loads((run_dir / "result.json").read_text())["kernel"] == "plain"
 
 
 def test_truncated_checkpoint_is_one_line(settings, tmp_path, capsys):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from oracle import OracleSite, softplus
 from torch import nn
 
-from metaperturb import MetaPerturb, PerturbSite, load_phi, save_phi
+from metaperturb import MetaPerturb, PerturbSite, kernels, load_phi, save_phi
+from metaperturb.kernels import cpp, plain
 
 SHAPES = {
     "self1": (3, 3),
@@ -20,6 +21,15 @@ SHAPES = {
     "scale_kernels": (4, 3, 3),
     "scale_affine": (10,),
 }
+
+
+@pytest.fixture(params=["plain", "fused"], autouse=True)
+def kernel(request):
+    """Every test of this file holds for both ways to compute a site."""
+    if request.param == "fused" and kernels.kernel_name() == "plain":
+        pytest.skip("needs a C++ compiler")
+    with kernels.use_kernel(request.param):
+        yield request.param
 
 
 def make_phi(seed=0, spread=0.5):
@@ -152,7 +162,7 @@ def test_the_variance_is_corrected_once():
     site, _ = make_pair()
     h = maps(2, 3, 4, 4)
     site(h)
-    v = site.phi.scale_features(h).detach()
+    v = plain.scale_features(h, site.phi.scale_kernels).detach()
     expected = 0.9 + 0.1 * (v[0] - v[1]) ** 2 / 2
     torch.testing.assert_close(site.running_var, expected, rtol=1e-12, atol=0)
 
@@ -413,7 +423,7 @@ def test_noise_has_mean_zero_and_variance_one():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_noise_differs_between_calls_and_sites_and_follows_the_seed(training):
+def test_noise_differs_between_calls_and_sites_and_follows_the_seed(training, kernel):
     phi = make_phi()
     sites = [PerturbSite(phi, 3, 3, 5).train(training) for _ in range(2)]
     h = maps(2, 3, 5, 5)
@@ -431,7 +441,8 @@ def test_noise_differs_between_calls_and_sites_and_follows_the_seed(training):
         assert torch.equal(sites[0].running_mean, torch.zeros(3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     torch.manual_seed(7)
-    torch.testing.assert_close(sites[0](h, noise=torch.randn_like(h)), first[0])
+    noise = torch.randn_like(h) if kernel == "plain" else cpp.draw_noise(cpp.draw_seed(h.device), h)
+    torch.testing.assert_close(sites[0](h, noise=noise), first[0])
 
 
 # --- statistics

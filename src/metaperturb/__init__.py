@@ -14,7 +14,7 @@ if (
 ):  # as a program: until `run_program` has taken over, Ctrl-C ends the long import of PyTorch quietly
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from metaperturb import models
+from metaperturb import kernels, models
 from metaperturb.attach import attach, detach, find_sites
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb, PerturbSite, Slot
@@ -29,6 +29,7 @@ __all__ = [
     "attach",
     "detach",
     "find_sites",
+    "kernels",
     "load_phi",
     "models",
     "save_phi",

@@ -45,6 +45,9 @@ class CommonConfig:
         100.0, "upper bound of perturbed values in training (k of section 3.2), or null", low=1e-6
     )
     seed: int = option(0, "of initial weights, data order, augmentation and noise", low=0)
+    kernel: Literal["auto", "fused", "plain"] = option(
+        "auto", "how φ computes: fused where it can be, fused or an error, plain PyTorch operators", identity=False
+    )
     log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from metaperturb import models
+from metaperturb import kernels, models
 from metaperturb.attach import attach
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
@@ -60,6 +60,8 @@ def meta_test(config: MetaTestConfig) -> dict:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     device = devices[0]
     phi = load_phi(config.phi) if perturbed else None
+    kernels.set_kernel(config.kernel)
+    kernel = kernels.kernel_name(device) if perturbed else None
     models.create(config.model, num_classes=2, image_size=config.image_size or TARGETS[config.target].image_size)
     torch.set_num_threads(config.threads or os.cpu_count())
     run = Run(config, "meta_test")
@@ -102,6 +104,8 @@ def meta_test(config: MetaTestConfig) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         start, run.seconds_before = state["step"], state["seconds"]
+        if perturbed:
+            kernels.tell_change(state["kernel"], kernel, str(run.dir))
         print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
     run.rewind(start)
     progress = StepProgress(f"{config.method} on {config.target}", config.steps, start)
@@ -143,7 +147,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         if saves:
             check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
             learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            origin = {"data": data, "phi": phi_values, "schedule": schedule.state_dict()}
+            origin = {"data": data, "phi": phi_values, "kernel": kernel, "schedule": schedule.state_dict()}
             save_tensors({**learned, **origin, "step": done, "seconds": run.seconds}, checkpoint)
 
     # Result
@@ -156,7 +160,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     )
     target = {"name": train.name, "train": len(train), "test": len(test), "fingerprints": data}
     phi_card = phi.card if perturbed else None
-    result = run.describe({"target": target, "metrics": metrics, "phi_card": phi_card}, device)
+    result = {"target": target, "metrics": metrics, "phi_card": phi_card, "kernel": kernel}
+    result = run.describe(result, device)
     run.finish(result)
     report(result)
     return result

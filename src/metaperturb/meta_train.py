@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from metaperturb import models
+from metaperturb import kernels, models
 from metaperturb.attach import attach
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
@@ -63,6 +63,9 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     devices = choose_devices(config.gpus, config.tasks)
     model = models.create(config.model, num_classes=2, image_size=config.image_size)
     attach(model, MetaPerturb(), config.image_size, verbose=os.environ.get("RANK", "0") == "0")
+    kernels.set_kernel(config.kernel)
+    if devices[0].type == "cpu":
+        kernels.kernel_name("cpu")  # built once, before the processes that will use it
     if config.split == "paired" and config.tasks % 2:
         raise UserError(f"tasks: split paired needs an even number, got {config.tasks}")
     if config.split_file and not Path(config.split_file).is_file():
@@ -183,6 +186,8 @@ class Task:
 def work(group: Group, config: MetaTrainConfig) -> None:
     """What one process does."""
     torch.set_num_threads(config.threads)
+    kernels.set_kernel(config.kernel)
+    kernel = kernels.kernel_name(group.device)
     run = Run(config, "meta_train") if group.rank == 0 else None
 
     # Data, φ and the tasks of this process
@@ -195,7 +200,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     tasks = [Task(t, splits[t], images, phi, config) for t in group.owned(config.tasks)]
 
     # Resume
-    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", data_digest(source, splits))
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", data_digest(source, splits), kernel)
     start = checkpoints.restore(tasks, phi, phi_optimizer, run)
     if run is not None:
         run.rewind(start)
@@ -265,8 +270,8 @@ class Checkpoints:
     once `latest.json` names it, when all its files are on disk: a kill at any moment leaves a good checkpoint.
     """
 
-    def __init__(self, folder: Path, data: str) -> None:
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path, data: str, kernel: str) -> None:
+        self.folder, self.data, self.kernel = folder, data, kernel
         self.latest = folder / "latest.json"
 
     def restore(
@@ -289,6 +294,7 @@ class Checkpoints:
         phi_optimizer.load_state_dict(shared["optimizer"])
         if run is not None:
             run.seconds_before = shared["seconds"]
+            kernels.tell_change(latest["kernel"], self.kernel, str(self.folder.parent))
         return step
 
     def save(
@@ -311,7 +317,7 @@ class Checkpoints:
             save_tensors(shared, folder / "phi.pt")
         group.barrier()
         if run is not None:
-            save_json({"step": step, "data": self.data}, self.latest)
+            save_json({"step": step, "data": self.data, "kernel": self.kernel}, self.latest)
             for old in self.folder.glob("step-*"):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -330,7 +336,8 @@ def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPert
         "classes": source.num_classes,
         "fingerprint": source.fingerprint,
     }
-    content = run.describe({"source": description, "processes": group.size, "metrics": metrics}, group.device)
+    result = {"source": description, "processes": group.size, "metrics": metrics}
+    content = run.describe({**result, "kernel": kernels.kernel_name(group.device)}, group.device)
     save_phi(phi, run.dir / "phi.pt", card=content)
     run.finish(content)
     print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")

@@ -10,11 +10,11 @@ a `PerturbSite` adds what belongs to one place in one network: running statistic
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_SCALE_FEATURES = 4
-MOMENTUM = 0.1
+from metaperturb.kernels import fused, fused_backend, plain
+from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
+
 CLIP = 100.0  # k of section 3.2
 
 
@@ -49,30 +49,11 @@ class MetaPerturb(nn.Module):
 
     def noise_mean(self, h: Tensor) -> Tensor:
         """μ(h), the mean of the noise before softplus: `[B, C, H, W]` → `[B, C, H, W]`."""
-        hidden = F.relu(_equivariant_conv(h, self.self1, self.all1))
-        return _equivariant_conv(hidden, self.self2, self.all2)
+        return plain.noise_mean(h, self.tensors())
 
-    def scale_features(self, h: Tensor) -> Tensor:
-        """v, four spatial averages of rectified convolutions a channel: `[B, C, H, W]` → `[B, C, 4]`."""
-        # One depthwise convolution a kernel: on CPU a quarter of the time of a single one with four outputs a group.
-        maps = (F.relu(_depthwise_conv(h, kernel)).mean(dim=(2, 3)) for kernel in self.scale_kernels)
-        return torch.stack(tuple(maps), dim=2)
-
-    def scale(self, mean: Tensor, var: Tensor, channel_ratio: float, size_ratio: float) -> Tensor:
-        """s, the scale of each channel (figure 2, right).
-
-        Args:
-            mean, var: statistics of `scale_features` over the batch, `[C, 4]` each.
-            channel_ratio: number of channels / that of the widest perturbed layer.
-            size_ratio: height of the feature map / that of the input image.
-
-        Returns:
-            `[C]`, values in [0, 1].
-        """
-        weight = self.scale_affine.to(mean.dtype)
-        statistics = torch.cat([mean, var], dim=1) @ weight[:-2]
-        # The two ratios are numbers of the host: multiplying saves the copy that a tensor of them would cost on a GPU.
-        return torch.sigmoid(statistics + weight[-2] * channel_ratio + weight[-1] * size_ratio)
+    def tensors(self) -> Phi:
+        """The parameters, by name, in the form that the kernels take."""
+        return Phi(*(getattr(self, name) for name in Phi._fields))
 
     def extra_repr(self) -> str:
         return f"{sum(p.numel() for p in self.parameters())} parameters"
@@ -160,43 +141,48 @@ class PerturbSite(nn.Module):
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
-        mean, var = self._statistics(h)
+        self._check(h, noise)
+        phi, settings = self.phi.tensors(), self._settings(h)
+        backend = fused_backend(h, phi, noise, self.running_mean, self.running_var)
+        if backend is not None:
+            return fused.perturb(backend, h, phi, noise, self.running_mean, self.running_var, settings)
+        mean, var = self._statistics(h, phi)
         if self.training:
             self._track(mean, var)
         if self.strength == 0.0:
             return h
-        if not self.noise:
-            z = 1.0
-        else:
-            if noise is None:
-                noise = torch.randn_like(h)
-            elif noise.shape != h.shape:
-                raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
-            z = F.softplus(self.phi.noise_mean(h) + noise)
-        g = z * self._scale(mean, var, h)[:, None, None] if self.gate else z
-        out = h * ((g - 1.0) * self.strength + 1.0)
-        return out.clamp(max=self.clip) if self.training and self.clip is not None else out
+        if self.noise and noise is None:
+            noise = torch.randn_like(h)
+        return plain.perturb(h, phi, mean, var, noise, settings)
 
     def scale(self, h: Tensor) -> Tensor:
         """s: `[C]`, from the batch in training mode, from the running statistics in evaluation mode."""
-        return self._scale(*self._statistics(h), h)
+        self._check(h)
+        phi, settings = self.phi.tensors(), self._settings(h)
+        return plain.scale(*self._statistics(h, phi), phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)
 
-    def _scale(self, mean: Tensor, var: Tensor, h: Tensor) -> Tensor:
-        return self.phi.scale(mean, var, self.channels / self.channel_norm, h.shape[2] / self.size_norm).to(h.dtype)
+    def _settings(self, h: Tensor) -> Settings:
+        return Settings(
+            training=self.training,
+            noise=self.noise,
+            gate=self.gate,
+            strength=self.strength,
+            clip=self.clip,
+            channel_ratio=self.channels / self.channel_norm,
+            size_ratio=h.shape[2] / self.size_norm,
+        )
 
-    def _statistics(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _statistics(self, h: Tensor, phi: Phi) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance over the batch (training) or the running ones: `[C, 4]` each."""
+        return plain.batch_statistics(h, phi) if self.training else (self.running_mean, self.running_var)
+
+    def _check(self, h: Tensor, noise: Tensor | None = None) -> None:
         if h.dim() != 4 or h.shape[1] != self.channels:
             raise ValueError(f"expected a feature map [B, {self.channels}, H, W], got {list(h.shape)}")
-        if not self.training:
-            return self.running_mean, self.running_var
-        if h.shape[0] < 2:
+        if self.training and h.shape[0] < 2:
             raise ValueError("the perturbation needs at least 2 images a batch in training (variance over the batch)")
-        features = self.phi.scale_features(h)  # [B, C, 4]
-        if features.dtype in (torch.float16, torch.bfloat16):  # too coarse for a variance
-            features = features.float()
-        var, mean = torch.var_mean(features, dim=0, correction=1)
-        return mean, var
+        if noise is not None and noise.shape != h.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -209,17 +195,6 @@ class PerturbSite(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
-
-
-def _depthwise_conv(x: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve every channel of `x` `[B, C, H, W]` with the one `kernel` `[3, 3]`, padding 1."""
-    channels = x.shape[1]
-    return F.conv2d(x, kernel.to(x.dtype).expand(channels, 1, 3, 3), padding=1, groups=channels)
-
-
-def _equivariant_conv(x: Tensor, self_kernel: Tensor, all_kernel: Tensor) -> Tensor:
-    """Permuting the channels of `x` permutes those of the result (section 3.2, after Zaheer et al. 2017)."""
-    return _depthwise_conv(x, self_kernel) + _depthwise_conv(x.mean(dim=1, keepdim=True), all_kernel)
 
 
 class Slot(nn.Identity):

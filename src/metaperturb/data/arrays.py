@@ -333,6 +333,6 @@ def from_memory(name: str, images: np.ndarray, labels: np.ndarray, classes: Sequ
     digest = hashlib.sha256("\n".join([name, str(images.shape), *classes]).encode())
     digest.update(np.ascontiguousarray(images))
     digest.update(labels)
-    images = images.view()
+    images = np.ascontiguousarray(images).view()
     images.flags.writeable = labels.flags.writeable = False
     return ImageArrays(images, labels, tuple(classes), digest.hexdigest(), name)

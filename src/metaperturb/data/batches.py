@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
+from metaperturb.kernels import cpp
 from metaperturb.randomness import numpy_generator
 
 
@@ -58,6 +60,8 @@ class TrainingBatches:
     ) -> None:
         self.images, self.batch_size, self.padding, self.key = images, batch_size, padding, key
         self.indices = np.ascontiguousarray(indices, dtype=np.int64)
+        if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < len(images.arrays):
+            raise IndexError(f"indices reach beyond the {len(images.arrays)} images")
         self.epochs: dict[int, Tensor] = {}
         self.new_label: Tensor | None = None
         if class_ids is not None:
@@ -70,10 +74,17 @@ class TrainingBatches:
 
         Crop offsets and flips come from PyTorch's global generator of the device: seed it first to reproduce a batch.
         """
-        images, labels = self.images.take(self._indices(step))
+        indices = self._indices(step)
+        if kernels.has_cpp(self.images.device):
+            arrays = self.images.arrays
+            images = cpp.crop_flip_normalize(arrays.images, indices, *draw(len(indices), self.padding), self.padding)
+            labels = torch.from_numpy(arrays.labels[indices.numpy()])
+        else:
+            images, labels = self.images.take(indices)
+            images = normalize(crop_and_flip(images, self.padding))
         if self.new_label is not None:
             labels = self.new_label[labels]
-        return normalize(crop_and_flip(images, self.padding)), labels
+        return images, labels
 
     def _indices(self, step: int) -> Tensor:
         first, count = step * self.batch_size, len(self.indices)
@@ -104,14 +115,21 @@ def crop_and_flip(images: Tensor, padding: int) -> Tensor:
     uint8 `[B, 3, S, S]` → uint8 `[B, 3, S, S]` (section 4, "base regularizations").
     """
     batch, _, height, width = images.shape
-    device = images.device
+    top, left, flip = draw(batch, padding, images.device)
     if padding:
         padded = F.pad(images, (padding,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # view: [B, 3, 2p + 1, 2p + 1, S, S]
-        y, x = torch.randint(2 * padding + 1, (2, batch), device=device)
-        images = windows[torch.arange(batch, device=device), :, y, x]
-    flip = torch.rand(batch, device=device) < 0.5
+        images = windows[torch.arange(batch, device=images.device), :, top, left]
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+
+def draw(batch: int, padding: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Where each crop begins in the image with its border (top, left) and whether it is flipped: `[B]` each."""
+    if padding:
+        top, left = torch.randint(2 * padding + 1, (2, batch), device=device)
+    else:
+        top = left = torch.zeros(batch, dtype=torch.int64, device=device)
+    return top, left, torch.rand(batch, device=device) < 0.5
 
 
 def normalize(images: Tensor) -> Tensor:

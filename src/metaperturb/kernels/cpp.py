@@ -1,0 +1,273 @@
+"""What C++ does on the CPU: the fused site (`site.cpp`) and batches of images (`augment.cpp`), built on first use.
+
+The library lands in `$XDG_CACHE_HOME/metaperturb` (default `~/.cache/metaperturb`) under a name made of the sources,
+the compiler and the processor, so that it is built once a machine. `CXX` chooses the compiler.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+NO_NOISE, DRAWN, GIVEN = range(3)
+NAME = "cpp"
+UNSUPPORTED = (torch.bfloat16, torch.float16)
+SUFFIX = {torch.float32: "float", torch.float64: "double"}
+
+
+class Unavailable(Exception):
+    """No fused kernel here; the message says why and what to do, in one line."""
+
+
+class _Site(ctypes.Structure):
+    """`Site` of site.cpp, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")]
+        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "phi_gradient")]
+        + [(name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")]
+        + [("seed", ctypes.c_uint64)]
+        + [
+            (name, ctypes.c_void_p)
+            for name in (
+                *("h", "given_noise", "phi", "running_mean", "running_var", "features", "statistics", "scale"),
+                *("out", "grad_out", "grad_h", "grad_phi"),
+            )
+        ]
+    )
+
+
+def describe() -> str:
+    return f"cpp ({_compiler_version(_compiler())})"
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Seed of one site's noise, from PyTorch's generator: an int64 scalar."""
+    return torch.empty((), dtype=torch.int64).random_()
+
+
+def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
+    """The ε that the kernel draws from `seed` for a feature map: `[B, C, H, W]`."""
+    batch, channels, height, width = like.shape
+    noise = torch.empty(like.shape, dtype=like.dtype)
+    function = getattr(library(), f"draw_{SUFFIX[like.dtype]}")
+    function(
+        ctypes.c_uint64(seed.item()),
+        ctypes.c_int64(batch * channels),
+        ctypes.c_int64(height * width),
+        ctypes.c_int32(torch.get_num_threads()),
+        ctypes.c_void_p(noise.data_ptr()),
+    )
+    return noise
+
+
+def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> None:
+    """Only the statistics of a training step, which is what strength 0 leaves to do."""
+    settings = Settings(training=True, noise=False, gate=False, strength=0.0, clip=None, channel_ratio=0, size_ratio=0)
+    _run(
+        "forward", h, phi, None, None, settings, running_mean=running_mean, running_var=running_var, **_scratch(h, True)
+    )
+
+
+def forward(
+    h: Tensor,
+    phi: Phi,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One site; moves the running statistics in training.
+
+    Returns:
+        The perturbed map `[B, C, H, W]`, and what `backward` needs beside its inputs: features `[B, C, 4]` (empty in
+        evaluation), the statistics that made the scale `[2, C, 4]` (second in every backend), the scale `[C]`.
+    """
+    out, scratch = torch.empty(h.shape, dtype=h.dtype), _scratch(h, settings.training)
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _run("forward", h, phi, noise, seed, settings, out=out, **running, **scratch)
+    return out, *scratch.values()
+
+
+def backward(
+    grad_out: Tensor,
+    h: Tensor,
+    phi: Phi,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    scratch: tuple[Tensor, ...],
+    settings: Settings,
+    phi_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h `[B, C, H, W]` and of φ `[82]` (None unless asked for).
+
+    `scratch` is what `forward` returned after the perturbed map.
+    """
+    tensors = dict(zip(("features", "statistics", "scale"), scratch, strict=True))
+    tensors |= {"grad_out": grad_out.contiguous(), "grad_h": torch.empty(h.shape, dtype=h.dtype)}
+    tensors["grad_phi"] = torch.empty(sum(p.numel() for p in phi), dtype=torch.float64)
+    _run("backward", h, phi, noise, seed, settings, phi_gradient=phi_gradient, **tensors)
+    return tensors["grad_h"], tensors["grad_phi"].to(h.dtype) if phi_gradient else None
+
+
+def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
+    batch, channels = h.shape[:2]
+    return {
+        "features": h.new_empty(batch if training else 0, channels, NUM_SCALE_FEATURES),
+        "statistics": h.new_empty(2, channels, NUM_SCALE_FEATURES),
+        "scale": h.new_empty(channels),
+    }
+
+
+def _run(
+    name: str,
+    h: Tensor,
+    phi: Phi,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    settings: Settings,
+    phi_gradient: bool = False,
+    **tensors: Tensor,
+) -> None:
+    """Call `name` of the library; the tensors have to live, and be contiguous, until it returns."""
+    tensors["h"] = h.contiguous()
+    tensors["phi"] = torch.cat([p.detach().reshape(-1) for p in phi])
+    if noise is not None:
+        tensors["given_noise"] = noise.contiguous()
+    site = _Site(
+        *h.shape,
+        threads=torch.get_num_threads(),
+        training=settings.training,
+        noise=NO_NOISE if not settings.noise else DRAWN if noise is None else GIVEN,
+        gate=settings.gate,
+        phi_gradient=phi_gradient,
+        strength=settings.strength,
+        clip=settings.clip if settings.training and settings.clip is not None else float("inf"),
+        channel_ratio=settings.channel_ratio,
+        size_ratio=settings.size_ratio,
+        momentum=MOMENTUM,
+        seed=0 if seed is None else seed.item(),
+        **{key: tensor.data_ptr() for key, tensor in tensors.items()},
+    )
+    getattr(library(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(site))
+
+
+def crop_flip_normalize(
+    images: np.ndarray, rows: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int
+) -> Tensor:
+    """A training batch, float `[B, 3, S, S]` in [-1, 1], from uint8 images `[N, 3, S, S]`.
+
+    Image b is `rows[b]`, cut at `top[b]`, `left[b]` out of a black border of `padding` pixels, flipped if `flip[b]`.
+    """
+    out = torch.empty(len(rows), *images.shape[1:])
+    pointers = [t.contiguous() for t in (rows, top, left, flip)]
+    library().crop_flip_normalize(
+        ctypes.c_void_p(images.ctypes.data),
+        *(ctypes.c_void_p(t.data_ptr()) for t in pointers),
+        *(ctypes.c_int64(size) for size in (*out.shape, padding)),
+        ctypes.c_int32(torch.get_num_threads()),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out
+
+
+# --- building
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled sources, built if this machine has not built it yet.
+
+    Raises:
+        Unavailable: no compiler, or it fails.
+    """
+    compiler = _compiler()
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
+    for text in (*compiler, _compiler_version(compiler), _processor()):
+        key.update(text.encode() + b"\0")
+    path = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        _build(compiler, path)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded ({error}); delete it to have it built again") from None
+    loaded.site_size.restype = ctypes.c_int64
+    if loaded.site_size() != ctypes.sizeof(_Site):
+        raise Unavailable(f"{path} does not fit this interpreter")
+    return loaded
+
+
+def _build(compiler: tuple[str, ...], path: Path) -> None:
+    # No -ffast-math: a NaN has to stay one, and sums keep their order.
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+    native = ["-march=native"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        native.append("-mprefer-vector-width=512")
+    variants = [[*native, "-fopenmp"], ["-fopenmp"], ["-fopenmp-simd"], []]  # Apple's compiler lacks OpenMP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        built = Path(folder) / "kernels.so"
+        for variant in variants:
+            command = [*compiler, *flags, *variant, *map(str, SOURCES), "-o", str(built)]
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            if result.returncode == 0:
+                os.replace(built, path)
+                return
+    lines = result.stderr.strip().splitlines() or ["no message"]
+    error = next((line for line in lines if "error" in line), lines[-1])
+    raise Unavailable(f"{compiler[0]} cannot compile the kernels ({error.strip()})")
+
+
+@functools.cache
+def _compiler() -> tuple[str, ...]:
+    if chosen := tuple(shlex.split(os.environ.get("CXX", ""))):
+        if shutil.which(chosen[0]):
+            return chosen
+        raise Unavailable(f"CXX names no compiler ({os.environ['CXX']!r})")
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return (name,)
+    raise Unavailable("no C++ compiler found (install g++ or clang++, or set CXX)")
+
+
+@functools.cache
+def _compiler_version(compiler: tuple[str, ...]) -> str:
+    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
+    return (result.stdout.splitlines() or [compiler[0]])[0]
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+
+
+def _cache_folder() -> Path:
+    """A folder of the user's own that can be written to."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "metaperturb"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    raise Unavailable(f"{folder} cannot be written (set XDG_CACHE_HOME to a folder that can)")

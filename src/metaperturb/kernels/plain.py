@@ -1,0 +1,99 @@
+"""The perturbation in plain PyTorch operators: the reference that every fused kernel has to equal.
+
+Differentiable any number of times, on any device, under `torch.func` and `torch.compile`. Section numbers refer to Ryu
+et al., NeurIPS 2020.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_SCALE_FEATURES = 4
+MOMENTUM = 0.1  # of the running statistics
+
+
+class Phi(NamedTuple):
+    """The parameters φ as tensors; `MetaPerturb` documents them."""
+
+    self1: Tensor
+    all1: Tensor
+    self2: Tensor
+    all2: Tensor
+    scale_kernels: Tensor
+    scale_affine: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a site computes, apart from its tensors; `PerturbSite` documents them.
+
+    `channel_ratio` is C / `channel_norm`, `size_ratio` H / `size_norm`; `clip` None does not clip.
+    """
+
+    training: bool
+    noise: bool
+    gate: bool
+    strength: float
+    clip: float | None
+    channel_ratio: float
+    size_ratio: float
+
+
+def noise_mean(h: Tensor, phi: Phi) -> Tensor:
+    """μ(h): `[B, C, H, W]` → `[B, C, H, W]`."""
+    hidden = F.relu(_equivariant_conv(h, phi.self1, phi.all1))
+    return _equivariant_conv(hidden, phi.self2, phi.all2)
+
+
+def scale_features(h: Tensor, kernels: Tensor) -> Tensor:
+    """v, four spatial averages of rectified convolutions a channel: `[B, C, H, W]` → `[B, C, 4]`."""
+    # One depthwise convolution a kernel: on CPU a quarter of the time of a single one with four outputs a group.
+    maps = (F.relu(_depthwise_conv(h, kernel)).mean(dim=(2, 3)) for kernel in kernels)
+    return torch.stack(tuple(maps), dim=2)
+
+
+def batch_statistics(h: Tensor, phi: Phi) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the scale features over the batch: `[C, 4]` each."""
+    features = scale_features(h, phi.scale_kernels)
+    if features.dtype in (torch.float16, torch.bfloat16):  # too coarse for a variance
+        features = features.float()
+    var, mean = torch.var_mean(features, dim=0, correction=1)
+    return mean, var
+
+
+def scale(mean: Tensor, var: Tensor, phi: Phi, channel_ratio: float, size_ratio: float) -> Tensor:
+    """s: `[C]`, from statistics `[C, 4]` (figure 2, right)."""
+    weight = phi.scale_affine.to(mean.dtype)
+    statistics = torch.cat([mean, var], dim=1) @ weight[:-2]
+    # The two ratios are numbers of the host: multiplying saves the copy that a tensor of them would cost on a GPU.
+    return torch.sigmoid(statistics + weight[-2] * channel_ratio + weight[-1] * size_ratio)
+
+
+def perturb(h: Tensor, phi: Phi, mean: Tensor, var: Tensor, noise: Tensor | None, settings: Settings) -> Tensor:
+    """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above in training.
+
+    Args:
+        h: `[B, C, H, W]`.
+        mean, var: `[C, 4]`, what the scale is computed from: `batch_statistics` in training, else the running ones.
+        noise: ε `[B, C, H, W]`, not read if `settings.noise` is off.
+    """
+    z = F.softplus(noise_mean(h, phi) + noise) if settings.noise else 1.0
+    g = z
+    if settings.gate:
+        g = z * scale(mean, var, phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)[:, None, None]
+    out = h * ((g - 1.0) * settings.strength + 1.0)
+    return out.clamp(max=settings.clip) if settings.training and settings.clip is not None else out
+
+
+def _depthwise_conv(x: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve every channel of `x` `[B, C, H, W]` with the one `kernel` `[3, 3]`, padding 1."""
+    channels = x.shape[1]
+    return F.conv2d(x, kernel.to(x.dtype).expand(channels, 1, 3, 3), padding=1, groups=channels)
+
+
+def _equivariant_conv(x: Tensor, self_kernel: Tensor, all_kernel: Tensor) -> Tensor:
+    """Permuting the channels of `x` permutes those of the result (section 3.2, after Zaheer et al. 2017)."""
+    return _depthwise_conv(x, self_kernel) + _depthwise_conv(x.mean(dim=1, keepdim=True), all_kernel)

@@ -1,0 +1,420 @@
+"""The fused kernel of the CPU against the plain operators, its noise, and how a kernel is chosen.
+
+test_perturbation.py runs each of its tests with both kernels; here is what sets the fused one apart.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from oracle import drawn_noise, philox
+from torch import nn
+
+from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels
+from metaperturb.kernels import cpp
+from metaperturb.kernels.plain import Phi
+from metaperturb.randomness import seed_torch
+
+pytestmark = pytest.mark.skipif(kernels.kernel_name() == "plain", reason="needs a C++ compiler")
+
+
+def make_phi(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    phi = MetaPerturb().to(dtype)
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return phi
+
+
+def maps(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def run(kernel, h, epsilon, grad_out, dtype, **settings):
+    """Output, gradients of h and φ, and running statistics of a site that has seen one batch before, in float64."""
+    training = settings.pop("training", True)
+    strength, clip = settings.pop("strength", 1.0), settings.pop("clip", 100.0)
+    phi = make_phi(dtype)
+    site = PerturbSite(phi, h.shape[1], 2 * h.shape[1], 2 * h.shape[2], **settings)
+    with kernels.use_kernel("plain"):
+        site(h.to(dtype).flip(0) + 0.5, noise=epsilon.to(dtype))
+    site.train(training)
+    site.strength, site.clip = strength, clip
+    strided = torch.empty_strided(h.shape, h.stride(), dtype=dtype).copy_(h).requires_grad_()
+    with kernels.use_kernel(kernel):
+        out = site(strided, noise=epsilon.to(dtype))
+    inputs = [strided, *phi.parameters()]
+    grads = torch.autograd.grad(out, inputs, grad_out.to(dtype), allow_unused=True)
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+    return [t.detach().double() for t in (out, *grads, site.running_mean, site.running_var)]
+
+
+def assert_equal_to_plain(h, epsilon, grad_out, **settings):
+    """1e-5 relative, of each tensor's largest value; the plain operators in float64 are the truth."""
+    expected = run("plain", h, epsilon, grad_out, torch.float64, **settings)
+    actual = run("fused", h, epsilon, grad_out, torch.float32, **settings)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max().clamp(min=1e-6)
+
+
+SHAPES = [
+    (4, 3, 8, 8),
+    (2, 1, 1, 1),
+    (2, 5, 1, 1),
+    (3, 1, 5, 4),
+    (2, 4, 3, 9),
+    (3, 2, 17, 13),
+    (2, 7, 2, 1),
+    (5, 33, 6, 6),
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("clip", [None, 0.75])
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_plain_operators(shape, strength, clip, training):
+    h, noise, grad_out = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
+    assert_equal_to_plain(h, noise, grad_out, strength=strength, clip=clip, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
+def test_equals_the_plain_operators_in_the_ablations(gate, noise, training):
+    shape = (3, 4, 6, 5)
+    inputs = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
+    assert_equal_to_plain(*inputs, gate=gate, noise=noise, training=training, strength=0.6, clip=1.0)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
+def test_equals_the_plain_operators_whatever_the_memory_layout(layout):
+    h = {
+        "channels_last": maps(3, 4, 5, 6).to(memory_format=torch.channels_last),
+        "transposed": maps(3, 4, 6, 5).transpose(2, 3),
+        "strided": maps(6, 4, 10, 12)[::2, :, ::2, ::2],
+    }[layout]
+    assert_equal_to_plain(
+        h, maps(3, 4, 5, 6, seed=2), maps(3, 4, 5, 6, seed=3).transpose(0, 1).contiguous().transpose(0, 1)
+    )
+
+
+def test_equals_the_plain_operators_at_the_size_of_a_network():
+    shape = (16, 16, 32, 32)
+    assert_equal_to_plain(maps(*shape).relu(), maps(*shape, seed=2), maps(*shape, seed=3))
+
+
+def test_large_arguments_and_values_that_are_not_finite():
+    site = PerturbSite(make_phi(torch.float32), 2).eval()
+    h, noise = maps(2, 2, 3, 3).float(), torch.zeros(2, 2, 3, 3)
+    noise[0, 0, 0] = torch.tensor([-300.0, 300.0, 1e30])
+    outs = []
+    for kernel in ("plain", "fused"):
+        with kernels.use_kernel(kernel):
+            outs.append(site(h, noise=noise))
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+    h[1, 0, 1, 1] = torch.nan
+    out = site(h, noise=noise)
+    assert out[1].isnan().any() and not out[0].isnan().any()
+    assert out[1, 0, 1, 1].isnan()
+
+
+def test_half_precision_is_computed_in_float32():
+    site, h = PerturbSite(make_phi(torch.float32), 3), maps(4, 3, 6, 6)
+    noise, h = maps(4, 3, 6, 6, seed=2).bfloat16(), h.bfloat16().requires_grad_()
+    out = site(h, noise=noise)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert h.grad.dtype == torch.bfloat16
+    exact = PerturbSite(make_phi(torch.float32), 3)(h.detach().float(), noise=noise.float())
+    torch.testing.assert_close(out, exact.bfloat16(), rtol=0, atol=0)
+
+
+# --- derivatives
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_first_and_second_derivatives_against_finite_differences(drawn):
+    site = PerturbSite(make_phi(torch.float64), 2, 3, 5)
+    h, noise = maps(3, 2, 3, 3).requires_grad_(), None if drawn else maps(3, 2, 3, 3, seed=2)
+
+    def function(h, *parameters):
+        torch.manual_seed(5)  # the same draw every time
+        for name, value in zip(Phi._fields, parameters, strict=True):
+            getattr(site.phi, name).data.copy_(value)
+        return kernels.fused.perturb(
+            cpp, h, Phi(*parameters), noise, site.running_mean, site.running_var, site._settings(h)
+        )
+
+    parameters = tuple(p.detach().clone().requires_grad_() for p in site.phi.parameters())
+    assert torch.autograd.gradcheck(function, (h, *parameters))
+    assert torch.autograd.gradgradcheck(function, (h, *parameters))
+
+
+def test_a_step_ahead_is_differentiated_as_with_the_plain_operators():
+    phi = make_phi(torch.float64)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+    attach(network, phi, image_size=6, verbose=False)
+    x, y, noise = maps(5, 3, 6, 6), torch.tensor([0, 1, 2, 0, 1]), maps(5, 4, 4, 4, seed=2)
+    (site,) = network.metaperturb.sites
+    forward = site.forward
+    site.forward = lambda h: forward(h, noise=noise)
+    gradients = []
+    for kernel in ("plain", "fused"):
+        with kernels.use_kernel(kernel):
+            theta = dict(network.named_parameters())
+            inner = nn.functional.cross_entropy(network(x), y)
+            steps = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+            ahead = {name: p - 0.5 * g for (name, p), g in zip(theta.items(), steps, strict=True)}
+            outer = nn.functional.cross_entropy(torch.func.functional_call(network, ahead, x), y)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(outer, list(phi.parameters()))]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_only_the_feature_map_is_kept_for_the_backward_pass():
+    site, h = PerturbSite(make_phi(torch.float32), 8), torch.randn(4, 8, 16, 16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        site(h)
+    assert h.nbytes <= sum(kept) < 1.1 * h.nbytes
+
+
+@pytest.mark.parametrize("way", ["torch.func", "forward mode", "gradient of the noise"])
+def test_what_the_kernel_cannot_do_is_left_to_the_plain_operators(way):
+    site = PerturbSite(make_phi(torch.float64), 2).eval()
+    h, noise, v = maps(2, 2, 4, 4), maps(2, 2, 4, 4, seed=2), maps(2, 2, 4, 4, seed=3)
+    if way == "torch.func":
+        actual = torch.func.jacrev(lambda h: (site(h, noise=noise) * v).sum())(h)
+        expected = torch.autograd.functional.vjp(lambda h: site(h, noise=noise), h, v)[1]
+    elif way == "forward mode":
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(h, v)
+            actual = torch.autograd.forward_ad.unpack_dual(site(dual, noise=noise)).tangent
+        expected = torch.autograd.functional.jvp(lambda h: site(h, noise=noise), h, v)[1]
+    else:
+        actual = torch.autograd.functional.vjp(lambda noise: site(h, noise=noise), noise, v)[1]
+        with torch.no_grad():
+            step = 1e-6 * torch.ones_like(noise)
+            expected = v * (site(h, noise=noise + step) - site(h, noise=noise - step)) / 2e-6
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+        return
+    torch.testing.assert_close(actual, expected)
+
+
+# --- noise
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # known answers of the authors' library Random123
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_the_oracle_knows_philox(counter, key, words):
+    assert tuple(philox(counter, key)) == words
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 1, 1, 1), (3, 2, 5, 3), (1, 2, 7, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_drawn_noise_is_the_oracles(shape, dtype):
+    seed = 0x0123456789ABCDEF
+    noise = cpp.draw_noise(torch.tensor(seed), torch.empty(shape, dtype=dtype))
+    np.testing.assert_allclose(noise, drawn_noise(seed, shape), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_site_draws_this_noise(training):
+    site, h = PerturbSite(make_phi(torch.float32), 3).train(training), maps(2, 3, 5, 5).float()
+    torch.manual_seed(3)
+    seed = cpp.draw_seed(h.device)
+    torch.manual_seed(3)
+    assert torch.equal(site(h), site(h, noise=cpp.draw_noise(seed, h)))
+    assert not torch.equal(site(h), site(h))
+
+
+def moments(x):
+    x = x.double()
+    return torch.stack([x.mean(), x.var(), (x**3).mean(), (x**4).mean()])
+
+
+def test_distribution_of_the_noise():
+    noise = cpp.draw_noise(torch.tensor(11), torch.empty(64, 16, 32, 32))
+    n = noise.numel()
+    # Mean, variance, third and fourth moment of a normal, in standard errors of their estimates.
+    errors = (moments(noise) - torch.tensor([0.0, 1.0, 0.0, 3.0])).abs() * (n / torch.tensor([1, 2, 15, 96])).sqrt()
+    assert errors.max() < 4.5
+    ordered = noise.flatten().double().sort().values
+    distance = (torch.special.ndtr(ordered) - (torch.arange(n) + 0.5) / n).abs().max()
+    assert distance < 1.95 / n**0.5  # Kolmogorov and Smirnov's test at the level 0.001
+    for tail in (3.0, 4.0):
+        share = 2 * torch.special.ndtr(torch.tensor(-tail, dtype=torch.float64))
+        count = (noise.abs() > tail).sum()
+        assert abs(count - n * share) < 4.5 * (n * share) ** 0.5
+
+
+def test_noise_is_not_correlated():
+    """Neighbours in a map, its quarters (one Philox call), channels, images, sites, steps and tasks."""
+    shape = (32, 8, 32, 32)
+    a = cpp.draw_noise(torch.tensor(11), torch.empty(shape))
+    pairs = {
+        "neighbours in a row": (a[..., 1:], a[..., :-1]),
+        "neighbours in a column": (a[..., 1:, :], a[..., :-1, :]),
+        "quarters": (a[:, :, :8], a[:, :, 8:16]),
+        "quarters of another pair": (a[:, :, 8:16], a[:, :, 16:24]),
+        "channels": (a[:, 1:], a[:, :-1]),
+        "images": (a[1:], a[:-1]),
+        "seeds next to each other": (a, cpp.draw_noise(torch.tensor(12), a)),
+        "seeds with other high bits": (a, cpp.draw_noise(torch.tensor(11 + (1 << 40)), a)),
+    }
+    seeds = []
+    for task, step in ((0, 0), (1, 0), (0, 1)):
+        seed_torch(0, task, "theta_step", step)
+        seeds += [cpp.draw_seed(a.device) for _ in range(2)]  # two sites
+    draws = [cpp.draw_noise(seed, a) for seed in seeds]
+    for name, i in (("sites", 1), ("tasks", 2), ("steps", 4)):
+        pairs[name] = (draws[0], draws[i])
+    for name, (x, y) in pairs.items():
+        for power in (1, 2):  # values and their squares: what makes pairs of Box and Muller alike shows in the radius
+            r = torch.corrcoef(torch.stack([x.flatten() ** power, y.flatten() ** power]))[0, 1]
+            assert abs(r) < 4.5 / x.numel() ** 0.5, name
+
+
+def test_noise_does_not_depend_on_the_number_of_threads():
+    site, h = PerturbSite(make_phi(torch.float32), 5), maps(7, 5, 6, 6).float().requires_grad_()
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            out = site(h)
+            results.append((out, *torch.autograd.grad(out.square().sum(), [h, *site.phi.parameters()])))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# --- choosing and building
+
+
+def test_choices():
+    assert kernels.kernel_name() == "cpp"
+    with kernels.use_kernel("plain"):
+        assert kernels.kernel_name() == "plain"
+        with kernels.use_kernel("fused"):
+            assert kernels.kernel_name() == "cpp"
+        assert kernels.kernel_name() == "plain"
+    with pytest.raises(UserError, match="kernel: unknown 'fast'"):
+        kernels.set_kernel("fast")
+    with kernels.use_kernel("fused"), pytest.raises(UserError, match="no fused one on meta"):
+        kernels.kernel_name("meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a dry run on the meta device says nothing
+        assert kernels.kernel_name("meta") == "plain"
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+USE = """
+    import torch, metaperturb
+    site = metaperturb.PerturbSite(metaperturb.MetaPerturb(), 3)
+    for _ in range(2):
+        site(torch.randn(2, 3, 4, 4))
+    print(metaperturb.kernels.kernel_name())
+"""
+
+
+def test_without_a_compiler_it_says_so_once_and_uses_the_plain_operators(tmp_path):
+    result = python(USE, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path), CXX="")
+    assert result.stdout.split() == ["plain"]
+    assert result.stderr.count("no C++ compiler found") == 1
+    assert "plain PyTorch operators" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/nowhere/c++", "CXX names no compiler"), ("false", "false cannot compile the kernels")],
+)
+def test_a_fused_kernel_that_was_asked_for_and_cannot_be_is_an_error(compiler, reason, tmp_path):
+    code = """
+        import metaperturb
+        try:
+            with metaperturb.kernels.use_kernel("fused"):
+                metaperturb.kernels.kernel_name()
+        except metaperturb.UserError as error:
+            print(error)
+    """
+    result = python(code, XDG_CACHE_HOME=str(tmp_path), CXX=compiler)
+    assert reason in result.stdout and len(result.stdout.splitlines()) == 1
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(tmp_path):
+    """A compiler that builds a wrong kernel, here by half the gradient of a variance."""
+    wrong = tmp_path / "compiler"
+    wrong.write_text(
+        f"""#!/bin/sh
+        for argument; do
+            case $argument in
+                *site.cpp)
+                    sed "s/2.0 . double(site.batch - 1)/1.0/" "$argument" >{tmp_path}/wrong.cpp
+                    argument={tmp_path}/wrong.cpp ;;
+            esac
+            set -- "$@" "$argument"; shift
+        done
+        exec c++ "$@"
+        """
+    )
+    wrong.chmod(0o755)
+    result = python(USE, XDG_CACHE_HOME=str(tmp_path), CXX=str(wrong))
+    assert result.stdout.split() == ["plain"]
+    assert "disagrees" in result.stderr
+    assert (tmp_path / "wrong.cpp").exists()
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(USE)],
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0].split() for process in processes] == [["cpp"], ["cpp"]]
+    assert len(list((tmp_path / "metaperturb").iterdir())) == 1
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = python(USE, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert result.stdout.split() == ["plain"] and "XDG_CACHE_HOME" in result.stderr
+
+
+def test_torch_compile_takes_the_plain_operators():
+    site, h = PerturbSite(make_phi(torch.float32), 3), maps(2, 3, 4, 4).float()
+    noise = maps(2, 3, 4, 4, seed=2).float()
+    expected = site(h, noise=noise)
+    compiled = torch.compile(lambda h: site(h, noise=noise), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(h), expected)
