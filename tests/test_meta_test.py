@@ -209,3 +209,13 @@ def test_truncated_checkpoint_is_one_line(settings, tmp_path, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(settings, tmp_path):
     assert program.main(["--set", *settings, "gpu=0", f"run_dir={tmp_path / 'tgt'}"]) == 0
+
+
+def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, capsys):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *settings, f"run_dir={run_dir}", "precision=bfloat16"]) == 0
+    half, full = (json.loads((folder / "metrics.jsonl").open().readline()) for folder in (run_dir, reference))
+    assert half["train_loss"] != full["train_loss"]
+    assert half["train_loss"] == pytest.approx(full["train_loss"], rel=0.05)
+    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 1
+    assert "precision: bfloat16 → float32" in capsys.readouterr().err

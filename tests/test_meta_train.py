@@ -415,8 +415,8 @@ def test_lookahead_gradient_against_finite_differences(setting):
         position += p.numel()
 
 
-def test_lookahead_and_annealing_change_the_result(reference, source_settings, tmp_path):
-    for setting in ("lookahead=0.01", "anneal=0.5"):
+def test_lookahead_annealing_and_bfloat16_change_the_result(reference, source_settings, tmp_path):
+    for setting in ("lookahead=0.01", "anneal=0.5", "precision=bfloat16"):
         run_dir = tmp_path / setting
         settings = [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}", "gpus=cpu", setting]
         assert program.main(["--set", *settings]) == 0

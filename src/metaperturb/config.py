@@ -45,6 +45,9 @@ class CommonConfig:
         100.0, "upper bound of perturbed values in training (k of section 3.2), or null", low=1e-6
     )
     seed: int = option(0, "of initial weights, data order, augmentation and noise", low=0)
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "of convolutions and maps; bfloat16: autocast, faster where the processor has it, coarser"
+    )
     kernel: Literal["auto", "fused", "plain"] = option(
         "auto", "how φ computes: fused where it can be, fused or an error, plain PyTorch operators", identity=False
     )

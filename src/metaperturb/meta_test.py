@@ -29,7 +29,7 @@ from metaperturb.plots import plot_convergence
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
-from metaperturb.training import accuracy, annealed_strength, check_finite, check_finite_parameters
+from metaperturb.training import accuracy, annealed_strength, autocast, check_finite, check_finite_parameters
 from metaperturb.weights import load_phi
 
 
@@ -119,8 +119,9 @@ def meta_test(config: MetaTestConfig) -> dict:
             model.metaperturb.strength = annealed_strength(step, config.steps, config.anneal)
         seed_torch(config.seed, 0, "theta_step", step)
         x, y = batches.batch(step)
-        logits = model(x)
-        loss = F.cross_entropy(logits, y)
+        with autocast(device, config.precision):
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -139,7 +140,8 @@ def meta_test(config: MetaTestConfig) -> dict:
             if evaluates:
                 samples = 1 if not perturbed else config.final_samples if last else config.eval_samples
                 seed_torch(config.seed, 0, "evaluate", done)
-                metrics = evaluate(model, test_images, samples, config.eval_batch_size)
+                with autocast(device, config.precision):
+                    metrics = evaluate(model, test_images, samples, config.eval_batch_size)
                 line |= {f"test_{name}": round(value, 6) for name, value in metrics.items()}
             run.log({**line, "seconds": round(run.seconds, 2)})
             shown = {"test_accuracy": metrics["accuracy"]} if metrics else {}
@@ -154,7 +156,9 @@ def meta_test(config: MetaTestConfig) -> dict:
     progress.close()
     if not metrics:  # killed between the last checkpoint and the result
         seed_torch(config.seed, 0, "evaluate", config.steps)
-        metrics = evaluate(model, test_images, config.final_samples if perturbed else 1, config.eval_batch_size)
+        with autocast(device, config.precision):
+            samples = config.final_samples if perturbed else 1
+            metrics = evaluate(model, test_images, samples, config.eval_batch_size)
     plot_convergence(
         {config.method: [read_metrics(run.dir)]}, f"{config.target}, {config.model}", run.dir / "curves.png"
     )

@@ -39,7 +39,7 @@ from metaperturb.plots import plot_meta_training
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
 from metaperturb.storage import load_json, load_tensors, save_json, save_tensors
-from metaperturb.training import accuracy, annealed_strength, check_finite, check_finite_parameters
+from metaperturb.training import accuracy, annealed_strength, autocast, check_finite, check_finite_parameters
 from metaperturb.weights import save_phi
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")  # a task's, beside φ's gradient in its row
@@ -121,6 +121,7 @@ class Task:
         seed_torch(config.seed, index, "init")
         model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
         self.model = attach(model, phi, config.image_size, clip=config.clip, verbose=False)
+        self.autocast = autocast(images.device, config.precision)
         self.theta = list(self.model.parameters())  # φ is not among them
         self.optimizer = torch.optim.Adam(self.theta, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -130,8 +131,9 @@ class Task:
         self.model.train()
         self.phi.requires_grad_(False)
         x, y = self.train_batches.batch(step)
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, y)
+        with self.autocast:
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -145,8 +147,9 @@ class Task:
         for parameter in self.theta:
             parameter.requires_grad_(False)
         x, y = self.test_batches.batch(step)
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, y)
+        with self.autocast:
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, y)
         gradient = parameters_to_vector(torch.autograd.grad(loss, list(self.phi.parameters())))
         for parameter in self.theta:
             parameter.requires_grad_(True)
@@ -165,13 +168,15 @@ class Task:
             return torch.func.functional_call(self.model, (parameters, buffers), images)
 
         self.model.train()
-        inner = F.cross_entropy(forward(theta, x_train), y_train)
+        with self.autocast:
+            inner = F.cross_entropy(forward(theta, x_train), y_train)
         gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
         steps = zip(theta.items(), gradients, strict=True)
         ahead = {name: parameter - self.config.lookahead * gradient for (name, parameter), gradient in steps}
         batch_norm_to_eval(self.model)
-        logits = forward(ahead, x)
-        loss = F.cross_entropy(logits, y)
+        with self.autocast:
+            logits = forward(ahead, x)
+            loss = F.cross_entropy(logits, y)
         gradient = parameters_to_vector(torch.autograd.grad(loss, list(self.phi.parameters())))
         return gradient, loss.detach(), accuracy(logits, y)
 

@@ -15,6 +15,11 @@ def annealed_strength(step: int, steps: int, share: float) -> float:
     return 1.0 if ramp == 0 else min(1.0, (step + 1) / ramp)
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of forward passes: nothing for `"float32"`; for `"bfloat16"` PyTorch casts what bears it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of correct predictions, a scalar on the device; logits `[B, K]`, labels `[B]`."""
     return (logits.detach().argmax(dim=1) == labels).float().mean()
