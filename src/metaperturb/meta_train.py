@@ -33,7 +33,7 @@ from metaperturb.data.splits import TaskSplit, class_split, load_split, save_spl
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import Group, choose_devices, launch
 from metaperturb.errors import UserError
-from metaperturb.modes import batch_norm_to_eval
+from metaperturb.modes import batch_norms, set_mode
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.plots import plot_meta_training
 from metaperturb.randomness import seed_torch
@@ -120,7 +120,8 @@ class Task:
         self.test_batches = batches(split.test, "order_test")
         seed_torch(config.seed, index, "init")
         model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
-        self.model = attach(model, phi, config.image_size, clip=config.clip, verbose=False)
+        self.model = attach(model, phi, config.image_size, clip=config.clip, verbose=False).train()
+        self.batch_norms = batch_norms(self.model)
         self.autocast = autocast(images.device, config.precision)
         self.theta = list(self.model.parameters())  # φ is not among them
         self.optimizer = torch.optim.Adam(self.theta, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -128,7 +129,7 @@ class Task:
     def theta_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One step of θ on D_tr with φ constant (lines 8-9): loss and accuracy, on the device."""
         seed_torch(self.config.seed, self.index, "theta_step", step)
-        self.model.train()
+        set_mode(self.batch_norms, training=True)
         self.phi.requires_grad_(False)
         x, y = self.train_batches.batch(step)
         with self.autocast:
@@ -143,7 +144,7 @@ class Task:
     def phi_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the loss on D_te with respect to φ, θ constant (line 10): `[82]`, loss, accuracy."""
         seed_torch(self.config.seed, self.index, "phi_step", step)
-        batch_norm_to_eval(self.model.train())
+        set_mode(self.batch_norms, training=False)
         for parameter in self.theta:
             parameter.requires_grad_(False)
         x, y = self.test_batches.batch(step)
@@ -167,13 +168,13 @@ class Task:
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
             return torch.func.functional_call(self.model, (parameters, buffers), images)
 
-        self.model.train()
+        set_mode(self.batch_norms, training=True)
         with self.autocast:
             inner = F.cross_entropy(forward(theta, x_train), y_train)
         gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
         steps = zip(theta.items(), gradients, strict=True)
         ahead = {name: parameter - self.config.lookahead * gradient for (name, parameter), gradient in steps}
-        batch_norm_to_eval(self.model)
+        set_mode(self.batch_norms, training=False)
         with self.autocast:
             logits = forward(ahead, x)
             loss = F.cross_entropy(logits, y)

@@ -18,8 +18,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def batch_norm_to_eval(model: nn.Module) -> None:
-    """Batch norm normalizes by its running statistics and leaves them as they are; all else keeps its mode."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms of a network, for `set_mode`."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def set_mode(modules: list[nn.Module], training: bool) -> None:
+    """Training or evaluation mode of these modules alone; `model.train()` at each step would visit all of them."""
+    for module in modules:
+        module.training = training
