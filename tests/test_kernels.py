@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracle import drawn_noise, philox
 from torch import nn
 
@@ -184,6 +185,15 @@ def test_only_the_feature_map_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         site(h)
     assert h.nbytes <= sum(kept) < 1.1 * h.nbytes
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    site, h = PerturbSite(make_phi(torch.float32), 3), maps(2, 3, 4, 4).float().requires_grad_()
+    gradients = []
+    for forward in (site, lambda h: torch.utils.checkpoint.checkpoint(site, h, use_reentrant=False)):
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(forward(h).square().sum(), [h, *site.phi.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("way", ["torch.func", "forward mode", "gradient of the noise"])

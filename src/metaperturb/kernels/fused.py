@@ -67,8 +67,8 @@ class _Perturb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        h, *phi, noise, seed = ctx.saved_tensors[:9]
-        scratch, phi = ctx.saved_tensors[9:], Phi(*phi)
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        h, phi, noise, seed, scratch = saved[0], Phi(*saved[1:7]), saved[7], saved[8], saved[9:]
         nothing = (None,) * 6
         if torch.is_grad_enabled():  # somebody will differentiate this gradient: the plain operators can be
             grads = _differentiable_backward(ctx, grad_out, h, phi, noise, seed, statistics=scratch[1])
