@@ -6,6 +6,7 @@
 #   ./run.sh src               meta-train φ on Tiny ImageNet           (Algorithm 1)
 #   ./run.sh tgt <gpu|cpu>     train a network on a target data set     (Algorithm 2)
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
+#   ./run.sh bench             measure how fast it is, into results/benchmark (--help: which parts, --json, --smoke)
 #
 # Each creates .venv and installs requirements.txt first, where that has not been done (PYTHON=… names the Python to use;
 # VENV=none takes its packages as they are). Settings follow; override them from the environment, and any other setting
@@ -93,6 +94,10 @@ test)
     cd "$here"
     [[ $py = /* ]] || py=.venv/bin/python
     PYTHONPATH=src exec "$py" -m pytest "$@"
+    ;;
+bench)
+    setup "$here/requirements.txt"
+    exec "$py" "$here/scripts/benchmark.py" "$@"
     ;;
 src)
     setup "$here/requirements.txt"

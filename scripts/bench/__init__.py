@@ -1,0 +1,1 @@
+"""The suites of `scripts/benchmark.py`, their page and their figures."""
