@@ -1,5 +1,7 @@
 """Figures of the benchmark, drawn from its JSON."""
 
+import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,7 @@ def _finish(axis: plt.Axes, title: str, x: str, y: str, ticks: list[int], factor
     """Logarithmic axes, with the measured values as ticks."""
     axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     axis.set_title(title, fontsize=11)
-    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_major_locator(FixedLocator(_apart(ticks)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value * factor)))
@@ -134,3 +136,12 @@ def _finish(axis: plt.Axes, title: str, x: str, y: str, ticks: list[int], factor
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.legend(fontsize=9)
+
+
+def _apart(ticks: list[int]) -> list[int]:
+    """Without those whose labels would touch the next one's on a logarithmic axis."""
+    length = math.log(ticks[-1] / ticks[0]) if len(ticks) > 1 else 1.0
+    kept = [
+        tick for tick, above in itertools.pairwise(ticks) if math.log(above / tick) > 0.04 * len(str(above)) * length
+    ]
+    return [*kept, ticks[-1]]
