@@ -49,6 +49,11 @@ ROUNDS = {"cpu": 12, "cuda": 20}
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    return run_program(lambda: benchmark(arguments, argv), show_traceback=arguments.traceback)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="SUITE[,SUITE]", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--device", metavar="cpu|cuda", help="default: cuda where there is one")
@@ -60,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="default: README.md beside the JSON")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default: figures; beside the page if smoke")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
-    arguments = parser.parse_args(argv)
-    return run_program(lambda: benchmark(arguments, argv), show_traceback=arguments.traceback)
+    return parser.parse_args(argv)
 
 
 def benchmark(arguments: argparse.Namespace, argv: list[str] | None = None) -> None:
@@ -132,7 +136,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
                 raise UserError(f"--only: unknown suite {item!r} (known: {', '.join(SUITES)})")
         wanted = [suite for suite in SUITES if suite in asked]
         if "training" in asked and name == "cpu" and not smoke:
-            raise UserError("--only training: needs --device cuda (it would take days on a CPU)")
+            raise UserError("--only training: needs --device cuda (on a CPU it would take many hours)")
     return Bench(torch.device(name), threads, rounds, smoke), wanted
 
 

@@ -16,6 +16,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from bench.exchange import fit, predicted  # noqa: E402
 from bench.page import quantity, short  # noqa: E402
 from bench.timing import interleave, peak_memory, ratio, summary  # noqa: E402
+from bench.training import steps_together  # noqa: E402
+from benchmark import checked, parse  # noqa: E402
+
+from metaperturb.errors import UserError  # noqa: E402
 
 CPU = torch.device("cpu")
 SUITES = ("bars", "site", "scaling", "exchange", "training")
@@ -34,7 +38,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
-    completed = bench("--smoke", "--only", ",".join(SUITES), "--json", str(folder / "cpu.json"))
+    completed = bench("--smoke", "--device", "cpu", "--only", ",".join(SUITES), "--json", str(folder / "cpu.json"))
     assert completed.returncode == 0, completed.stderr
     return folder
 
@@ -89,9 +93,9 @@ def test_the_page_names_every_suite_and_says_that_it_is_no_measurement(smoke):
 
 def test_resume_keeps_what_is_there(smoke):
     before = document(smoke)
-    completed = bench("--smoke", "--resume", "--only", "bars,site", "--json", str(smoke / "cpu.json"))
+    completed = bench("--smoke", "--device", "cpu", "--resume", "--json", str(smoke / "cpu.json"))
     assert completed.returncode == 0, completed.stderr
-    assert "bars: kept" in completed.stderr and "site: kept" in completed.stderr
+    assert all(f"{suite}: kept" in completed.stderr for suite in SUITES)
     assert document(smoke) == before
 
 
@@ -105,19 +109,26 @@ def test_resume_keeps_what_is_there(smoke):
         (["--only", "training", "--device", "cpu"], "needs --device cuda"),
     ],
 )
-def test_bad_options_are_one_line(arguments, message):
-    assert message in error_line(bench(*arguments))
+def test_bad_options_are_named(arguments, message):
+    with pytest.raises(UserError) as caught:
+        checked(parse(arguments))
+    assert message in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_one_line():
-    assert "PyTorch sees no GPU" in error_line(bench("--device", "cuda"))
+def test_a_missing_gpu_is_named():
+    with pytest.raises(UserError, match="PyTorch sees no GPU"):
+        checked(parse(["--device", "cuda"]))
+
+
+def test_a_bad_option_is_one_line():
+    assert "unknown suite 'speed'" in error_line(bench("--only", "bars,speed"))
 
 
 def test_another_file_is_not_overwritten(tmp_path):
     (tmp_path / "notes.json").write_text("[1, 2]")
     assert "no result of this program" in error_line(
-        bench("--smoke", "--only", "site", "--json", str(tmp_path / "notes.json"))
+        bench("--smoke", "--device", "cpu", "--only", "site", "--json", str(tmp_path / "notes.json"))
     )
     assert (tmp_path / "notes.json").read_text() == "[1, 2]"
 
@@ -156,6 +167,18 @@ def test_the_model_of_the_exchange_is_found_again(hops):
     found = fit(points, hops)
     assert all(found[name] == pytest.approx(value, rel=1e-3) for name, value in truth.items())
     assert found["worst_relative_error"] < 1e-6
+
+
+def test_throughput_is_that_of_the_time_in_which_all_runs_train(tmp_path):
+    folders = [tmp_path / "early", tmp_path / "late"]
+    for folder, started, speed in zip(folders, (1000.0, 1004.0), (10, 20), strict=True):
+        folder.mkdir()
+        (folder / "config.yaml").touch()
+        os.utime(folder / "config.yaml", (started, started))
+        lines = [{"step": speed * second, "seconds": float(second)} for second in range(1, 11)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert steps_together(folders[:1]) == pytest.approx(10)
+    assert steps_together(folders) == pytest.approx(30)  # from 1007, where the late one is warm, to 1009
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,12 @@ def write_exchange(suite: Mapping[str, Any], document: Mapping[str, Any]) -> str
         bandwidth = f"{short(1e-9 / fitted['seconds_a_byte'])} GB/s" if fitted["seconds_a_byte"] else "no limit"
         error = f"{100 * fitted['worst_relative_error']:.0f} %"
         fits.append([hops, quantity(fitted["start"], "s"), quantity(fitted["hop"], "s"), bandwidth, error])
+    waiting = ""
+    if document["device"] == "cpu" and max(gather["settings"]["processes"]) > cores:
+        waiting = (
+            f"\n\nWith more than {cores} processes on {cores} cores, the times, and so the fit, are mostly of waiting "
+            "for a core, not for a network."
+        )
     parts = [
         f"""\
 ### Exchange of φ's gradients (`exchange`)
@@ -226,7 +232,7 @@ A task's meta-step beside it ({described(task["settings"])}): {spread(step)}, me
 **Model**: latency = start + hop × hops(G) + bytes received / bandwidth, for G processes; hops(G) is log₂ G (tree) or
 G − 1 (ring). Fitted to the table above, relative errors, no coefficient below 0:
 
-{table(["hops", "start", "hop", "bandwidth", "largest error"], fits)}""",
+{table(["hops", "start", "hop", "bandwidth", "largest error"], fits)}{waiting}""",
         """\
 **Projected, not measured**: parallel efficiency of T tasks on T GPUs, that is a task's meta-step / (that step + the
 exchange). Assumptions:
@@ -278,7 +284,7 @@ images; {lengths["model"]}, batch {lengths["batch"]}, {lengths["tasks"]} tasks.
 {table(["run", "steps", "wall time", "how", "goal", "met"], rows)}
 
 Meta-tests at once on one device ({at_once["image_size"]} px, {at_once["steps"]:,} steps each, no evaluation between):
-steps a second of all together, in the later half of each. Best relative to one:
+steps a second of all together, while all of them train. Best relative to one:
 {at_once["best_relative_to_one"]:.2f}; goal ≥ {at_once["goal"]:g}: {"met" if at_once["met"] else "**not met**"}.
 
 {table(["at once", "steps a second", "relative to one"], together)}"""

@@ -201,7 +201,11 @@ def library() -> ctypes.CDLL:
         key.update(text.encode() + b"\0")
     path = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     if not path.exists():
-        _build(compiler, path)
+        try:
+            _build(compiler, path)
+        except OSError as error:
+            where = f"{path.parent} cannot be written ({error.strerror})"
+            raise Unavailable(f"{where}; set XDG_CACHE_HOME to a folder that can") from None
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -261,13 +265,7 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path:
-    """A folder of the user's own that can be written to."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "metaperturb"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    raise Unavailable(f"{folder} cannot be written (set XDG_CACHE_HOME to a folder that can)")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaperturb"
+    except RuntimeError:  # a user without a home
+        raise Unavailable("no home folder to keep the compiled kernels in (set XDG_CACHE_HOME)") from None
