@@ -1,6 +1,10 @@
 """Batches: the crop and the flip, the order of the images, and what a batch depends on."""
 
 import itertools
+import os
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -279,6 +283,46 @@ def test_one_pass_gives_the_same_bits(size, padding):
     (fused, fused_labels), (plain, plain_labels) = batch("fused"), batch("plain")
     assert torch.equal(fused, plain) and torch.equal(fused_labels, plain_labels)
     assert fused.dtype == torch.float32 and fused.min() >= -1 and fused.max() <= 1
+
+
+def test_one_launch_gives_the_same_bits():
+    """The Triton kernel of GPUs, interpreted on the CPU, against the C++ one."""
+    pytest.importorskip("triton")
+    code = """
+        import torch
+        from metaperturb.kernels.cpp import crop_flip_normalize
+        from metaperturb.kernels.triton_batches import training_batch
+
+        for size, padding, batch in ((5, 4, 7), (33, 2, 3), (8, 0, 6), (1, 1, 4)):
+            images = torch.randint(256, (9, 3, size, size), dtype=torch.uint8)
+            labels, table = torch.randint(4, (9,)), torch.tensor([3, 2, 1, 0])
+            rows, span = torch.randint(9, (batch,)), 2 * padding + 1
+            draws = torch.randint(2 * span**2, (batch,))
+            x, y = training_batch(images, labels, table, rows, draws, padding)
+            top, left, flip = draws // (2 * span), draws // 2 % span, draws % 2 == 1
+            assert torch.equal(x, crop_flip_normalize(images.numpy(), rows, top, left, flip, padding))
+            assert torch.equal(y, table[labels[rows]])
+            assert torch.equal(training_batch(images, labels, None, rows, draws, padding)[1], labels[rows])
+        print("equal")
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert completed.stdout == "equal\n", completed.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("padding", [0, 4])
+def test_one_launch_on_a_gpu_gives_the_same_bits(padding):
+    arrays = ImageArrays(random_images(50, 32), np.arange(50) % 5, tuple("abcde"), "0" * 8, "made-train")
+    images = DeviceImages(arrays, torch.device("cuda"))
+    batches = TrainingBatches(images, np.arange(50), np.array([0, 2, 4]), 64, padding, (0, 0, "order_train"))
+    results = []
+    for kernel in ("fused", "plain"):
+        torch.manual_seed(0)
+        with kernels.use_kernel(kernel):
+            results.append(batches.batch(2))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_indices_beyond_the_images_are_an_error():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
-from metaperturb.kernels import cpp
+from metaperturb.kernels.cpp import crop_flip_normalize
 from metaperturb.randomness import numpy_generator
 
 
@@ -74,17 +74,21 @@ class TrainingBatches:
 
         Crop offsets and flips come from PyTorch's global generator of the device: seed it first to reproduce a batch.
         """
-        indices = self._indices(step)
-        if kernels.has_cpp(self.images.device):
-            arrays = self.images.arrays
-            images = cpp.crop_flip_normalize(arrays.images, indices, *draw(len(indices), self.padding), self.padding)
-            labels = torch.from_numpy(arrays.labels[indices.numpy()])
+        indices, images = self._indices(step), self.images
+        kernel = kernels.available(images.device)
+        if kernel == "triton":
+            from metaperturb.kernels.triton_batches import training_batch  # importing Triton takes a second
+
+            draws = draw_codes(len(indices), self.padding, images.device)
+            return training_batch(images.images, images.labels, self.new_label, indices, draws, self.padding)
+        if kernel == "cpp":
+            draws = draw(len(indices), self.padding, images.device)
+            x = crop_flip_normalize(images.arrays.images, indices, *draws, self.padding)
+            labels = torch.from_numpy(images.arrays.labels[indices.numpy()])
         else:
-            images, labels = self.images.take(indices)
-            images = normalize(crop_and_flip(images, self.padding))
-        if self.new_label is not None:
-            labels = self.new_label[labels]
-        return images, labels
+            x, labels = images.take(indices)
+            x = normalize(crop_and_flip(x, self.padding))
+        return x, labels if self.new_label is None else self.new_label[labels]
 
     def _indices(self, step: int) -> Tensor:
         first, count = step * self.batch_size, len(self.indices)
@@ -123,13 +127,22 @@ def crop_and_flip(images: Tensor, padding: int) -> Tensor:
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
-def draw(batch: int, padding: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def draw(batch: int, padding: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where each crop begins in the image with its border (top, left) and whether it is flipped: `[B]` each."""
+    span = 2 * padding + 1
+    if device.type != "cpu":  # one draw, as every launch counts
+        codes = draw_codes(batch, padding, device)
+        return codes // (2 * span), codes // 2 % span, codes % 2 == 1
     if padding:
-        top, left = torch.randint(2 * padding + 1, (2, batch), device=device)
+        top, left = torch.randint(span, (2, batch))
     else:
-        top = left = torch.zeros(batch, dtype=torch.int64, device=device)
-    return top, left, torch.rand(batch, device=device) < 0.5
+        top = left = torch.zeros(batch, dtype=torch.int64)
+    return top, left, torch.rand(batch) < 0.5
+
+
+def draw_codes(batch: int, padding: int, device: torch.device) -> Tensor:
+    """The same as one number: flip + 2·(left + (2p + 1)·top), `[B]`."""
+    return torch.randint(2 * (2 * padding + 1) ** 2, (batch,), device=device)
 
 
 def normalize(images: Tensor) -> Tensor:

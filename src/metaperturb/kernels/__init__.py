@@ -4,7 +4,7 @@
 |---|---|---|
 | `plain` | everywhere | PyTorch operators: the reference (`plain.py`) |
 | `cpp` | CPU, with a C++ compiler | one pass an image in cache, compiled on first use (`cpp.py`, `site.cpp`) |
-| `triton` | CUDA | a few kernels a site (`triton_kernels.py`) |
+| `triton` | CUDA | a few launches a site (`triton_kernels.py`) |
 
 All equal the plain operators up to rounding. The noise is another draw: the plain operators take ε from `torch.randn`,
 the fused kernels from their own counter-based generator, seeded by PyTorch's; a run should stay with one kernel.
@@ -56,9 +56,10 @@ def kernel_name(device: torch.device | str = "cpu") -> str:
     return "plain" if backend is None else backend.NAME
 
 
-def has_cpp(device: torch.device) -> bool:
-    """Whether the C++ library may be used for data on this device (what it does there is exact, so nothing is said)."""
-    return device.type == "cpu" and _choice != "plain" and isinstance(_load("cpu"), ModuleType)
+def available(device: torch.device) -> str | None:
+    """Name of the kernels that may make batches of images on this device, exactly as tensor code does; None: none."""
+    found = _load(device.type) if _choice != "plain" else None
+    return found.NAME if isinstance(found, ModuleType) else None
 
 
 def tell_change(before: str, now: str, run_dir: str) -> None:
