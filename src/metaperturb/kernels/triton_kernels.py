@@ -223,9 +223,12 @@ def normal_pair(first, second):
 
 @jit
 def normals(seed, plane, j):
-    """ε of the positions j, q + j, 2q + j and 3q + j of the planes, q a quarter of a plane: four tiles in float32."""
-    zero = tl.zeros(j.shape, tl.int32)
-    c0, c1, c2, c3 = tl.philox(tl.load(seed), zero + j, zero + plane, zero, zero)
+    """ε of the positions j, q + j, 2q + j and 3q + j, q a quarter of a plane: four tiles in float32.
+
+    `plane` `[channels, 1]`, `j` `[1, pixels]`. Philox4x32-10 (Salmon et al. 2011) of the counter (j, plane, 0, 0).
+    """
+    zero = tl.zeros([1, 1], tl.int32)
+    c0, c1, c2, c3 = tl.philox(tl.load(seed), j, plane, zero, zero)
     n0, n1 = normal_pair(c0, c1)
     n2, n3 = normal_pair(c2, c3)
     return n0, n1, n2, n3
@@ -251,7 +254,7 @@ def _draw(
     c = first + tl.arange(0, CHANNELS)[:, None]
     j = tile * PIXELS + tl.arange(0, PIXELS)[None, :]
     noise += image.to(tl.int64) * (C * H * W) + c * (H * W)
-    values = normals(seed, image * C + c, tl.broadcast_to(j, [CHANNELS, PIXELS]))
+    values = normals(seed, image * C + c, j)
     for i in tl.static_range(4):
         pixel = i * QUARTER + j
         tl.store(noise + pixel, values[i].to(noise.dtype.element_ty), mask=(c < C) & (j < QUARTER) & (pixel < H * W))
@@ -309,11 +312,11 @@ def _features(
         pixel = start + tl.arange(0, PIXELS)[None, :]
         inside = (c < C) & (pixel < H * W)
         near = neighbours(h + offsets(c, pixel, C, H, W, LAST), pixel, inside, H, W, C if LAST else 1)
-        # Outside the map all nine are masked to 0, and so is this.
-        s0 += tl.where(inside, relu(convolve(near, w0, DTYPE)), 0.0)
-        s1 += tl.where(inside, relu(convolve(near, w1, DTYPE)), 0.0)
-        s2 += tl.where(inside, relu(convolve(near, w2, DTYPE)), 0.0)
-        s3 += tl.where(inside, relu(convolve(near, w3, DTYPE)), 0.0)
+        # Outside the map all nine are 0, and so is what they give.
+        s0 += relu(convolve(near, w0, DTYPE))
+        s1 += relu(convolve(near, w1, DTYPE))
+        s2 += relu(convolve(near, w2, DTYPE))
+        s3 += relu(convolve(near, w3, DTYPE))
     c = first + tl.arange(0, CHANNELS)
     tl.store(features + c * 4, tl.sum(s0, 1) / (H * W), mask=c < C)
     tl.store(features + c * 4 + 1, tl.sum(s1, 1) / (H * W), mask=c < C)
@@ -394,11 +397,11 @@ def _first_layer(
         )
     if NOISE and tl.program_id(0) >= SCALES:
         program = tl.program_id(0) - SCALES
-        hidden_layer(h, mean, self1, all1, None, hidden, hidden_mean, None, program, C, H, W, LAST, CHANNELS, PIXELS)
+        _hidden_layer(h, mean, self1, all1, None, hidden, hidden_mean, None, program, C, H, W, LAST, CHANNELS, PIXELS)
 
 
 @jit
-def hidden_layer(
+def _hidden_layer(
     h,
     mean,
     self1,
@@ -502,7 +505,7 @@ def _scale(
 
 
 @jit
-def mean_of_noise(
+def _noise_mean(
     hidden,
     hidden_mean,
     w,
@@ -560,14 +563,14 @@ def _perturb(
         hidden_mean += image.to(tl.int64) * (H * W)
         w, w_all = kernel3x3(self2, 0), kernel3x3(all2, 0)
     if NOISE == 1:
-        drawn = normals(seed, image * C + c, tl.broadcast_to(j, [CHANNELS, PIXELS]))
+        drawn = normals(seed, image * C + c, j)
     for i in tl.static_range(4):
         pixel = i * QUARTER + j
         inside = (c < C) & (j < QUARTER) & (pixel < H * W)
         offset = offsets(c, pixel, C, H, W, LAST)
         x = tl.load(h + base + offset, mask=inside, other=0).to(DTYPE)
         if NOISE:
-            a = mean_of_noise(hidden + base + offset, hidden_mean + pixel, w, w_all, pixel, inside, H, W, STEP, DTYPE)
+            a = _noise_mean(hidden + base + offset, hidden_mean + pixel, w, w_all, pixel, inside, H, W, STEP, DTYPE)
             if NOISE == 1:
                 a += drawn[i].to(DTYPE)
             else:
@@ -601,7 +604,7 @@ def _first_layer_again(
 ):
     """The hidden map, and which of the four feature maps are positive, a bit each: `[B, C, H, W]` both."""
     program = tl.program_id(0)
-    hidden_layer(h, mean, self1, all1, scale_kernels, hidden, None, signs, program, C, H, W, LAST, CHANNELS, PIXELS)
+    _hidden_layer(h, mean, self1, all1, scale_kernels, hidden, None, signs, program, C, H, W, LAST, CHANNELS, PIXELS)
 
 
 @jit
@@ -656,7 +659,7 @@ def _perturb_backward(
         s = tl.load(scale + c, mask=c < C, other=0) if GATE else 1.0
         total = tl.zeros([CHANNELS, PIXELS], DTYPE)
         if NOISE == 1:
-            drawn = normals(seed, image * C + c, tl.broadcast_to(j, [CHANNELS, PIXELS]))
+            drawn = normals(seed, image * C + c, j)
         for i in tl.static_range(4):
             pixel = i * QUARTER + j
             inside = (c < C) & (j < QUARTER) & (pixel < H * W)
@@ -665,7 +668,7 @@ def _perturb_backward(
             incoming = tl.load(grad_out + base + offset, mask=inside, other=0).to(DTYPE)
             if NOISE:
                 p = hidden + base + offset
-                a = mean_of_noise(p, hidden_mean + pixel, w, w_all, pixel, inside, H, W, STEP, DTYPE)
+                a = _noise_mean(p, hidden_mean + pixel, w, w_all, pixel, inside, H, W, STEP, DTYPE)
                 if NOISE == 1:
                     a += drawn[i].to(DTYPE)
                 else:
@@ -1027,25 +1030,28 @@ class _Map:
         """Another map of this shape, in the memory format of this one."""
         return other.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
 
-    def tile(self, size: int, most_pixels: int, pixels: int | None = None) -> dict[str, int]:
+    def tile(self, size: int, most_pixels: int, warps: int, pixels: int | None = None) -> dict[str, int]:
         """The tile of a program that has room for `size` values."""
-        return _tile(self.channels, pixels or self.pixels, size, most_pixels, self.last)
+        return _tile(self.channels, pixels or self.pixels, size, most_pixels, warps, self.last)
 
     def quarter_tile(self) -> tuple[dict[str, int], int]:
         """The tile of a program that does all four quarters of an image, and how many of them make a quarter."""
         quarter = _ceil(self.pixels, 4)
-        tile = self.tile(TILE, QUARTER_PIXELS, quarter)
+        tile = self.tile(TILE, QUARTER_PIXELS, QUARTER_WARPS, quarter)
         return tile, _ceil(quarter, tile["PIXELS"])
 
 
 @functools.cache
-def _tile(channels: int, pixels: int, size: int, most_pixels: int, channels_last: bool) -> dict[str, int]:
+def _tile(channels: int, pixels: int, size: int, most_pixels: int, warps: int, channels_last: bool) -> dict[str, int]:
     channels, pixels = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
     if channels_last:
         c = min(channels, 8)  # a sector of the cache in float32
-        return {"CHANNELS": c, "PIXELS": min(pixels, max(size // c, 1))}
-    p = min(pixels, most_pixels)
-    return {"CHANNELS": min(channels, max(size // p, 1)), "PIXELS": p}
+        p = min(pixels, max(size // c, 1))
+    else:
+        p = min(pixels, most_pixels)
+        c = min(channels, max(size // p, 1))
+    # No more threads than values: two that have the same one, one of them late, must not meet in a map that is updated.
+    return {"CHANNELS": c, "PIXELS": p, "warps": max(1, min(warps, c * p // 32))}
 
 
 @functools.cache
@@ -1145,7 +1151,6 @@ def forward(
             NOISE=_noise(settings, noise),
             GATE=settings.gate,
             **tile,
-            warps=QUARTER_WARPS,
         )
     return out, *scratch
 
@@ -1161,7 +1166,7 @@ def _prepare(
     if settings.noise:
         hidden = torch.empty_like(x.tensor, dtype=phi.self1.dtype)
         mean, hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
-    tile = x.tile(TILE, PIXELS)
+    tile = x.tile(TILE, PIXELS, WARPS)
     groups = _ceil(x.channels, tile["CHANNELS"]) if settings.training else 0
     pieces = _ceil(x.pixels, tile["PIXELS"]) if settings.noise else 0
     if groups or pieces:
@@ -1232,7 +1237,7 @@ def _backward(
         grad_mu_mean, grad_hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
     if gradient_of_features:
         signs = torch.empty_like(h, dtype=torch.uint8)
-    tile = x.tile(TILE, PIXELS)
+    tile = x.tile(TILE, PIXELS, WARPS)
     pieces = x.batch * _ceil(x.pixels, tile["PIXELS"])
     if through_maps:
         _launch(
@@ -1260,11 +1265,10 @@ def _backward(
         NOISE=_noise(settings, noise),
         GATE=settings.gate,
         **quarter_tile,
-        warps=QUARTER_WARPS,
     )
 
     # A value a thread where the gradient of φ takes 54 sums along.
-    group_tile = x.tile(32 * WARPS, PIXELS) if phi_gradient else tile
+    group_tile = x.tile(32 * WARPS, PIXELS, WARPS) if phi_gradient else tile
     group, run = _group(x.channels, x.pixels, group_tile["CHANNELS"], group_tile["PIXELS"], VALUES)
     groups = x.batch * _ceil(x.channels, group) * _ceil(x.pixels, run)
     columns = max(pieces, groups)
