@@ -31,7 +31,8 @@ TGT_DATA=${TGT_DATA:-s_cifar100}    # stl10 dogs cars aircraft cub small_svhn fa
 TGT_PATH=${TGT_PATH:-}              # folder or archive of the target; empty: under DATA, else downloaded
 TGT_MODEL=${TGT_MODEL:-resnet20}    # conv4 conv6 vgg9 resnet20 … wrn_28_2, or any CNN of torchvision
 TGT_STEPS=${TGT_STEPS:-10000}
-METHOD=${METHOD:-metaperturb}       # or base
+METHOD=${METHOD:-metaperturb}       # base info_dropout dropblock manifold_mixup dropout mixup cutmix
+                                    # label_smoothing trivial_augment
 PHI=${PHI:-$SRC_RUN/phi.pt}
 TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED}
 

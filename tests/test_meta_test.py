@@ -132,7 +132,7 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         (["phi=null"], "phi: method metaperturb needs"),
         (["phi=nowhere.pt"], "nowhere.pt: no such φ file"),
         (["eval_split=val"], "val"),
-        (["method=dropout"], "method: expected one of base, metaperturb"),
+        (["method=dropuot"], "method: expected one of base, metaperturb"),
         (["lr=-1"], "lr: must be at least 0"),
         (["lr=nan"], "lr: must be finite"),
         (["target_path=nowhere"], "nowhere"),

@@ -1,4 +1,4 @@
-"""Putting φ into any CNN: finding the sites, attaching and detaching them.
+"""Putting φ, or other modules, into any CNN: finding the sites, attaching and detaching them.
 
 Where the sites are (section 3.2, figure 3, and the authors' code), in this order of preference:
 
@@ -70,31 +70,27 @@ class SiteSpec:
         return f"{self.name}: {place}, [{self.channels}, {height}, {width}]"
 
 
-class Attachment(nn.Module):
-    """The sites of one network, as its last child, `metaperturb`.
+class Sites(nn.Module):
+    """Modules that act at the sites of one network, as a child of it (see `place`).
 
-    `strength` and `clip` set those of all sites. The state dict holds the running statistics of every site and the 82
-    values of φ, so that a reloaded network evaluates identically; loading it sets φ to the saved values.
+    Args:
+        specs: the sites, as `find_sites` gives them.
+        modules: one a site: feature map `[B, C, H, W]` → the same shape.
     """
 
-    def __init__(self, phi: MetaPerturb, specs: list[SiteSpec], sites: list[PerturbSite]) -> None:
+    def __init__(self, specs: list[SiteSpec], modules: list[nn.Module]) -> None:
         super().__init__()
-        self._phi = (phi,)  # not a child: φ is not among the network's parameters
         self.specs = specs
-        for spec, site in zip(specs, sites, strict=True):
+        for spec, module in zip(specs, modules, strict=True):
             # Child names may not hold "."; the "/" in front keeps them apart from our own attributes.
-            self.add_module("/" + spec.name.replace(".", "/"), site)
+            self.add_module("/" + spec.name.replace(".", "/"), module)
 
     def forward(self, x: Any) -> Any:
         """The identity: a network that is an `nn.Sequential` runs its children, and this is one."""
         return x
 
     @property
-    def phi(self) -> MetaPerturb:
-        return self._phi[0]
-
-    @property
-    def sites(self) -> list[PerturbSite]:
+    def sites(self) -> list[nn.Module]:
         return list(self.children())
 
     @property
@@ -105,6 +101,25 @@ class Attachment(nn.Module):
     def strength(self, value: float) -> None:
         for site in self.sites:
             site.strength = value
+
+    def extra_repr(self) -> str:
+        return "\n".join(map(str, self.specs))
+
+
+class Attachment(Sites):
+    """The perturbation's sites in one network, as its last child, `metaperturb`.
+
+    `strength` and `clip` set those of all sites. The state dict holds the running statistics of every site and the 82
+    values of φ, so that a reloaded network evaluates identically; loading it sets φ to the saved values.
+    """
+
+    def __init__(self, phi: MetaPerturb, specs: list[SiteSpec], sites: list[PerturbSite]) -> None:
+        super().__init__(specs, sites)
+        self._phi = (phi,)  # not a child: φ is not among the network's parameters
+
+    @property
+    def phi(self) -> MetaPerturb:
+        return self._phi[0]
 
     @property
     def clip(self) -> float | None:
@@ -123,9 +138,6 @@ class Attachment(nn.Module):
         with torch.no_grad():
             for p, values in zip(parameters, state.split([p.numel() for p in parameters]), strict=True):
                 p.copy_(values.view_as(p))
-
-    def extra_repr(self) -> str:
-        return "\n".join(map(str, self.specs))
 
 
 def attach(
@@ -165,32 +177,48 @@ def attach(
     specs = find_sites(model, image_size, sites)
     widest = max(spec.channels for spec in specs)
     made = [PerturbSite(phi, s.channels, widest, image_size, noise=noise, gate=gate) for s in specs]
-    parameter = next(model.parameters(), None)
-    attachment = Attachment(phi, specs, made).train(model.training)
-    if parameter is not None:
-        attachment.to(parameter.device)
+    attachment = Attachment(phi, specs, made)
     attachment.clip = clip
+    place(model, attachment, "metaperturb", verbose=verbose)
+    return model
+
+
+def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) -> None:
+    """Let modules act at sites of `model`, in place: what `attach` does for φ, for any modules. `detach` undoes it.
+
+    Args:
+        model: the network that `find_sites` found the sites in.
+        sites: takes the network's mode and device and becomes its child `name`, so that the modules' parameters and
+            buffers are among the network's.
+        name: unused in the network so far.
+        verbose: say on stderr, in one line, where the sites are.
+    """
+    parameter = next(model.parameters(), None)
+    sites.train(model.training)
+    if parameter is not None:
+        sites.to(parameter.device)
     modules = dict(model.named_modules())
     taps: dict[str, _Tap] = {}
-    for spec, site in zip(specs, made, strict=True):
+    for spec, site in zip(sites.specs, sites.sites, strict=True):
         if spec.addition is None:
             modules[spec.module].register_forward_hook(_OutputHook(site))
         else:
             taps.setdefault(spec.module, _Tap()).sites[spec.addition] = site
-    for name, tap in taps.items():
-        modules[name].register_forward_pre_hook(_EnterTap(tap))
-        modules[name].register_forward_hook(_LeaveTap(tap), always_call=True)
-    model.metaperturb = attachment
+    for module, tap in taps.items():
+        modules[module].register_forward_pre_hook(_EnterTap(tap))
+        modules[module].register_forward_hook(_LeaveTap(tap), always_call=True)
+    setattr(model, name, sites)
     if verbose:
-        print(f"metaperturb: {len(specs)} sites in {type(model).__name__}: {_summary(specs)}", file=sys.stderr)
-    return model
+        print(f"{name}: {len(sites.specs)} sites in {type(model).__name__}: {_summary(sites.specs)}", file=sys.stderr)
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`, in place, and return the model. A network without perturbation is returned as it is."""
-    if not isinstance(getattr(model, "metaperturb", None), Attachment):
+    """Undo `attach` and `place`, in place, and return the model. A network without sites is returned as it is."""
+    names = [name for name, child in model.named_children() if isinstance(child, Sites)]
+    if not names:
         return model
-    del model.metaperturb
+    for name in names:
+        delattr(model, name)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
@@ -400,7 +428,7 @@ class _Hook:
 _local = threading.local()
 
 
-def _perturb(site: PerturbSite, h: Tensor) -> Tensor:
+def _act(site: nn.Module, h: Tensor) -> Tensor:
     _local.inside = True
     try:
         return site(h)
@@ -409,23 +437,23 @@ def _perturb(site: PerturbSite, h: Tensor) -> Tensor:
 
 
 class _OutputHook(_Hook):
-    def __init__(self, site: PerturbSite) -> None:
+    def __init__(self, site: nn.Module) -> None:
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return _perturb(self.site, output)
+        return _act(self.site, output)
 
 
 class _Tap:
     """The sites on the residual sums of one block, and its calls under way."""
 
     def __init__(self) -> None:
-        self.sites: dict[int, PerturbSite] = {}
+        self.sites: dict[int, nn.Module] = {}
         self.calls: list[_TapMode] = []
 
 
 class _TapMode(TorchFunctionMode):
-    def __init__(self, sites: dict[int, PerturbSite]) -> None:
+    def __init__(self, sites: dict[int, nn.Module]) -> None:
         super().__init__()
         self.sites, self.count = sites, 0
 
@@ -438,8 +466,8 @@ class _TapMode(TorchFunctionMode):
         if site is None:
             return out
         if func is torch.Tensor.add_:  # maybe a statement, whose value nobody takes: the sum itself must change
-            return out.copy_(_perturb(site, out.clone()))
-        return _perturb(site, out)
+            return out.copy_(_act(site, out.clone()))
+        return _act(site, out)
 
 
 class _EnterTap(_Hook):

@@ -22,11 +22,18 @@ Config = TypeVar("Config")
 
 
 def option(
-    default: Any, doc: str, *, low: float | None = None, high: float | None = None, identity: bool = True
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    identity: bool = True,
 ) -> Any:
-    """A dataclass field with its one-line description and, for numbers, inclusive bounds."""
+    """A dataclass field with its one-line description and, for numbers, bounds: `low` and `high` are allowed values."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"doc": doc, "low": low, "high": high, "identity": identity})
+    bounds = {"low": low, "high": high, "below": below}
+    return dataclasses.field(**factory, metadata={"doc": doc, **bounds, "identity": identity})
 
 
 @dataclass(frozen=True)
@@ -89,15 +96,36 @@ class MetaTestConfig(CommonConfig):
         None, "folder or archive of the target, where it is not under data_root", identity=False
     )
     image_size: int | None = option(None, "S in pixels; null: the data set's own", low=8)
-    method: Literal["base", "metaperturb"] = option("metaperturb", "regularizer")
+    method: Literal[
+        "base",
+        "metaperturb",
+        "info_dropout",
+        "dropblock",
+        "manifold_mixup",
+        "dropout",
+        "mixup",
+        "cutmix",
+        "label_smoothing",
+        "trivial_augment",
+    ] = option("metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment")
     phi: str | None = option(None, "file or shipped name of φ (method metaperturb)")
+    # The methods' hyperparameters; metaperturb.methods says where each default comes from.
+    info_dropout_beta: float = option(3.0, "β, the weight of the KL term", low=0.0)
+    info_dropout_max_alpha: float = option(0.7, "upper bound of α(h), the spread of the log-normal noise", low=0.0)
+    dropblock_prob: float = option(0.1, "share of units dropped at the end of training", low=0.0, below=1.0)
+    dropblock_size: int = option(7, "side of a block in units, odd; smaller maps take the largest that fits", low=1)
+    manifold_mixup_alpha: float = option(2.0, "λ ~ Beta(α, α); 0: off", low=0.0)
+    dropout_prob: float = option(0.25, "share of units dropped", low=0.0, below=1.0)
+    mixup_alpha: float = option(1.0, "λ ~ Beta(α, α); 0: off", low=0.0)
+    cutmix_alpha: float = option(1.0, "λ ~ Beta(α, α); 0: off", low=0.0)
+    label_smoothing: float = option(0.1, "share of the label spread evenly over all classes", low=0.0, below=1.0)
     steps: int = option(10_000, "training steps", low=1)
     lr_milestones: list[float] = option(
         [0.4, 0.7, 0.9], "shares of the steps after which lr is multiplied", low=0, high=1
     )
     lr_factor: float = option(0.3, "what lr is multiplied with", low=0.0, high=1.0)
-    anneal: float = option(0.4, "strength rises linearly from 0 to 1 over this share of the steps", low=0, high=1)
-    eval_split: Literal["test", "val"] = option("test", "what to evaluate on; val: s_cifar100 and folder, to choose φ")
+    anneal: float = option(0.4, "φ's strength rises linearly from 0 to 1 over this share of the steps", low=0, high=1)
+    eval_split: Literal["test", "val"] = option("test", "what to evaluate on; val: s_cifar100 and folder, to tune")
     eval_every: int = option(200, "steps between two evaluations", low=1)
     eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
@@ -149,7 +177,7 @@ def parse_arguments(cls: type, doc: str, argv: list[str] | None = None) -> argpa
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.epilog = "settings (--set key=value):\n" + "\n".join(
-        f"  {field.name:<18}{field.metadata['doc']} [{_show(field)}]" for field in dataclasses.fields(cls)
+        f"  {field.name:<24}{field.metadata['doc']} [{_show(field)}]" for field in dataclasses.fields(cls)
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
@@ -237,13 +265,15 @@ def _number(text: str, target: type, kind: Any) -> Any:
 
 
 def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
-    low, high = metadata["low"], metadata["high"]
+    low, high, below = metadata["low"], metadata["high"], metadata["below"]
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and not isinstance(number, bool):
             if not (number == number and abs(number) != float("inf")):
                 raise ValueError(f"must be finite, got {number}")
-            if (low is not None and number < low) or (high is not None and number > high):
+            too_high = (high is not None and number > high) or (below is not None and number >= below)
+            if (low is not None and number < low) or too_high:
                 bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+                bounds += "" if below is None else f" and below {below:g}"
                 raise ValueError(f"must be {bounds}, got {number}")
 
 

@@ -1,11 +1,12 @@
-"""Train a network on a target data set, with or without a meta-learned φ, and evaluate it (Algorithm 2).
+"""Train a network on a target data set, with a meta-learned φ or another regularizer, and evaluate it (Algorithm 2).
 
     python -m metaperturb.meta_test --config configs/tgt.yaml --set target=cub phi=runs/src/phi.pt gpu=0
     python -m metaperturb.meta_test --config configs/tgt.yaml --set target=cub method=base gpu=0
 
-φ is frozen; its strength rises linearly over the first 40 % of the steps. Killed and started again, the run continues
-from its last checkpoint. The run folder gets `result.json` (accuracy, NLL and ECE on every test image),
-`metrics.jsonl`, `curves.png` and the checkpoint with the trained network.
+φ is frozen; its strength rises linearly over the first 40 % of the steps. The other regularizers are those of
+`metaperturb.methods`. Killed and started again, the run continues from its last checkpoint. The run folder gets
+`result.json` (accuracy, NLL and ECE on every test image), `metrics.jsonl`, `curves.png` and the checkpoint with the
+trained network.
 """
 
 import os
@@ -13,10 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from metaperturb import kernels, models
-from metaperturb.attach import attach
+from metaperturb import kernels, methods, models
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
 from metaperturb.data import TARGETS, load_target
@@ -60,6 +59,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     device = devices[0]
     phi = load_phi(config.phi) if perturbed else None
+    method = methods.create(config, phi)
     kernels.set_kernel(config.kernel)
     kernel = kernels.kernel_name(device) if perturbed else None
     models.create(config.model, num_classes=2, image_size=config.image_size or TARGETS[config.target].image_size)
@@ -84,8 +84,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     # Network and optimizer
     seed_torch(config.seed, 0, "init")
     model = models.create(config.model, train.num_classes, train.image_size).to(device)
-    if perturbed:
-        attach(model, phi, train.image_size, clip=config.clip)
+    seed_torch(config.seed, 0, "method_init")  # what a method adds leaves the network's initial weights as they are
+    method.prepare(model, train)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     milestones = [round(share * config.steps) for share in config.lr_milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.lr_factor)
@@ -115,13 +115,12 @@ def meta_test(config: MetaTestConfig) -> dict:
     metrics: dict[str, float] = {}
     model.train()
     for step in range(start, config.steps):
-        if perturbed:
-            model.metaperturb.strength = annealed_strength(step, config.steps, config.anneal)
+        method.set_strength(annealed_strength(step, config.steps, method.ramp))
         seed_torch(config.seed, 0, "theta_step", step)
-        x, y = batches.batch(step)
+        x, y = method.batch(*batches.batch(step))
         with autocast(device, config.precision):
             logits = model(x)
-            loss = F.cross_entropy(logits, y)
+            loss = method.loss(logits, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -138,7 +137,7 @@ def meta_test(config: MetaTestConfig) -> dict:
             mean_loss, mean_accuracy = values.mean(dim=0).tolist()
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:
-                samples = 1 if not perturbed else config.final_samples if last else config.eval_samples
+                samples = 1 if not method.stochastic else config.final_samples if last else config.eval_samples
                 seed_torch(config.seed, 0, "evaluate", done)
                 with autocast(device, config.precision):
                     metrics = evaluate(model, test_images, samples, config.eval_batch_size)
@@ -157,7 +156,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     if not metrics:  # killed between the last checkpoint and the result
         seed_torch(config.seed, 0, "evaluate", config.steps)
         with autocast(device, config.precision):
-            samples = config.final_samples if perturbed else 1
+            samples = config.final_samples if method.stochastic else 1
             metrics = evaluate(model, test_images, samples, config.eval_batch_size)
     plot_convergence(
         {config.method: [read_metrics(run.dir)]}, f"{config.target}, {config.model}", run.dir / "curves.png"

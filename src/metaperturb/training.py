@@ -21,8 +21,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of correct predictions, a scalar on the device; logits `[B, K]`, labels `[B]`."""
-    return (logits.detach().argmax(dim=1) == labels).float().mean()
+    """Share of correct predictions, a scalar on the device; logits `[B, K]`, labels `[B]`.
+
+    Of soft labels `[B, K]` each prediction counts what its class has.
+    """
+    prediction = logits.detach().argmax(dim=1)
+    if labels.dim() == 2:
+        return labels.gather(1, prediction[:, None]).mean()
+    return (prediction == labels).float().mean()
 
 
 def check_finite(values: Tensor, first_step: int, run_dir: str) -> None:

@@ -1089,10 +1089,6 @@ def _check(device: torch.device) -> None:
         raise Unavailable(f"Triton does not work here ({lines[0]})") from None
 
 
-def describe() -> str:
-    return f"triton {triton.__version__}"
-
-
 def draw_seed(device: torch.device) -> Tensor:
     """Seed of one site's noise, from PyTorch's generator of the device: an int64 scalar, which stays there."""
     return torch.empty((), dtype=torch.int64, device=device).random_()

@@ -1,0 +1,64 @@
+"""The regularizers that meta-testing compares, behind one interface (`Method`), by the names of the setting `method`.
+
+Base, MetaPerturb, Information Dropout, DropBlock and Manifold Mixup are those of the paper (section 4.1); dropout,
+mixup, CutMix, label smoothing and TrivialAugment are further ones, which it does not report. Every hyperparameter is a
+setting of its own. Its default is the value of the method's original paper or code; each class says where it stands
+there. MetaPerturb's authors tuned their baselines on a holdout set for each data set and report neither the values
+searched nor those chosen, so a fair comparison tunes anew, on `eval_split=val`.
+
+All randomness comes from PyTorch's global generators, which meta-testing seeds before each step; crops and flips are
+drawn first. A method that is off (probability, α or smoothing 0) draws nothing and trains what Base trains, to the bit.
+
+>>> from metaperturb.config import MetaTestConfig
+>>> create(MetaTestConfig(method="dropblock", dropblock_prob=0.2)).prob
+0.2
+"""
+
+from collections.abc import Callable
+
+from metaperturb.config import MetaTestConfig
+from metaperturb.methods.augmentation import TrivialAugment
+from metaperturb.methods.base import Method, SiteMethod
+from metaperturb.methods.labels import LabelSmoothing
+from metaperturb.methods.mixing import CutMix, ManifoldMixup, Mixup
+from metaperturb.methods.noise import DropBlock, Dropout, InformationDropout
+from metaperturb.methods.perturb import Perturbation
+from metaperturb.perturbation import MetaPerturb
+
+METHODS: dict[str, Callable[[MetaTestConfig, MetaPerturb | None], Method]] = {
+    "base": lambda config, phi: Method(),
+    "metaperturb": lambda config, phi: Perturbation(phi, config.clip, config.anneal),
+    "info_dropout": lambda config, phi: InformationDropout(config.info_dropout_beta, config.info_dropout_max_alpha),
+    "dropblock": lambda config, phi: DropBlock(config.dropblock_prob, config.dropblock_size),
+    "manifold_mixup": lambda config, phi: ManifoldMixup(config.manifold_mixup_alpha),
+    "dropout": lambda config, phi: Dropout(config.dropout_prob),
+    "mixup": lambda config, phi: Mixup(config.mixup_alpha),
+    "cutmix": lambda config, phi: CutMix(config.cutmix_alpha),
+    "label_smoothing": lambda config, phi: LabelSmoothing(config.label_smoothing),
+    "trivial_augment": lambda config, phi: TrivialAugment(),
+}
+
+__all__ = [
+    "METHODS",
+    "CutMix",
+    "DropBlock",
+    "Dropout",
+    "InformationDropout",
+    "LabelSmoothing",
+    "ManifoldMixup",
+    "Method",
+    "Mixup",
+    "Perturbation",
+    "SiteMethod",
+    "TrivialAugment",
+    "create",
+]
+
+
+def create(config: MetaTestConfig, phi: MetaPerturb | None = None) -> Method:
+    """The method that `config.method` names, with its hyperparameters; `phi` for `metaperturb` only.
+
+    Raises:
+        UserError: a hyperparameter that the method cannot work with.
+    """
+    return METHODS[config.method](config, phi)

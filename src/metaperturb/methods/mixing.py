@@ -1,0 +1,133 @@
+"""Methods that mix pairs of images or their feature maps, and their labels alike: mixup, CutMix, Manifold Mixup.
+
+The pairs are those of the batch and a random permutation of it (Zhang et al. 2018, section 2), and one λ ~ Beta(α, α)
+serves a whole batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaperturb.data.arrays import ImageArrays
+from metaperturb.methods.base import Method, SiteMethod
+
+
+class Mixup(Method):
+    """mixup (Zhang et al. 2018, eq. 1): `λ·x_i + (1 − λ)·x_j` with labels `λ·y_i + (1 − λ)·y_j`.
+
+    Args:
+        alpha: α of λ ~ Beta(α, α); 0 is off. Default 1, the original's for CIFAR (section 3.2; 0.2 on ImageNet).
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def prepare(self, model: nn.Module, train: ImageArrays) -> None:
+        self.num_classes = train.num_classes
+
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.alpha == 0.0:
+            return x, y
+        partner, share = draw_partners(x), draw_share(self.alpha)
+        return mix(x, partner, share), mix(F.one_hot(y, self.num_classes).float(), partner, share)
+
+
+class CutMix(Mixup):
+    """CutMix (Yun et al. 2019, section 3.1, Algorithm A1): a box of x_i is overwritten with that of x_j.
+
+    Args:
+        alpha: α of λ ~ Beta(α, α), the share of x_i to be left; 0 is off. Default 1 (section 3.1).
+
+    The box has the proportions of the image and a center anywhere in it. What lies outside is cut off, and the labels
+    are weighted by the pixels that were in fact pasted (Algorithm A1).
+    """
+
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.alpha == 0.0:
+            return x, y
+        partner, share = draw_partners(x), draw_share(self.alpha)
+        height, width = x.shape[2:]
+        rows, columns = draw_interval(height, share), draw_interval(width, share)
+        patch = x[:, :, rows, columns].index_select(0, partner)
+        x = x.clone()
+        x[:, :, rows, columns] = patch
+        share = 1 - patch[0, 0].numel() / (height * width)
+        return x, mix(F.one_hot(y, self.num_classes).float(), partner, share)
+
+
+class ManifoldMixup(SiteMethod):
+    """Manifold Mixup (Verma et al. 2019, section 2): mixup of the feature maps of a layer drawn for each batch.
+
+    Args:
+        alpha: α of λ ~ Beta(α, α); 0 is off. Default 2, of the authors' code for CIFAR.
+
+    The eligible layers are the input and the sites, with equal probability (the original takes, in its residual
+    networks, the input and the first two stages).
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def site(self, channels: int) -> nn.Module:
+        return MixingSite()
+
+    def prepare(self, model: nn.Module, train: ImageArrays) -> None:
+        super().prepare(model, train)
+        self.num_classes = train.num_classes
+
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.alpha == 0.0:
+            return x, y
+        partner, share = draw_partners(x), draw_share(self.alpha)
+        sites = self.sites.sites
+        layer = int(torch.randint(len(sites) + 1, ()))
+        if layer == len(sites):
+            x = mix(x, partner, share)
+        else:
+            sites[layer].mixes_next(partner, share)
+        return x, mix(F.one_hot(y, self.num_classes).float(), partner, share)
+
+
+class MixingSite(nn.Module):
+    """Mixes what passes it in training once, after `mixes_next`; else the identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: tuple[Tensor, float] | None = None
+
+    def mixes_next(self, partner: Tensor, share: float) -> None:
+        self.pending = partner, share
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.pending is None or not self.training:
+            return h
+        (partner, share), self.pending = self.pending, None
+        return mix(h, partner, share)
+
+
+def mix(values: Tensor, partner: Tensor, share: float) -> Tensor:
+    """`share · values[i] + (1 − share) · values[partner[i]]`, of the shape of `values` `[B, …]`."""
+    return values.index_select(0, partner).lerp(values, share)
+
+
+def draw_partners(x: Tensor) -> Tensor:
+    """A permutation of the batch: `[B]`, on the device of `x`."""
+    return torch.randperm(len(x), device=x.device)
+
+
+def draw_share(alpha: float) -> float:
+    """λ ~ Beta(α, α), on the host, so that no device is waited for.
+
+    As a quotient of Gamma variables, by their logarithms, with Gamma(α) = Gamma(α + 1)·U^(1/α): the Gamma(α) themselves
+    underflow for small α, where `torch.distributions.Beta` then returns 1/2.
+    """
+    gamma = torch.distributions.Gamma(torch.full((2,), alpha + 1, dtype=torch.float64), 1.0).sample()
+    log_gamma = gamma.log() + torch.rand(2, dtype=torch.float64).log() / alpha
+    return (log_gamma[0] - log_gamma[1]).sigmoid().item()
+
+
+def draw_interval(length: int, share: float) -> slice:
+    """One side of CutMix's box: √(1 − λ) of `length` about a uniform center, cut off at the ends, in whole pixels."""
+    half = length * (1 - share) ** 0.5 / 2
+    center = length * torch.rand(()).item()
+    return slice(round(max(center - half, 0)), round(min(center + half, length)))

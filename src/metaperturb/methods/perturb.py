@@ -1,0 +1,30 @@
+"""MetaPerturb as a method."""
+
+from torch import nn
+
+from metaperturb.attach import Attachment, attach
+from metaperturb.data.arrays import ImageArrays
+from metaperturb.methods.base import Method
+from metaperturb.perturbation import MetaPerturb
+
+
+class Perturbation(Method):
+    """MetaPerturb (Ryu et al. 2020, Algorithm 2): a frozen φ perturbs the feature maps, in evaluation too.
+
+    Args:
+        phi: the meta-learned perturbation.
+        clip: k, upper bound of perturbed values in training (section 3.2: 100), or None.
+        ramp: the share of the steps over which the strength rises (section 3.3 anneals; 0.4 in the authors' code).
+    """
+
+    stochastic = True
+    sites: Attachment
+
+    def __init__(self, phi: MetaPerturb, clip: float | None, ramp: float) -> None:
+        self.phi, self.clip, self.ramp = phi, clip, ramp
+
+    def prepare(self, model: nn.Module, train: ImageArrays) -> None:
+        self.sites = attach(model, self.phi, train.image_size, clip=self.clip).metaperturb
+
+    def set_strength(self, strength: float) -> None:
+        self.sites.strength = strength

@@ -1,0 +1,649 @@
+"""The regularizers to compare with: each against its definition, worked out a second time here, and as a training run.
+
+What a method does is derived from its paper in loops or by numerical integration, not by the code under test.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import typing
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from image_files import one_line
+from torch import nn
+
+import metaperturb.meta_test as program
+from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, methods, models, save_phi
+from metaperturb.config import MetaTestConfig
+from metaperturb.data.batches import normalize
+from metaperturb.evaluation import evaluate
+from metaperturb.methods import METHODS, create, mixing, noise
+from metaperturb.plots import COLORS, LABELS
+from metaperturb.randomness import seed_torch
+from metaperturb.storage import load_tensors
+from metaperturb.training import accuracy
+
+BASELINES = [name for name in METHODS if name not in ("base", "metaperturb")]
+SITE_METHODS = ["info_dropout", "dropblock", "manifold_mixup", "dropout"]
+OFF = {
+    "info_dropout": ["info_dropout_beta=0", "info_dropout_max_alpha=0"],
+    "dropblock": ["dropblock_prob=0"],
+    "manifold_mixup": ["manifold_mixup_alpha=0"],
+    "dropout": ["dropout_prob=0"],
+    "mixup": ["mixup_alpha=0"],
+    "cutmix": ["cutmix_alpha=0"],
+    "label_smoothing": ["label_smoothing=0"],
+    "trivial_augment": [],  # has no hyperparameter: `only_identity` leaves it one operation that does nothing
+}
+
+
+@dataclasses.dataclass
+class TrainingSet:
+    """What methods ask of the training images."""
+
+    images: int = 80
+    num_classes: int = 10
+    image_size: int = 12
+
+    def __len__(self):
+        return self.images
+
+
+def prepared(name, model=None, train=None, **settings):
+    """A method and a network that it is prepared for."""
+    train = train or TrainingSet()
+    method = create(MetaTestConfig(method=name, **settings))
+    torch.manual_seed(1)
+    model = model or models.create("resnet8", train.num_classes, train.image_size)
+    method.prepare(model, train)
+    return method, model.train()
+
+
+def off_method(name):
+    return create(MetaTestConfig(method=name, **{k: float(v) for k, _, v in (s.partition("=") for s in OFF[name])}))
+
+
+@pytest.fixture
+def only_identity(monkeypatch):
+    """TrivialAugment draws as ever and changes nothing."""
+    space = {"Identity": torchvision.transforms.v2.TrivialAugmentWide._AUGMENTATION_SPACE["Identity"]}
+    monkeypatch.setattr(torchvision.transforms.v2.TrivialAugmentWide, "_AUGMENTATION_SPACE", space)
+
+
+def test_the_names_agree():
+    names = set(typing.get_args(typing.get_type_hints(MetaTestConfig)["method"]))
+    assert names == set(METHODS) and names <= set(LABELS) and names <= set(COLORS)
+    assert len({COLORS[name] for name in names}) == len({LABELS[name] for name in names}) == len(names)
+
+
+def test_base_does_nothing():
+    method, model = prepared("base")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    x, y, logits = torch.randn(4, 3, 12, 12), torch.tensor([1, 0, 9, 2]), torch.randn(4, 10)
+    assert method.batch(x, y) == (x, y)
+    by_hand = -sum(
+        math.log(math.exp(row[k]) / sum(map(math.exp, row))) for row, k in zip(logits.tolist(), y, strict=True)
+    )
+    assert method.loss(logits, y).item() == pytest.approx(by_hand / 4, rel=1e-6)
+
+
+# --- Information Dropout
+
+
+def information(f, alpha):
+    """∫ p(z) log(p(z) / (1/z)) dz of the log-normal p of median f and spread α, over z: the KL divergence from the
+    log-uniform prior c/z, less the constant −log c."""
+    z = np.exp(np.linspace(math.log(f) - 12 * alpha, math.log(f) + 12 * alpha, 20_001))
+    p = np.exp(-((np.log(z / f)) ** 2) / (2 * alpha**2)) / (z * alpha * math.sqrt(2 * math.pi))
+    values = np.zeros_like(p)
+    values[p > 0] = p[p > 0] * np.log(p[p > 0] * z[p > 0])
+    return np.trapezoid(values, z)
+
+
+def test_information_dropout_kl_by_numerical_integration():
+    torch.manual_seed(0)
+    site = noise.InformationDropoutSite(channels=3, max_alpha=0.7)
+    nn.init.normal_(site.logit.weight)
+    h = torch.rand(2, 3, 2, 2) + 0.1
+    site(h)
+    weight, bias = site.logit.weight.detach().numpy()[:, :, 0, 0], site.logit.bias.detach().numpy()
+    by_hand = 0.0
+    for image in h.numpy():
+        for row in range(2):
+            for column in range(2):
+                pixel = image[:, row, column]
+                for channel in range(3):
+                    alpha = 0.7 / (1 + math.exp(-(weight[channel] @ pixel + bias[channel])))
+                    by_hand += information(pixel[channel], alpha) - information(pixel[channel], 0.7)
+    assert site.kl.item() == pytest.approx(by_hand / 2, rel=1e-4)  # summed over units, mean over images
+
+
+def site_of_spread(alpha, max_alpha=0.7):
+    """A site whose α is the same everywhere."""
+    site = noise.InformationDropoutSite(channels=1, max_alpha=max_alpha)
+    nn.init.zeros_(site.logit.weight)
+    nn.init.constant_(site.logit.bias, math.log(alpha / (max_alpha - alpha)))
+    return site
+
+
+@torch.no_grad()
+def test_information_dropout_noise_is_log_normal_and_evaluation_takes_its_mean():
+    torch.manual_seed(0)
+    alpha, count = 0.4, 200_000
+    site, h = site_of_spread(alpha), torch.full((2, 1, 1, count // 2), -3.0)
+    ratio = (site(h) / h).flatten().double()
+    log_noise = ratio.log().sort().values
+    normal = torch.distributions.Normal(torch.zeros(1, dtype=torch.float64), alpha)
+    steps = torch.arange(1, count + 1, dtype=torch.float64) / count
+    distance = (normal.cdf(log_noise) - steps).abs().max().item()  # Kolmogorov and Smirnov
+    assert distance < 1.95 / math.sqrt(count)  # exceeded once in a thousand
+    site.eval()
+    assert torch.equal(site(h), site(h))
+    mean = (site(h) / h).unique()
+    assert len(mean) == 1
+    assert mean.item() == pytest.approx(ratio.mean().item(), abs=4 * ratio.std().item() / math.sqrt(count))
+
+
+def test_information_dropout_loss_and_gradients():
+    train = TrainingSet(images=60)
+    method, model = prepared("info_dropout", train=train, info_dropout_beta=2.0)
+    x, y = torch.randn(4, 3, 12, 12), torch.tensor([0, 1, 2, 3])
+    logits = model(x)
+    kl = sum(site.kl.item() for site in method.sites.sites)
+    assert kl > 0 and len(method.sites.sites) == 3
+    loss = method.loss(logits, y)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, y).item() + 2.0 / 60 * kl, rel=1e-5)
+    assert all(site.kl is None for site in method.sites.sites)
+    loss.backward()
+    own = dict(model.regularizer.named_parameters())
+    assert len(own) == 6 and all(p.grad.any() for p in own.values())
+    assert {f"regularizer.{name}" for name in own} <= dict(model.named_parameters()).keys() & model.state_dict().keys()
+    copy.deepcopy(model)  # no graph is left in it
+
+
+# --- DropBlock and dropout
+
+
+def dropped_share(height, width, p, size):
+    """Expected share of dropped units: seeds of Algorithm 1, with the probability of its equation, wherever a block
+    fits; a unit is dropped if any of the seeds does it whose block covers the unit."""
+    size = max(s for s in range(1, size + 1, 2) if s <= min(height, width))
+    seeds = [(r, c) for r in range(height - size + 1) for c in range(width - size + 1)]
+    gamma = p / size**2 * height * width / len(seeds)
+    total = 0.0
+    for row in range(height):
+        for column in range(width):
+            covering = sum(r <= row < r + size and c <= column < c + size for r, c in seeds)
+            total += 1 - (1 - gamma) ** covering
+    return total / (height * width)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(16, 16, 7), (12, 9, 3), (4, 4, 7), (2, 3, 7), (1, 1, 7)])
+def test_dropblock_drops_its_share_and_rescales(height, width, size):
+    torch.manual_seed(0)
+    site = noise.DropBlockSite(prob=0.2, size=size)
+    site.strength = 0.5
+    out = site(torch.ones(200, 16, height, width))
+    share = (out == 0).double().mean(dim=(2, 3)).flatten()
+    error = share.std().item() / math.sqrt(len(share))
+    assert share.mean().item() == pytest.approx(dropped_share(height, width, 0.1, size), abs=4 * error)
+    kept = out[out != 0]
+    assert out.mean().item() == pytest.approx(1, rel=1e-4) and kept.max() == kept.min()
+    assert site.eval()(out) is out
+
+
+def test_dropblock_drops_squares():
+    torch.manual_seed(0)
+    dropped = (noise.DropBlockSite(prob=0.05, size=5)(torch.rand(40, 8, 20, 20) + 1) == 0).flatten(0, 1).numpy()
+    maps = [m for m in dropped if m.any()]
+    assert len(maps) > 100
+    for m in maps:
+        covered = np.zeros_like(m)
+        for row in range(16):
+            for column in range(16):
+                if m[row : row + 5, column : column + 5].all():
+                    covered[row : row + 5, column : column + 5] = True
+        assert (covered == m).all()  # a union of squares of 5×5
+    assert min(m.sum() for m in maps) == 25
+
+
+def test_dropblock_rises_linearly_over_the_whole_training(target_settings, tmp_path, monkeypatch):
+    probabilities = []
+    drop = noise.drop_block2d
+
+    def recording(h, p, size, training):
+        if training:
+            probabilities.append(p)
+        return drop(h, p, size, training=training)
+
+    monkeypatch.setattr(noise, "drop_block2d", recording)
+    settings = [*target_settings, "method=dropblock", "dropblock_prob=0.2", "steps=5", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 0
+    assert probabilities[::3] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2]) and len(probabilities) == 15
+
+
+def test_dropout_at_every_site():
+    method, model = prepared("dropout", dropout_prob=0.4)
+    seen = []
+    for site in method.sites.sites:
+        site.register_forward_hook(
+            lambda site, args, out: seen.append((args[0].detach().clone(), out.detach().clone()))
+        )
+    torch.manual_seed(0)
+    model(torch.randn(64, 3, 12, 12))
+    assert len(seen) == 3
+    for h, out in seen:
+        kept = out != 0
+        torch.testing.assert_close(out[kept], h[kept] / 0.6)
+        assert (~kept).float().mean().item() == pytest.approx(0.4, abs=4 * math.sqrt(0.24 / h.numel()))
+
+
+# --- mixup, CutMix, Manifold Mixup
+
+
+def numbered(batch=8, size=12):
+    """Images and labels that are all different: soft labels then say who was mixed with whom."""
+    torch.manual_seed(3)
+    return torch.rand(batch, 3, size, size) * 2 - 1, torch.arange(batch)
+
+
+def pairs_of(soft):
+    """[(i, j, λ)] of soft labels `[B, B]` of `numbered` images."""
+    pairs = []
+    for i, row in enumerate(soft.tolist()):
+        others = [j for j, weight in enumerate(row) if j != i and weight > 0]
+        assert len(others) <= 1 and sum(row) == pytest.approx(1)
+        pairs.append((i, others[0] if others else i, row[i]))
+    assert sorted(j for _, j, _ in pairs) == list(range(len(pairs)))  # a permutation
+    shares = {share for i, j, share in pairs if j != i}
+    assert len(shares) <= 1  # one λ for the batch
+    return pairs
+
+
+def by_hand(h, pairs):
+    return torch.stack([share * h[i] + (1 - share) * h[j] for i, j, share in pairs])
+
+
+def test_mixup_by_hand():
+    x, y = numbered()
+    method, _ = prepared("mixup", train=TrainingSet(num_classes=8))
+    before = x.clone()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        mixed, soft = method.batch(x, y)
+        torch.testing.assert_close(mixed, by_hand(x, pairs_of(soft)))
+    assert torch.equal(x, before)
+    logits = torch.randn(8, 8)
+    log_p = logits.log_softmax(1)
+    expected = -sum(soft[i, k] * log_p[i, k] for i in range(8) for k in range(8)) / 8
+    torch.testing.assert_close(method.loss(logits, soft), expected)
+    guessed = logits.argmax(1)
+    assert accuracy(logits, soft).item() == pytest.approx(sum(soft[i, guessed[i]].item() for i in range(8)) / 8)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "cdf"),
+    [(1.0, lambda v: v), (2.0, lambda v: 3 * v**2 - 2 * v**3), (0.5, lambda v: 2 / math.pi * np.arcsin(np.sqrt(v)))],
+)
+def test_mixing_shares_are_beta(alpha, cdf):
+    torch.manual_seed(0)
+    shares = np.sort([mixing.draw_share(alpha) for _ in range(3000)])
+    assert np.abs(cdf(shares) - np.arange(1, 3001) / 3000).max() < 1.95 / math.sqrt(3000)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-8])
+def test_small_alpha_mixes_next_to_nothing(alpha):
+    """Beta(α, α) of small α is 0 or 1, each half of the time."""
+    torch.manual_seed(0)
+    shares = np.array([mixing.draw_share(alpha) for _ in range(400)])
+    assert ((shares < 1e-3) | (shares > 1 - 1e-3)).mean() > 0.98
+    assert abs((shares > 0.5).mean() - 0.5) < 0.1
+
+
+def test_cutmix_pastes_boxes_and_weighs_labels_by_their_area():
+    x, y = numbered(batch=6, size=16)
+    method, _ = prepared("cutmix", train=TrainingSet(num_classes=6, image_size=16))
+    before, areas = x.clone(), []
+    torch.manual_seed(0)
+    for _ in range(300):
+        mixed, soft = method.batch(x, y)
+        boxes = set()
+        for i, j, share in pairs_of(soft):
+            pasted = (mixed[i] != x[i]).all(dim=0)
+            if i != j:
+                rows, columns = pasted.any(dim=1).nonzero().flatten(), pasted.any(dim=0).nonzero().flatten()
+                box = (rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item())
+                assert pasted[box[0] : box[1] + 1, box[2] : box[3] + 1].all() and pasted.sum() == len(rows) * len(
+                    columns
+                )
+                assert torch.equal(mixed[i][:, pasted], x[j][:, pasted])
+                assert torch.equal(mixed[i][:, ~pasted], x[i][:, ~pasted])
+                assert share == pytest.approx(1 - len(rows) * len(columns) / 256)
+                boxes.add(box)
+                areas.append(len(rows) * len(columns) / 256)
+            else:
+                assert torch.equal(mixed[i], x[i])
+        assert len(boxes) <= 1
+    assert torch.equal(x, before)
+    # a box of share 1 − λ about a uniform center, less what is cut off; λ uniform
+    rng = np.random.default_rng(0)
+    half = np.sqrt(rng.uniform(size=100_000)) / 2
+    sides = [np.minimum(c + half, 1) - np.maximum(c - half, 0) for c in rng.uniform(size=(2, 100_000))]
+    assert np.mean(areas) == pytest.approx((sides[0] * sides[1]).mean(), abs=0.04)
+
+
+def test_manifold_mixup_mixes_one_layer_by_hand():
+    x, y = numbered()
+    method, model = prepared("manifold_mixup", train=TrainingSet(num_classes=8))
+    received = []
+    for site in method.sites.sites:
+        site.register_forward_hook(lambda site, args, out: received.append((args[0].clone(), out.clone())))
+    chosen = set()
+    with torch.no_grad():
+        for seed in range(24):
+            received.clear()
+            torch.manual_seed(seed)
+            mixed, soft = method.batch(x, y)
+            pairs = pairs_of(soft)
+            model(mixed)
+            where = [k for k, (h, out) in enumerate(received) if not torch.equal(h, out)]
+            if where:
+                (layer,) = where
+                assert torch.equal(mixed, x)
+                torch.testing.assert_close(received[layer][1], by_hand(received[layer][0], pairs))
+                chosen.add(layer)
+            elif not torch.equal(mixed, x):
+                torch.testing.assert_close(mixed, by_hand(x, pairs))
+                chosen.add("input")
+        assert chosen == {"input", 0, 1, 2}
+        received.clear()
+        model(x)  # without `batch`: nothing is mixed
+        assert all(torch.equal(h, out) for h, out in received) and len(received) == 3
+
+
+def test_manifold_mixup_does_not_mix_in_evaluation():
+    x, y = numbered()
+    method, model = prepared("manifold_mixup", train=TrainingSet(num_classes=8))
+    plain = model.eval()(x)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        method.batch(x, y)
+        assert torch.equal(model(x), plain)
+
+
+# --- label smoothing, TrivialAugment
+
+
+def test_label_smoothing_by_hand():
+    method = create(MetaTestConfig(method="label_smoothing", label_smoothing=0.3))
+    torch.manual_seed(0)
+    logits, y = torch.randn(3, 4), torch.tensor([2, 0, 3])
+    expected = 0.0
+    for row, label in zip(logits.tolist(), y.tolist(), strict=True):
+        log_sum = math.log(sum(map(math.exp, row)))
+        for k, value in enumerate(row):
+            expected -= (0.3 / 4 + 0.7 * (k == label)) * (value - log_sum) / 3
+    assert method.loss(logits, y).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_trivial_augment_gives_8_bit_images():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 12, 12), dtype=torch.uint8)
+    x, y = normalize(images), torch.arange(64)
+    kept = x.clone()
+    augmented, labels = create(MetaTestConfig(method="trivial_augment")).batch(x, y)
+    assert torch.equal(x, kept) and labels is y and augmented.shape == x.shape
+    pixels = (augmented + 1) * 127.5
+    torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-4)
+    assert pixels.round().min() >= 0 and pixels.round().max() <= 255
+    changed = (augmented != x).flatten(1).any(dim=1).float().mean().item()
+    assert changed > 0.6
+
+
+def test_trivial_augment_undoes_normalization_exactly(only_identity):
+    every_value = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, -1, -1)
+    x = normalize(every_value)
+    augmented, _ = create(MetaTestConfig(method="trivial_augment")).batch(x, torch.zeros(2))
+    assert torch.equal(augmented, x)
+
+
+def test_trivial_augment_is_for_training_images(target_settings, tmp_path, monkeypatch):
+    """One call for each training image of each step, none for evaluation."""
+    calls = []
+    augment = torchvision.transforms.v2.TrivialAugmentWide.forward
+
+    def counting(self, image):
+        calls.append(image.dtype)
+        return augment(self, image)
+
+    monkeypatch.setattr(torchvision.transforms.v2.TrivialAugmentWide, "forward", counting)
+    settings = [*target_settings, "method=trivial_augment", "steps=4", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 0
+    assert calls == [torch.uint8] * 4 * 16
+
+
+# --- sites
+
+
+class WithDropout(nn.Sequential):
+    """A network that draws numbers itself, in training."""
+
+    def __init__(self):
+        layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 8, 3), nn.ReLU())
+        super().__init__(*layers, nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def torchvision_network(name):
+    """At a size for tests: VGG without the 100 million weights of its classifier."""
+    torch.manual_seed(0)
+    if name != "vgg11_bn":
+        return torchvision.models.get_model(name, weights=None, num_classes=10)
+    model = torchvision.models.vgg11_bn(weights=None, init_weights=False, num_classes=10)
+    model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 10)
+    return model
+
+
+NETWORKS = {
+    **{name: lambda name=name: models.create(name, 10, 32) for name in models.ZOO},
+    **{n: lambda n=n: torchvision_network(n) for n in ("resnet18", "vgg11_bn", "mobilenet_v2", "densenet121")},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_site_methods_on_every_network(name):
+    model = NETWORKS[name]()
+    expected = find_sites(model, 32)
+    plain = copy.deepcopy(model.state_dict())
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 7])
+    with torch.no_grad():
+        reference = model.eval()(x)
+    for kind in SITE_METHODS:
+        model.load_state_dict(plain)
+        method, _ = prepared(kind, model, TrainingSet(image_size=32))
+        assert method.sites.specs == expected  # where MetaPerturb acts
+        method.set_strength(1.0)
+        mixed, labels = method.batch(x, y)
+        method.loss(model(mixed), labels).backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(model(x), model(x))
+            model.load_state_dict(plain, strict=False)
+            if kind != "info_dropout":  # whose noise has a mean other than 1
+                assert torch.equal(model(x), reference)
+        model.zero_grad()
+        detach(model)
+        assert list(model.state_dict()) == list(plain)
+        with torch.no_grad():
+            assert torch.equal(model(x), reference)
+
+
+def test_placing_beside_an_attached_phi_and_copying():
+    method, model = prepared("dropblock", dropblock_prob=0.5)
+    attach(model, MetaPerturb(), 12, verbose=False)
+    clone = copy.deepcopy(model)
+    clone.regularizer.strength = 0.0
+    assert method.sites.strength == 1.0 and clone.regularizer.sites[0] is not model.regularizer.sites[0]
+    detach(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- training runs
+
+
+def model_state(run_dir):
+    return load_tensors(run_dir / "checkpoints" / "latest.pt")["model"]
+
+
+@pytest.fixture(scope="module")
+def common(target_settings) -> list[str]:
+    return [*target_settings, "steps=4", "lr_milestones=0.5"]
+
+
+@pytest.fixture(scope="module")
+def base_state(common, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("base") / "tgt"
+    assert program.main(["--set", *common, "method=base", f"run_dir={run_dir}"]) == 0
+    return model_state(run_dir)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_method_that_is_off_is_base_bit_for_bit(name, common, base_state, tmp_path, only_identity):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *common, f"method={name}", *OFF[name], f"run_dir={run_dir}"]) == 0
+    ours = model_state(run_dir)
+    assert all(torch.equal(value, ours[key]) for key, value in base_state.items())
+
+
+def trained(method):
+    """θ after three steps of a network with dropout of its own."""
+    seed_torch(0, 0, "init")
+    model = WithDropout()
+    seed_torch(0, 0, "method_init")
+    method.prepare(model, TrainingSet())
+    theta = [p for name, p in model.named_parameters() if not name.startswith("regularizer")]
+    optimizer = torch.optim.SGD(theta, lr=0.1)
+    for step in range(3):
+        method.set_strength(1.0)
+        seed_torch(0, 0, "theta_step", step)
+        x, y = method.batch(normalize(torch.randint(0, 256, (8, 3, 12, 12), dtype=torch.uint8)), torch.arange(8))
+        optimizer.zero_grad()
+        method.loss(model(x), y).backward()
+        optimizer.step()
+    return theta
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "trivial_augment"])
+def test_a_method_that_is_off_draws_nothing(name):
+    """Else the network's own dropout would draw other numbers than with Base."""
+    for ours, base in zip(trained(off_method(name)), trained(create(MetaTestConfig(method="base"))), strict=True):
+        assert torch.equal(ours, base)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_run_interrupt_resume(name, common, base_state, tmp_path, monkeypatch):
+    """A run of each method trains otherwise than Base, says what it was, and continues to the bit where it was cut."""
+    settings = [*common, f"method={name}"]
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'whole'}"]) == 0
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["config"]["method"] == name and result["metrics"]["samples"] == 1
+    defaults = dataclasses.asdict(MetaTestConfig())
+    own = [key for key in defaults if key.startswith(name)]
+    assert (own or name == "trivial_augment") and all(result["config"][key] == defaults[key] for key in own)
+    whole = model_state(tmp_path / "whole")
+    assert any(not torch.equal(value, whole[key]) for key, value in base_state.items())
+    assert any(key.startswith("regularizer") for key in whole) == (name == "info_dropout")
+
+    save = program.save_tensors
+
+    def cut(state, path):
+        save(state, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "save_tensors", cut)
+        assert program.main(["--set", *settings, f"run_dir={tmp_path / 'cut'}"]) == 130
+    assert not (tmp_path / "cut" / "result.json").exists()
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'cut'}"]) == 0
+    resumed = model_state(tmp_path / "cut")
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+    again = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert again["metrics"] == result["metrics"]
+
+
+class Images:
+    """A data set for `evaluate`."""
+
+    def __init__(self):
+        self.arrays, self.device = range(12), torch.device("cpu")
+        self.x = torch.randint(0, 256, (12, 3, 12, 12), dtype=torch.uint8)
+
+    def take(self, indices):
+        return self.x[indices], indices % 10
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_is_deterministic_but_for_metaperturb(name):
+    torch.manual_seed(0)
+    images, phi = Images(), MetaPerturb()
+    method = create(MetaTestConfig(method=name), phi)
+    model = models.create("resnet8", 10, 12)
+    method.prepare(model, TrainingSet())
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        results.append(evaluate(model, images, 1, 5)["nll"])
+    assert (results[0] == results[1]) == (not method.stochastic) == (name != "metaperturb")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("mixup_alpha=-1", "mixup_alpha: must be at least 0, got -1"),
+        ("cutmix_alpha=nan", "cutmix_alpha: must be finite"),
+        ("manifold_mixup_alpha=-0.1", "manifold_mixup_alpha: must be at least 0"),
+        ("dropout_prob=1", "dropout_prob: must be at least 0 and below 1, got 1"),
+        ("dropblock_prob=-0.1", "dropblock_prob: must be at least 0 and below 1, got -0.1"),
+        ("label_smoothing=1.5", "label_smoothing: must be at least 0 and below 1, got 1.5"),
+        ("info_dropout_beta=-3", "info_dropout_beta: must be at least 0"),
+        ("info_dropout_max_alpha=-1", "info_dropout_max_alpha: must be at least 0"),
+        ("dropblock_size=4", "dropblock_size: must be odd, got 4"),
+        ("dropblock_size=0", "dropblock_size: must be at least 1"),
+        ("method=droblock", "method: expected one of base, metaperturb, info_dropout"),
+    ],
+)
+def test_bad_values_are_one_line(setting, expected, common, tmp_path, capsys):
+    assert program.main(["--set", *common, "method=dropblock", f"run_dir={tmp_path / 'tgt'}", setting]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0]
+    assert not (tmp_path / "tgt").exists()
+
+
+def test_an_even_block_is_refused_by_the_library_too():
+    with pytest.raises(UserError) as error:
+        methods.DropBlock(0.1, 2)
+    assert "odd" in one_line(error)
+
+
+def test_a_block_larger_than_every_map_trains(common, tmp_path):
+    settings = [*common, "method=dropblock", "dropblock_size=101", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 0
+
+
+def test_bfloat16(common, tmp_path):
+    for name in BASELINES:
+        settings = [*common, f"method={name}", "steps=1", "precision=bfloat16", f"run_dir={tmp_path / name}"]
+        assert program.main(["--set", *settings]) == 0
+
+
+def test_metaperturb_is_a_method_among_them(common, tmp_path):
+    save_phi(MetaPerturb(), tmp_path / "phi.pt")
+    assert program.main(["--set", *common, f"phi={tmp_path / 'phi.pt'}", f"run_dir={tmp_path / 'tgt'}"]) == 0
+    result = json.loads((tmp_path / "tgt" / "result.json").read_text())
+    assert result["config"]["method"] == "metaperturb" and result["metrics"]["samples"] == 3
