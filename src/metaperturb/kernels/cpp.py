@@ -50,10 +50,6 @@ class _Site(ctypes.Structure):
     )
 
 
-def describe() -> str:
-    return f"cpp ({_compiler_version(_compiler())})"
-
-
 def draw_seed(device: torch.device) -> Tensor:
     """Seed of one site's noise, from PyTorch's generator: an int64 scalar."""
     return torch.empty((), dtype=torch.int64).random_()
