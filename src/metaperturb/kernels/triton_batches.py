@@ -3,14 +3,10 @@
 Equal to the tensor code in data/batches.py to the bit, given the same draws.
 """
 
-from __future__ import annotations  # without Triton there is no tl.constexpr
-
 import torch
 from torch import Tensor
 
-from metaperturb.kernels.triton_kernels import jit, triton
-
-tl = triton and triton.language
+from metaperturb.kernels.triton_kernels import jit, tl, triton
 
 BLOCK = 1024  # values a program
 
