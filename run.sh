@@ -113,7 +113,7 @@ tgt)
     options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "target=$TGT_DATA" "model=$TGT_MODEL" "steps=$TGT_STEPS"
         "method=$METHOD" "run_dir=$TGT_RUN")
     [ -n "$TGT_PATH" ] && options+=("target_path=$TGT_PATH")
-    [ "$METHOD" = base ] || options+=("phi=$PHI")
+    [ "$METHOD" != metaperturb ] || options+=("phi=$PHI")
     exec "$py" -m metaperturb.meta_test --config "$here/configs/tgt.yaml" --set "${options[@]}" "$@"
     ;;
 data)

@@ -16,6 +16,7 @@ class Dropout(SiteMethod):
     Args:
         prob: p. Default 0.25, what the original takes for most convolutional layers (section 6.1.2: units of the
             convolutions on SVHN are retained with probability 0.75, 0.75 and 0.5).
+            In a residual network the sum that runs through all sites gathers the noise: less may serve better.
 
     Evaluation drops nothing.
     """
