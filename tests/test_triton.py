@@ -16,6 +16,7 @@ import torch
 
 from metaperturb import MetaPerturb, PerturbSite, kernels
 from metaperturb.kernels import cpp, fused, plain, triton_kernels
+from metaperturb.kernels.backend import draw_seed
 from metaperturb.kernels.plain import Phi, Settings
 
 triton = pytest.importorskip("triton")
@@ -223,7 +224,7 @@ def test_the_noise_is_that_of_the_cpu(shape, dtype, small_tiles):
 def test_a_site_draws_this_noise(channels_last, small_tiles):
     h, phi = maps(2, 3, 3, 5).float(), make_phi(torch.float32)
     h = h.to(memory_format=torch.channels_last) if channels_last else h
-    seed = triton_kernels.draw_seed(DEVICE)
+    seed = draw_seed(DEVICE)
     results = []
     for given in (None, triton_kernels.draw_noise(seed, h)):
         x, running = h.clone().requires_grad_(), statistics(3, torch.float32)

@@ -1,5 +1,7 @@
 """Suites `site` and `scaling`: one site alone, and how costs grow."""
 
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from metaperturb import kernels
 from metaperturb.config import MetaTrainConfig
 from metaperturb.data.batches import DeviceImages
 from metaperturb.distributed import Group
-from metaperturb.meta_train import set_gradient
+from metaperturb.meta_train import joint_step
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.storage import save_json
 
@@ -89,20 +91,16 @@ def scaling(bench: Bench) -> dict[str, Any]:
 
 
 class JointStep:
-    """A step of meta-training over some tasks, as the program makes it, without checkpoints and metrics."""
+    """The program's step of meta-training over some tasks, without checkpoints and metrics; it counts itself."""
 
     def __init__(self, learners: list[Learner], phi: MetaPerturb, group: Group, num_tasks: int) -> None:
-        self.learners, self.phi, self.group, self.num_tasks = learners, phi, group, num_tasks
+        self.tasks = [learner.task for learner in learners]
+        self.config = dataclasses.replace(self.tasks[0].config, tasks=num_tasks)
+        self.phi, self.group, self.steps = phi, group, itertools.count()
         self.optimizer = torch.optim.Adam(phi.parameters(), lr=1e-3, weight_decay=5e-4, fused=True)
 
     def __call__(self) -> None:
-        rows = []
-        for learner in self.learners:
-            (train_loss, train_accuracy), (gradient, *metrics) = learner.meta_step()
-            rows.append(torch.cat([gradient, torch.stack([train_loss, train_accuracy, *metrics])]))
-        table = self.group.gather_rows(torch.stack(rows), self.num_tasks)
-        set_gradient(self.phi, table[:, : sum(p.numel() for p in self.phi.parameters())].mean(dim=0))
-        self.optimizer.step()
+        joint_step(next(self.steps), self.tasks, self.phi, self.optimizer, self.group, self.config)
 
 
 def with_tasks(bench: Bench) -> dict[str, Any]:

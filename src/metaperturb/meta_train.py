@@ -219,19 +219,9 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     recent: list[Tensor] = []  # tables [T, 82 + metrics] of the steps since the last look, on the device
     for step in range(start, config.steps):
         strength = annealed_strength(step, config.steps, config.anneal)
-        rows = []
         for task in tasks:
             task.model.metaperturb.strength = strength
-            if config.lookahead is None:
-                train_loss, train_accuracy = task.theta_step(step)
-                gradient, test_loss, test_accuracy = task.phi_gradient(step)
-            else:  # looks from where θ is, so before θ moves
-                gradient, test_loss, test_accuracy = task.lookahead_gradient(step)
-                train_loss, train_accuracy = task.theta_step(step)
-            rows.append(torch.cat([gradient, torch.stack([train_loss, test_loss, train_accuracy, test_accuracy])]))
-        table = group.gather_rows(torch.stack(rows), config.tasks)
-        set_gradient(phi, table[:, : -len(METRICS)].mean(dim=0))
-        phi_optimizer.step()
+        table = joint_step(step, tasks, phi, phi_optimizer, group, config)
         recent.append(table)
 
         done = step + 1
@@ -251,6 +241,30 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     if run is not None:
         progress.close()
         finish(run, config, source, phi, group)
+
+
+def joint_step(
+    step: int,
+    tasks: list[Task],
+    phi: MetaPerturb,
+    phi_optimizer: torch.optim.Optimizer,
+    group: Group,
+    config: MetaTrainConfig,
+) -> Tensor:
+    """One step of every θ_t and of φ (lines 6-12); what all tasks reported, `[T, 82 + metrics]`, on the device."""
+    rows = []
+    for task in tasks:
+        if config.lookahead is None:
+            train_loss, train_accuracy = task.theta_step(step)
+            gradient, test_loss, test_accuracy = task.phi_gradient(step)
+        else:  # looks from where θ is, so before θ moves
+            gradient, test_loss, test_accuracy = task.lookahead_gradient(step)
+            train_loss, train_accuracy = task.theta_step(step)
+        rows.append(torch.cat([gradient, torch.stack([train_loss, test_loss, train_accuracy, test_accuracy])]))
+    table = group.gather_rows(torch.stack(rows), config.tasks)
+    set_gradient(phi, table[:, : -len(METRICS)].mean(dim=0))
+    phi_optimizer.step()
+    return table
 
 
 def set_gradient(phi: MetaPerturb, gradient: Tensor) -> None:

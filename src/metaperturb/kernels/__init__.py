@@ -23,11 +23,11 @@ from torch import Tensor
 
 from metaperturb.errors import UserError
 from metaperturb.kernels import fused, plain
-from metaperturb.kernels.cpp import Unavailable
+from metaperturb.kernels.backend import Unavailable
+from metaperturb.kernels.plain import HALF_PRECISION
 
 CHOICES = ("auto", "fused", "plain")
 _BACKENDS = {"cpu": "cpp", "cuda": "triton_kernels"}
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 _choice = "auto"
 
 

@@ -19,17 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
+from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, upper_bound
+from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-NO_NOISE, DRAWN, GIVEN = range(3)
 NAME = "cpp"
-UNSUPPORTED = (torch.bfloat16, torch.float16)
+UNSUPPORTED = HALF_PRECISION
 SUFFIX = {torch.float32: "float", torch.float64: "double"}
-
-
-class Unavailable(Exception):
-    """No fused kernel here; the message says why and what to do, in one line."""
 
 
 class _Site(ctypes.Structure):
@@ -50,11 +46,6 @@ class _Site(ctypes.Structure):
     )
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Seed of one site's noise, from PyTorch's generator: an int64 scalar."""
-    return torch.empty((), dtype=torch.int64).random_()
-
-
 def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     """The ε that the kernel draws from `seed` for a feature map: `[B, C, H, W]`."""
     batch, channels, height, width = like.shape
@@ -72,10 +63,8 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
 
 def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> None:
     """Only the statistics of a training step, which is what strength 0 leaves to do."""
-    settings = Settings(training=True, noise=False, gate=False, strength=0.0, clip=None, channel_ratio=0, size_ratio=0)
-    _run(
-        "forward", h, phi, None, None, settings, running_mean=running_mean, running_var=running_var, **_scratch(h, True)
-    )
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _run("forward", h, phi, None, None, TRACKING, **running, **_scratch(h, training=True))
 
 
 def forward(
@@ -148,11 +137,11 @@ def _run(
         *h.shape,
         threads=torch.get_num_threads(),
         training=settings.training,
-        noise=NO_NOISE if not settings.noise else DRAWN if noise is None else GIVEN,
+        noise=noise_source(settings, noise),
         gate=settings.gate,
         phi_gradient=phi_gradient,
         strength=settings.strength,
-        clip=settings.clip if settings.training and settings.clip is not None else float("inf"),
+        clip=upper_bound(settings),
         channel_ratio=settings.channel_ratio,
         size_ratio=settings.size_ratio,
         momentum=MOMENTUM,
@@ -233,7 +222,6 @@ def _build(compiler: tuple[str, ...], path: Path) -> None:
     raise Unavailable(f"{compiler[0]} cannot compile the kernels ({error.strip()})")
 
 
-@functools.cache
 def _compiler() -> tuple[str, ...]:
     if chosen := tuple(shlex.split(os.environ.get("CXX", ""))):
         if shutil.which(chosen[0]):
@@ -245,7 +233,6 @@ def _compiler() -> tuple[str, ...]:
     raise Unavailable("no C++ compiler found (install g++ or clang++, or set CXX)")
 
 
-@functools.cache
 def _compiler_version(compiler: tuple[str, ...]) -> str:
     result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
     return (result.stdout.splitlines() or [compiler[0]])[0]

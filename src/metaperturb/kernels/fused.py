@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.kernels import plain
+from metaperturb.kernels.backend import draw_seed
 from metaperturb.kernels.plain import Phi, Settings
 
 
@@ -31,7 +32,7 @@ def perturb(
             x = h.to(running_mean.dtype) if h.dtype in backend.UNSUPPORTED else h
             backend.track(x.detach(), phi, running_mean, running_var)
         return h
-    seed = backend.draw_seed(h.device) if settings.noise and noise is None else None
+    seed = draw_seed(h.device) if settings.noise and noise is None else None
     return apply(backend, h, phi, noise, seed, running_mean, running_var, settings)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NUM_SCALE_FEATURES = 4
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 MOMENTUM = 0.1  # of the running statistics
 
 
@@ -58,7 +59,7 @@ def scale_features(h: Tensor, kernels: Tensor) -> Tensor:
 def batch_statistics(h: Tensor, phi: Phi) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of the scale features over the batch: `[C, 4]` each."""
     features = scale_features(h, phi.scale_kernels)
-    if features.dtype in (torch.float16, torch.bfloat16):  # too coarse for a variance
+    if features.dtype in HALF_PRECISION:  # too coarse for a variance
         features = features.float()
     var, mean = torch.var_mean(features, dim=0, correction=1)
     return mean, var

@@ -25,12 +25,11 @@ immediate operands. Half-precision maps are read and written as they are; all ar
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 
-from metaperturb.kernels.cpp import Unavailable
+from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, upper_bound
 from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
 
 try:
@@ -45,7 +44,6 @@ except ImportError:  # `_check` says so
 
 NAME = "triton"
 UNSUPPORTED = ()
-NO_NOISE, DRAWN, GIVEN = range(3)
 PARAMETERS, AFFINE = 82, 72  # all parameters of φ; where the affine map of the scale begins among them
 
 # Sizes of tiles. A few values a thread: all nine neighbours of each are on their way at once, and registers are left
@@ -1089,11 +1087,6 @@ def _check(device: torch.device) -> None:
         raise Unavailable(f"Triton does not work here ({lines[0]})") from None
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Seed of one site's noise, from PyTorch's generator of the device: an int64 scalar, which stays there."""
-    return torch.empty((), dtype=torch.int64, device=device).random_()
-
-
 def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     """The ε that the kernels draw from `seed` for a feature map: `[B, C, H, W]`."""
     _check(like.device)
@@ -1109,9 +1102,8 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
 def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> None:
     """Only the statistics of a training step, which is what strength 0 leaves to do."""
     _check(h.device)
-    settings = Settings(training=True, noise=False, gate=False, strength=0.0, clip=None, channel_ratio=0, size_ratio=0)
     with torch.cuda.device_of(h):
-        _prepare(_Map(h), phi, running_mean, running_var, settings)
+        _prepare(_Map(h), phi, running_mean, running_var, TRACKING)
 
 
 def forward(
@@ -1142,9 +1134,9 @@ def forward(
             x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]),
             *(x.tensor, hidden, hidden_mean, phi.self2, phi.all2, scale),
             *(None if noise is None else x.laid_out(noise), seed, out),
-            *(settings.strength, _clip(settings)),
+            *(settings.strength, upper_bound(settings)),
             **x.sizes,
-            NOISE=_noise(settings, noise),
+            NOISE=noise_source(settings, noise),
             GATE=settings.gate,
             **tile,
         )
@@ -1256,9 +1248,9 @@ def _backward(
         rows,
         *(h, x.laid_out(grad_out), hidden, hidden_mean, phi.self2, phi.all2, scale),
         *(None if noise is None else x.laid_out(noise), seed, direct, grad_mu, grad_mu_mean, grad_scale),
-        *(settings.strength, _clip(settings)),
+        *(settings.strength, upper_bound(settings)),
         **x.sizes,
-        NOISE=_noise(settings, noise),
+        NOISE=noise_source(settings, noise),
         GATE=settings.gate,
         **quarter_tile,
     )
@@ -1308,11 +1300,3 @@ def _backward(
         BLOCK=SUM_BLOCK,
     )
     return grad_h, grad_phi
-
-
-def _noise(settings: Settings, noise: Tensor | None) -> int:
-    return NO_NOISE if not settings.noise else DRAWN if noise is None else GIVEN
-
-
-def _clip(settings: Settings) -> float:
-    return settings.clip if settings.training and settings.clip is not None else math.inf

@@ -12,64 +12,15 @@ from metaperturb.data.arrays import ImageArrays
 from metaperturb.methods.base import Method, SiteMethod
 
 
-class Mixup(Method):
-    """mixup (Zhang et al. 2018, eq. 1): `λ·x_i + (1 − λ)·x_j` with labels `λ·y_i + (1 − λ)·y_j`.
+class Mixing(Method):
+    """What the three share: who is mixed, in which share, and the labels.
 
     Args:
-        alpha: α of λ ~ Beta(α, α); 0 is off. Default 1, the original's for CIFAR (section 3.2; 0.2 on ImageNet).
+        alpha: α of λ ~ Beta(α, α); 0 is off.
     """
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-
-    def prepare(self, model: nn.Module, train: ImageArrays) -> None:
-        self.num_classes = train.num_classes
-
-    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.alpha == 0.0:
-            return x, y
-        partner, share = draw_partners(x), draw_share(self.alpha)
-        return mix(x, partner, share), mix(F.one_hot(y, self.num_classes).float(), partner, share)
-
-
-class CutMix(Mixup):
-    """CutMix (Yun et al. 2019, section 3.1, Algorithm A1): a box of x_i is overwritten with that of x_j.
-
-    Args:
-        alpha: α of λ ~ Beta(α, α), the share of x_i to be left; 0 is off. Default 1 (section 3.1).
-
-    The box has the proportions of the image and a center anywhere in it. What lies outside is cut off, and the labels
-    are weighted by the pixels that were in fact pasted (Algorithm A1).
-    """
-
-    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.alpha == 0.0:
-            return x, y
-        partner, share = draw_partners(x), draw_share(self.alpha)
-        height, width = x.shape[2:]
-        rows, columns = draw_interval(height, share), draw_interval(width, share)
-        patch = x[:, :, rows, columns].index_select(0, partner)
-        x = x.clone()
-        x[:, :, rows, columns] = patch
-        share = 1 - patch[0, 0].numel() / (height * width)
-        return x, mix(F.one_hot(y, self.num_classes).float(), partner, share)
-
-
-class ManifoldMixup(SiteMethod):
-    """Manifold Mixup (Verma et al. 2019, section 2): mixup of the feature maps of a layer drawn for each batch.
-
-    Args:
-        alpha: α of λ ~ Beta(α, α); 0 is off. Default 2, of the authors' code for CIFAR.
-
-    The eligible layers are the input and the sites, with equal probability (the original takes, in its residual
-    networks, the input and the first two stages).
-    """
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-
-    def site(self, channels: int) -> nn.Module:
-        return MixingSite()
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         super().prepare(model, train)
@@ -78,14 +29,56 @@ class ManifoldMixup(SiteMethod):
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.alpha == 0.0:
             return x, y
-        partner, share = draw_partners(x), draw_share(self.alpha)
+        partner = draw_partners(x)
+        x, share = self.mix_images(x, partner, draw_share(self.alpha))
+        return x, mix(F.one_hot(y, self.num_classes).float(), partner, share)
+
+    def mix_images(self, x: Tensor, partner: Tensor, share: float) -> tuple[Tensor, float]:
+        """What the network is given for `x`, and the share that its own labels have."""
+        return mix(x, partner, share), share
+
+
+class Mixup(Mixing):
+    """mixup (Zhang et al. 2018, eq. 1): `λ·x_i + (1 − λ)·x_j` with labels `λ·y_i + (1 − λ)·y_j`.
+
+    Default of α: 1, the original's for CIFAR (section 3.2; 0.2 on ImageNet).
+    """
+
+
+class CutMix(Mixing):
+    """CutMix (Yun et al. 2019, section 3.1, Algorithm A1): a box of x_i is overwritten with that of x_j.
+
+    Default of α: 1 (section 3.1); λ is the share of x_i to be left. The box has the proportions of the image and a
+    center anywhere in it. What lies outside is cut off, and the labels are weighted by the pixels that were in fact
+    pasted (Algorithm A1).
+    """
+
+    def mix_images(self, x: Tensor, partner: Tensor, share: float) -> tuple[Tensor, float]:
+        height, width = x.shape[2:]
+        rows, columns = draw_interval(height, share), draw_interval(width, share)
+        patch = x[:, :, rows, columns].index_select(0, partner)
+        x = x.clone()
+        x[:, :, rows, columns] = patch
+        return x, 1 - patch[0, 0].numel() / (height * width)
+
+
+class ManifoldMixup(Mixing, SiteMethod):
+    """Manifold Mixup (Verma et al. 2019, section 2): mixup of the feature maps of a layer drawn for each batch.
+
+    Default of α: 2, of the authors' code for CIFAR. The eligible layers are the input and the sites, with equal
+    probability (the original takes, in its residual networks, the input and the first two stages).
+    """
+
+    def site(self, channels: int) -> nn.Module:
+        return MixingSite()
+
+    def mix_images(self, x: Tensor, partner: Tensor, share: float) -> tuple[Tensor, float]:
         sites = self.sites.sites
         layer = int(torch.randint(len(sites) + 1, ()))
         if layer == len(sites):
-            x = mix(x, partner, share)
-        else:
-            sites[layer].mixes_next(partner, share)
-        return x, mix(F.one_hot(y, self.num_classes).float(), partner, share)
+            return super().mix_images(x, partner, share)
+        sites[layer].mixes_next(partner, share)
+        return x, share
 
 
 class MixingSite(nn.Module):
