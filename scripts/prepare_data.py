@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 from metaperturb.cli import run_program
-from metaperturb.data import TARGETS, load_source, load_target
+from metaperturb.data import TARGETS, load_target
 from metaperturb.errors import UserError
 
-NEED_NO_PREPARATION = {"embedded", "folder"}
+NEED_NO_PREPARATION = {"embedded", "embedded_source", "folder"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["tiny_imagenet", *(name for name in TARGETS if name not in NEED_NO_PREPARATION)]
+    names = [name for name in TARGETS if name not in NEED_NO_PREPARATION]
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"of: {', '.join(names)}, all")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     arguments = parser.parse_args()
@@ -27,11 +27,7 @@ def main() -> int:
         if unknown := [name for name in wanted if name not in names]:
             raise UserError(f"unknown data set {unknown[0]!r} (known: {', '.join(names)}, all)")
         for name in wanted:
-            if name == "tiny_imagenet":
-                parts = [load_source(name, data_root=arguments.data_root)]
-            else:
-                parts = load_target(name, data_root=arguments.data_root)
-            for part in parts:
+            for part in load_target(name, data_root=arguments.data_root):
                 size = part.image_size
                 print(f"{part.name}: {len(part):,} images of {part.num_classes} classes, {size}×{size}")
 

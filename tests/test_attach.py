@@ -7,6 +7,7 @@ hand the feature map that a site should receive.
 import copy
 import io
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
+from metaperturb.attach import choose_sites
 
 CONSTANT = 7.0
 
@@ -762,6 +764,69 @@ def test_the_widest_perturbed_layer_need_not_be_the_last():
     assert [site.channel_norm for site in model.metaperturb.sites] == [12, 12, 12]
     quiet(detach(model), image_size=16, sites=["0", "4"])
     assert [site.channel_norm for site in model.metaperturb.sites] == [9, 9]
+
+
+# --- places
+
+PLACES = {
+    "resnet20": (
+        ["layer1.0", "layer1.1", "layer1.2"],
+        ["layer3.0", "layer3.1", "layer3.2"],
+        "layer1.2 layer2.2 layer3.2",
+    ),
+    "resnet8": (["layer1.0"], ["layer3.0"], "layer1.0 layer2.0 layer3.0"),
+    "wrn_28_2": ([f"layer1.{i}" for i in range(4)], [f"layer3.{i}" for i in range(4)], "layer1.3 layer2.3 layer3.3"),
+    "vgg9": (["layers.0"], ["layers.6", "layers.7"], "layers.0 layers.1 layers.3 layers.5 layers.7"),
+    "conv4": (["layers.0"], ["layers.3"], "layers.0 layers.1 layers.2 layers.3"),
+    "resnet18": (["layer1.0", "layer1.1"], ["layer4.0", "layer4.1"], "layer1.1 layer2.1 layer3.1 layer4.1"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_of_ablations(name):
+    """By the names of the layers: what comes before each max pooling or strided block, and the ends."""
+    found = find_sites(models.create(name, 5, 32), 32)
+    bottom, top, before_pooling = PLACES[name]
+    assert choose_sites(found, "all") == found
+    for where, expected in (("bottom", bottom), ("top", top), ("before_pooling", before_pooling.split())):
+        assert [spec.name for spec in choose_sites(found, where)] == expected
+
+
+@pytest.mark.parametrize("name", ["densenet121", "mobilenet_v2", "vgg11_bn"])
+def test_places_are_never_empty_and_before_pooling_ends_each_size(name):
+    found = find_sites(torchvision_network(name), 64)
+    chosen = {where: choose_sites(found, where) for where in ("bottom", "top", "before_pooling")}
+    assert all(chosen.values())
+    assert chosen["bottom"][0] == found[0] and chosen["top"][-1] == chosen["before_pooling"][-1] == found[-1]
+    sizes = [spec.size for spec in found]
+    changes = [i for i in range(len(found)) if i + 1 == len(found) or sizes[i] != sizes[i + 1]]
+    assert chosen["before_pooling"] == [found[i] for i in changes]
+
+
+def test_a_site_computes_the_same_wherever_else_phi_acts():
+    model = models.create("resnet8", 5, 16)
+    phi = MetaPerturb()
+    everywhere = quiet(copy.deepcopy(model), phi, image_size=16).eval()
+    bottom = quiet(copy.deepcopy(model), phi, 16, "bottom").eval()
+    assert site_names(bottom) == ["layer1.0"]
+    h = torch.randn(4, 16, 16, 16)
+    noise = torch.randn_like(h)
+    first, alone = everywhere.metaperturb.sites[0], bottom.metaperturb.sites[0]
+    assert first.channel_norm == alone.channel_norm == 64
+    assert torch.equal(first(h, noise=noise), alone(h, noise=noise))
+
+
+def test_a_place_is_a_word_and_a_name_is_in_a_list():
+    model = nn.Sequential(OrderedDict(bottom=conv(3, 4), act=nn.ReLU(), top=conv(4, 6), end=nn.ReLU(), head=Head(6)))
+    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites="all")) == ["bottom", "top"]
+    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites="before_pooling")) == [
+        "top"
+    ]  # one size, one stage
+    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites=["bottom"])) == ["bottom"]
+    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites="bottom")) == ["bottom", "top"]
+    with pytest.raises(UserError, match="unknown place") as error:
+        choose_sites(find_sites(model, 16), "middle")
+    one_line(error)
 
 
 # --- what it refuses

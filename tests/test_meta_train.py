@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from conftest import ROOT, alive, children, error_line, run, start
 
 import metaperturb.meta_train as program
+from metaperturb import kernels
 from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.data.batches import DeviceImages
 from metaperturb.distributed import Group, backend_for, launch
-from metaperturb.perturbation import MetaPerturb
+from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.storage import load_tensors
 from metaperturb.weights import load_phi
 
@@ -413,6 +414,61 @@ def test_lookahead_gradient_against_finite_differences(setting):
         numeric = (values[0] - values[1]) / (2 * step)
         assert torch.isclose(gradient[position + index], numeric, rtol=1e-4, atol=1e-8)
         position += p.numel()
+
+
+ABLATIONS = ["noise=false", "gate=false", "sites=before_pooling", "sites=top", "sites=bottom"]
+USED = {"noise=false": slice(36, 82), "gate=false": slice(0, 36)}  # kernels of μ come first, then those of the scale
+
+
+@pytest.mark.parametrize("lookahead", ["null", "0.01"])
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_ablations_have_gradients_where_phi_is_used_and_zeros_elsewhere(setting, ablation, lookahead):
+    _, _, tasks = setting(ablation, f"lookahead={lookahead}")
+    compute = tasks[0].phi_gradient if lookahead == "null" else tasks[0].lookahead_gradient
+    for kernel in ("auto", "plain"):
+        with kernels.use_kernel(kernel):
+            gradient, loss, _ = compute(0)
+        used = torch.zeros(82, dtype=torch.bool)
+        used[USED.get(ablation, slice(0, 82))] = True
+        assert torch.isfinite(loss) and (gradient[~used] == 0).all()
+        assert (gradient[used] != 0).float().mean() > 0.9
+
+
+def test_the_gradient_without_noise_is_that_of_the_plain_operators(setting):
+    _, _, tasks = setting("noise=false", "sites=top")
+    found = []
+    for kernel in ("auto", "plain"):
+        with kernels.use_kernel(kernel):
+            found.append(tasks[0].phi_gradient(0)[0])
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_runs_of_ablations_are_on_their_card_and_unused_parameters_do_no_harm(source_settings, tmp_path, ablation):
+    """Weight decay moves what no gradient reaches; nothing that the site computes depends on it."""
+    run_dir = tmp_path / "src"
+    assert program.main(["--set", *source_settings, "steps=2", "gpus=cpu", ablation, f"run_dir={run_dir}"]) == 0
+    phi = load_phi(run_dir / "phi.pt")
+    key, value = ablation.split("=")
+    assert str(phi.card["config"][key]).lower() == value
+    assert torch.isfinite(phi_bits(run_dir)).all()
+    if ablation in USED:
+        vector = torch.cat([p.flatten() for p in phi.parameters()])
+        other = MetaPerturb()
+        changed = torch.randn(82)
+        changed[USED[ablation]] = vector[USED[ablation]]
+        torch.nn.utils.vector_to_parameters(changed, other.parameters())
+        h = torch.randn(4, 3, 8, 8)
+        options = {key: value == "true"}
+        sites = [PerturbSite(f, 3, **options) for f in (phi, other)]
+        noise = torch.randn_like(h)
+        assert torch.equal(sites[0](h, noise=noise), sites[1](h, noise=noise))
+
+
+def test_nothing_left_of_phi_is_one_line(source_settings, tmp_path, capsys):
+    settings = [*source_settings, "noise=false", "gate=false", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    assert program.main(["--set", *settings]) == 1
+    assert "error: noise, gate: with both false φ does nothing" in capsys.readouterr().err
 
 
 def test_lookahead_annealing_and_bfloat16_change_the_result(reference, source_settings, tmp_path):

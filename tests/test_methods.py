@@ -602,9 +602,27 @@ def test_evaluation_is_deterministic_but_for_metaperturb(name):
     assert (results[0] == results[1]) == (not method.stochastic) == (name != "metaperturb")
 
 
+def test_metaperturb_without_noise_is_deterministic_and_without_gate_is_not():
+    images, phi = Images(), MetaPerturb()
+    for drawn, gate in ((False, True), (True, False)):
+        method = create(MetaTestConfig(noise=drawn, gate=gate, sites="top"), phi)
+        model = models.create("resnet8", 10, 12)
+        method.prepare(model, TrainingSet())
+        assert [spec.name for spec in method.sites.specs] == ["layer3.0"]
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            results.append(evaluate(model, images, 1, 5)["nll"])
+        assert (results[0] == results[1]) == (not method.stochastic) == (not drawn)
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
+        ("sites=top", "sites: only method metaperturb uses it, this is dropblock"),
+        ("noise=false", "noise: only method metaperturb"),
+        ("gate=false", "gate: only method metaperturb"),
+        ("sites=middle", "sites: expected one of all, before_pooling, top, bottom"),
         ("mixup_alpha=-1", "mixup_alpha: must be at least 0, got -1"),
         ("cutmix_alpha=nan", "cutmix_alpha: must be finite"),
         ("manifold_mixup_alpha=-0.1", "manifold_mixup_alpha: must be at least 0"),
@@ -647,3 +665,20 @@ def test_metaperturb_is_a_method_among_them(common, tmp_path):
     assert program.main(["--set", *common, f"phi={tmp_path / 'phi.pt'}", f"run_dir={tmp_path / 'tgt'}"]) == 0
     result = json.loads((tmp_path / "tgt" / "result.json").read_text())
     assert result["config"]["method"] == "metaperturb" and result["metrics"]["samples"] == 3
+    assert result["sites"] == ["layer1.0", "layer2.0", "layer3.0"]
+
+
+def test_ablations_as_runs(common, tmp_path, capsys):
+    save_phi(MetaPerturb(), tmp_path / "phi.pt")
+    settings = [*common, f"phi={tmp_path / 'phi.pt'}"]
+    for name, sites in {
+        "sites=before_pooling noise=false": ["layer1.0", "layer2.0", "layer3.0"],
+        "sites=bottom gate=false": ["layer1.0"],
+    }.items():
+        assert program.main(["--set", *settings, *name.split(), f"run_dir={tmp_path / name}"]) == 0
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["sites"] == sites
+        assert result["metrics"]["samples"] == (1 if "noise" in name else 3)
+    capsys.readouterr()
+    assert program.main(["--set", *settings, "noise=false", "gate=false", f"run_dir={tmp_path / 'tgt'}"]) == 1
+    assert "error: noise, gate: with both false φ does nothing" in capsys.readouterr().err

@@ -27,6 +27,8 @@ def test_usage():
     assert completed.returncode == 1 and "error: unknown command 'dmeo'" in completed.stderr
     completed = run_sh("tgt")
     assert completed.returncode == 1 and "error: usage: ./run.sh tgt <gpu" in completed.stderr
+    completed = run_sh("pretrain")
+    assert completed.returncode == 1 and "error: usage: ./run.sh pretrain <gpu" in completed.stderr
 
 
 def test_no_suitable_python():
@@ -64,7 +66,7 @@ def test_demo_table_gives_mean_and_sample_standard_deviation():
 
 @pytest.fixture
 def tiny_imagenet(tmp_path) -> list[Path]:
-    """Two zips with the official layout, 10 classes of 4 images in each."""
+    """Two zips with the official layout, 10 classes of 4 images in each; the first has a validation image a class."""
     parts = []
     for part in (1, 2):
         files = {}
@@ -74,6 +76,10 @@ def tiny_imagenet(tmp_path) -> list[Path]:
             if index % 2 == part - 1:
                 wnid = f"n{int(label[5:]):08}"
                 files[f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{index}.JPEG"] = content
+                if index == 0:
+                    files[f"tiny-imagenet-200/val/images/{wnid}.JPEG"] = content
+                    table = files.get("tiny-imagenet-200/val/val_annotations.txt", b"")
+                    files["tiny-imagenet-200/val/val_annotations.txt"] = table + f"{wnid}.JPEG\t{wnid}\t0\n".encode()
         parts.append(write_zip(tmp_path / f"tiny.part{part}.zip", files))
     return parts
 
@@ -100,6 +106,38 @@ def test_src_then_tgt(tmp_path, tiny_imagenet):
     for method in ("metaperturb", "base"):
         result = json.loads((tmp_path / "runs" / f"tgt-folder-conv4-{method}-seed0" / "result.json").read_text())
         assert result["config"]["method"] == method and result["target"]["test"] == 6
+
+
+def test_pretrain_then_finetune(tmp_path, tiny_imagenet):
+    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "TGT_MODEL": "resnet8"}
+    paths = ",".join(map(str, tiny_imagenet))
+    completed = run_sh("pretrain", "cpu", "steps=2", "batch_size=4", SRC_PATHS=paths, **environment)
+    assert completed.returncode == 0, completed.stderr
+    pretrained = tmp_path / "runs" / "pretrain-tiny_imagenet-resnet8-seed0"
+    result = json.loads((pretrained / "result.json").read_text())
+    assert result["config"]["method"] == "base" and result["init"] is None
+    assert (result["target"]["train"], result["target"]["test"]) == (80, 10)
+
+    folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
+    target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_STEPS": "2", "METHOD": "base", **environment}
+    for more in ({}, {"INIT": str(pretrained)}):
+        completed = run_sh("tgt", "cpu", "batch_size=4", **target, **more)
+        assert completed.returncode == 0, completed.stderr
+    scratch, finetuned = (
+        json.loads((tmp_path / "runs" / f"tgt-folder-resnet8-base-seed0{suffix}" / "result.json").read_text())
+        for suffix in ("", "-ft")
+    )
+    assert scratch["init"] is None and finetuned["init"]["from"] == str(pretrained)
+    assert finetuned["init"]["run"]["target"] == "tiny_imagenet"
+
+
+def test_pretrain_on_drawn_images(tmp_path):
+    settings = ["steps=1", "batch_size=4", "image_size=8", "holdout=0.01"]
+    environment = {"SRC_DATA": "embedded", "TGT_MODEL": "resnet8", "RUNS": str(tmp_path), "DATA": str(tmp_path)}
+    completed = run_sh("pretrain", "cpu", *settings, **environment)
+    assert completed.returncode == 0, completed.stderr
+    result = json.loads((tmp_path / "pretrain-embedded-resnet8-seed0" / "result.json").read_text())
+    assert (result["target"]["train"], result["target"]["test"]) == (4760, 40)
 
 
 def test_wrong_settings_are_named(tmp_path):

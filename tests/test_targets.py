@@ -12,7 +12,7 @@ import pytest
 import torchvision.datasets as tv
 from image_files import expected_pixels, one_line, picture, write_folder, write_tar, write_zip
 
-from metaperturb.data import TARGETS, load_target, targets
+from metaperturb.data import TARGETS, load_source, load_target, targets
 from metaperturb.data.targets import crop_padding, few_per_class
 from metaperturb.errors import UserError
 
@@ -51,7 +51,43 @@ def test_specs_are_those_of_the_paper():
     assert counts["aircraft"] == (100, 6667, 3333, 84, 8)
     assert counts["cub"] == (200, 5994, 5794, 84, 8)
     assert counts["small_svhn"] == (10, 5000, 26032, 32, 4)
+    assert counts["tiny_imagenet"] == (None, None, None, 32, 4)
     assert (crop_padding(32), crop_padding(33)) == (4, 8)
+
+
+def test_tiny_imagenet_from_several_archives(tmp_path):
+    """Training images of both parts; tested on the labelled validation images, of which only one part has some."""
+
+    def part(first: int, last: int, val: bool) -> dict[str, bytes]:
+        files = {}
+        for c, wnid in enumerate(("n02", "n01")):
+            for i in range(first, last):
+                files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = picture(10 * c + i, (64, 64), "PNG")
+        if val:
+            files["val/val_annotations.txt"] = b"val_0.JPEG\tn02\t0\nval_1.JPEG\tn01\t0\nval_2.JPEG\tn01\t0\n"
+            files |= {f"val/images/val_{i}.JPEG": picture(100 + i, (64, 64), "PNG") for i in range(3)}
+        return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
+
+    one, two = write_zip(tmp_path / "1.zip", part(0, 2, True)), write_zip(tmp_path / "2.zip", part(2, 3, False))
+    train, test = load_target("tiny_imagenet", data_root=tmp_path, path=f"{one}, {two}")
+    assert train.classes == test.classes == ("n01", "n02") and train.image_size == 32
+    np.testing.assert_array_equal(train.labels, [0, 0, 0, 1, 1, 1])
+    _check_images(train, [picture(s, (64, 64), "PNG") for s in (10, 11, 12, 0, 1, 2)], 32)
+    np.testing.assert_array_equal(test.labels, [0, 0, 1])
+    _check_images(test, [picture(s, (64, 64), "PNG") for s in (101, 102, 100)], 32)
+    with pytest.raises(UserError, match="no labelled validation images") as error:
+        load_target("tiny_imagenet", data_root=tmp_path, path=two)
+    one_line(error)
+    with pytest.raises(UserError, match=r"tiny-imagenet-200\.zip: no such file"):
+        load_target("tiny_imagenet", data_root=tmp_path, download=False)
+
+
+def test_embedded_source_is_the_source(tmp_path):
+    (train,) = load_target("embedded_source", data_root=tmp_path, image_size=8, splits=("train",))
+    source = load_source("embedded", data_root=tmp_path, image_size=8)
+    assert train.fingerprint == source.fingerprint and len(train) == 4800
+    with pytest.raises(UserError, match="target embedded_source: no split 'test'; it has train"):
+        load_target("embedded_source", data_root=tmp_path)
 
 
 def test_unknown_names(tmp_path):

@@ -16,42 +16,19 @@ import difflib
 import sys
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from metaperturb.dry_run import NORMALIZATIONS, Watched, summed_maps, watch
 from metaperturb.errors import UserError
-from metaperturb.modes import eval_mode
 from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite, Slot
 
-ADDITIONS = {
-    torch.add,
-    torch.Tensor.add,
-    torch.Tensor.add_,
-    torch.Tensor.__add__,
-    torch.Tensor.__iadd__,
-    torch.Tensor.__radd__,
-}
-ACTIVATIONS = {
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardtanh_",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "selu",
-        "celu",
-    ),
-    *("gelu", "silu", "hardswish", "mish", "prelu", "rrelu", "softplus", "tanh"),
-}
-NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+PLACES = ("all", "before_pooling", "top", "bottom")  # what `choose_sites` knows
 
 
 @dataclass(frozen=True)
@@ -144,7 +121,7 @@ def attach(
     model: nn.Module,
     phi: MetaPerturb,
     image_size: int,
-    sites: Iterable[str] | None = None,
+    sites: str | Iterable[str] | None = None,
     *,
     noise: bool = True,
     gate: bool = True,
@@ -157,11 +134,15 @@ def attach(
         model: any CNN that maps images `[B, C, S, S]` to logits.
         phi: the shared φ.
         image_size: S in pixels; also the normalizer of the layer's size.
-        sites: names of modules to perturb (their residual sum, else their output); default: found as the module
-            describes. `find_sites` lists them.
+        sites: default: all that are found as this module describes (`find_sites` lists them). `"before_pooling"`,
+            `"top"` or `"bottom"`: those that `choose_sites` leaves of them. A list: names of modules to perturb (their
+            residual sum, else their output).
         noise, gate: see `PerturbSite`.
         clip: upper bound in training, or None.
         verbose: say on stderr, in one line, which sites were chosen (`print(model.metaperturb)` shows all).
+
+    The channels of a layer are normalized by those of the widest one that is listed or, where a word chooses among the
+    found ones, the widest found: a site computes the same whether or not the others are there.
 
     Raises:
         UserError: already attached, no site found, unknown site name, or the network does not run on such images.
@@ -174,8 +155,12 @@ def attach(
     """
     if isinstance(getattr(model, "metaperturb", None), Attachment):
         raise UserError("this network has a perturbation attached already (detach(model) removes it)")
-    specs = find_sites(model, image_size, sites)
-    widest = max(spec.channels for spec in specs)
+    if sites is None or sites in PLACES:
+        found = find_sites(model, image_size)
+        specs = choose_sites(found, sites or "all")
+    else:
+        found = specs = find_sites(model, image_size, sites)
+    widest = max(spec.channels for spec in found)
     made = [PerturbSite(phi, s.channels, widest, image_size, noise=noise, gate=gate) for s in specs]
     attachment = Attachment(phi, specs, made)
     attachment.clip = clip
@@ -233,7 +218,7 @@ def find_sites(model: nn.Module, image_size: int, names: Iterable[str] | None = 
     Raises:
         UserError: no site found, unknown or repeated name, or the network does not run on such images.
     """
-    seen = _watch(model, image_size)
+    seen = watch(model, image_size)
     found = _slot_sites(model, seen) or _residual_sites(model, seen) or _plain_sites(model, seen)
     if names is None:
         if not found:
@@ -245,101 +230,35 @@ def find_sites(model: nn.Module, image_size: int, names: Iterable[str] | None = 
     return _named_sites(model, seen, found, names)
 
 
-# --- the dry run
+def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
+    """Those of a network's sites that an ablation leaves (table 3 (b)).
 
+    A stage is a run of consecutive sites with feature maps of one size.
 
-@dataclass
-class _Watched:
-    """What the dry run saw. Tensors are kept, so that their identities stay unique."""
+    Args:
+        specs: as `find_sites` gives them, at least one.
+        where: `"all"`; `"bottom"`: the first stage; `"top"`: the last one; `"before_pooling"`: the last site of each
+            stage, which the next down-sampling or the final pooling follows.
 
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # module → its last output, in order of completion
-    sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # module → index of sum → value, innermost only
-    activated: set[int] = field(default_factory=set)  # identities of tensors that an activation received
-    normalized: set[int] = field(default_factory=set)  # … that a normalization received
-    kept: list[Any] = field(default_factory=list)
+    Returns:
+        at least one of `specs`, in the same order.
 
+    Raises:
+        UserError: an unknown word.
 
-class _Watcher(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = _Watched()
-        self.stack: list[list] = []  # [module name, residual sums so far inside this call]
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in ACTIVATIONS and args and isinstance(args[0], Tensor):
-            self.seen.activated.add(id(args[0]))
-        out = func(*args, **(kwargs or {}))
-        operands = _summed_maps(func, args, kwargs, out)
-        if operands:
-            name, index = self.stack[-1]
-            if operands[0].shape == operands[1].shape:
-                self.seen.sums.setdefault(name, {})[index] = out
-            for call in self.stack:
-                call[1] += 1
-        self.seen.kept.append((args, out))
-        return out
-
-
-def _watch(model: nn.Module, image_size: int) -> _Watched:
-    """Run the network once on zeros and note what happens."""
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if not convolutions:
-        raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
-    # Which convolution sees the image is not known before the network has run; mostly the one declared first.
-    candidates = dict.fromkeys([convolutions[0].in_channels, 3, *(m.in_channels for m in convolutions)])
-    failure: Exception | None = None
-    for channels in candidates:
-        watcher = _Watcher()
-        image = convolutions[0].weight.new_zeros(2, channels, image_size, image_size)
-        try:
-            _dry_run(model, image, watcher)
-            return watcher.seen
-        except Exception as error:
-            failure = failure or error
-    cause = str(failure).strip().split("\n")[0]
-    raise UserError(
-        f"{type(model).__name__}: does not run on images [2, {next(iter(candidates))}, {image_size}, {image_size}] "
-        f"({cause}); is image_size right?"
-    ) from failure
-
-
-def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher) -> None:
-    names = {module: name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, args: tuple) -> None:
-        watcher.stack.append([names[module], 0])
-        if args and isinstance(args[0], Tensor) and isinstance(module, NORMALIZATIONS):
-            watcher.seen.normalized.add(id(args[0]))
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        watcher.stack.pop()
-        watcher.seen.outputs.pop(names[module], None)
-        if isinstance(output, Tensor):
-            watcher.seen.outputs[names[module]] = output
-
-    handles = []
-    for module in model.modules():
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        devices = [image.device] if image.is_cuda else []
-        with eval_mode(model), torch.random.fork_rng(devices), torch.no_grad(), watcher:
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _summed_maps(func: Any, args: tuple, kwargs: dict | None, out: Any) -> tuple[Tensor, Tensor] | None:
-    """The operands, if this call adds two tensors to a feature map.
-
-    Whether their shapes are equal (a residual sum) or one is broadcast (a bias, a position) is for the dry run to say:
-    there the batch has two images, while a later batch of one may make a broadcast look like a residual sum.
+    Example:
+        >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
+        >>> [spec.name for spec in choose_sites(find_sites(model, 32), "before_pooling")]
+        ['layer1.2', 'layer2.2', 'layer3.2']
     """
-    if func not in ADDITIONS or not isinstance(out, Tensor) or out.dim() != 4:
-        return None
-    named = kwargs or {}
-    operands = (*args, *(named[key] for key in ("input", "other") if key in named))
-    return operands[:2] if len(operands) >= 2 and all(isinstance(o, Tensor) for o in operands[:2]) else None
+    if where not in PLACES:
+        raise UserError(f"sites {where!r}: unknown place (known: {', '.join(PLACES)})")
+    stages = [list(stage) for _, stage in groupby(specs, key=lambda spec: spec.size)]
+    if where == "bottom":
+        return stages[0]
+    if where == "top":
+        return stages[-1]
+    return [stage[-1] for stage in stages] if where == "before_pooling" else list(specs)
 
 
 # --- choosing
@@ -349,14 +268,14 @@ def _spec(name: str, module: str, addition: int | None, value: Tensor) -> SiteSp
     return SiteSpec(name, module, addition, value.shape[1], (value.shape[2], value.shape[3]))
 
 
-def _slot_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
+def _slot_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
     slots = [n for n, m in model.named_modules() if isinstance(m, Slot) and n in seen.outputs]
     order = list(seen.outputs)
     slots.sort(key=order.index)
     return [_spec(n.rpartition(".")[0] or n, n, None, seen.outputs[n]) for n in slots]
 
 
-def _residual_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
+def _residual_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
     modules = dict(model.named_modules())
     blocks = {type(modules[name]) for name in seen.sums if name} - {nn.Sequential}
     specs = []
@@ -368,13 +287,13 @@ def _residual_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
     return specs
 
 
-def _sum_sites(name: str, seen: _Watched) -> list[SiteSpec]:
+def _sum_sites(name: str, seen: Watched) -> list[SiteSpec]:
     sums = seen.sums[name]
     alone = len(sums) == 1 and name
     return [_spec(name if alone else f"{name or 'model'}.sum{i}", name, k, v) for i, (k, v) in enumerate(sums.items())]
 
 
-def _plain_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
+def _plain_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
     modules = dict(model.named_modules())
     any_norm = any(isinstance(modules[name], NORMALIZATIONS) for name in seen.outputs)
     layers = [name for name in seen.outputs if isinstance(modules[name], nn.Conv2d | nn.Linear)]
@@ -389,7 +308,7 @@ def _plain_sites(model: nn.Module, seen: _Watched) -> list[SiteSpec]:
     return specs
 
 
-def _named_sites(model: nn.Module, seen: _Watched, found: list[SiteSpec], names: Iterable[str]) -> list[SiteSpec]:
+def _named_sites(model: nn.Module, seen: Watched, found: list[SiteSpec], names: Iterable[str]) -> list[SiteSpec]:
     names = [names] if isinstance(names, str) else list(names)
     known = {spec.name: spec for spec in found}
     specs = []
@@ -459,7 +378,7 @@ class _TapMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if getattr(_local, "inside", False) or not _summed_maps(func, args, kwargs, out):
+        if getattr(_local, "inside", False) or not summed_maps(func, args, kwargs, out):
             return out
         site = self.sites.get(self.count)
         self.count += 1

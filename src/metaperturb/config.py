@@ -58,6 +58,11 @@ class CommonConfig:
     kernel: Literal["auto", "fused", "plain"] = option(
         "auto", "how φ computes: fused where it can be, fused or an error, plain PyTorch operators", identity=False
     )
+    noise: bool = option(True, "the stochastic noise z; false: 1 instead (ablation of table 3 (a))")
+    gate: bool = option(True, "the scale s of each channel; false: 1 instead (ablation of table 3 (a))")
+    sites: Literal["all", "before_pooling", "top", "bottom"] = option(
+        "all", "where φ acts: at all sites, the last or first stage's, or each stage's last (table 3 (b))"
+    )
     log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
 
 
@@ -109,6 +114,12 @@ class MetaTestConfig(CommonConfig):
         "trivial_augment",
     ] = option("metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment")
     phi: str | None = option(None, "file or shipped name of φ (method metaperturb)")
+    init: str | None = option(
+        None, "run folder or file whose network, all but its classifier, is where training begins (finetuning)"
+    )
+    init_batch_norm: Literal["drop", "keep"] = option(
+        "drop", "batch norm of that network: fresh, as in the authors' code, or taken, too"
+    )
     # The methods' hyperparameters; metaperturb.methods says where each default comes from.
     info_dropout_beta: float = option(3.0, "β, the weight of the KL term", low=0.0)
     info_dropout_max_alpha: float = option(0.7, "upper bound of α(h), the spread of the log-normal noise", low=0.0)
@@ -125,7 +136,12 @@ class MetaTestConfig(CommonConfig):
     )
     lr_factor: float = option(0.3, "what lr is multiplied with", low=0.0, high=1.0)
     anneal: float = option(0.4, "φ's strength rises linearly from 0 to 1 over this share of the steps", low=0, high=1)
-    eval_split: Literal["test", "val"] = option("test", "what to evaluate on; val: s_cifar100 and folder, to tune")
+    eval_split: Literal["test", "val", "holdout"] = option(
+        "test", "what to evaluate on; to tune: val (s_cifar100, folder), or holdout: a part of the training images"
+    )
+    holdout: float = option(
+        0.2, "share of each class's training images that is held out (eval_split=holdout)", low=0.001, below=1.0
+    )
     eval_every: int = option(200, "steps between two evaluations", low=1)
     eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
@@ -138,15 +154,28 @@ class MetaTestConfig(CommonConfig):
 # --- filling and checking
 
 
-def load_config(cls: type[Config], path: str | None, assignments: Iterable[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key=value` texts.
+def load_config(
+    cls: type[Config],
+    path: str | None,
+    assignments: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
+    origin: str = "",
+) -> Config:
+    """Defaults, then the YAML file, then `values` as a YAML file would hold them, then `key=value` texts.
+
+    Args:
+        cls: which program's settings.
+        path: the YAML file, or None.
+        assignments: texts of `--set`.
+        values: further settings, typed.
+        origin: where `values` came from, for error messages.
 
     Raises:
         UserError: unknown key, wrong type, value out of range, or unreadable file; the message names the key.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     types_of = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
     def put(key: str, value: Any, origin: str, convert: Callable[[Any, Any], Any]) -> None:
         if key not in fields:
@@ -154,20 +183,22 @@ def load_config(cls: type[Config], path: str | None, assignments: Iterable[str] 
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
             raise UserError(f"{origin}: unknown setting {key!r} ({hint})")
         try:
-            values[key] = convert(value, types_of[key])
-            _check_range(values[key], fields[key].metadata)
+            settings[key] = convert(value, types_of[key])
+            _check_range(settings[key], fields[key].metadata)
         except ValueError as error:
             raise UserError(f"{origin}: {key}: {error}") from None
 
     if path is not None:
-        for key, value in _read_yaml(Path(path)).items():
+        for key, value in read_yaml(Path(path)).items():
             put(key, value, path, _from_yaml)
+    for key, value in (values or {}).items():
+        put(key, value, origin, _from_yaml)
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator:
             raise UserError(f"--set {assignment}: expected key=value")
         put(key.strip(), text.strip(), f"--set {assignment}", _from_text)
-    return cls(**values)
+    return cls(**settings)
 
 
 def parse_arguments(cls: type, doc: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -185,6 +216,29 @@ def parse_arguments(cls: type, doc: str, argv: list[str] | None = None) -> argpa
     return parser.parse_args(argv)
 
 
+def to_assignments(config: Any, changed: Mapping[str, Any] | None = None) -> list[str]:
+    """The `key=value` texts that make this configuration, with `changed` values in place of its own, out of defaults.
+
+    >>> to_assignments(MetaTestConfig(method="base", lr_milestones=[0.5]), {"run_dir": "runs/one"})
+    ['run_dir=runs/one', 'method=base', 'lr_milestones=0.5']
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | (changed or {})
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(config)}
+    return [f"{key}={_as_text(value)}" for key, value in values.items() if value != defaults[key]]
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def differences(old: Mapping[str, Any], new: Any) -> list[str]:
     """What distinguishes two runs: the settings, other than those with `identity=False`, that differ."""
     changed = []
@@ -195,7 +249,12 @@ def differences(old: Mapping[str, Any], new: Any) -> list[str]:
     return changed
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: unreadable, not YAML (with the line), or no mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -290,5 +349,5 @@ def _describe(kind: Any) -> str:
 
 
 def _show(field: dataclasses.Field) -> str:
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    default = default_of(field)
     return "null" if default is None else str(default)

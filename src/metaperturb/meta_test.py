@@ -2,11 +2,12 @@
 
     python -m metaperturb.meta_test --config configs/tgt.yaml --set target=cub phi=runs/src/phi.pt gpu=0
     python -m metaperturb.meta_test --config configs/tgt.yaml --set target=cub method=base gpu=0
+    python -m metaperturb.meta_test --config configs/tgt.yaml --set target=cub init=runs/pretrain …     # finetuning
 
 φ is frozen; its strength rises linearly over the first 40 % of the steps. The other regularizers are those of
 `metaperturb.methods`. Killed and started again, the run continues from its last checkpoint. The run folder gets
-`result.json` (accuracy, NLL and ECE on every test image), `metrics.jsonl`, `curves.png` and the checkpoint with the
-trained network.
+`result.json` (accuracy, NLL and ECE on every test image, or every held-out one), `metrics.jsonl`, `curves.png` and the
+checkpoint with the trained network.
 """
 
 import os
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from metaperturb import kernels, methods, models
+from metaperturb import finetuning, kernels, methods, models
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
-from metaperturb.data import TARGETS, load_target
+from metaperturb.data import TARGETS, ImageArrays, load_target
+from metaperturb.data.arrays import subset
 from metaperturb.data.batches import DeviceImages, TrainingBatches
+from metaperturb.data.splits import holdout_split
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
@@ -28,7 +31,15 @@ from metaperturb.plots import plot_convergence
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
-from metaperturb.training import accuracy, annealed_strength, autocast, check_finite, check_finite_parameters
+from metaperturb.training import (
+    ABLATION,
+    accuracy,
+    annealed_strength,
+    autocast,
+    check_ablation,
+    check_finite,
+    check_finite_parameters,
+)
 from metaperturb.weights import load_phi
 
 
@@ -51,9 +62,18 @@ def meta_test(config: MetaTestConfig) -> dict:
     # Settings that depend on each other, device, φ
     if config.target not in TARGETS:
         raise UserError(f"target: unknown {config.target!r} (known: {', '.join(TARGETS)})")
+    spec = TARGETS[config.target]
+    if config.eval_split not in (*spec.splits, "holdout"):
+        raise UserError(
+            f"eval_split: {config.target} has no {config.eval_split} images (eval_split=holdout needs none)"
+        )
     perturbed = config.method == "metaperturb"
     if perturbed and config.phi is None:
         raise UserError("phi: method metaperturb needs a file or shipped name of φ (run.sh src makes one)")
+    check_ablation(config)
+    ablated = [key for key in ABLATION if getattr(config, key) != getattr(MetaTestConfig, key)]
+    if ablated and not perturbed:
+        raise UserError(f"{ablated[0]}: only method metaperturb uses it, this is {config.method}")
     devices = parse_devices(config.gpu, key="gpu")
     if len(devices) != 1:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
@@ -62,20 +82,18 @@ def meta_test(config: MetaTestConfig) -> dict:
     method = methods.create(config, phi)
     kernels.set_kernel(config.kernel)
     kernel = kernels.kernel_name(device) if perturbed else None
-    models.create(config.model, num_classes=2, image_size=config.image_size or TARGETS[config.target].image_size)
+    image_size = config.image_size or spec.image_size
+    model = models.create(config.model, num_classes=2, image_size=image_size)
+    checkpoint = Path(config.run_dir) / "checkpoints" / "latest.pt"
+    weights = None
+    if config.init is not None and not checkpoint.exists():  # whether they fit is told before data is prepared
+        weights = finetuning.read_weights(config.init)
+        finetuning.initialize(model, image_size, weights, config.init_batch_norm, verbose=False)
     torch.set_num_threads(config.threads or os.cpu_count())
     run = Run(config, "meta_test")
 
     # Data
-    train, test = load_target(
-        config.target,
-        data_root=Path(config.data_root),
-        path=config.target_path,
-        image_size=config.image_size,
-        download=config.download,
-        skip_unreadable=config.skip_unreadable,
-        splits=("train", config.eval_split),
-    )
+    train, test = load_images(config)
     train_images, test_images = DeviceImages(train, device), DeviceImages(test, device)
     padding = crop_padding(train.image_size)
     key = (config.seed, 0, "order_train")
@@ -84,6 +102,9 @@ def meta_test(config: MetaTestConfig) -> dict:
     # Network and optimizer
     seed_torch(config.seed, 0, "init")
     model = models.create(config.model, train.num_classes, train.image_size).to(device)
+    origin = None  # of the initial weights, where they are not drawn
+    if weights is not None:
+        origin = finetuning.initialize(model, train.image_size, weights, config.init_batch_norm)
     seed_torch(config.seed, 0, "method_init")  # what a method adds leaves the network's initial weights as they are
     method.prepare(model, train)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -93,7 +114,6 @@ def meta_test(config: MetaTestConfig) -> dict:
     # Resume
     data = [train.fingerprint, test.fingerprint]
     phi_values = torch.nn.utils.parameters_to_vector(phi.parameters()).cpu() if perturbed else torch.empty(0)
-    checkpoint = run.checkpoint_dir / "latest.pt"
     start = 0
     if checkpoint.exists():
         state = load_tensors(checkpoint)
@@ -103,7 +123,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        start, run.seconds_before = state["step"], state["seconds"]
+        start, run.seconds_before, origin = state["step"], state["seconds"], state["init"]
         if perturbed:
             kernels.tell_change(state["kernel"], kernel, str(run.dir))
         print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
@@ -148,8 +168,9 @@ def meta_test(config: MetaTestConfig) -> dict:
         if saves:
             check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
             learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            origin = {"data": data, "phi": phi_values, "kernel": kernel, "schedule": schedule.state_dict()}
-            save_tensors({**learned, **origin, "step": done, "seconds": run.seconds}, checkpoint)
+            given = {"data": data, "phi": phi_values, "kernel": kernel, "init": origin}
+            state = {**learned, **given, "schedule": schedule.state_dict(), "step": done, "seconds": run.seconds}
+            save_tensors(state, checkpoint)
 
     # Result
     progress.close()
@@ -162,12 +183,36 @@ def meta_test(config: MetaTestConfig) -> dict:
         {config.method: [read_metrics(run.dir)]}, f"{config.target}, {config.model}", run.dir / "curves.png"
     )
     target = {"name": train.name, "train": len(train), "test": len(test), "fingerprints": data}
-    phi_card = phi.card if perturbed else None
-    result = {"target": target, "metrics": metrics, "phi_card": phi_card, "kernel": kernel}
+    result = {
+        "target": target,
+        "metrics": metrics,
+        "init": origin,
+        "sites": [spec.name for spec in method.sites.specs] if perturbed else None,
+        "phi_card": phi.card if perturbed else None,
+        "kernel": kernel,
+    }
     result = run.describe(result, device)
     run.finish(result)
     report(result)
     return result
+
+
+def load_images(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
+    """What the network is trained on and what it is evaluated on; with `eval_split=holdout` no test image is read."""
+    hold_out = config.eval_split == "holdout"
+    train, *rest = load_target(
+        config.target,
+        data_root=Path(config.data_root),
+        path=config.target_path,
+        image_size=config.image_size,
+        download=config.download,
+        skip_unreadable=config.skip_unreadable,
+        splits=("train",) if hold_out else ("train", config.eval_split),
+    )
+    if not hold_out:
+        return train, *rest
+    kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
+    return subset(train, kept, "rest"), subset(train, held_out, "holdout")
 
 
 def report(result: dict) -> None:

@@ -39,7 +39,15 @@ from metaperturb.plots import plot_meta_training
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
 from metaperturb.storage import load_json, load_tensors, save_json, save_tensors
-from metaperturb.training import accuracy, annealed_strength, autocast, check_finite, check_finite_parameters
+from metaperturb.training import (
+    ABLATION,
+    accuracy,
+    annealed_strength,
+    autocast,
+    check_ablation,
+    check_finite,
+    check_finite_parameters,
+)
 from metaperturb.weights import save_phi
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")  # a task's, beside φ's gradient in its row
@@ -60,9 +68,10 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
         print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
         return
     # Whatever is wrong is said now, the quick checks first, before any process starts.
+    check_ablation(config)
     devices = choose_devices(config.gpus, config.tasks)
     model = models.create(config.model, num_classes=2, image_size=config.image_size)
-    attach(model, MetaPerturb(), config.image_size, verbose=os.environ.get("RANK", "0") == "0")
+    attach(model, MetaPerturb(), config.image_size, config.sites, verbose=os.environ.get("RANK", "0") == "0")
     kernels.set_kernel(config.kernel)
     if devices[0].type == "cpu":
         kernels.kernel_name("cpu")  # built once, before the processes that will use it
@@ -120,7 +129,8 @@ class Task:
         self.test_batches = batches(split.test, "order_test")
         seed_torch(config.seed, index, "init")
         model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
-        self.model = attach(model, phi, config.image_size, clip=config.clip, verbose=False).train()
+        ablation = {key: getattr(config, key) for key in ABLATION}
+        self.model = attach(model, phi, config.image_size, **ablation, clip=config.clip, verbose=False).train()
         self.batch_norms = batch_norms(self.model)
         self.autocast = autocast(images.device, config.precision)
         self.theta = list(self.model.parameters())  # φ is not among them
@@ -151,7 +161,7 @@ class Task:
         with self.autocast:
             logits = self.model(x)
             loss = F.cross_entropy(logits, y)
-        gradient = parameters_to_vector(torch.autograd.grad(loss, list(self.phi.parameters())))
+        gradient = gradient_of(loss, self.phi)
         for parameter in self.theta:
             parameter.requires_grad_(True)
         return gradient, loss.detach(), accuracy(logits, y)
@@ -178,7 +188,7 @@ class Task:
         with self.autocast:
             logits = forward(ahead, x)
             loss = F.cross_entropy(logits, y)
-        gradient = parameters_to_vector(torch.autograd.grad(loss, list(self.phi.parameters())))
+        gradient = gradient_of(loss, self.phi)
         return gradient, loss.detach(), accuracy(logits, y)
 
     def state(self) -> dict:
@@ -265,6 +275,12 @@ def joint_step(
     set_gradient(phi, table[:, : -len(METRICS)].mean(dim=0))
     phi_optimizer.step()
     return table
+
+
+def gradient_of(loss: Tensor, phi: MetaPerturb) -> Tensor:
+    """dloss/dφ: `[82]`. Parameters that an ablation leaves without use have gradient 0."""
+    parameters = list(phi.parameters())
+    return parameters_to_vector(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 
 def set_gradient(phi: MetaPerturb, gradient: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -37,7 +38,6 @@ class Run:
         self.config, self.program = config, program
         self.dir = Path(config.run_dir)
         self.metrics_path = self.dir / "metrics.jsonl"
-        self.checkpoint_dir = self.dir / "checkpoints"
         self.seconds_before = 0.0  # wall time of earlier sittings, from the checkpoint
         self._started = time.monotonic()
         check_same_run(config, program)
@@ -147,8 +147,18 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "commit": _commit(),
+        "code": code_digest(),
         "hardware": {"device": gpu or "cpu", "cpu": _cpu_name(), "cores": os.cpu_count()},
     }
+
+
+def code_digest() -> str:
+    """Identifies this version of the package, in a checkout or installed: of all its source files, 12 hex digits."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for p in here.rglob("*") if p.suffix in (".py", ".cpp")):
+        digest.update(f"{path.relative_to(here)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _commit() -> str | None:

@@ -6,7 +6,20 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from metaperturb.config import CommonConfig
 from metaperturb.errors import UserError
+
+ABLATION = ("sites", "noise", "gate")  # settings of table 3, by the names that `attach` gives them
+
+
+def check_ablation(config: CommonConfig) -> None:
+    """Refuse to run with nothing left of φ.
+
+    Raises:
+        UserError: neither noise nor scale.
+    """
+    if not (config.noise or config.gate):
+        raise UserError("noise, gate: with both false φ does nothing")
 
 
 def annealed_strength(step: int, steps: int, share: float) -> float:

@@ -45,7 +45,7 @@ class ImageArrays:
         fingerprint: hex digest of the content: set, split, image size, classes, and the label and CRC-32 of
             each image file in order. The same for the same files, be they in zips, a tar or a folder, and
             wherever the cache is.
-        name: data set and split, ``"cub-train"``.
+        name: data set and split, ``"cub-train"``; a part of it is ``"cub-train-holdout"``.
     """
 
     images: np.ndarray
@@ -325,6 +325,21 @@ def _chunks(items: Iterable[tuple[int, Content]]) -> Iterator[list[tuple[int, Co
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:
+    """Some of a set's images, copied into memory, with a fingerprint of their own.
+
+    Args:
+        arrays: the whole set.
+        indices: which images, int64 ``[n]``.
+        part: what the part is called: the name of ``cub-train`` becomes ``cub-train-<part>``.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    digest = hashlib.sha256(f"{arrays.fingerprint} {part}\n".encode() + indices.astype("<i8").tobytes())
+    images, labels = arrays.images[indices], arrays.labels[indices]
+    images.flags.writeable = labels.flags.writeable = False
+    return ImageArrays(images, labels, arrays.classes, digest.hexdigest(), f"{arrays.name}-{part}")
 
 
 def from_memory(name: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ImageArrays:

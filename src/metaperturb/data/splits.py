@@ -1,4 +1,4 @@
-"""Class splits of the source data set into tasks (section 3.3 of the paper)."""
+"""Class splits of the source data set into tasks (section 3.3 of the paper), and images held out of a training set."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from metaperturb.storage import load_json, write_atomically
 
 KINDS = ("disjoint", "paired", "homogeneous")
 _FORMAT = 1
+# Which images are held out is no setting: all runs on a data set are tuned on the same ones.
+_HOLDOUT_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,40 @@ def _task(classes: np.ndarray, images: Sequence[np.ndarray]) -> TaskSplit:
     halves = [np.split(index, [(len(index) + 1) // 2]) for index in images]
     train, test = (np.sort(np.concatenate(half)).astype(np.int64) for half in zip(*halves, strict=True))
     return TaskSplit(np.sort(classes).astype(np.int64), train, test)
+
+
+def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hold a share of each class's images out: a pure function of its arguments.
+
+    Args:
+        labels: int ``[N]``.
+        share: between 0 and 1, exclusive; rounded to whole images of each class, at least one on either side. A
+            larger share holds out what a smaller one does, and more.
+        classes: names, for error messages.
+
+    Returns:
+        sorted int64 indices of the images that are left, and of those that are held out.
+
+    Raises:
+        UserError: a class with a single image, or a share out of range.
+
+    Example:
+        >>> rest, held_out = holdout_split(np.repeat(np.arange(3), 10), 0.2, ["a", "b", "c"])
+        >>> len(rest), len(held_out)
+        (24, 6)
+    """
+    if not 0 < share < 1:
+        raise UserError(f"holdout {share}: must be above 0 and below 1")
+    bits = np.random.PCG64(_HOLDOUT_SEED)
+    parts = []
+    for label in np.unique(labels):
+        images = shuffled(np.flatnonzero(labels == label), bits)
+        if len(images) < 2:
+            raise UserError(f"holdout: class {classes[label]} has one training image, too few to hold one out")
+        count = min(max(round(share * len(images)), 1), len(images) - 1)
+        parts.append((images[count:], images[:count]))
+    rest, held_out = (np.sort(np.concatenate(part)).astype(np.int64) for part in zip(*parts, strict=True))
+    return rest, held_out
 
 
 def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, kind: str, seed: int) -> None:

@@ -30,7 +30,9 @@ from metaperturb.data.arrays import (
 )
 from metaperturb.data.disk import disk_errors, file_lock, is_disk_error
 from metaperturb.data.image_folder import load_image_folder
+from metaperturb.data.sources import load_source
 from metaperturb.data.splits import shuffled
+from metaperturb.data.tiny_imagenet import load_tiny_imagenet
 from metaperturb.errors import UserError
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -84,6 +86,9 @@ TARGETS: dict[str, TargetSpec] = {
     "dtd": TargetSpec("DTD", 47, 3760, 1880, 84),
     "folder": TargetSpec("image folder", None, None, None, 32, ("train", "val", "test")),
     "embedded": TargetSpec("embedded", None, None, None, 32),
+    # The sources, to pretrain a network on for finetuning.
+    "tiny_imagenet": TargetSpec("Tiny ImageNet", None, None, None, 32),
+    "embedded_source": TargetSpec("embedded source", None, None, None, 32, ("train",)),
 }
 
 
@@ -104,15 +109,16 @@ def load_target(
         name: one of ``TARGETS``.
         data_root: where data sets and the image cache are.
         path: where this data set is, if not at its usual place under ``data_root``. For ``folder`` (which has
-            no usual place), ``cub`` and ``dogs``: the archive or folder itself; for the others: the folder
-            that torchvision calls ``root``.
+            no usual place), ``cub`` and ``dogs``: the archive or folder itself; for ``tiny_imagenet``: one or
+            several, separated by commas; for the others: the folder that torchvision calls ``root``.
         image_size: height = width in pixels; the set's own default if ``None``.
         download: fetch what is absent, where it can be fetched.
         skip_unreadable: leave broken images out and say how many, instead of raising.
-        seed: of the drawing, for ``embedded``.
+        seed: of the drawing, for ``embedded`` and ``embedded_source``.
         splits: which of the set's splits, in this order; ``"val"`` is offered by ``s_cifar100`` (25 training
             images a class of CIFAR-100 that are not in its ``train``, to choose among several φ) and by
-            ``folder``.
+            ``folder``. ``"test"`` of ``tiny_imagenet``: its official validation images, as its test images have
+            no public labels; ``embedded_source`` has none.
 
     Raises:
         UserError: an unknown name or split, anything wrong with the data, or other counts than the official
@@ -131,6 +137,14 @@ def load_target(
     size = spec.image_size if image_size is None else image_size
     if name == "embedded":
         return _embedded(seed, size, splits)
+    if name == "embedded_source":
+        source = load_source("embedded", data_root=data_root, image_size=size, seed=seed)
+        return tuple(source for _ in splits)
+    if name == "tiny_imagenet":
+        paths = [] if path is None else [part.strip() for part in str(path).split(",") if part.strip()]
+        options = {"data_root": data_root, "paths": paths, "fetch": download, "skip_unreadable": skip_unreadable}
+        parts = ["val" if split == "test" else split for split in splits]
+        return tuple(load_tiny_imagenet(**options, image_size=size, split=part) for part in parts)
     if name == "folder":
         if path is None:
             raise UserError("target folder: needs the path of a folder or archive with train/<class>/, test/<class>/")

@@ -4,7 +4,7 @@ Base, MetaPerturb, Information Dropout, DropBlock and Manifold Mixup are those o
 mixup, CutMix, label smoothing and TrivialAugment are further ones, which it does not report. Every hyperparameter is a
 setting of its own. Its default is the value of the method's original paper or code; each class says where it stands
 there. MetaPerturb's authors tuned their baselines on a holdout set for each data set and report neither the values
-searched nor those chosen, so a fair comparison tunes anew, on `eval_split=val`.
+searched nor those chosen, so a fair comparison tunes anew, on `eval_split=holdout` or `val`.
 
 All randomness comes from PyTorch's global generators, which meta-testing seeds before each step; crops and flips are
 drawn first. A method that is off (probability, α or smoothing 0) draws nothing and trains what Base trains, to the bit.
@@ -27,7 +27,9 @@ from metaperturb.perturbation import MetaPerturb
 
 METHODS: dict[str, Callable[[MetaTestConfig, MetaPerturb | None], Method]] = {
     "base": lambda config, phi: Method(),
-    "metaperturb": lambda config, phi: Perturbation(phi, config.clip, config.anneal),
+    "metaperturb": lambda config, phi: Perturbation(
+        phi, config.clip, config.anneal, config.sites, config.noise, config.gate
+    ),
     "info_dropout": lambda config, phi: InformationDropout(config.info_dropout_beta, config.info_dropout_max_alpha),
     "dropblock": lambda config, phi: DropBlock(config.dropblock_prob, config.dropblock_size),
     "manifold_mixup": lambda config, phi: ManifoldMixup(config.manifold_mixup_alpha),

@@ -15,16 +15,27 @@ class Perturbation(Method):
         phi: the meta-learned perturbation.
         clip: k, upper bound of perturbed values in training (section 3.2: 100), or None.
         ramp: the share of the steps over which the strength rises (section 3.3 anneals; 0.4 in the authors' code).
+        where, noise, gate: ablations of table 3, as `attach` takes them. Without noise evaluation draws nothing.
     """
 
-    stochastic = True
     sites: Attachment
 
-    def __init__(self, phi: MetaPerturb, clip: float | None, ramp: float) -> None:
+    def __init__(
+        self,
+        phi: MetaPerturb,
+        clip: float | None,
+        ramp: float,
+        where: str = "all",
+        noise: bool = True,
+        gate: bool = True,
+    ) -> None:
         self.phi, self.clip, self.ramp = phi, clip, ramp
+        self.where, self.noise, self.gate = where, noise, gate
+        self.stochastic = noise
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
-        self.sites = attach(model, self.phi, train.image_size, clip=self.clip).metaperturb
+        options = {"noise": self.noise, "gate": self.gate, "clip": self.clip}
+        self.sites = attach(model, self.phi, train.image_size, self.where, **options).metaperturb
 
     def set_strength(self, strength: float) -> None:
         self.sites.strength = strength

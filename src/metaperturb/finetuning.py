@@ -1,0 +1,207 @@
+"""Finetuning: initial weights from a network that was trained before (section 4.1, the lower half of tables 1 and 2).
+
+Everything is taken but the classifier, which has the classes of another data set, and, as in the authors' code, batch
+norm: its affine parameters and running statistics start fresh unless asked for.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaperturb.dry_run import watch
+from metaperturb.errors import UserError
+from metaperturb.modes import batch_norms
+from metaperturb.runs import finished_result
+from metaperturb.storage import load_tensors
+
+# What a method adds to a network: the children of this name (`attach`, `methods.SiteMethod`).
+METHOD_CHILDREN = ("metaperturb", "regularizer")
+RECORDED = ("target", "model", "image_size", "method", "steps", "batch_size", "lr", "weight_decay", "seed", "init")
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """What a file or run folder offers as initial weights.
+
+    Attributes:
+        source: the run folder or file, as it was given.
+        state: name → tensor, of the whole network.
+        run: of a run folder, what its training was: `RECORDED` settings, data, metrics, commit; else None.
+    """
+
+    source: str
+    state: dict[str, Tensor]
+    run: dict[str, Any] | None
+
+
+def read_weights(source: str | os.PathLike) -> PretrainedWeights:
+    """Read the network of a finished run of meta-testing, or a file of tensors. Nothing in it is executed.
+
+    Args:
+        source: a run folder; or a checkpoint of such a run (also of one under way); or a state dict, such as
+            `torch.save(torchvision.models.resnet18(weights="DEFAULT").state_dict(), path)` writes.
+
+    Raises:
+        UserError: no such file or folder, an unfinished run or one of another kind, or a file that holds anything but
+            named tensors.
+    """
+    path, run = Path(source), None
+    if path.is_dir():
+        run = _finished_run(path)
+        path = path / "checkpoints" / "latest.pt"
+    if not path.is_file():
+        raise UserError(f"init: {path}: no such file or run folder (./run.sh pretrain makes one)")
+    content = load_tensors(path)
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
+        raise UserError(f"init: {path}: holds no network (expected a checkpoint of a run, or a state dict)")
+    return PretrainedWeights(os.fspath(source), dict(content), run)
+
+
+def initialize(
+    model: nn.Module,
+    image_size: int,
+    weights: PretrainedWeights,
+    batch_norm: str = "drop",
+    *,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """Copy a pretrained network into `model`, in place: all of it but the classifier.
+
+    Args:
+        model: a network without perturbation that maps images `[B, C, S, S]` to logits; on any device.
+        image_size: S in pixels; may differ from the pretraining's where the network allows it.
+        weights: of the same network, with any number of classes. What a method had added to it is left out.
+        batch_norm: `"drop"`: `model` keeps its own, fresh ones; `"keep"`: they are copied, too.
+        verbose: say on stderr, in one line, what was taken.
+
+    Returns:
+        what `result.json` says of it: where from, the SHA-256 of what was taken, how many tensors, the classifier's
+        name, `batch_norm`, and the run that it came from.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape (it is another network), or not finite; or the
+            network has no classifier that could be left out. `model` is as it was, then.
+
+    Example:
+        >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
+        >>> origin = initialize(model, 32, read_weights("runs/pretrain"))  # doctest: +SKIP
+    """
+    classifier = classifier_name(model, image_size)
+    own = model.state_dict()  # tensors that share the network's memory
+    fresh = (f"{classifier}.", *(f"{name}." for name in _batch_norm_names(model) if batch_norm == "drop"))
+    given = {name: value for name, value in weights.state.items() if name.split(".")[0] not in METHOD_CHILDREN}
+    taken = [name for name in own if not name.startswith(fresh) and not _may_be_absent(name, given)]
+    _check_same_network(taken, own, given, weights.source)
+    with torch.no_grad():
+        for name in taken:
+            own[name].copy_(given[name])
+    if verbose:
+        norms = f"batch norm {'starts fresh' if batch_norm == 'drop' else 'taken, too'}"
+        print(
+            f"init: {len(taken)} tensors from {weights.source}; the classifier {classifier} starts fresh; {norms}",
+            file=sys.stderr,
+        )
+    return {
+        "from": weights.source,
+        "sha256": _digest({name: own[name] for name in taken}),
+        "tensors": len(taken),
+        "classifier": classifier,
+        "batch_norm": batch_norm,
+        "run": weights.run,
+    }
+
+
+def classifier_name(model: nn.Module, image_size: int) -> str:
+    """The module that makes the logits: the last linear layer or convolution that runs, with one output a class.
+
+    A dry run finds it; it changes neither the network's mode and buffers nor the random generators.
+
+    Raises:
+        UserError: the last such layer has another number of outputs, so that there may be parameters behind it; or the
+            network does not run on images `[B, C, S, S]` of this size.
+
+    Example:
+        >>> classifier_name(metaperturb.models.create("resnet20", num_classes=10, image_size=32), 32)
+        'fc'
+    """
+    outputs = watch(model, image_size).outputs
+    modules = dict(model.named_modules())
+    layers = [name for name in outputs if isinstance(modules[name], nn.Linear | nn.Conv2d)]  # in order of completion
+    if layers and "" in outputs:
+        output = outputs[layers[-1]]
+        count = output.shape[-1] if isinstance(modules[layers[-1]], nn.Linear) else output.shape[-3]
+        if outputs[""].dim() == 2 and count == outputs[""].shape[1]:
+            return layers[-1]
+    raise UserError(
+        f"{type(model).__name__}: no classifier found: its last linear layer or convolution has not one output a class"
+    )
+
+
+def _finished_run(folder: Path) -> dict[str, Any]:
+    """What a finished run of meta-testing says of itself."""
+    result = finished_result(str(folder))
+    if result is None:
+        what = "this run is not finished" if (folder / "config.yaml").exists() else "is no run folder"
+        raise UserError(f"init: {folder}: {what} (no result.json; the command that began a run also continues it)")
+    try:
+        if result["program"] != "meta_test":
+            raise UserError(f"init: {folder}: a run of {result['program']}, which trains no network to start from")
+        settings = {key: result["config"].get(key) for key in RECORDED}
+        return {**settings, "data": result["target"], "metrics": result["metrics"], "commit": result["commit"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"init: {folder / 'result.json'}: is no record of a run") from error
+
+
+def _batch_norm_names(model: nn.Module) -> list[str]:
+    norms = set(batch_norms(model))
+    return [name for name, module in model.named_modules() if module in norms]
+
+
+def _may_be_absent(name: str, given: Mapping[str, Tensor]) -> bool:
+    """Batch norm did not always count its batches, and does not use the number: files may lack it."""
+    return name.endswith("num_batches_tracked") and name not in given
+
+
+def _check_same_network(taken: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    wrong = [f"lacks {name}" for name in taken if name not in given]
+    wrong += [f"has unknown {name:.60}" for name in given if name not in own]
+    wrong += [_mismatch(name, own[name], given[name]) for name in taken if name in given]
+    wrong = [text for text in wrong if text]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"init: {source}: not the weights of this network: {', '.join(wrong[:3])}{more}")
+    for name in taken:
+        if not torch.isfinite(given[name]).all():
+            raise UserError(f"init: {source}: {name} holds values that are not finite")
+
+
+def _mismatch(name: str, own: Tensor, given: Any) -> str:
+    """How an entry of a file differs from what the network needs, or nothing. Files may hold odd kinds of tensors."""
+    if (
+        isinstance(given, Tensor)
+        and given.layout == torch.strided
+        and given.device.type == "cpu"
+        and not given.is_quantized
+        and given.shape == own.shape
+        and (given.is_floating_point(), given.is_complex()) == (own.is_floating_point(), own.is_complex())
+    ):
+        return ""
+    found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    return f"{name} should be {list(own.shape)}, found {found}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

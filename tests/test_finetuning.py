@@ -1,0 +1,417 @@
+"""Finetuning: what is taken from a pretrained network and what is not, which files are refused, and whole runs."""
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import error_line, run, start
+from image_files import one_line
+from torch import nn
+
+import metaperturb.meta_test as program
+from metaperturb import MetaPerturb, UserError, attach, detach, models, save_phi
+from metaperturb.finetuning import classifier_name, initialize, read_weights
+from metaperturb.methods import METHODS
+from metaperturb.storage import load_tensors
+
+CLASSIFIERS = {
+    **dict.fromkeys(models.ZOO, "fc"),
+    "resnet18": "fc",
+    "mobilenet_v2": "classifier.1",
+    "densenet121": "classifier",
+    "vgg11_bn": "classifier.6",
+    "squeezenet1_1": "classifier.1",  # a convolution, which an activation and a pooling follow
+    "efficientnet_b0": "classifier.1",
+    "shufflenet_v2_x0_5": "fc",
+}
+SIZES = dict.fromkeys(models.ZOO, 32)
+
+
+def network(name: str, num_classes: int = 6, seed: int = 0) -> nn.Module:
+    """With weights and statistics that are all of them drawn, so that no two networks have any in common."""
+    torch.manual_seed(seed)
+    model = models.create(name, num_classes, SIZES.get(name, 64))
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                # Near 1, so that batch norm's variances are positive, or small, so that deep networks stay in range.
+                value.copy_(1 + 0.1 * torch.rand_like(value) if value.dim() == 1 else 0.1 * torch.randn_like(value))
+            else:
+                value.fill_(seed + 1)
+    return model
+
+
+def saved(model: nn.Module, path: Path) -> Path:
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def batch_norm_entries(model: nn.Module) -> set[str]:
+    return {
+        f"{name}.{entry}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for entry in module.state_dict()
+    }
+
+
+def quietly(model, path, size=32, batch_norm="drop"):
+    return initialize(model, size, read_weights(path), batch_norm, verbose=False)
+
+
+# --- which module is the classifier
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_classifier_is_found_and_the_network_left_alone(name):
+    model = network(name, num_classes=64 if name in models.ZOO else 6)  # 64: as many classes as hidden channels
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    generator = torch.get_rng_state()
+    assert classifier_name(model, SIZES.get(name, 64)) == CLASSIFIERS[name]
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Prototypes(nn.Module):
+    """Its logits come from no layer: what is behind the last convolution cannot be left out by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.prototypes = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) @ self.prototypes.T
+
+
+def test_no_classifier_is_an_error():
+    with pytest.raises(UserError, match="Prototypes: no classifier found") as error:
+        classifier_name(Prototypes(), 16)
+    one_line(error)
+    with pytest.raises(UserError, match="image_size"):
+        classifier_name(models.create("conv4", 4, 32), 64)
+
+
+# --- what is taken
+
+
+@pytest.mark.parametrize("name", ["resnet8", "conv4", "wrn_28_2", "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("batch_norm", ["drop", "keep"])
+def test_value_by_value(name, batch_norm, tmp_path):
+    """With as many classes as before, so that shapes give nothing away."""
+    pretrained, model = network(name, seed=1), network(name, seed=2)
+    fresh = copy.deepcopy(model.state_dict())
+    norms = batch_norm_entries(model)
+    assert norms
+    origin = quietly(model, saved(pretrained, tmp_path / "weights.pt"), SIZES.get(name, 64), batch_norm)
+    taken = []
+    for key, value in model.state_dict().items():
+        is_fresh = key.startswith(f"{CLASSIFIERS[name]}.") or (key in norms and batch_norm == "drop")
+        assert not torch.equal(fresh[key], pretrained.state_dict()[key])
+        assert torch.equal(value, (fresh if is_fresh else pretrained.state_dict())[key]), key
+        taken += [] if is_fresh else [(key, value)]
+    digest = hashlib.sha256()
+    for key, value in taken:
+        digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode() + value.numpy().tobytes())
+    assert origin == {
+        "from": str(tmp_path / "weights.pt"),
+        "sha256": digest.hexdigest(),
+        "tensors": len(taken),
+        "classifier": CLASSIFIERS[name],
+        "batch_norm": batch_norm,
+        "run": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["resnet20", "densenet121", "squeezenet1_1"])
+def test_features_are_those_of_the_pretrained_network(name, tmp_path):
+    """With another number of classes and batch norm kept, the classifier receives the same."""
+    size = SIZES.get(name, 64)
+    pretrained, model = network(name, 6, seed=1).eval(), network(name, 11, seed=2).eval()
+    received = []
+    for net in (pretrained, model):
+        net.get_submodule(CLASSIFIERS[name]).register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    quietly(model, saved(pretrained, tmp_path / "weights.pt"), size, "keep")
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        outputs = [net(x) for net in (pretrained, model)]
+    assert torch.equal(received[-2], received[-1])
+    assert [out.shape[1] for out in outputs] == [6, 11]
+
+
+def test_another_image_size_where_the_network_allows_it(tmp_path):
+    path = saved(models.create("conv4", 6, 32), tmp_path / "weights.pt")
+    model = models.create("conv4", 6, 64)  # its classifier has four times the inputs
+    assert quietly(model, path, 64)["tensors"] == 8
+
+    class Hidden(nn.Sequential):
+        def __init__(self, size):
+            super().__init__(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.Flatten())
+            self.extend([nn.Linear(2 * size**2, 5), nn.ReLU(), nn.Linear(5, 4)])
+
+    path = saved(Hidden(8), tmp_path / "hidden.pt")
+    assert quietly(Hidden(8), path, 8)["classifier"] == "5"
+    with pytest.raises(UserError, match=r"3\.weight should be \[5, 512\], found torch.float32 \[5, 128\]") as error:
+        quietly(Hidden(16), path, 16)
+    one_line(error)
+
+
+def test_half_precision_and_batch_norm_without_counts(tmp_path):
+    """As files of older versions of PyTorch and torchvision are."""
+    state = {k: v.half() for k, v in network("resnet8", seed=1).state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "weights.pt")
+    model = network("resnet8", seed=2)
+    quietly(model, tmp_path / "weights.pt", batch_norm="keep")
+    ours = model.state_dict()
+    assert all(torch.equal(ours[k], v.float()) for k, v in state.items() if not k.startswith("fc."))
+    assert all(v == 3 for k, v in ours.items() if "num_batches" in k)
+
+
+def test_one_line_says_what_was_taken(tmp_path, capsys):
+    path = saved(network("resnet8"), tmp_path / "weights.pt")
+    for batch_norm, said in (("drop", "batch norm starts fresh"), ("keep", "batch norm taken, too")):
+        initialize(network("resnet8"), 32, read_weights(path), batch_norm)
+        count = 7 if batch_norm == "drop" else 42
+        assert capsys.readouterr().err == f"init: {count} tensors from {path}; the classifier fc starts fresh; {said}\n"
+
+
+def test_a_network_with_phi_gives_its_own_weights_only(tmp_path):
+    pretrained = attach(network("resnet8", seed=1), MetaPerturb(), 32, verbose=False)
+    path = saved(pretrained, tmp_path / "weights.pt")
+    assert any(key.startswith("metaperturb.") for key in load_tensors(path))
+    model = network("resnet8", seed=2)
+    quietly(model, path, batch_norm="keep")
+    plain = detach(pretrained).state_dict()
+    assert all(torch.equal(value, plain[key]) for key, value in model.state_dict().items() if not key.startswith("fc."))
+
+
+# --- what is refused
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def broken(**changes):
+    state = network("resnet8").state_dict()
+    return {key: value for key, value in {**state, **changes}.items() if value is not None}
+
+
+CONV = "layer1.0.conv1.weight"
+REFUSED = {
+    "no such file": (None, "no such file or run folder"),
+    "garbage": (b"no tensors", "weights.pt"),
+    "half a file": (b"PK\x03\x04 half a file", "weights.pt"),
+    "code": (pickle.dumps({"conv1.weight": Malicious()}), "could run code"),
+    "a number": (3, "holds no network"),
+    "nothing": ({}, "holds no network"),
+    "numbered": ({0: torch.zeros(1)}, "holds no network"),
+    "deeper network": (models.create("resnet20", 6, 32).state_dict(), "has unknown layer1.1.conv1.weight"),
+    "other family": (models.create("conv4", 6, 32).state_dict(), "lacks conv1.weight"),
+    "missing": (broken(**{CONV: None}), f"not the weights of this network: lacks {CONV}"),
+    "unknown": (broken(**{"layer9.bias": torch.zeros(1)}), "has unknown layer9.bias"),
+    "shape": (
+        broken(**{CONV: torch.zeros(16, 16, 1, 1)}),
+        "should be [16, 16, 3, 3], found torch.float32 [16, 16, 1, 1]",
+    ),
+    "kind": (broken(**{CONV: torch.zeros(16, 16, 3, 3, dtype=torch.int8)}), "found torch.int8"),
+    "complex": (broken(**{CONV: torch.zeros(16, 16, 3, 3, dtype=torch.complex64)}), "found torch.complex64"),
+    "sparse": (broken(**{CONV: torch.zeros(16, 16, 3, 3).to_sparse()}), f"{CONV} should be"),
+    "no values": (broken(**{CONV: torch.zeros(16, 16, 3, 3, device="meta")}), f"{CONV} should be"),
+    "a text": (broken(**{CONV: "weights"}), "found str"),
+    "not finite": (
+        broken(**{CONV: torch.full((16, 16, 3, 3), float("nan"))}),
+        f"{CONV} holds values that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_and_nothing_changed(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, expected = REFUSED[case]
+    path = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    model = network("resnet8", seed=2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError) as error:
+        quietly(model, path)
+    assert expected in one_line(error)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_is_not_taken_need_not_be_right(tmp_path):
+    state = broken(**{"bn1.running_mean": torch.full((16,), float("nan")), "fc.weight": torch.zeros(1)})
+    torch.save(state, tmp_path / "weights.pt")
+    quietly(network("resnet8"), tmp_path / "weights.pt", batch_norm="drop")
+    with pytest.raises(UserError, match=r"bn1\.running_mean holds values that are not finite"):
+        quietly(network("resnet8"), tmp_path / "weights.pt", batch_norm="keep")
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def settings(target_settings, tmp_path_factory) -> list[str]:
+    phi = tmp_path_factory.mktemp("phi") / "phi.pt"
+    torch.manual_seed(1)
+    save_phi(MetaPerturb(), phi)
+    return [*target_settings, f"phi={phi}"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(target_settings, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("pretrained") / "pre"
+    assert program.main(["--set", *target_settings, "method=base", "steps=6", "seed=5", f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+def model_state(run_dir: Path) -> dict:
+    return load_tensors(run_dir / "checkpoints" / "latest.pt")["model"]
+
+
+def result(run_dir: Path) -> dict:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_begins_with_the_pretrained_weights(method, settings, pretrained, tmp_path):
+    """With a learning rate of 0 they are still there at the end; the rest is what a run from scratch begins with."""
+    common = [*settings, f"method={method}", "steps=1", "lr=0", "weight_decay=0"]
+    assert program.main(["--set", *common, f"init={pretrained}", f"run_dir={tmp_path / 'ft'}"]) == 0
+    assert program.main(["--set", *common, f"run_dir={tmp_path / 'scratch'}"]) == 0
+    ours, scratch, weights = (model_state(d) for d in (tmp_path / "ft", tmp_path / "scratch", pretrained))
+    assert ours.keys() == scratch.keys()
+    for key, value in ours.items():
+        if "conv" in key and not key.startswith("regularizer"):
+            assert torch.equal(value, weights[key]) and not torch.equal(value, scratch[key])
+        elif not key.endswith(("running_mean", "running_var")):
+            assert torch.equal(value, scratch[key]), key
+    assert result(tmp_path / "scratch")["init"] is None
+
+
+@pytest.mark.parametrize("method", ["metaperturb", "info_dropout"])
+def test_a_run_pretrained_with_a_method(method, settings, tmp_path):
+    pre, ft = tmp_path / "pre", tmp_path / "ft"
+    assert program.main(["--set", *settings, f"method={method}", "steps=2", f"run_dir={pre}"]) == 0
+    common = [*settings, "method=base", "steps=1", "lr=0", "weight_decay=0", "init_batch_norm=keep"]
+    assert program.main(["--set", *common, f"init={pre}", f"run_dir={ft}"]) == 0
+    ours, weights = model_state(ft), model_state(pre)
+    assert any(key.startswith(("metaperturb", "regularizer")) for key in weights)
+    assert all(torch.equal(value, weights[key]) for key, value in ours.items() if "conv" in key or key == "bn1.weight")
+
+
+def test_the_result_says_where_it_began(settings, pretrained, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    init = {}
+    for name, source in (("folder", pretrained), ("file", pretrained / "checkpoints" / "latest.pt")):
+        run_dir = tmp_path / name
+        changes = ["method=base", "steps=1", f"init={source}", f"run_dir={run_dir}"]
+        assert program.main(["--set", *settings, *changes]) == 0
+        assert capsys.readouterr().err.count(f"init: 7 tensors from {source}; the classifier fc starts fresh") == 1
+        init[name] = result(run_dir)["init"]
+    assert init["folder"]["sha256"] == init["file"]["sha256"] and init["file"]["run"] is None
+    run_of = init["folder"]["run"]
+    assert (run_of["seed"], run_of["steps"], run_of["method"], run_of["data"]["train"]) == (5, 6, "base", 80)
+    assert run_of["metrics"] == result(pretrained)["metrics"]
+
+
+def test_bits_after_sigkill_and_resume_without_the_pretrained_run(settings, pretrained, tmp_path):
+    init = shutil.copytree(pretrained, tmp_path / "pre")
+    common = [*settings, "steps=8", f"init={init}"]
+    whole = run("meta_test", [*common, f"run_dir={tmp_path / 'whole'}"])
+    assert whole.returncode == 0, whole.stderr
+    run_dir = tmp_path / "cut"
+    killed = start("meta_test", [*common, f"run_dir={run_dir}"])
+    deadline = time.monotonic() + 90
+    while not (run_dir / "checkpoints" / "latest.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
+    shutil.rmtree(init)
+    resumed = run("meta_test", [*common, f"run_dir={run_dir}"])
+    assert resumed.returncode == 0 and "resuming after step" in resumed.stderr and "init:" not in resumed.stderr
+    ours, theirs = model_state(run_dir), model_state(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = result(run_dir), result(tmp_path / "whole")
+    assert ours["metrics"] == theirs["metrics"] and ours["init"] == theirs["init"] and ours["init"]["tensors"] == 7
+
+
+def test_other_initial_weights_are_another_run(settings, pretrained, tmp_path, capsys):
+    common = [*settings, "method=base", "steps=1", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *common]) == 0
+    assert program.main(["--set", *common, f"init={pretrained}", "init_batch_norm=keep"]) == 1
+    message = capsys.readouterr().err
+    assert f"init: None → {pretrained}" in message and "init_batch_norm: drop → keep" in message
+
+
+def unfinished(folder: Path, pretrained: Path) -> None:
+    shutil.copytree(pretrained, folder)
+    (folder / "result.json").unlink()
+
+
+def of_meta_training(folder: Path, pretrained: Path) -> None:
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"program": "meta_train"}))
+
+
+def of_nothing(folder: Path, pretrained: Path) -> None:
+    folder.mkdir()
+    (folder / "result.json").write_text("[]")
+
+
+def without_checkpoint(folder: Path, pretrained: Path) -> None:
+    shutil.copytree(pretrained, folder)
+    shutil.rmtree(folder / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "expected"),
+    [
+        (unfinished, [], "this run is not finished (no result.json"),
+        (lambda folder, _: folder.mkdir(), [], "is no run folder"),
+        (of_meta_training, [], "a run of meta_train, which trains no network"),
+        (of_nothing, [], "result.json: is no record of a run"),
+        (without_checkpoint, [], "latest.pt: no such file"),
+        (lambda folder, pretrained: None, [], "pre: no such file or run folder"),
+        (lambda folder, pretrained: shutil.copytree(pretrained, folder), ["model=resnet20"], "not the weights of this"),
+        (lambda folder, pretrained: None, ["init_batch_norm=fresh"], "init_batch_norm: expected one of drop, keep"),
+    ],
+)
+def test_bad_folders_are_one_line(settings, pretrained, tmp_path, capsys, make, changes, expected):
+    """And said before any data is looked at: there is none."""
+    make(tmp_path / "pre", pretrained)
+    paths = [f"init={tmp_path / 'pre'}", f"run_dir={tmp_path / 'tgt'}", "target_path=nowhere"]
+    code = program.main(["--set", *settings, *paths, *changes])
+    captured = capsys.readouterr()
+    assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+    assert not (tmp_path / "tgt").exists()
+
+
+def test_torchvision_weights_are_taken(settings, tmp_path):
+    torch.manual_seed(0)
+    path = saved(torchvision.models.resnet18(), tmp_path / "resnet18.pth")  # 1000 classes
+    common = [*settings, "model=resnet18", "image_size=32", "method=base", "steps=1", "lr=0", "weight_decay=0"]
+    assert program.main(["--set", *common, f"init={path}", f"run_dir={tmp_path / 'tgt'}"]) == 0
+    ours, weights = model_state(tmp_path / "tgt"), load_tensors(path)
+    assert all(torch.equal(value, weights[key]) for key, value in ours.items() if "conv" in key)
+    assert ours["fc.weight"].shape == (10, 512)

@@ -1,0 +1,142 @@
+"""Images held out of the training set: which, how many, the same in every run, and no look at the test set."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import class_pictures, error_line
+from image_files import one_line, write_folder, write_zip
+
+import metaperturb.meta_test as program
+from metaperturb.config import MetaTestConfig, load_config
+from metaperturb.data import load_source
+from metaperturb.data.arrays import from_memory, subset
+from metaperturb.data.splits import holdout_split
+from metaperturb.errors import UserError
+
+NAMES = [f"class {i}" for i in range(20)]
+
+
+def counts_by_class(labels, indices) -> dict:
+    counts = dict.fromkeys(labels.tolist(), 0)
+    for i in indices:
+        counts[int(labels[i])] += 1
+    return counts
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+def test_disjoint_complete_and_stratified(share):
+    sizes = {0: 2, 3: 7, 4: 50, 9: 101}  # labels need neither be dense nor sorted
+    labels = np.random.default_rng(0).permutation(np.repeat(list(sizes), list(sizes.values())))
+    rest, held_out = holdout_split(labels, share, NAMES)
+    assert sorted([*rest, *held_out]) == list(range(len(labels)))
+    assert (np.diff(rest) > 0).all() and (np.diff(held_out) > 0).all()
+    for label, count in counts_by_class(labels, held_out).items():
+        assert 1 <= count <= sizes[label] - 1
+        assert abs(count - share * sizes[label]) <= 0.5 or count in (1, sizes[label] - 1)
+
+
+def test_the_choice_is_fixed_for_ever():
+    """A part of what a tuned number means: these very images. The generator is written out: PCG64's raw stream."""
+    labels = np.repeat([0, 1], 10)
+    bits = np.random.PCG64(0)
+    expected = []
+    for label in (0, 1):
+        order = sorted(range(10), key=dict(enumerate(bits.random_raw(10))).get)
+        expected += [10 * label + i for i in order[:3]]
+    for _ in range(2):
+        assert holdout_split(labels, 0.3, NAMES)[1].tolist() == sorted(expected)
+    assert sorted(expected) == [1, 2, 3, 11, 13, 15]
+    assert set(holdout_split(labels, 0.2, NAMES)[1]) < set(expected)
+
+
+def test_a_class_with_one_image_is_named():
+    with pytest.raises(UserError, match="class 2 has one training image") as error:
+        holdout_split(np.array([0, 0, 2, 3, 3]), 0.2, NAMES)
+    one_line(error)
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(UserError, match="must be above 0 and below 1"):
+            holdout_split(np.array([0, 0]), share, NAMES)
+
+
+def test_a_subset_has_a_fingerprint_of_its_own():
+    images = np.arange(6 * 3 * 4, dtype=np.uint8).reshape(6, 3, 2, 2)
+    whole = from_memory("drawn-train", images, np.array([0, 0, 1, 1, 2, 2]), "abc")
+    part = subset(whole, np.array([1, 4]), "rest")
+    np.testing.assert_array_equal(part.images, images[[1, 4]])
+    assert part.labels.tolist() == [0, 2] and part.classes == ("a", "b", "c") and part.name == "drawn-train-rest"
+    others = [subset(whole, np.array(i), n) for i, n in (([1, 4], "holdout"), ([1, 5], "rest"), (range(6), "rest"))]
+    assert len({whole.fingerprint, part.fingerprint, *(o.fingerprint for o in others)}) == 5
+    assert subset(whole, np.array([1, 4]), "rest").fingerprint == part.fingerprint
+    with pytest.raises(ValueError, match="read-only"):
+        part.images[0] = 0
+
+
+def load(target_settings, *changes):
+    return program.load_images(load_config(MetaTestConfig, None, [*target_settings, "eval_split=holdout", *changes]))
+
+
+def test_the_parts_are_of_the_training_images(target_settings):
+    whole, _ = program.load_images(load_config(MetaTestConfig, None, target_settings))
+    rest, held_out = load(target_settings, "holdout=0.25")
+    assert (len(rest), len(held_out)) == (60, 20)
+    assert counts_by_class(held_out.labels, range(20)) == dict.fromkeys(range(10), 2)
+    pixels = sorted(image.tobytes() for image in whole.images)
+    assert sorted(image.tobytes() for part in (rest, held_out) for image in part.images) == pixels
+    again = load(target_settings, "holdout=0.25", "seed=7")
+    assert [p.fingerprint for p in again] == [rest.fingerprint, held_out.fingerprint]
+
+
+@pytest.mark.parametrize("test", ["none", "broken"])
+def test_a_run_never_opens_the_test_set(target_settings, tmp_path, capsys, test):
+    files = class_pictures(3, 5, "train")
+    if test == "broken":
+        files |= {f"test/class{c:02}/0.png": b"no image" for c in range(3)}
+    archive = write_zip(tmp_path / "images.zip", files)
+    settings = [*target_settings, f"target_path={archive}", f"data_root={tmp_path}", "method=base", "steps=2"]
+    settings += [f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 1  # with the test set it cannot work
+    assert not (tmp_path / "tgt" / "result.json").exists()
+    capsys.readouterr()
+    assert program.main(["--set", *settings, "eval_split=holdout"]) == 0
+    assert "(3 holdout images, 1 samples)" in capsys.readouterr().out
+    result = json.loads((tmp_path / "tgt" / "result.json").read_text())
+    assert (result["target"]["train"], result["target"]["test"]) == (12, 3)
+    assert result["config"]["eval_split"] == "holdout" and result["target"]["name"] == "folder-train-rest"
+    caches = [path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
+    assert len(caches) == 1 and caches[0].startswith("folder-train-")
+
+
+def test_another_share_is_another_run(target_settings, tmp_path, capsys):
+    settings = [*target_settings, "method=base", "steps=1", f"run_dir={tmp_path / 'tgt'}", "eval_split=holdout"]
+    assert program.main(["--set", *settings]) == 0
+    assert program.main(["--set", *settings, "holdout=0.5"]) == 1
+    assert "holdout: 0.2 → 0.5" in capsys.readouterr().err
+
+
+def test_the_drawn_source(target_settings, tmp_path):
+    rest, held_out = load(target_settings, "target=embedded_source", "target_path=null", "image_size=8")
+    assert (len(rest), len(held_out)) == (3840, 960)
+    source = load_source("embedded", data_root=tmp_path, image_size=8)
+    assert {image.tobytes() for image in held_out.images} < {image.tobytes() for image in source.images}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["holdout=0"], "holdout: must be at least 0.001 and below 1, got 0"),
+        (["holdout=1"], "holdout: must be at least 0.001 and below 1, got 1"),
+        (["eval_split=train"], "eval_split: expected one of test, val, holdout"),
+        (["target=embedded_source"], "eval_split: embedded_source has no test images"),
+        (["target=cub", "eval_split=val"], "eval_split: cub has no val images"),
+        (["eval_split=holdout"], "holdout: class a has one training image"),
+    ],
+)
+def test_bad_settings_are_one_line(target_settings, tmp_path, capsys, changes, expected):
+    picture = class_pictures(1, 1, "train").popitem()[1]
+    folder = write_folder(tmp_path / "images", {f"train/{name}.png": picture for name in ("a/0", "b/0", "b/1")})
+    settings = [*target_settings, f"target_path={folder}", f"data_root={tmp_path}", f"run_dir={tmp_path / 'tgt'}"]
+    code = program.main(["--set", *settings, "method=base", *changes])
+    captured = capsys.readouterr()
+    assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
