@@ -5,6 +5,11 @@
 #   ./run.sh test              the tests
 #   ./run.sh src               meta-train φ on Tiny ImageNet           (Algorithm 1)
 #   ./run.sh tgt <gpu|cpu>     train a network on a target data set     (Algorithm 2)
+#   ./run.sh pretrain <gpu>    train the target's network on Tiny ImageNet, for INIT=… ./run.sh tgt to finetune it
+#   ./run.sh table1            all trainings of the paper's table 1, and the table beside the paper's; also table2,
+#                              table3 (--preset smoke|quick|paper, --jobs, --rows, …: see --help)
+#   ./run.sh tune              choose the regularizers' hyperparameters on held-out training images
+#   ./run.sh select            choose the best of several φ on validation images
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
 #   ./run.sh bench             measure how fast it is, into results/benchmark (--help: which parts, --json, --smoke)
 #
@@ -17,7 +22,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 GPUS=${GPUS:-auto}                  # devices for src: 0,1,… one process each; cpu; cpu,cpu; auto
 DATA=${DATA:-$here/data}            # downloads and cached arrays
 RUNS=${RUNS:-$here/runs}            # results
-SEED=${SEED:-0}
+SEED=${SEED:-0}                     # for src one or several: "0 1 2 3 4", one run after the other
 
 SRC_DATA=${SRC_DATA:-tiny_imagenet} # or embedded, folder
 SRC_PATHS=${SRC_PATHS:-}            # local zips or folders, comma-separated; empty: under DATA, else downloaded
@@ -25,16 +30,18 @@ SRC_MODEL=${SRC_MODEL:-resnet20}
 SRC_SPLIT=${SRC_SPLIT:-disjoint}    # or paired, homogeneous
 SRC_TASKS=${SRC_TASKS:-10}
 SRC_STEPS=${SRC_STEPS:-750}
-SRC_RUN=${SRC_RUN:-$RUNS/src-$SRC_DATA-$SRC_MODEL-$SRC_SPLIT-seed$SEED}
+src_run() { echo "${SRC_RUN:-$RUNS/src-$SRC_DATA-$SRC_MODEL-$SRC_SPLIT-seed$1}"; } # the run of one seed
 
-TGT_DATA=${TGT_DATA:-s_cifar100}    # stl10 dogs cars aircraft cub small_svhn fashion_mnist dtd folder embedded
+TGT_DATA=${TGT_DATA:-s_cifar100}    # stl10 dogs cars aircraft cub small_svhn fashion_mnist dtd tiny_imagenet folder …
 TGT_PATH=${TGT_PATH:-}              # folder or archive of the target; empty: under DATA, else downloaded
 TGT_MODEL=${TGT_MODEL:-resnet20}    # conv4 conv6 vgg9 resnet20 … wrn_28_2, or any CNN of torchvision
 TGT_STEPS=${TGT_STEPS:-10000}
 METHOD=${METHOD:-metaperturb}       # base info_dropout dropblock manifold_mixup dropout mixup cutmix
                                     # label_smoothing trivial_augment
-PHI=${PHI:-$SRC_RUN/phi.pt}
-TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED}
+PHI=${PHI:-}                        # φ to use; empty: tgt takes that of src, tables make theirs
+INIT=${INIT:-}                      # finetuning: run of pretrain, or file of weights, to begin with
+TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED${INIT:+-ft}}
+PRE_RUN=${PRE_RUN:-$RUNS/pretrain-$SRC_DATA-$TGT_MODEL-seed$SEED} # pretrain: TGT_MODEL on SRC_DATA
 
 VENV=${VENV:-$here/.venv}
 
@@ -102,9 +109,15 @@ bench)
     ;;
 src)
     setup "$here/requirements.txt"
-    exec "$py" -m metaperturb.meta_train --config "$here/configs/src.yaml" --set "gpus=$GPUS" "data_root=$DATA" "seed=$SEED" \
-        "source=$SRC_DATA" "source_paths=$SRC_PATHS" "model=$SRC_MODEL" "split=$SRC_SPLIT" "tasks=$SRC_TASKS" \
-        "steps=$SRC_STEPS" "run_dir=$SRC_RUN" "$@"
+    read -ra seeds <<<"$SEED"
+    [ ${#seeds[@]} -eq 1 ] || [ -z "${SRC_RUN:-}" ] || die "SRC_RUN names one run, SEED asks for ${#seeds[@]}"
+    for seed in "${seeds[@]}"; do
+        run=("$py" -m metaperturb.meta_train --config "$here/configs/src.yaml" --set "gpus=$GPUS" "data_root=$DATA"
+            "seed=$seed" "source=$SRC_DATA" "source_paths=$SRC_PATHS" "model=$SRC_MODEL" "split=$SRC_SPLIT"
+            "tasks=$SRC_TASKS" "steps=$SRC_STEPS" "run_dir=$(src_run "$seed")" "$@")
+        [ "$seed" != "${seeds[-1]}" ] || exec "${run[@]}"
+        METAPERTURB_PARENT=$$ "${run[@]}" # it ends when this script is gone
+    done
     ;;
 tgt)
     [ $# -gt 0 ] || die "usage: ./run.sh tgt <gpu number or cpu> [key=value …]"
@@ -113,8 +126,32 @@ tgt)
     options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "target=$TGT_DATA" "model=$TGT_MODEL" "steps=$TGT_STEPS"
         "method=$METHOD" "run_dir=$TGT_RUN")
     [ -n "$TGT_PATH" ] && options+=("target_path=$TGT_PATH")
-    [ "$METHOD" != metaperturb ] || options+=("phi=$PHI")
+    [ "$METHOD" != metaperturb ] || options+=("phi=${PHI:-$(src_run "$SEED")/phi.pt}")
+    [ -z "$INIT" ] || options+=("init=$INIT")
     exec "$py" -m metaperturb.meta_test --config "$here/configs/tgt.yaml" --set "${options[@]}" "$@"
+    ;;
+pretrain)
+    [ $# -gt 0 ] || die "usage: ./run.sh pretrain <gpu number or cpu> [key=value …]"
+    gpu=$1 && shift
+    setup "$here/requirements.txt"
+    options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "model=$TGT_MODEL" "run_dir=$PRE_RUN")
+    case $SRC_DATA in
+    embedded) options+=("target=embedded_source" "eval_split=holdout") ;; # it has no test images
+    *) options+=("target=$SRC_DATA") ;;
+    esac
+    [ -z "$SRC_PATHS" ] || options+=("target_path=$SRC_PATHS")
+    exec "$py" -m metaperturb.meta_test --config "$here/configs/pretrain.yaml" --set "${options[@]}" "$@"
+    ;;
+table1 | table2 | table3 | tune | select)
+    setup "$here/requirements.txt"
+    case $command in
+    tune) script=(tune.py) ;;
+    select) script=(select_phi.py) ;;
+    *) script=(experiment.py "$here/configs/$command.yaml") ;;
+    esac
+    options=(--runs "$RUNS" --data-root "$DATA")
+    [[ -z $PHI || $command != table* ]] || options+=(--use "phi=$PHI")
+    exec "$py" "$here/scripts/${script[0]}" "${script[@]:1}" "${options[@]}" "$@"
     ;;
 data)
     setup "$here/requirements.txt"

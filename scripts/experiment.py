@@ -1,0 +1,305 @@
+"""Run a grid of trainings, one of the paper's tables for instance, and make its table.
+
+    ./run.sh table1                                         # at the paper's settings, on all GPUs (or the CPU)
+    ./run.sh table2 --preset quick --jobs 4 --devices 0,1   # reduced; four trainings at a time on two GPUs
+    ./run.sh table1 --rows Base MetaPerturb --columns CUB --seeds 0 1
+    ./run.sh table3 --report                                # no training: the table of what is there
+
+Data that are missing are named before anything runs. Finished cells (a JSON each, under --results) are skipped, cells
+that failed are tried again, and what was interrupted resumes: give the same command again, on this or another machine.
+Several runners may share the folders. The table says for each cell whether it ran at the paper's setting.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from experiments.grid import Cell, Grid, Need, Overrides, fingerprint_of, sha256, unknown
+from experiments.results import Results, cell_place, keep_need_records, write_record
+from experiments.runner import LOG, Job, Outcome, run_jobs
+from experiments.table import csv_text, markdown
+from torch.utils.flop_counter import FlopCounterMode
+
+from metaperturb import models
+from metaperturb.cli import run_program
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, to_assignments
+from metaperturb.data import TARGETS, load_source, load_target
+from metaperturb.distributed import choose_devices
+from metaperturb.errors import UserError
+from metaperturb.storage import write_atomically
+from metaperturb.weights import load_phi
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("grid", type=Path, help="YAML file of the table")
+    arguments = parser.parse_args()
+    return run_program(lambda: experiment(arguments), show_traceback=arguments.traceback)
+
+
+def argument_parser(doc: str) -> argparse.ArgumentParser:
+    """The options that everything that runs a grid has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="paper", help="which of the grid's settings: paper, quick, smoke, …")
+    parser.add_argument("--jobs", type=int, help="trainings at a time [one a device; on a CPU one a core]")
+    parser.add_argument("--devices", default="auto", help="'0,1,…', 'cpu' or 'auto'")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these")
+    parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="other settings of the cells; NEED.KEY=VALUE: of what they start from",
+    )  # fmt: skip
+    parser.add_argument(
+        "--use", nargs="+", action="extend", default=[], metavar="NEED=PATH",
+        help="a φ or finished run to use instead of making it: phi=phi.pt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--path", nargs="+", action="extend", default=[], metavar="COLUMN=PATH", help="where a column's images are"
+    )
+    parser.add_argument("--tuned", type=Path, help="hyperparameters that ./run.sh tune chose")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the JSONs and tables")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
+    parser.add_argument("--data-root", default=str(ROOT / "data"), help="downloads and cached image arrays")
+    parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--list", action="store_true", help="name the cells and what is done of them, run nothing")
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser
+
+
+def experiment(arguments: argparse.Namespace) -> None:
+    grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
+    run_grid(grid, arguments)
+    if arguments.list:
+        return
+    folder = results_folder(grid, arguments)
+    page = write_table(grid, folder, arguments.runs)
+    print(page.read_text(encoding="utf-8"))
+    print(f"table: {page}   numbers: {page.with_suffix('.csv')}", file=sys.stderr)
+
+
+def overrides(arguments: argparse.Namespace) -> Overrides:
+    def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
+        split = [text.partition("=") for text in texts]
+        for (name, separator, value), text in zip(split, texts, strict=True):
+            if not (name and separator and value):
+                raise UserError(f"{option} {text}: expected NAME=PATH")
+        return {name: value for name, _, value in split}
+
+    files = {name: Path(path) for name, path in pairs("--use", arguments.use).items()}
+    paths = pairs("--path", arguments.path)
+    return Overrides(tuple(arguments.set), files, paths, arguments.data_root, arguments.tuned)
+
+
+def results_folder(grid: Grid, arguments: argparse.Namespace) -> Path:
+    """Of this grid and preset; settings from the command line get one of their own."""
+    name = grid.preset + (f"-{fingerprint_of(sorted(arguments.set))}" if arguments.set else "")
+    return arguments.results / grid.name / name
+
+
+def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
+    """Markdown and CSV beside the folder of the records; the Markdown's path.
+
+    Raises:
+        UserError: nothing has run yet, or records that may not be put together.
+    """
+    results = Results(grid, folder)
+    if not results.records:
+        raise UserError(f"{folder}: no finished cell of this table yet")
+    for name in results.strangers():
+        print(f"not in the table: {folder / name} (another row or setting)", file=sys.stderr)
+    versions = results.code_versions()
+    if len(versions) > 1:
+        print(
+            f"the table's cells come from {len(versions)} versions of the code: {', '.join(versions)}", file=sys.stderr
+        )
+    needs = {need.id: need for cell in results.cells.values() for need in cell.needs.values()}
+    kept = keep_need_records(needs.values(), runs / "needs", folder)
+    page = folder.with_name(folder.name + ".md")
+    write_atomically(page, lambda file: file.write(markdown(grid, results, kept).encode()))
+    write_atomically(page.with_suffix(".csv"), lambda file: file.write(csv_text(grid, results).encode()))
+    return page
+
+
+def run_grid(grid: Grid, arguments: argparse.Namespace) -> None:
+    """Train what is asked for and not there yet.
+
+    Raises:
+        UserError: data or files are missing (before anything runs), or cells failed (after all others ran).
+    """
+    folder = results_folder(grid, arguments)
+    Results(grid, folder)  # records that cannot be used are named now
+    cells = chosen_cells(grid, arguments)
+    if arguments.list:
+        for cell in cells:
+            print(f"{'done' if (folder / f'{cell.id}.json').exists() else 'to do'}  {cell.id}")
+        return
+    todo = [cell for cell in cells if not (folder / f"{cell.id}.json").exists()]
+    if arguments.report or not todo:
+        return
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
+    devices = [str(d.index) if d.type == "cuda" else "cpu" for d in choose_devices(arguments.devices, 1024)]
+    at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, os.cpu_count() // threads(todo)))
+    needs = {need.id: need for cell in todo for need in cell.needs.values()}
+    check(todo, needs.values())
+    jobs = [
+        *(need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None),
+        *(cell_job(grid, cell, folder, arguments.runs) for cell in todo),
+    ]
+    title = f"{grid.name} {grid.preset}"
+    print(
+        f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}",
+        file=sys.stderr,
+    )
+    tell(run_jobs(title, jobs, devices, at_once, arguments.retries), jobs)
+
+
+def threads(cells: Sequence[Cell]) -> int:
+    return max(cell.config.threads or os.cpu_count() for cell in cells)
+
+
+def chosen_cells(grid: Grid, arguments: argparse.Namespace) -> list[Cell]:
+    for kind, wanted, known in (
+        ("--rows", arguments.rows, grid.rows),
+        ("--columns", arguments.columns, grid.columns),
+        ("--seeds", arguments.seeds, grid.seeds),
+    ):
+        for name in wanted or ():
+            if name not in known:
+                raise unknown(kind, name, known)
+    return [
+        cell
+        for cell in grid.cells()
+        if (arguments.rows is None or cell.row in arguments.rows)
+        and (arguments.columns is None or cell.column in arguments.columns)
+        and (arguments.seeds is None or cell.seed in arguments.seeds)
+    ]
+
+
+def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
+    if outcome.elsewhere:
+        print(f"{len(outcome.elsewhere)} cells are with another runner", file=sys.stderr)
+    if outcome.failed:
+        logs = {job.id: job.run_dir / LOG for job in jobs}
+        lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in outcome.failed.items()]
+        raise UserError(
+            "\n".join(
+                [f"{len(lines)} runs failed; the same command tries them again, and --report makes the table:", *lines]
+            )
+        )
+
+
+# --- before anything runs
+
+
+def check(cells: Sequence[Cell], needs: Iterable[Need]) -> None:
+    """Whatever would stop a run in hours is said now: data, files and networks.
+
+    Data are fetched and decoded here, once, not by several runs at the same time.
+
+    Raises:
+        UserError: all that is wrong, a line each.
+    """
+    wrong: list[str] = []
+
+    def attempt(what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except UserError as error:
+            wrong.append(f"  {what}: {error}")
+
+    configs = {f"column {cell.column}": cell.config for cell in cells}
+    for need in needs:
+        if need.file is not None:
+            attempt(f"need {need.name}", lambda need=need: check_file(need))
+        else:
+            configs[f"need {need.name}"] = need.config
+    for what, config in configs.items():
+        attempt(what, lambda config=config: check_data(config))
+    for cell in {(cell.row, cell.column): cell for cell in cells}.values():
+        attempt(f"row {cell.row}, column {cell.column}", lambda cell=cell: cost(cell.config))
+    if wrong:
+        raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
+
+
+def check_file(need: Need) -> None:
+    if not need.file.exists():
+        raise UserError(f"{need.file} does not exist ({need.hint})")
+    if need.sha256 and sha256(need.file) != need.sha256:
+        raise UserError(f"{need.file} is another file than the one meant (sha256 {need.sha256[:12]}…)")
+    if need.file.is_file() and need.file.suffix in (".pt", ".pth") and need.name != "pretrained":
+        load_phi(need.file)
+
+
+def check_data(config: MetaTestConfig | MetaTrainConfig) -> None:
+    shared = {
+        "data_root": Path(config.data_root),
+        "image_size": config.image_size,
+        "download": config.download,
+        "skip_unreadable": config.skip_unreadable,
+    }
+    if isinstance(config, MetaTrainConfig):
+        load_source(config.source, paths=config.source_paths, **shared)
+    else:
+        splits = ("train",) if config.eval_split == "holdout" else ("train", config.eval_split)
+        load_target(config.target, path=config.target_path, splits=splits, **shared)
+
+
+def cost(config: MetaTestConfig | MetaTrainConfig) -> float:
+    """Floating-point operations of all forward passes of training: what progress is measured in."""
+    tasks = 2 * config.tasks if isinstance(config, MetaTrainConfig) else 1
+    image_size = config.image_size
+    if image_size is None:
+        if config.target not in TARGETS:
+            raise unknown("target", config.target, TARGETS)
+        image_size = TARGETS[config.target].image_size
+    return float(tasks * config.steps * config.batch_size * forward_cost(config.model, image_size))
+
+
+@cache
+def forward_cost(model: str, image_size: int) -> int:
+    """Of one image."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = models.create(model, num_classes=10, image_size=image_size).eval()
+        network(torch.zeros(2, 3, image_size, image_size))
+    return counter.get_total_flops() // 2
+
+
+# --- jobs
+
+
+def need_job(need: Need, runs: Path) -> Job:
+    run_dir = runs / need.id
+    arguments = command_line(need.config, {"run_dir": str(run_dir)})
+    steps, record = need.config.steps, run_dir / "result.json"  # the run's own result is the record
+    return Job(need.id, need.program, arguments, run_dir, record, lambda: None, (), steps, cost(need.config))
+
+
+def cell_job(grid: Grid, cell: Cell, folder: Path, runs: Path) -> Job:
+    run_dir = runs / grid.name / folder.name / cell.id
+    made = {key: str(need.outcome(runs / "needs")) for key, need in cell.needs.items()}
+    arguments = command_line(cell.config, {**made, "run_dir": str(run_dir)})
+    record = folder / f"{cell.id}.json"
+    needs = tuple(need.id for need in cell.needs.values() if need.file is None)
+
+    def finish() -> None:
+        write_record(cell_place(grid, cell), run_dir, record)
+
+    return Job(cell.id, "meta_test", arguments, run_dir, record, finish, needs, cell.config.steps, cost(cell.config))
+
+
+def command_line(config: MetaTestConfig | MetaTrainConfig, made: dict[str, str]) -> list[str]:
+    """`--set` and the settings that are not at their defaults."""
+    return ["--set", *to_assignments(config, made)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

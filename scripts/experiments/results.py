@@ -1,0 +1,185 @@
+"""One JSON a cell under `results/`: writing it, and reading back those that belong to a grid."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.grid import Cell, Grid, Need, changes
+from experiments.statistics import Difference, Summary, paired_difference, summarize
+from metaperturb.errors import UserError
+from metaperturb.storage import load_json, save_json
+
+METRICS = {
+    "accuracy": 100,
+    "nll": 1,
+    "ece": 100,
+}  # as the programs write them → what they are multiplied with to be read
+PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "split_file", "source_paths")
+
+
+def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
+    """Make a finished run's record: its place in the table and its `result.json`, without this machine's folders."""
+    save_json({**place, "result": shortened(load_json(run_dir / "result.json"))}, path)
+
+
+def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
+    needs = {key: need.id for key, need in cell.needs.items()}
+    return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": needs}
+
+
+def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with file names for paths, so that a record says nothing of the machine's folders."""
+
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(item) for item in value]
+        return Path(value).name if isinstance(value, str) else value
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: name(v) if k in PATHS and not isinstance(v, Mapping) else walk(v) for k, v in value.items()}
+        return [walk(item) for item in value] if isinstance(value, list) else value
+
+    return walk(result)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a table says of one row and column."""
+
+    row: str
+    column: str
+    metrics: Mapping[str, Summary]  # of accuracy (%), NLL (nats), ECE (%)
+    versus: str | None  # the baseline's row
+    difference: Difference | None  # of accuracy, to the baseline
+    paper: str | None
+    gap: float | None  # our mean accuracy − the paper's
+    differences: tuple[str, ...]  # from the paper's setting
+    code: tuple[str, ...]  # versions of the code that made the cells, "commit (digest)"
+
+
+class Results:
+    """The records of a grid's cells.
+
+    Args:
+        grid: what is asked for.
+        folder: where its JSONs are.
+
+    Raises:
+        UserError: a record that is damaged or holds other settings than its name says, or a column whose cells were
+            trained or evaluated on different images.
+    """
+
+    def __init__(self, grid: Grid, folder: Path) -> None:
+        self.grid, self.folder = grid, folder
+        self.cells = {(cell.row, cell.column, cell.seed): cell for cell in grid.cells()}
+        self.records = {}
+        for place, cell in self.cells.items():
+            path = self.path(cell)
+            if path.exists():
+                self.records[place] = self._read(path, cell)
+        self._check_data()
+
+    def path(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.id}.json"
+
+    def strangers(self) -> list[str]:
+        """Records in the folder that are of other rows or settings than this grid's."""
+        ours = {self.path(cell).name for cell in self.cells.values()}
+        return sorted(path.name for path in self.folder.glob("*--*.json") if path.name not in ours)
+
+    def entries(self) -> list[Entry]:
+        """Of every row and column that has a result, row by row."""
+        places = [(row, column) for row in self.grid.rows for column in self.grid.columns]
+        return [entry for place in places if (entry := self._entry(*place))]
+
+    def accuracies(self, row: str, column: str) -> dict[int, float]:
+        """Seed → accuracy in %."""
+        return {seed: 100 * m["accuracy"] for seed, m in self._metrics(row, column).items()}
+
+    def code_versions(self) -> list[str]:
+        return sorted({_version(record) for record in self.records.values()})
+
+    def _metrics(self, row: str, column: str) -> dict[int, dict[str, float]]:
+        places = ((seed, self.records.get((row, column, seed))) for seed in self.grid.seeds)
+        return {seed: record["result"]["metrics"] for seed, record in places if record is not None}
+
+    def _entry(self, row: str, column: str) -> Entry | None:
+        metrics = self._metrics(row, column)
+        if not metrics:
+            return None
+        summaries = {key: summarize([factor * m[key] for m in metrics.values()]) for key, factor in METRICS.items()}
+        versus = self.grid.baseline(row)
+        difference = None
+        if versus is not None:
+            difference = paired_difference(self.accuracies(row, column), self.accuracies(versus, column))
+        paper = self.grid.paper_value(row, column)
+        comparable = paper is not None and self.grid.columns[column].comparable
+        gap = summaries["accuracy"].mean - float(paper.partition("±")[0]) if comparable else None
+        records = {seed: self.records[row, column, seed] for seed in metrics}
+        return Entry(
+            row=row,
+            column=column,
+            metrics=summaries,
+            versus=versus,
+            difference=difference,
+            paper=paper,
+            gap=gap,
+            differences=self.cells[row, column, next(iter(metrics))].differences,
+            code=tuple(sorted({_version(record) for record in records.values()})),
+        )
+
+    def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
+        record = load_json(path)
+        try:
+            recorded, metrics = record["result"]["config"], record["result"]["metrics"]
+            if not all(isinstance(metrics[key], int | float) for key in METRICS):
+                raise TypeError
+            own = (record["row"], record["column"], record["seed"])
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: is no record of a training run; remove it") from None
+        known = {f.name: f for f in dataclasses.fields(cell.config)}
+        # Settings that a later version added were at their defaults; references to needs are compared by id, below.
+        before = dataclasses.replace(
+            cell.config, **{k: v for k, v in recorded.items() if k in known and k not in cell.needs}
+        )
+        differing = changes(before, cell.config)
+        if own != (cell.row, cell.column, cell.seed) or recorded["seed"] != cell.seed:
+            differing.append(f"it is of {own}")
+        if record["needs"] != {key: need.id for key, need in cell.needs.items()}:
+            differing.append("it started from another φ or network")
+        if differing:
+            raise UserError(f"{path}: holds other settings than its name says ({'; '.join(differing)}); remove it")
+        return record
+
+    def _check_data(self) -> None:
+        first: dict[str, tuple[Any, Path]] = {}
+        for (_, column, _), record in self.records.items():
+            path = self.path(self.cells[record["row"], column, record["seed"]])
+            data = record["result"]["target"]["fingerprints"]
+            seen, where = first.setdefault(column, (data, path))
+            if seen != data:
+                raise UserError(
+                    f"{path}: trained or evaluated on other images than {where.name}, and a column mixes no data; "
+                    "remove one"
+                )
+
+
+def _version(record: Mapping[str, Any]) -> str:
+    result = record["result"]
+    return f"{result.get('commit') or 'no commit'} ({result.get('code') or 'no digest'})"
+
+
+def keep_need_records(needs: Iterable[Need], runs: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Copy what is known of the runs that cells start from beside the cells' records: id → `result.json`."""
+    kept = {}
+    for need in needs:
+        path = folder / "needs" / f"{need.id}.json"
+        made = runs / need.id / "result.json"
+        if not path.exists() and need.program is not None and made.exists():
+            save_json({"need": need.name, **shortened(load_json(made))}, path)
+        if path.exists():
+            kept[need.id] = load_json(path)
+    return kept

@@ -1,0 +1,174 @@
+"""A grid's results as Markdown and CSV: ours beside the paper's."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.grid import Grid
+from experiments.results import Entry, Results
+
+CSV_COLUMNS = (
+    *("row", "column", "seeds", "accuracy", "accuracy_std", "nll", "nll_std", "ece", "ece_std"),
+    *("paper", "ours_minus_paper", "baseline", "difference", "low_95", "high_95", "pairs"),
+    *("setting", "departs_from_paper", "code"),
+)
+
+
+def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page.
+
+    Args:
+        grid: rows, columns and the paper's values.
+        results: of its cells.
+        needs: results of the runs that cells started from, by id.
+    """
+    entries = results.entries()
+    marks = _marks(entries)
+    parts = [
+        f"# {grid.title}",
+        f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number), and below it the "
+        "paper's. A letter marks a reduced setting, explained below; no letter: the paper's setting.",
+        _overview(grid, entries, marks),
+        *_notes(grid, results, entries, marks),
+        "## In detail",
+        "Difference to the baseline: mean over seeds that both have, with the 95 % interval of Student's t over these "
+        "pairs. NLL in nats.",
+        _details(grid, entries, marks),
+    ]
+    if runs := _meta_trainings(needs):
+        parts += ["## The meta-trainings behind it", runs]
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_text(grid: Grid, results: Results) -> str:
+    """One line a row and column."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for entry in results.entries():
+        d = entry.difference
+        numbers = [x for m in entry.metrics.values() for x in (_number(m.mean), _number(m.std))]
+        paper = [entry.paper, _number(entry.gap)]
+        difference = [entry.versus, *([_number(d.mean), _number(d.low), _number(d.high), d.n] if d else [None] * 4)]
+        setting = ["reduced" if entry.differences else "paper", "; ".join(entry.differences), "; ".join(entry.code)]
+        n = entry.metrics["accuracy"].n
+        writer.writerow([entry.row, entry.column, n, *numbers, *paper, *difference, *setting])
+    return out.getvalue()
+
+
+def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
+    by_place = {(entry.row, entry.column): entry for entry in entries}
+
+    def text(row: str, column: str) -> str:
+        entry = by_place.get((row, column))
+        ours = "–"
+        if entry is not None:
+            accuracy = entry.metrics["accuracy"]
+            ours = f"{accuracy} ({accuracy.n}){_mark(entry, marks)}"
+        return f"{ours}<br>{_paper(grid.paper_value(row, column))}"
+
+    return _table(["", *grid.columns], [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows])
+
+
+def _details(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
+    head = ["", "", "seeds", "accuracy %", "paper", "ours − paper", "difference to baseline", "NLL", "ECE %", "setting"]
+    rows = []
+    for entry in entries:
+        accuracy, nll, ece = (entry.metrics[key] for key in ("accuracy", "nll", "ece"))
+        gap = "–" if entry.gap is None else f"{entry.gap:+.2f}"
+        versus = "–" if entry.difference is None else f"{entry.difference} to {entry.versus}, n = {entry.difference.n}"
+        setting = f"reduced{_mark(entry, marks)}" if entry.differences else "paper"
+        ours = [entry.row, entry.column, str(accuracy.n), str(accuracy), _paper(entry.paper), gap, versus]
+        rows.append([*ours, str(nll), str(ece), setting])
+    return _table(head, rows)
+
+
+def _notes(grid: Grid, results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> list[str]:
+    """What a reader must know so as not to compare what cannot be compared."""
+    common = set.intersection(*(set(entry.differences) for entry in entries))
+    lines = [f"- Common to all cells: {'; '.join(c for c in entries[0].differences if c in common)}"] if common else []
+    for differences, mark in marks.items():
+        own = [change for change in differences if change not in common]
+        lines.append(f"- ({mark}) {'; '.join(own) or 'only what is common to all'}")
+    if grid.tuned_path is not None:
+        chosen = {
+            column: {m: s for m, s in methods.items() if s}
+            for column, methods in grid.tuned.items()
+            if column in grid.columns
+        }
+        lines += [
+            f"- Hyperparameters tuned on held-out training images of {column}: "
+            + "; ".join(f"{method} {_settings(s)}" for method, s in methods.items())
+            for column, methods in chosen.items()
+        ]
+    else:
+        lines.append("- Hyperparameters of the regularizers: their sources' defaults, not tuned for these data.")
+    for name, column in grid.columns.items():
+        if column.stands_for != name:
+            how = "" if column.comparable else "; other data, so no difference is given"
+            lines.append(f"- {name} stands in for the paper's {column.stands_for}{how}.")
+    versions = results.code_versions()
+    if len(versions) > 1:
+        lines.append(f"- **Cells of {len(versions)} versions of the code**: {', '.join(versions)}; the CSV says which.")
+    elif versions:
+        lines.append(f"- Code: {versions[0]}.")
+    missing = len(results.cells) - len(results.records)
+    if missing:
+        lines.append(f"- {missing} of {len(results.cells)} cells have not run yet.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Loss and time of each: what joint training saves over the lookahead, for one."""
+    rows = []
+    for id_, result in needs.items():
+        if result.get("program") != "meta_train":
+            continue
+        config, m = result["config"], result["metrics"] or {}
+        hardware = result["hardware"]
+        rows.append(
+            [
+                result["need"],
+                str(config["steps"]),
+                f"{result['seconds'] / config['steps']:.2f}",
+                *(f"{m[key]:.3f}" if key in m else "–" for key in ("train_loss", "test_loss")),
+                f"{hardware['device']}, {result['processes']} process{'es' * (result['processes'] > 1)}"
+                f" ({hardware['cpu']}, {hardware['cores']} cores)",
+                f"`{id_}`",
+            ]
+        )
+    if not rows:
+        return ""
+    return _table(["φ", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"], rows)
+
+
+def _marks(entries: Sequence[Entry]) -> dict[tuple[str, ...], str]:
+    """A letter for each way of departing from the paper's setting."""
+    ways = dict.fromkeys(entry.differences for entry in entries if entry.differences)
+    return {way: _letter(i) for i, way in enumerate(ways)}
+
+
+def _letter(i: int) -> str:
+    return ("" if i < 26 else _letter(i // 26 - 1)) + chr(ord("a") + i % 26)
+
+
+def _mark(entry: Entry, marks: Mapping[tuple[str, ...], str]) -> str:
+    return f" ({marks[entry.differences]})" if entry.differences else ""
+
+
+def _paper(value: str | None) -> str:
+    return "–" if value is None else value.replace("±", " ± ")
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,108 @@
+"""Choose the best of several meta-trained φ on validation images, as the paper did (section 4.1).
+
+    SEED="0 1 2 3 4" ./run.sh src       # five meta-trainings
+    ./run.sh select                     # of all finished ones in runs/; or name them: ./run.sh select runs/src-…
+
+Each φ trains networks on s-CIFAR100, which are evaluated on images of CIFAR-100 that are in neither its training nor
+its test set. The best mean accuracy wins. The chosen φ is copied to --out, its card extended by the evidence, which
+also stands in results/select/. Further options are those of the tables (`./run.sh table1 --help`).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiment import ROOT, argument_parser, overrides, results_folder, run_grid, write_table
+from experiments.grid import Grid
+from experiments.results import Results
+from experiments.statistics import summarize
+
+from metaperturb.cli import run_program
+from metaperturb.config import MetaTrainConfig, differences
+from metaperturb.errors import UserError
+from metaperturb.storage import save_json
+from metaperturb.weights import load_phi, save_phi
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
+    parser.add_argument("--out", type=Path, help="where the chosen φ goes [<runs>/selected/phi.pt]")
+    parser.add_argument("--grid", type=Path, default=ROOT / "configs" / "select.yaml", help="how each φ is tried")
+    arguments = parser.parse_args()
+    return run_program(lambda: select(arguments), show_traceback=arguments.traceback)
+
+
+def select(arguments: argparse.Namespace) -> None:
+    folders = arguments.sources or [path for path in sorted(arguments.runs.glob("src-*")) if (path / "phi.pt").exists()]
+    if len(folders) < 2:
+        raise UserError(f'needs two or more finished meta-trainings, found {len(folders)} (SEED="0 1 …" ./run.sh src)')
+    sources = {folder.resolve().name: folder / "phi.pt" for folder in folders}
+    if len(sources) < len(folders):
+        raise UserError("two of the runs have the same folder name, by which the result would call both")
+    tell_differences(sources)
+
+    grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
+    for name, path in sources.items():
+        grid.add_phi(name, path)
+    for cell in grid.cells():
+        if cell.config.eval_split == "test":
+            raise UserError(f"{arguments.grid}: eval_split must not be test: choosing on test images is cheating")
+    run_grid(grid, arguments)
+    if arguments.list:
+        return
+    folder = results_folder(grid, arguments)
+    page = write_table(grid, folder, arguments.runs)
+    evidence = collect(grid, Results(grid, folder), [*sources])
+    best = max(sources, key=lambda name: evidence[name]["mean"])
+    selection = {"chosen": best, "evaluated": describe(grid), "accuracy": evidence}
+    save_json(selection, folder.with_name(folder.name + ".json"))
+    phi = load_phi(sources[best])
+    out = arguments.out or arguments.runs / "selected" / "phi.pt"
+    save_phi(phi, out, {**phi.card, "selection": selection})
+    for name, found in evidence.items():
+        print(f"{'*' if name == best else ' '} {name}: {found['mean']:.2f} % over {found['seeds']} seeds")
+    print(f"chosen: {out}   evidence: {page}", file=sys.stderr)
+
+
+def tell_differences(sources: dict[str, Path]) -> None:
+    """Say aloud what the runs differ in, beside their seed: a choice among other settings is tuning."""
+    cards = {name: load_phi(path).card.get("config") for name, path in sources.items()}
+    known = {name: config for name, config in cards.items() if config}
+    for name in sources.keys() - known.keys():
+        print(f"{name}: nothing is recorded of its settings", file=sys.stderr)
+    for name, config in [*known.items()][1:]:
+        first, settings = next(iter(known.items()))
+        fields = MetaTrainConfig.__dataclass_fields__
+        other = MetaTrainConfig(**{key: value for key, value in config.items() if key in fields})
+        changed = [change for change in differences(settings, other) if not change.startswith("seed:")]
+        if changed:
+            print(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}", file=sys.stderr)
+
+
+def collect(grid: Grid, results: Results, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Name → mean and standard deviation of the accuracy in %.
+
+    Raises:
+        UserError: a run of the grid is missing: the choice would not be among all.
+    """
+    column = next(iter(grid.columns))
+    evidence = {}
+    for name in names:
+        accuracies = results.accuracies(name, column)
+        if len(accuracies) < len(grid.seeds):
+            raise UserError(f"{name}: {len(accuracies)} of {len(grid.seeds)} trainings are there; nothing was chosen")
+        summary = summarize([*accuracies.values()])
+        evidence[name] = {"mean": summary.mean, "std": summary.std, "seeds": summary.n}
+    return evidence
+
+
+def describe(grid: Grid) -> str:
+    config = grid.cells()[0].config
+    seeds = ", ".join(map(str, grid.seeds))
+    return f"{config.target}, {config.eval_split} images, {config.model}, {config.steps} steps, seeds {seeds}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
