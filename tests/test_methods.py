@@ -668,6 +668,15 @@ def test_metaperturb_is_a_method_among_them(common, tmp_path):
     assert result["sites"] == ["layer1.0", "layer2.0", "layer3.0"]
 
 
+def test_a_phi_that_learned_under_another_ablation_is_told(common, tmp_path, capsys):
+    save_phi(MetaPerturb(), tmp_path / "phi.pt", card={"config": {"noise": True, "gate": False}})
+    for gate, told in (("true", True), ("false", False)):
+        settings = [*common, f"phi={tmp_path / 'phi.pt'}", f"gate={gate}", f"run_dir={tmp_path / gate}"]
+        assert program.main(["--set", *settings]) == 0
+        line = "phi: was meta-trained with gate=false, this run has gate=true"
+        assert (line in capsys.readouterr().err.splitlines()) == told
+
+
 def test_ablations_as_runs(common, tmp_path, capsys):
     save_phi(MetaPerturb(), tmp_path / "phi.pt")
     settings = [*common, f"phi={tmp_path / 'phi.pt'}"]
@@ -679,6 +688,6 @@ def test_ablations_as_runs(common, tmp_path, capsys):
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["sites"] == sites
         assert result["metrics"]["samples"] == (1 if "noise" in name else 3)
-    capsys.readouterr()
+    assert "was meta-trained" not in capsys.readouterr().err  # nothing is recorded of this φ
     assert program.main(["--set", *settings, "noise=false", "gate=false", f"run_dir={tmp_path / 'tgt'}"]) == 1
     assert "error: noise, gate: with both false φ does nothing" in capsys.readouterr().err

@@ -68,7 +68,8 @@ def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ..
             ours = f"{accuracy} ({accuracy.n}){_mark(entry, marks)}"
         return f"{ours}<br>{_paper(grid.paper_value(row, column))}"
 
-    return _table(["", *grid.columns], [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows])
+    rows = [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows]
+    return markdown_table(["", *grid.columns], rows)
 
 
 def _details(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
@@ -81,7 +82,7 @@ def _details(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...
         setting = f"reduced{_mark(entry, marks)}" if entry.differences else "paper"
         ours = [entry.row, entry.column, str(accuracy.n), str(accuracy), _paper(entry.paper), gap, versus]
         rows.append([*ours, str(nll), str(ece), setting])
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _notes(grid: Grid, results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> list[str]:
@@ -140,7 +141,7 @@ def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
         )
     if not rows:
         return ""
-    return _table(["φ", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"], rows)
+    return markdown_table(["φ", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"], rows)
 
 
 def _marks(entries: Sequence[Entry]) -> dict[tuple[str, ...], str]:
@@ -169,6 +170,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -39,6 +39,7 @@ from metaperturb.training import (
     check_ablation,
     check_finite,
     check_finite_parameters,
+    tell_other_ablation,
 )
 from metaperturb.weights import load_phi
 
@@ -79,6 +80,8 @@ def meta_test(config: MetaTestConfig) -> dict:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     device = devices[0]
     phi = load_phi(config.phi) if perturbed else None
+    if perturbed:
+        tell_other_ablation(config, phi.card)
     method = methods.create(config, phi)
     kernels.set_kernel(config.kernel)
     kernel = kernels.kernel_name(device) if perturbed else None

@@ -1,7 +1,8 @@
 """What the steps of both training programs share."""
 
-from collections.abc import Iterable
-from typing import NoReturn
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ def check_ablation(config: CommonConfig) -> None:
     """
     if not (config.noise or config.gate):
         raise UserError("noise, gate: with both false φ does nothing")
+
+
+def tell_other_ablation(config: CommonConfig, card: Mapping[str, Any]) -> None:
+    """Say aloud if φ, by its card, learned without a part that this run uses, or with one that it lacks."""
+    learned = card.get("config")
+    for key in ("noise", "gate"):
+        if learned and learned.get(key, True) != getattr(config, key):
+            here, there = (str(value).lower() for value in (getattr(config, key), learned.get(key, True)))
+            print(f"phi: was meta-trained with {key}={there}, this run has {key}={here}", file=sys.stderr)
 
 
 def annealed_strength(step: int, steps: int, share: float) -> float:
