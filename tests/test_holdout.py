@@ -12,6 +12,7 @@ import metaperturb.meta_test as program
 from metaperturb.config import MetaTestConfig, load_config
 from metaperturb.data import load_source
 from metaperturb.data.arrays import from_memory, subset
+from metaperturb.data.parts import load_parts
 from metaperturb.data.splits import holdout_split
 from metaperturb.errors import UserError
 
@@ -74,11 +75,11 @@ def test_a_subset_has_a_fingerprint_of_its_own():
 
 
 def load(target_settings, *changes):
-    return program.load_images(load_config(MetaTestConfig, None, [*target_settings, "eval_split=holdout", *changes]))
+    return load_parts(load_config(MetaTestConfig, None, [*target_settings, "eval_split=holdout", *changes]))
 
 
 def test_the_parts_are_of_the_training_images(target_settings):
-    whole, _ = program.load_images(load_config(MetaTestConfig, None, target_settings))
+    whole, _ = load_parts(load_config(MetaTestConfig, None, target_settings))
     rest, held_out = load(target_settings, "holdout=0.25")
     assert (len(rest), len(held_out)) == (60, 20)
     assert counts_by_class(held_out.labels, range(20)) == dict.fromkeys(range(10), 2)

@@ -19,10 +19,9 @@ import torch
 from metaperturb import finetuning, kernels, methods, models
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
-from metaperturb.data import TARGETS, ImageArrays, load_target
-from metaperturb.data.arrays import subset
+from metaperturb.data import TARGETS
 from metaperturb.data.batches import DeviceImages, TrainingBatches
-from metaperturb.data.splits import holdout_split
+from metaperturb.data.parts import load_parts
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
@@ -96,7 +95,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     run = Run(config, "meta_test")
 
     # Data
-    train, test = load_images(config)
+    train, test = load_parts(config)
     train_images, test_images = DeviceImages(train, device), DeviceImages(test, device)
     padding = crop_padding(train.image_size)
     key = (config.seed, 0, "order_train")
@@ -198,24 +197,6 @@ def meta_test(config: MetaTestConfig) -> dict:
     run.finish(result)
     report(result)
     return result
-
-
-def load_images(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
-    """What the network is trained on and what it is evaluated on; with `eval_split=holdout` no test image is read."""
-    hold_out = config.eval_split == "holdout"
-    train, *rest = load_target(
-        config.target,
-        data_root=Path(config.data_root),
-        path=config.target_path,
-        image_size=config.image_size,
-        download=config.download,
-        skip_unreadable=config.skip_unreadable,
-        splits=("train",) if hold_out else ("train", config.eval_split),
-    )
-    if not hold_out:
-        return train, *rest
-    kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
-    return subset(train, kept, "rest"), subset(train, held_out, "holdout")
 
 
 def report(result: dict) -> None:

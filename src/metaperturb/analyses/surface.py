@@ -1,0 +1,160 @@
+"""Figure 8: the training loss around a trained network, along two random directions (Li et al. 2018).
+
+The directions are normalized filter by filter: a filter of the direction has the norm of the network's filter, so that
+networks whose weights differ in scale can be compared. Biases and batch norm stay as they are.
+
+What is drawn is the cross-entropy of training images, not augmented, in the network as it is evaluated, with two
+choices that a picture's caption should name:
+
+- Batch norm normalizes with the statistics of the images at hand, as in training. The running ones belong to the
+  weights in the middle; a step away from them the loss would mostly show that they no longer fit.
+- A network that draws noise draws the same noise at every point (common random numbers), and the losses of some draws
+  are averaged: what differs between points is the weights alone.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaperturb.data.batches import DeviceImages, normalize
+from metaperturb.errors import UserError
+from metaperturb.modes import batch_norms, set_mode
+from metaperturb.randomness import numpy_generator
+from metaperturb.runs import StepProgress
+from metaperturb.storage import load_json, save_json
+from metaperturb.trained import TrainedRun
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where the loss is measured.
+
+    Attributes:
+        reach: the coordinates a and b of θ + a·d₁ + b·d₂ run from −reach to reach.
+        points: values of each, odd, so that the network itself is among them.
+        images: how many training images, a fixed choice.
+        batch_size: images a batch; batch norm takes its statistics from it.
+        draws: of the noise, where the network draws any.
+        seed: of the directions and the noise, the same for all networks that are compared.
+    """
+
+    reach: float = 1.0
+    points: int = 21
+    images: int = 1000
+    batch_size: int = 250
+    draws: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.reach < float("inf"):
+            raise UserError(f"reach: must be positive, got {self.reach}")
+        if self.points < 3 or self.points % 2 == 0:
+            raise UserError(f"points: must be odd and at least 3, got {self.points}")
+        if min(self.images - 1, self.draws, self.batch_size - 1) < 1:
+            raise UserError("draws must be at least 1, images and batch_size at least 2")
+
+    @property
+    def coordinates(self) -> list[float]:
+        """Of a, and of b."""
+        return np.linspace(-self.reach, self.reach, self.points).tolist()
+
+
+def filter_normalized_direction(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """A random direction in weight space: Gaussian, each filter scaled to the norm of the network's.
+
+    Of a convolution `[out, in, k, k]` a filter is `[in, k, k]`, of a linear layer `[out, in]` a row. Vectors (biases,
+    batch norm) do not move.
+
+    Returns:
+        parameter name → its part of the direction; only of parameters that move.
+    """
+    direction = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        random = torch.randn(parameter.shape, generator=generator).to(parameter)
+        axes = tuple(range(1, parameter.dim()))
+        norm, wanted = (torch.linalg.vector_norm(w, dim=axes, keepdim=True) for w in (random, parameter.detach()))
+        direction[name] = random * wanted / norm
+    return direction
+
+
+def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
+    """Measure the loss on the plane around a run's network, row by row into `path`, where it also continues from.
+
+    Returns:
+        the content of `path`: `plane`, `coordinates` `[points]`, and `loss` `[points][points]` in nats: `loss[i][j]` at
+        a = `coordinates[i]`, b = `coordinates[j]`.
+
+    Raises:
+        UserError: `path` holds the surface of another network or plane, or a loss is not finite.
+    """
+    about = {"run": run.dir.name, "trained": run.result["metrics"], "plane": dataclasses.asdict(plane)}
+    rows: list[list[float]] = []
+    if path.exists():
+        content = load_json(path)
+        if not isinstance(content, dict) or {key: content.get(key) for key in about} != about:
+            raise UserError(f"{path}: holds the surface of another network or plane; remove it or name another file")
+        rows = content["loss"]
+    measured = _Measured(run, plane)
+    total = plane.points**2
+    if len(rows) < plane.points:
+        print(
+            f"{run.dir.name}: {plane.points}² points × {measured.images} images × {measured.draws} draws of the noise "
+            f"= {total * measured.images * measured.draws:,} forward passes of an image",
+            file=sys.stderr,
+        )
+    progress = StepProgress(f"loss surface of {run.dir.name}", total, len(rows) * plane.points)
+    for a in plane.coordinates[len(rows) :]:
+        row = []
+        for b in plane.coordinates:
+            row.append(measured.loss(a, b))
+            progress.update(len(rows) * plane.points + len(row), loss=row[-1])
+        rows.append(row)
+        save_json({**about, "coordinates": plane.coordinates, "loss": rows}, path)
+    progress.close()
+    return load_json(path)
+
+
+class _Measured:
+    """The loss of a run's network as a function of the two coordinates."""
+
+    def __init__(self, run: TrainedRun, plane: Plane) -> None:
+        self.dir, self.model, self.seed = run.dir, run.model, plane.seed
+        self.draws = plane.draws if run.stochastic else 1
+        device = next(self.model.parameters()).device
+        generator = torch.Generator().manual_seed(plane.seed)
+        self.first, self.second = (filter_normalized_direction(self.model, generator) for _ in range(2))
+        parameters = dict(self.model.named_parameters())
+        self.parameters = {name: parameters[name] for name in self.first}
+        self.center = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        norms = batch_norms(self.model)
+        set_mode(norms, training=True)
+        for norm in norms:
+            norm.momentum = 0.0  # the statistics of the batch are used, and leave no trace
+        chosen = numpy_generator(plane.seed, 0, "order_train", 0).permutation(len(run.train))[: plane.images]
+        self.images = len(chosen)
+        images = DeviceImages(run.train, device)
+        parts = torch.from_numpy(np.sort(chosen)).tensor_split(-(-len(chosen) // plane.batch_size))  # none of one image
+        self.batches = [images.take(part.to(device)) for part in parts]
+
+    @torch.no_grad()
+    def loss(self, a: float, b: float) -> float:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.center[name] + a * self.first[name] + b * self.second[name])
+        torch.manual_seed(self.seed)  # the same noise at every point
+        total = 0.0
+        for x, y in self.batches:
+            for _ in range(self.draws):
+                total += F.cross_entropy(self.model(normalize(x)), y, reduction="sum").item()
+        loss = total / (self.images * self.draws)
+        if not np.isfinite(loss):
+            raise UserError(f"{self.dir}: the loss at ({a:g}, {b:g}) is not finite; a smaller reach may help")
+        return loss

@@ -1,0 +1,89 @@
+"""A network that meta-testing trained, read back from its run folder: what the analyses begin with."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from metaperturb import methods, models
+from metaperturb.config import MetaTestConfig
+from metaperturb.data.arrays import ImageArrays
+from metaperturb.data.parts import load_parts
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.runs import finished_result
+from metaperturb.storage import load_tensors, reason
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run of meta-testing.
+
+    Attributes:
+        dir: its folder.
+        config: its settings.
+        result: the content of `result.json`.
+        model: the trained network in evaluation mode: images `[B, 3, S, S]` in [-1, 1] → logits `[B, K]`. MetaPerturb
+            is at full strength, and each call draws anew.
+        stochastic: whether it draws in evaluation.
+        train, test: the images it was trained and evaluated on.
+    """
+
+    dir: Path
+    config: MetaTestConfig
+    result: dict[str, Any]
+    model: nn.Module
+    stochastic: bool
+    train: ImageArrays
+    test: ImageArrays
+
+
+def load_run(folder: str | Path, device: torch.device | str = "cpu", **places: Any) -> TrainedRun:
+    """Read a run back.
+
+    Args:
+        folder: of a finished run.
+        device: where the network goes.
+        places: settings that say where the data are now, if elsewhere than when it ran: `data_root`, `target_path`.
+
+    Raises:
+        UserError: no finished run of meta-testing, its checkpoint or data are missing, or the data are other images.
+    """
+    folder = Path(folder)
+    config = _read_config(folder, places)
+    result = finished_result(str(folder))
+    if result is None:
+        raise UserError(f"{folder}: this run is not finished (no result.json; the command that began it continues it)")
+    checkpoint = folder / "checkpoints" / "latest.pt"
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint}: no such file: the trained network of this run was not kept")
+    train, test = load_parts(config)
+    state = load_tensors(checkpoint)
+    if state["data"] != [train.fingerprint, test.fingerprint]:
+        raise UserError(f"{folder}: was trained or evaluated on other images than {train.name} and {test.name} are now")
+    model = models.create(config.model, train.num_classes, train.image_size)
+    phi = MetaPerturb().requires_grad_(False) if config.method == "metaperturb" else None  # its values are in the state
+    method = methods.create(config, phi)
+    method.prepare(model, train)
+    model.load_state_dict(state["model"])
+    method.set_strength(1.0)
+    model.to(device).eval()
+    return TrainedRun(folder, config, result, model, method.stochastic, train, test)
+
+
+def _read_config(folder: Path, places: dict[str, Any]) -> MetaTestConfig:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: is no run folder (no config.yaml)")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        program = settings.pop("program")
+    except (OSError, yaml.YAMLError, AttributeError, KeyError) as error:
+        raise UserError(f"{path}: is no record of a run ({reason(error)})") from error
+    if program != "meta_test":
+        raise UserError(f"{folder}: a run of {program}, which trains no network on a target")
+    known = {field.name for field in fields(MetaTestConfig)}
+    return MetaTestConfig(**{key: value for key, value in {**settings, **places}.items() if key in known})

@@ -1,0 +1,149 @@
+"""Loss surfaces and learned scales of trained networks (figures 7 and 8)."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from image_files import one_line
+
+import metaperturb.meta_test as program
+from metaperturb.analyses.scales import learned_scales
+from metaperturb.analyses.surface import Plane, filter_normalized_direction, loss_surface
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.trained import load_run
+from metaperturb.weights import save_phi
+
+PLANE = Plane(reach=0.5, points=3, images=40, batch_size=20, draws=2)
+
+
+@pytest.fixture(scope="module")
+def runs(target_settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    phi = MetaPerturb()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in phi.parameters():
+            parameter.normal_(0, 0.2)
+    save_phi(phi, folder / "phi.pt")
+    for name, changes in {
+        "base": ["method=base"],
+        "metaperturb": [f"phi={folder / 'phi.pt'}"],
+        "ungated": [f"phi={folder / 'phi.pt'}", "gate=false"],
+    }.items():
+        assert program.main(["--set", *target_settings, *changes, "steps=6", f"run_dir={folder / name}"]) == 0
+    return folder
+
+
+def test_directions_have_the_filters_norms(runs):
+    model = load_run(runs / "metaperturb").model
+    direction = filter_normalized_direction(model, torch.Generator().manual_seed(0))
+    parameters = dict(model.named_parameters())
+    assert direction.keys() == {name for name, p in parameters.items() if name.endswith("weight") and p.dim() > 1}
+    for name, part in direction.items():
+        for filter_, drawn in zip(parameters[name], part, strict=True):
+            assert drawn.flatten().norm().item() == pytest.approx(filter_.flatten().norm().item(), rel=1e-5)
+    other = filter_normalized_direction(model, torch.Generator().manual_seed(1))
+    assert all(not torch.equal(direction[name], other[name]) for name in direction)
+
+
+@pytest.mark.parametrize("name", ["base", "metaperturb"])
+def test_the_middle_is_the_network_itself(runs, name, tmp_path):
+    content = loss_surface(load_run(runs / name), PLANE, tmp_path / "surface.json")
+    assert content["coordinates"] == [-0.5, 0.0, 0.5]
+    assert torch.tensor(content["loss"]).shape == (3, 3)
+
+    run = load_run(runs / name)  # the loss in the middle once more, by the book
+    chosen = torch.tensor(chosen_images(run))
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train()
+    torch.manual_seed(PLANE.seed)
+    losses = []
+    for part in chosen.split(20):
+        x = torch.from_numpy(run.train.images[part.numpy()]).float() / 127.5 - 1
+        y = torch.from_numpy(run.train.labels[part.numpy()])
+        with torch.no_grad():
+            draws = PLANE.draws if name == "metaperturb" else 1
+            losses += [F.cross_entropy(run.model(x), y).item() for _ in range(draws)]
+    assert content["loss"][1][1] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert content["loss"][0][0] != content["loss"][1][1]
+
+
+def chosen_images(run) -> list[int]:
+    from metaperturb.randomness import numpy_generator
+
+    return sorted(numpy_generator(PLANE.seed, 0, "order_train", 0).permutation(len(run.train))[: PLANE.images])
+
+
+def test_measuring_leaves_no_trace_in_the_loss(runs, tmp_path):
+    first = loss_surface(load_run(runs / "metaperturb"), PLANE, tmp_path / "a.json")
+    again = loss_surface(load_run(runs / "metaperturb"), PLANE, tmp_path / "b.json")
+    assert first == again  # nine points in between: running statistics and noise were where they had been
+
+
+def test_killed_it_goes_on_row_by_row(runs, tmp_path):
+    whole = loss_surface(load_run(runs / "base"), Plane(points=9, images=40), tmp_path / "whole.json")
+    path = tmp_path / "killed.json"
+    code = (
+        "from pathlib import Path; from metaperturb.trained import load_run; "
+        "from metaperturb.analyses.surface import Plane, loss_surface; "
+        f"loss_surface(load_run({str(runs / 'base')!r}), Plane(points=9, images=40), Path({str(path)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    rows = json.loads(path.read_text())["loss"]
+    assert 1 <= len(rows) <= 9
+    resumed = loss_surface(load_run(runs / "base"), Plane(points=9, images=40), path)
+    assert resumed == whole
+
+
+def test_what_does_not_belong_together_is_refused(runs, tmp_path):
+    path = tmp_path / "surface.json"
+    loss_surface(load_run(runs / "base"), PLANE, path)
+    for name, plane in (("metaperturb", PLANE), ("base", Plane(points=5))):
+        with pytest.raises(UserError) as error:
+            loss_surface(load_run(runs / name), plane, path)
+        assert "another network or plane" in one_line(error)
+    for wrong in ({"points": 4}, {"points": 1}, {"reach": 0.0}, {"reach": float("nan")}, {"draws": 0}, {"images": 1}):
+        with pytest.raises(UserError):
+            Plane(**wrong)
+
+
+def test_a_loss_that_is_not_finite_is_said(runs, tmp_path):
+    run = load_run(runs / "base")
+    next(run.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        loss_surface(run, PLANE, tmp_path / "surface.json")
+
+
+def test_scales_are_those_that_evaluation_uses(runs):
+    run = load_run(runs / "metaperturb")
+    used = {}
+    for spec, site in zip(run.model.metaperturb.specs, run.model.metaperturb.sites, strict=True):
+        site.register_forward_hook(lambda site, args, out, name=spec.name: used.update({name: site.scale(args[0])}))
+    with torch.no_grad():
+        run.model(torch.randn(2, 3, 12, 12))
+    found = learned_scales(run)
+    assert [(place["site"], place["channels"]) for place in found] == [
+        ("layer1.0", 16),
+        ("layer2.0", 32),
+        ("layer3.0", 64),
+    ]
+    for place in found:
+        assert place["s"] == pytest.approx(used[place["site"]].tolist())
+        assert len(place["s"]) == place["channels"] and all(0 <= s <= 1 for s in place["s"])
+
+
+def test_runs_without_scales_are_refused(runs):
+    for name, word in (("base", "method base"), ("ungated", "gate=false")):
+        with pytest.raises(UserError, match=word):
+            learned_scales(load_run(runs / name))

@@ -1,0 +1,77 @@
+"""Finished runs read back: the network that was trained, on the images that it was trained on."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import class_pictures
+from image_files import one_line, write_folder
+
+import metaperturb.meta_test as program
+from metaperturb.data.batches import DeviceImages
+from metaperturb.errors import UserError
+from metaperturb.evaluation import evaluate
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.randomness import seed_torch
+from metaperturb.runs import finished_result
+from metaperturb.trained import load_run
+from metaperturb.weights import save_phi
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def runs(target_settings, tmp_path_factory):
+    """Folder of finished runs: one of each of some methods."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    save_phi(MetaPerturb(), folder / "phi.pt")
+    for method in ("base", "metaperturb", "info_dropout", "dropblock"):
+        settings = [f"method={method}", f"steps={STEPS}", f"run_dir={folder / method}"]
+        settings += [f"phi={folder / 'phi.pt'}"] if method == "metaperturb" else []
+        assert program.main(["--set", *target_settings, *settings]) == 0
+    (folder / "phi.pt").unlink()  # a run is complete without it
+    return folder
+
+
+@pytest.mark.parametrize("method", ["base", "metaperturb", "info_dropout", "dropblock"])
+def test_the_network_evaluates_as_it_did(runs, method):
+    run = load_run(runs / method)
+    assert run.stochastic == (method == "metaperturb") and not run.model.training
+    seed_torch(run.config.seed, 0, "evaluate", STEPS)
+    samples = run.result["metrics"]["samples"]
+    again = evaluate(run.model, DeviceImages(run.test, torch.device("cpu")), samples, run.config.eval_batch_size)
+    assert again == finished_result(str(runs / method))["metrics"]
+    assert (len(run.train), len(run.test)) == (80, 50)
+
+
+def test_data_that_moved(runs, image_folder, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(image_folder, moved)
+    run = load_run(runs / "base", target_path=str(moved), data_root=str(tmp_path / "cache"))
+    assert len(run.test) == 50
+
+
+def test_what_is_no_finished_run_is_said(runs, tmp_path, source_settings):
+    def message(folder, **places) -> str:
+        with pytest.raises(UserError) as error:
+            load_run(folder, **places)
+        return one_line(error)
+
+    assert "no run folder" in message(tmp_path)
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "base", copy)
+    other = write_folder(tmp_path / "other", class_pictures(10, 8, "train", 13) | class_pictures(10, 5, "test", 13))
+    assert "other images" in message(copy, target_path=str(other))
+    assert "no such file or folder" in message(copy, target_path=str(tmp_path / "nowhere"))
+    (copy / "checkpoints" / "latest.pt").write_bytes(b"half")
+    assert "latest.pt" in message(copy)
+    (copy / "checkpoints" / "latest.pt").unlink()
+    assert "was not kept" in message(copy)
+    (copy / "result.json").unlink()
+    assert "not finished" in message(copy)
+    (copy / "config.yaml").write_text("program: meta_train\nsteps: 3\n")
+    assert "a run of meta_train" in message(copy)
+    for text in ("[1, 2", "just text", "steps: 3"):
+        (copy / "config.yaml").write_text(text)
+        assert "is no record of a run" in message(copy)
