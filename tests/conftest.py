@@ -74,6 +74,31 @@ def target_settings(image_folder, tmp_path_factory) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory) -> dict[str, Path]:
+    """Finished runs of networks that learned their ten classes, in seconds: for the analyses. Do not change them."""
+    import metaperturb.meta_test as program
+    from metaperturb import MetaPerturb, save_phi
+
+    root = tmp_path_factory.mktemp("trained")
+    files = class_pictures(10, 30, "train") | class_pictures(10, 20, "test")
+    save_phi(MetaPerturb(), root / "phi.pt")
+    common = [
+        f"target_path={write_folder(root / 'images', files)}",
+        f"data_root={root}",
+        *("target=folder", "image_size=12", "model=resnet8", "batch_size=50", "steps=120", "lr=3e-3"),
+        *("eval_every=1000", "final_samples=5", "checkpoint_every=1000", "gpu=cpu", "threads=1"),
+    ]
+    own = {
+        "base": [],
+        "metaperturb": [f"phi={root / 'phi.pt'}"],
+        "adversarial": ["adversarial_eps=0.05", "adversarial_steps=3", "adversarial_step_size=0.03"],
+    }
+    for method, settings in own.items():
+        assert program.main(["--set", *common, f"method={method}", *settings, f"run_dir={root / method}"]) == 0
+    return {method: root / method for method in own}
+
+
 def start(program: str, settings: list[str], **options) -> subprocess.Popen:
     """`python -m metaperturb.<program> --set …` in a process group of its own, output captured as text."""
     command = [sys.executable, "-m", f"metaperturb.{program}", "--set", *settings]

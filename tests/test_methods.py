@@ -38,6 +38,7 @@ OFF = {
     "mixup": ["mixup_alpha=0"],
     "cutmix": ["cutmix_alpha=0"],
     "label_smoothing": ["label_smoothing=0"],
+    "adversarial": ["adversarial_eps=0"],
     "trivial_augment": [],  # has no hyperparameter: `only_identity` leaves it one operation that does nothing
 }
 

@@ -112,7 +112,7 @@ def test_what_does_not_belong_together_is_refused(runs, tmp_path):
     for name, plane in (("metaperturb", PLANE), ("base", Plane(points=5))):
         with pytest.raises(UserError) as error:
             loss_surface(load_run(runs / name), plane, path)
-        assert "another network or plane" in one_line(error)
+        assert "results of another kind" in one_line(error)
     for wrong in ({"points": 4}, {"points": 1}, {"reach": 0.0}, {"reach": float("nan")}, {"draws": 0}, {"images": 1}):
         with pytest.raises(UserError):
             Plane(**wrong)

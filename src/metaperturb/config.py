@@ -112,6 +112,7 @@ class MetaTestConfig(CommonConfig):
         "cutmix",
         "label_smoothing",
         "trivial_augment",
+        "adversarial",
     ] = option("metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment")
     phi: str | None = option(None, "file or shipped name of φ (method metaperturb)")
     init: str | None = option(
@@ -129,6 +130,9 @@ class MetaTestConfig(CommonConfig):
     dropout_prob: float = option(0.25, "share of units dropped", low=0.0, below=1.0)
     mixup_alpha: float = option(1.0, "λ ~ Beta(α, α); 0: off", low=0.0)
     cutmix_alpha: float = option(1.0, "λ ~ Beta(α, α); 0: off", low=0.0)
+    adversarial_eps: float = option(8 / 255, "ε, radius of the L∞ ball in pixels of [0, 1]; 0: off", low=0.0, high=1.0)
+    adversarial_steps: int = option(7, "steps of the attack on each training batch", low=1)
+    adversarial_step_size: float = option(2 / 255, "size of these steps in pixels of [0, 1]", low=1e-6, high=1.0)
     label_smoothing: float = option(0.1, "share of the label spread evenly over all classes", low=0.0, below=1.0)
     steps: int = option(10_000, "training steps", low=1)
     lr_milestones: list[float] = option(

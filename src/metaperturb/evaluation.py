@@ -54,8 +54,14 @@ def metrics(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
     """Naeini et al. 2015: mean over equal-width bins, weighted by their share, of |accuracy − confidence|."""
+    _, confidences, hits = reliability_bins(confidence, correct, bins)
+    return ((hits - confidences).abs().sum() / len(confidence)).item()
+
+
+def reliability_bins(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each equal-width bin of `confidence` `[N]`: its count, its sum of confidences, and of `correct` `[N]`."""
     confidence = confidence.double()
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # bins are (a, b]
     zeros = confidence.new_zeros(bins)
-    gap = zeros.index_add(0, index, correct.double()) - zeros.index_add(0, index, confidence)
-    return (gap.abs().sum() / len(confidence)).item()
+    columns = (torch.ones_like(confidence), confidence, correct.double())
+    return tuple(zeros.index_add(0, index, values) for values in columns)

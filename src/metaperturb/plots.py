@@ -1,5 +1,6 @@
-"""Pictures of training curves, in one style."""
+"""Pictures, in one style, and the numbers in them."""
 
+import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from metaperturb.storage import write_atomically
 
 matplotlib.use("Agg")  # files only; no display is needed
 import matplotlib.pyplot as plt
+from matplotlib.colors import LogNorm
 
 # Okabe & Ito, then Tol: told apart by color-blind readers too (every two methods differ by 16 or more in CIELAB, for
 # full protanopia, deuteranopia and tritanopia as in Machado et al. 2009).
@@ -26,15 +28,18 @@ COLORS = {
     "cutmix": "#332288",
     "label_smoothing": "#882255",
     "trivial_augment": "#000000",
+    "adversarial": "#9933EE",
     "train": "#009E73",
     "test": "#CC79A7",
 }
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of what are no methods: data sets
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
+    "svg.hashsalt": "metaperturb",
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
@@ -49,15 +54,35 @@ LABELS = {
     "cutmix": "CutMix",
     "label_smoothing": "Label smoothing",
     "trivial_augment": "TrivialAugment",
+    "adversarial": "Adversarial training",
 }
 
 
+NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
+FORMATS = (".png", ".svg")
+
+
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """PNG, written atomically."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    """Write the format that the suffix of `path` names, or, where it has none, both `.png` and `.svg`; atomically."""
+    for suffix in (path.suffix,) if path.suffix in FORMATS else FORMATS:
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if suffix == ".svg" else None  # the same figure gives the same file
+        figure.savefig(buffer, format=suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)
+        write_atomically(_with_suffix(path, suffix), lambda file, buffer=buffer: file.write(buffer.getbuffer()))
     plt.close(figure)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def save_numbers(columns: Sequence[str], rows: Iterable[Sequence[Any]], path: Path) -> None:
+    """The numbers in a figure as `.csv` beside it; `path` as `save_figure` takes it. None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    write_atomically(_with_suffix(path, ".csv"), lambda file: file.write(text.getvalue().encode()))
+
+
+def _with_suffix(path: Path, suffix: str) -> Path:
+    stem = path.stem if path.suffix in FORMATS else path.name  # which may have a point of its own
+    return path.with_name(stem + suffix)
 
 
 def plot_meta_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -87,13 +112,212 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
             steps = sorted(set.intersection(*({line["step"] for line in run} for run in evaluated)))
             for axis, key, factor in ((axes[0], "test_nll", 1), (axes[1], "test_accuracy", 100)):
                 by_step = [{line["step"]: factor * line[key] for line in run} for run in evaluated]
-                values = np.array([[run[step] for step in steps] for run in by_step])
-                mean, std = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
-                label = f"{LABELS.get(method, method)} ({len(values)} seed{'s' * (len(values) > 1)})"
-                axis.plot(steps, mean, color=COLORS.get(method), label=label)
-                axis.fill_between(steps, mean - std, mean + std, color=COLORS.get(method), alpha=0.2, linewidth=0)
+                _draw_band(axis, method, steps, np.array([[run[step] for step in steps] for run in by_step]))
         axes[0].set(xlabel="training step", ylabel="test loss (NLL, nats)")
         axes[1].set(xlabel="training step", ylabel="test accuracy (%)")
         axes[0].legend()
         figure.suptitle(title)
         save_figure(figure, path)
+
+
+def plot_robustness(curves: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against the radius ε of the attack: mean over seeds, band of one standard deviation (figure 6 a-c).
+
+    Args:
+        curves: of `analyses.robustness.robustness_curves`.
+        path: without suffix: PNG, SVG, and the numbers as CSV.
+    """
+    norms = [norm for norm in NORM_LABELS if any(of_norm[norm]["eps"] for of_norm in curves["curves"].values())]
+    rows = []
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(norms), figsize=(4 * len(norms), 3.6), sharey=True, squeeze=False)
+        for axis, norm in zip(axes[0], norms, strict=True):
+            for name, of_norm in curves["curves"].items():
+                eps, accuracy = of_norm[norm]["eps"], 100 * np.array(of_norm[norm]["accuracy"])
+                if eps:
+                    mean, std = _draw_band(axis, name, eps, accuracy, marker="o", markersize=3.5)
+                    rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
+            axis.axhline(100 * curves["chance"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
+            axis.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
+            axis.set_xlim(left=0)
+        axes[0, 0].set(ylabel="accuracy under attack (%)")
+        _legend_below(figure, axes[0, 0])
+        save_figure(figure, path)
+    save_numbers(("name", "norm", "eps", "accuracy_percent", "std", "seeds"), rows, path)
+
+
+def plot_reliability(curves: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against confidence, bin by bin, seeds pooled; below it the share of images in each bin (figure 6 d).
+
+    Args:
+        curves: of `analyses.calibration.calibration_curves`.
+        path: without suffix: PNG, SVG, and the numbers as CSV.
+    """
+    rows = []
+    with plt.rc_context(STYLE):
+        figure, (upper, lower) = plt.subplots(
+            2, 1, figsize=(5, 5.6), sharex=True, height_ratios=(3, 1), gridspec_kw={"hspace": 0.08}
+        )
+        upper.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1.2)
+        for name, of_name in curves.items():
+            bins, ece = of_name["reliability"], 100 * np.array(of_name["ece"])
+            full = [k for k, count in enumerate(bins["count"]) if count]
+            confidence, accuracy = ([100 * bins[key][k] for k in full] for key in ("confidence", "accuracy"))
+            share = 100 * np.array(bins["count"]) / sum(bins["count"])
+            spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
+            label = f"{name_of(name)}: ECE {ece.mean():.1f}{spread} %"
+            upper.plot(confidence, accuracy, label=label, marker="o", markersize=3.5, clip_on=False, **_line(name))
+            lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **_line(name))
+            rows += [
+                (name, k + 1, count, bins["confidence"][k], bins["accuracy"][k])
+                for k, count in enumerate(bins["count"])
+            ]
+        upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+        lower.set(ylabel="images (%)", xlabel="confidence (%)")
+        _legend_below(figure, upper, columns=2)
+        save_figure(figure, path)
+    save_numbers(("name", "bin", "count", "confidence", "accuracy"), rows, path)
+
+
+def plot_samples(curves: Mapping[str, Any], path: Path) -> None:
+    """Accuracy, calibration error and time of a prediction against its Monte-Carlo samples: what samples buy.
+
+    Bands are over seeds; whiskers are what the draws alone do to one network's prediction: the standard deviation over
+    repetitions, where a count has several. A network without noise, which has one prediction, is a level line.
+
+    Args:
+        curves: of `analyses.calibration.calibration_curves`.
+        path: without suffix: PNG, SVG, and the numbers as CSV.
+    """
+    rows, keys = [], ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
+    most = max(of_name["counts"][-1]["samples"] for of_name in curves.values())
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+        for name, of_name in curves.items():
+            counts = of_name["counts"]
+            samples, noisy = [c["samples"] for c in counts], len(counts) > 1 or most == 1
+            for axis, key, factor in zip(axes, ("accuracy", "ece", "seconds"), (100, 100, 1), strict=True):
+                values = factor * np.array([c[key] for c in counts]).T
+                x, drawn = (samples, values) if noisy else ([1, most], values.repeat(2, axis=1))
+                _draw_band(axis, name, x, drawn, **({"marker": "o", "markersize": 3.5} if noisy else {}))
+                if noisy and key != "seconds":
+                    scatter = [factor * np.mean(c[f"{key}_scatter"]) for c in counts]
+                    axis.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=COLORS.get(name), capsize=3)
+            rows += [(name, c["samples"], *(np.mean(c[key]) for key in keys), len(c["ece"])) for c in counts]
+        for axis, label in zip(axes, ("accuracy (%)", "ECE (%)", "time for all test images (s)"), strict=True):
+            axis.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
+            ticks = sorted({c["samples"] for of_name in curves.values() for c in of_name["counts"]})
+            axis.set_xticks(ticks, map(str, ticks), minor=False)
+            axis.minorticks_off()
+        axes[2].set_yscale("log")
+        _legend_below(figure, axes[0])
+        save_figure(figure, path)
+    save_numbers(("name", "samples", *keys, "seeds"), rows, path)
+
+
+def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """The scale s of every channel, block by block, data sets side by side (figure 7).
+
+    Args:
+        by_data: data set → for each run what `analyses.scales.learned_scales` gives. Boxes hold the middle half of a
+            block's channels, whiskers all but the outer twentieths.
+    """
+    with plt.rc_context(STYLE):
+        sites = [place["site"] for place in next(iter(by_data.values()))[0]]
+        figure, axes = plt.subplots(figsize=(max(6.0, 1.05 * len(sites)), 3.6))
+        width = 0.8 / len(by_data)
+        for i, (data, runs) in enumerate(by_data.items()):
+            color = SERIES[i % len(SERIES)]
+            values = [np.concatenate([run[block]["s"] for run in runs]) for block in range(len(sites))]
+            places = np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
+            axes.boxplot(
+                values,
+                positions=places,
+                widths=0.85 * width,
+                whis=(5, 95),
+                showfliers=False,
+                patch_artist=True,
+                manage_ticks=False,
+                boxprops={"facecolor": color + "55", "edgecolor": color},
+                medianprops={"color": color, "linewidth": 2},
+                whiskerprops={"color": color},
+                capprops={"color": color},
+            )
+            axes.plot(
+                [], [], color=color, linewidth=6, alpha=0.6, label=f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
+            )
+        axes.set(xlabel="block, from the image to the classifier", ylabel="scale s of a channel", ylim=(0, 1))
+        axes.set_xticks(range(len(sites)), sites)
+        axes.tick_params(axis="x", labelsize=9)
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="lower left", ncols=min(3, len(by_data)))
+        save_figure(figure, path)
+
+
+def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
+    """Training loss around trained networks, a panel a method, one color scale (figure 8).
+
+    Args:
+        surfaces: method → what `analyses.surface.loss_surface` gives, all on the same plane.
+        title: of the picture.
+    """
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        losses = {method: np.array(surface["loss"]) for method, surface in surfaces.items()}
+        low, high = min(loss.min() for loss in losses.values()), max(loss.max() for loss in losses.values())
+        levels = np.geomspace(max(low, 1e-4), max(high, 2e-4), 21)
+        columns = min(len(losses), 4)
+        rows = -(-len(losses) // columns)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(3.1 * columns + 1, 3.0 * rows + 0.6), squeeze=False, sharex=True, sharey=True,
+            layout="constrained",
+        )  # fmt: skip
+        for axes, (method, loss) in zip(grid.flat, losses.items(), strict=False):
+            coordinates = surfaces[method]["coordinates"]
+            drawn = {"levels": levels, "norm": LogNorm(levels[0], levels[-1])}
+            image = axes.contourf(
+                coordinates, coordinates, np.clip(loss, levels[0], levels[-1]).T, cmap="cividis", **drawn
+            )
+            axes.contour(coordinates, coordinates, loss.T, colors="white", linewidths=0.5, **drawn)
+            axes.plot(0, 0, "+", color="white")
+            middle = loss[len(loss) // 2, len(loss) // 2]
+            axes.set_title(f"{name_of(method)}: {middle:.2f} in the middle", fontsize=10)
+            axes.set_aspect("equal")
+        for axes in grid.flat[len(losses) :]:
+            axes.set_visible(False)
+        note = "batch norm by the statistics of the images, the same noise at every point"
+        figure.supxlabel(f"along direction 1 (in norms of the filters)\n{note}", fontsize=10)
+        figure.supylabel("along direction 2", fontsize=10)
+        bar = figure.colorbar(image, ax=grid, label="training loss (nats)", ticks=levels[::4], format="%.3g")
+        bar.minorticks_off()
+        figure.suptitle(title)
+        save_figure(figure, path)
+
+
+def name_of(method: str) -> str:
+    """What a picture calls a method: `metaperturb` or, on top of finetuning, `metaperturb, finetuned`."""
+    base, comma, rest = method.partition(",")
+    return LABELS.get(base, base) + comma + rest
+
+
+def _line(name: str) -> dict[str, Any]:
+    """The line of a method; the reference of figure 6 is dashed, finetuning dotted."""
+    base, comma, _ = name.partition(",")
+    return {"color": COLORS.get(base), "linestyle": ":" if comma else "--" if base == "adversarial" else "-"}
+
+
+def _draw_band(
+    axis: plt.Axes, name: str, x: Sequence[float], values: np.ndarray, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (0 of one seed) of `values` `[seeds, points]` against `x`; returns them."""
+    mean = values.mean(axis=0)
+    std = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
+    label = f"{name_of(name)} ({len(values)} seed{'s' * (len(values) > 1)})"
+    (line,) = axis.plot(x, mean, label=label, **_line(name), **options)
+    axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+    return mean, std
+
+
+def _legend_below(figure: plt.Figure, axis: plt.Axes, columns: int = 4) -> None:
+    """One legend for all panels, under them, as the methods are many."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=9)

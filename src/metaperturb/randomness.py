@@ -19,6 +19,9 @@ PURPOSES = {
     "phi_step": 5,
     "evaluate": 6,
     "method_init": 7,
+    "attack": 8,
+    "attacked": 9,
+    "calibration": 10,
 }
 
 

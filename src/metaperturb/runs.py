@@ -209,14 +209,15 @@ class StepProgress:
             self.last = now
             left = (now - self.started) / max(done - self.first, 1) * (self.total - done)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.title}: step {done}/{self.total}  {text}  {_clock(left)} left", file=sys.stderr, flush=True)
+            print(f"{self.title}: step {done}/{self.total}  {text}  {clock(left)} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

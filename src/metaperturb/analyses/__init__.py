@@ -1,1 +1,1 @@
-"""Looking at finished runs (`metaperturb.trained`): the figures of the paper as numbers. They know nothing of training."""
+"""Analyses take finished runs (`metaperturb.trained`) and know nothing of training: the paper's figures as numbers."""

@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaperturb.analyses.records import begun, describe
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms, set_mode
 from metaperturb.randomness import numpy_generator
 from metaperturb.runs import StepProgress
-from metaperturb.storage import load_json, save_json
+from metaperturb.storage import save_json
 from metaperturb.trained import TrainedRun
 
 
@@ -90,27 +91,24 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
     """Measure the loss on the plane around a run's network, row by row into `path`, where it also continues from.
 
     Returns:
-        the content of `path`: `plane`, `coordinates` `[points]`, and `loss` `[points][points]` in nats: `loss[i][j]` at
-        a = `coordinates[i]`, b = `coordinates[j]`.
+        the content of `path`: what it is about, `coordinates` `[points]`, and `loss` `[points][points]` in nats:
+        `loss[i][j]` at a = `coordinates[i]`, b = `coordinates[j]`.
 
     Raises:
         UserError: `path` holds the surface of another network or plane, or a loss is not finite.
     """
-    about = {"run": run.dir.name, "trained": run.result["metrics"], "plane": dataclasses.asdict(plane)}
-    rows: list[list[float]] = []
-    if path.exists():
-        content = load_json(path)
-        if not isinstance(content, dict) or {key: content.get(key) for key in about} != about:
-            raise UserError(f"{path}: holds the surface of another network or plane; remove it or name another file")
-        rows = content["loss"]
+    about = describe(run, "surface", dataclasses.asdict(plane))
+    record = begun(path, about) or {**about, "coordinates": plane.coordinates, "loss": []}
+    rows: list[list[float]] = record["loss"]
+    if len(rows) == plane.points:
+        return record
     measured = _Measured(run, plane)
     total = plane.points**2
-    if len(rows) < plane.points:
-        print(
-            f"{run.dir.name}: {plane.points}² points × {measured.images} images × {measured.draws} draws of the noise "
-            f"= {total * measured.images * measured.draws:,} forward passes of an image",
-            file=sys.stderr,
-        )
+    print(
+        f"{run.dir.name}: {plane.points}² points × {measured.images} images × {measured.draws} draws of the noise "
+        f"= {total * measured.images * measured.draws:,} forward passes of an image",
+        file=sys.stderr,
+    )
     progress = StepProgress(f"loss surface of {run.dir.name}", total, len(rows) * plane.points)
     for a in plane.coordinates[len(rows) :]:
         row = []
@@ -118,9 +116,9 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
             row.append(measured.loss(a, b))
             progress.update(len(rows) * plane.points + len(row), loss=row[-1])
         rows.append(row)
-        save_json({**about, "coordinates": plane.coordinates, "loss": rows}, path)
+        save_json(record, path)
     progress.close()
-    return load_json(path)
+    return record
 
 
 class _Measured:

@@ -1,13 +1,15 @@
 """The regularizers that meta-testing compares, behind one interface (`Method`), by the names of the setting `method`.
 
 Base, MetaPerturb, Information Dropout, DropBlock and Manifold Mixup are those of the paper (section 4.1); dropout,
-mixup, CutMix, label smoothing and TrivialAugment are further ones, which it does not report. Every hyperparameter is a
-setting of its own. Its default is the value of the method's original paper or code; each class says where it stands
-there. MetaPerturb's authors tuned their baselines on a holdout set for each data set and report neither the values
-searched nor those chosen, so a fair comparison tunes anew, on `eval_split=holdout` or `val`.
+mixup, CutMix, label smoothing and TrivialAugment are further ones, which it does not report; adversarial training is
+the reference of its figure 6. Every hyperparameter is a setting of its own. Its default is the value of the method's
+original paper or code; each class says where it stands there. MetaPerturb's authors tuned their baselines on a holdout
+set for each data set and report neither the values searched nor those chosen, so a fair comparison tunes anew, on
+`eval_split=holdout` or `val`.
 
 All randomness comes from PyTorch's global generators, which meta-testing seeds before each step; crops and flips are
-drawn first. A method that is off (probability, α or smoothing 0) draws nothing and trains what Base trains, to the bit.
+drawn first. A method that is off (probability, α, ε or smoothing 0) draws nothing and trains what Base trains, to the
+bit.
 
 >>> from metaperturb.config import MetaTestConfig
 >>> create(MetaTestConfig(method="dropblock", dropblock_prob=0.2)).prob
@@ -17,6 +19,7 @@ drawn first. A method that is off (probability, α or smoothing 0) draws nothing
 from collections.abc import Callable
 
 from metaperturb.config import MetaTestConfig
+from metaperturb.methods.adversarial import AdversarialTraining
 from metaperturb.methods.augmentation import TrivialAugment
 from metaperturb.methods.base import Method, SiteMethod
 from metaperturb.methods.labels import LabelSmoothing
@@ -38,10 +41,14 @@ METHODS: dict[str, Callable[[MetaTestConfig, MetaPerturb | None], Method]] = {
     "cutmix": lambda config, phi: CutMix(config.cutmix_alpha),
     "label_smoothing": lambda config, phi: LabelSmoothing(config.label_smoothing),
     "trivial_augment": lambda config, phi: TrivialAugment(),
+    "adversarial": lambda config, phi: AdversarialTraining(
+        config.adversarial_eps, config.adversarial_steps, config.adversarial_step_size, config.precision
+    ),
 }
 
 __all__ = [
     "METHODS",
+    "AdversarialTraining",
     "CutMix",
     "DropBlock",
     "Dropout",

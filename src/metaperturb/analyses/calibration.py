@@ -1,0 +1,204 @@
+"""Figure 6 (d): how well confidence agrees with accuracy, and what Monte-Carlo samples buy.
+
+All counts of samples come from one pass over the draws: of 100 draws, predictions by 20 samples are five means over 20
+draws each, and by 5 samples twenty means over 5. So small counts, which scatter most, come with their scatter. Of
+counts that do not divide the largest one, the last draws go unused.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaperturb.analyses.extras import extra
+from metaperturb.analyses.records import begun, check_comparable, describe
+from metaperturb.data.batches import DeviceImages, normalize
+from metaperturb.errors import UserError
+from metaperturb.evaluation import ECE_BINS, metrics, reliability_bins
+from metaperturb.randomness import seed_torch
+from metaperturb.runs import StepProgress, provenance
+from metaperturb.storage import save_json
+from metaperturb.trained import TrainedRun
+from metaperturb.training import autocast
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which predictions are examined.
+
+    Attributes:
+        counts: of Monte-Carlo samples in a prediction; the largest is how many are drawn, and what the reliability
+            diagram shows. A network that draws no noise is examined with one.
+        batch_size: images a forward pass.
+        seed: of the noise.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    counts: tuple[int, ...] = (1, 5, 20, 100)
+    batch_size: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 1:
+            raise UserError(f"counts: expected numbers of at least 1, got {list(self.counts)}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: must be at least 1, got {self.batch_size}")
+
+
+def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict[str, Any]:
+    """Examine a run's network on every test image (of its `eval_split`), and write what was found to `path`.
+
+    Returns:
+        the content of `path`, read from there if the file exists: what it is about; `counts`, each of `samples`, lists
+        over the repetitions of `accuracy`, `ece` in [0, 1] and `nll` in nats, and `seconds` of one prediction of all
+        images; `reliability` of the largest count, lists over the bins of `count`, `confidence` and `accuracy` (means;
+        None where a bin is empty); `seconds_per_sample`; versions and hardware.
+
+    Raises:
+        UserError: torchmetrics is not installed, `path` holds other results, or the network returns what is not finite.
+    """
+    extra("torchmetrics")
+    counts = sorted(set(sampling.counts)) if run.stochastic else [1]
+    settings = {"counts": sorted(set(sampling.counts)), "batch_size": sampling.batch_size, "seed": sampling.seed}
+    about = describe(run, "calibration", settings)
+    if found := begun(path, about):
+        return found
+    draws = _Draws(run, sampling)
+    means = {count: _Mean(count) for count in counts}
+    examined: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    progress = StepProgress(f"Monte-Carlo samples of {run.dir.name}", counts[-1], 0)
+    for done in range(1, counts[-1] + 1):
+        log_p = draws.next()
+        for count in counts:
+            mean = means[count].add(log_p)
+            if mean is not None:
+                examined[count].append({**metrics(mean, draws.labels), "ece": calibration_error(mean, draws.labels)})
+        progress.update(done)
+    progress.close()
+    seconds = draws.seconds_per_sample
+    content = {
+        **about,
+        "counts": [{"samples": count, **_columns(examined[count]), "seconds": count * seconds} for count in counts],
+        "reliability": {"samples": counts[-1], **_reliability(mean, draws.labels)},
+        "seconds_per_sample": seconds,
+        **provenance(draws.images.device),
+    }
+    save_json(content, path)
+    return content
+
+
+def calibration_error(log_probabilities: Tensor, labels: Tensor) -> float:
+    """ECE by torchmetrics, of log-probabilities `[N, K]` and labels `[N]`: 15 bins, as in `evaluation`.
+
+    torchmetrics gives a confidence of exactly 1, which float32 reaches, a bin of its own, the 16th. Such confidences
+    are lowered by their last bit, so that they count in the 15th.
+    """
+    error = extra("torchmetrics.classification").MulticlassCalibrationError(
+        num_classes=log_probabilities.shape[1], n_bins=ECE_BINS, norm="l1"
+    )
+    probabilities = log_probabilities.exp().double()
+    below_one = 1 - torch.finfo(torch.float32).eps
+    return error.to(labels.device)(probabilities.clamp_max(below_one), labels).item()
+
+
+class _Draws:
+    """One Monte-Carlo sample of the predictions of all test images after the other, and how long they take."""
+
+    def __init__(self, run: TrainedRun, sampling: Sampling) -> None:
+        device = next(run.model.parameters()).device
+        self.run, self.sampling, self.images = run, sampling, DeviceImages(run.test, device)
+        self.chunks = torch.arange(len(run.test), device=device).split(sampling.batch_size)
+        self.labels = torch.cat([self.images.take(chunk)[1] for chunk in self.chunks])
+        self.seconds: list[float] = []
+
+    @torch.no_grad()
+    def next(self) -> Tensor:
+        """Log-probabilities `[N, K]`."""
+        seed_torch(self.sampling.seed, 0, "calibration", len(self.seconds))
+        began = time.monotonic()
+        with autocast(self.images.device, self.run.config.precision):
+            parts = [self.run.model(normalize(self.images.take(chunk)[0])) for chunk in self.chunks]
+        log_p = torch.cat(parts).float().log_softmax(dim=1)
+        if not torch.isfinite(log_p).all():  # waits for the device, so that the time is that of the work
+            raise UserError(f"{self.run.dir}: the network returns numbers that are not finite")
+        self.seconds.append(time.monotonic() - began)
+        return log_p
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Median over samples; the first, which starts things up, counts only where it is the only one."""
+        return median(self.seconds[1:] or self.seconds)
+
+
+class _Mean:
+    """Mean predictions by `count` samples, one after the other, from a stream of samples."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.have, self.total = count, 0, None
+
+    def add(self, log_p: Tensor) -> Tensor | None:
+        """Take a sample `[N, K]`; returns the log of a mean when it is complete."""
+        self.total = log_p if self.total is None else torch.logaddexp(self.total, log_p)
+        self.have += 1
+        if self.have < self.count:
+            return None
+        mean, self.have, self.total = self.total - torch.tensor(float(self.count)).log().item(), 0, None
+        return mean
+
+
+def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def _reliability(log_p: Tensor, labels: Tensor) -> dict[str, list]:
+    confidence, prediction = log_p.exp().max(dim=1)
+    return bin_means(*(column.tolist() for column in reliability_bins(confidence, prediction == labels)))
+
+
+def bin_means(count: Sequence[float], confidence: Sequence[float], correct: Sequence[float]) -> dict[str, list]:
+    """Counts and means from sums over bins; None where a bin is empty."""
+    return {
+        "count": [int(n) for n in count],
+        "confidence": [c / n if n else None for n, c in zip(count, confidence, strict=True)],
+        "accuracy": [c / n if n else None for n, c in zip(count, correct, strict=True)],
+    }
+
+
+def calibration_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Numbers as `plots.plot_reliability` and `plots.plot_samples` draw them.
+
+    Args:
+        results: name in the picture → of each of its runs (seeds) what `measure_calibration` returned.
+
+    Returns:
+        name → `ece` `[seeds]` and `reliability` (bins pooled over seeds) of the largest count; `counts`, each of
+        `samples` and, `[seeds]` each, `accuracy`, `nll`, `ece` (means over repetitions), `accuracy_scatter`,
+        `ece_scatter` (standard deviations over repetitions, 0 of a single one), `seconds`.
+
+    Raises:
+        UserError: the results are of different images or settings.
+    """
+    check_comparable(results)
+    return {name: _curves(runs) for name, runs in results.items()}
+
+
+def _curves(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = []
+    for of_runs in zip(*(run["counts"] for run in runs), strict=True):
+        means = {key: [sum(c[key]) / len(c[key]) for c in of_runs] for key in ("accuracy", "nll", "ece")}
+        scatter = {f"{key}_scatter": [pstdev(c[key]) for c in of_runs] for key in ("accuracy", "ece")}
+        seconds = [c["seconds"] for c in of_runs]
+        counts.append({"samples": of_runs[0]["samples"], **means, **scatter, "seconds": seconds})
+    bins = [run["reliability"] for run in runs]
+    sums = [
+        [sum(b["count"][k] * (1 if key == "count" else b[key][k] or 0) for b in bins) for k in range(ECE_BINS)]
+        for key in ("count", "confidence", "accuracy")
+    ]
+    return {"ece": counts[-1]["ece"], "reliability": bin_means(*sums), "counts": counts}

@@ -1,0 +1,82 @@
+"""What an analysis writes about a run, and when it may go on with what it finds."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from metaperturb.errors import UserError
+from metaperturb.storage import load_json
+from metaperturb.trained import TrainedRun
+
+
+def describe(run: TrainedRun, analysis: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What results are about: the network, the images and the settings. Equal descriptions, equal results.
+
+    Args:
+        analysis: its name.
+        settings: all that changes its numbers, as JSON holds it (lists, no tuples).
+    """
+    return {
+        "analysis": analysis,
+        "network": digest(run.model),
+        "method": run.config.method,
+        "finetuned": run.config.init is not None,
+        "seed": run.config.seed,
+        "model": run.config.model,
+        "target": {"name": run.test.name, "fingerprint": run.test.fingerprint, "classes": run.test.num_classes},
+        "settings": settings,
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """Identifies a network's weights and buffers: 12 hex digits."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def begun(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in `path` if they have this description; None if there is no such file.
+
+    Raises:
+        UserError: the file holds something else; the message names what differs.
+    """
+    if not path.exists():
+        return None
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no results of an analysis; remove it or name another file")
+    changed = [_change(key, content.get(key), value) for key, value in about.items() if content.get(key) != value]
+    if changed:
+        raise UserError(f"{path}: holds results of another kind ({'; '.join(changed)}); remove it or name another file")
+    return content
+
+
+def check_comparable(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """One of the results, where all are about the same images by the same settings.
+
+    Args:
+        results: name in the picture → what the analysis wrote about each of its runs.
+
+    Raises:
+        UserError: there are none, or two differ; the message names them.
+    """
+    pairs = [(name, result) for name, of_runs in results.items() for result in of_runs]
+    if not pairs:
+        raise UserError("no results to draw")
+    first_name, first = pairs[0]
+    for name, result in pairs[1:]:
+        for key in ("analysis", "target", "settings"):
+            if result[key] != first[key]:
+                raise UserError(f"{name} and {first_name} cannot be compared: {_change(key, first[key], result[key])}")
+    return first
+
+
+def _change(key: str, before: Any, after: Any) -> str:
+    if isinstance(before, dict) and isinstance(after, dict):
+        inner = [_change(f"{key}.{k}", before.get(k), v) for k, v in after.items() if before.get(k) != v]
+        return "; ".join(inner) or f"{key} differs"
+    return f"{key}: {before} → {after}"

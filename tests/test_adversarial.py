@@ -1,0 +1,141 @@
+"""Adversarial training: its examples against their definition, what making them leaves alone, and what it is for."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import metaperturb.meta_test as program
+from metaperturb import models
+from metaperturb.config import MetaTestConfig
+from metaperturb.methods import AdversarialTraining, create
+from metaperturb.storage import load_tensors
+from metaperturb.trained import load_run
+
+
+def example(seed=0, **options):
+    torch.manual_seed(seed)
+    method = AdversarialTraining(**{"eps": 8 / 255, "steps": 7, "step_size": 2 / 255, **options})
+    model = models.create("resnet8", 10, 12).train()
+    method.prepare(model, None)
+    x = torch.randint(0, 256, (16, 3, 12, 12)) / 127.5 - 1
+    return method, model, x, torch.arange(16) % 10
+
+
+def test_the_defaults_are_the_originals():
+    method = create(MetaTestConfig(method="adversarial"))
+    assert (method.eps, method.steps, method.step_size) == (2 * 8 / 255, 7, 2 * 2 / 255)  # of images in [-1, 1]
+
+
+@pytest.mark.parametrize("eps", [1 / 255, 8 / 255, 0.3, 1.0])
+def test_examples_stay_in_the_ball_and_the_range(eps):
+    method, _, x, y = example(eps=eps, step_size=eps / 3)
+    before = x.clone()
+    adversarial, labels = method.batch(x, y)
+    assert labels is y and torch.equal(x, before) and not adversarial.requires_grad
+    assert (adversarial - x).abs().max() <= 2 * eps + 1e-6 and adversarial.abs().max() <= 1
+    assert (adversarial != x).float().mean() > 0.5
+
+
+def test_examples_raise_the_loss_of_the_training_step():
+    method, model, x, y = example()
+    adversarial, _ = method.batch(x, y)
+    noise = (x + 2 * 8 / 255 * torch.randn_like(x).sign()).clamp(-1, 1)
+    plain, noisy, attacked = (F.cross_entropy(copy.deepcopy(model)(i), y).item() for i in (x, noise, adversarial))
+    assert attacked > max(plain, noisy) + 0.1
+
+
+def test_examples_by_hand():
+    """A linear network: every step adds step_size · sign(w_k − …) of a gradient worked out on paper."""
+    method, _, x, y = example(eps=0.1, steps=3, step_size=0.02)
+    torch.manual_seed(1)
+    linear = nn.Linear(3 * 12 * 12, 10)
+    method.prepare(nn.Sequential(nn.Flatten(), linear), None)
+    torch.manual_seed(2)
+    adversarial, _ = method.batch(x, y)
+    torch.manual_seed(2)
+    expected = (x + torch.empty_like(x).uniform_(-0.2, 0.2)).clamp(-1, 1)
+    weight = linear.weight.detach()
+    for _ in range(3):
+        p = linear(expected.flatten(1)).detach().softmax(1)
+        gradient = (p - F.one_hot(y, 10)) @ weight  # of the loss of each image
+        expected = expected + 0.04 * gradient.sign().view_as(x)
+        expected = torch.min(torch.max(expected, x - 0.2), x + 0.2).clamp(-1, 1)
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-6)
+
+
+def test_the_network_is_attacked_as_it_trains_and_left_as_it_was():
+    method, model, x, y = example()
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    trained_on = []
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.register_forward_hook(lambda module, args, out: trained_on.append(out.detach().mean(dim=(0, 2, 3))))
+    method.batch(x, y)
+    assert len(trained_on) == 7
+    assert all(mean.abs().max() < 1e-4 for mean in trained_on)  # statistics of the batch: mean 0
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_deterministic_and_off():
+    method, _, x, y = example()
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        results.append(method.batch(x, y)[0])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    off, *_ = example(eps=0.0)
+    state = torch.get_rng_state()
+    assert off.batch(x, y)[0] is x and torch.equal(torch.get_rng_state(), state)
+
+
+def test_bfloat16_examples():
+    method, model, x, y = example(precision="bfloat16")
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    adversarial, _ = method.batch(x, y)
+    assert set(seen) == {torch.bfloat16} and adversarial.dtype == torch.float32
+    assert (adversarial - x).abs().max() <= 2 * 8 / 255 + 1e-6
+    assert F.cross_entropy(model(adversarial), y) > F.cross_entropy(model(x), y)
+
+
+def test_on_top_of_finetuning(target_settings, trained_runs, tmp_path):
+    settings = [*target_settings, f"init={trained_runs['base']}", "steps=2", "method=adversarial"]
+    for name, more in (("adv", []), ("off", ["adversarial_eps=0"]), ("base", ["method=base"])):
+        assert program.main(["--set", *settings, *more, f"run_dir={tmp_path / name}"]) == 0
+    adv, off, base = (load_tensors(tmp_path / n / "checkpoints" / "latest.pt")["model"] for n in ("adv", "off", "base"))
+    assert all(torch.equal(off[key], base[key]) for key in base) and not all(torch.equal(adv[k], base[k]) for k in base)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("adversarial_eps=-0.1", "adversarial_eps: must be between 0 and 1, got -0.1"),
+        ("adversarial_eps=8", "adversarial_eps: must be between 0 and 1, got 8"),
+        ("adversarial_eps=nan", "adversarial_eps: must be finite"),
+        ("adversarial_steps=0", "adversarial_steps: must be at least 1, got 0"),
+        ("adversarial_step_size=0", "adversarial_step_size: must be between 1e-06 and 1, got 0"),
+    ],
+)
+def test_bad_values_are_one_line(setting, expected, target_settings, tmp_path, capsys):
+    assert program.main(["--set", *target_settings, "method=adversarial", setting, f"run_dir={tmp_path}"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0]
+
+
+def test_it_makes_robust(trained_runs):
+    """By an attack of its own, that neither training nor the analyses know: the sign of one gradient at the image."""
+    accuracy = {}
+    for name in ("base", "adversarial"):
+        run = load_run(trained_runs[name])
+        x = torch.from_numpy(run.test.images.copy()) / 127.5 - 1
+        y = torch.from_numpy(run.test.labels.copy())
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(run.model(x), y), x)
+        attacked = (x + 2 * 0.12 * gradient.sign()).clamp(-1, 1)
+        accuracy[name] = (run.model(attacked).argmax(1) == y).float().mean().item()
+        assert run.result["metrics"]["accuracy"] > 0.85
+    assert accuracy["adversarial"] > accuracy["base"] + 0.15

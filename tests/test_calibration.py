@@ -1,0 +1,196 @@
+"""Calibration: its error by hand and by torchmetrics, and what Monte-Carlo samples buy, against a plain loop."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from image_files import one_line
+from torch import nn
+
+from metaperturb import UserError
+from metaperturb.analyses.calibration import Sampling, calibration_curves, calibration_error, measure_calibration
+from metaperturb.evaluation import expected_calibration_error, metrics, reliability_bins
+from metaperturb.plots import plot_reliability, plot_samples
+from metaperturb.trained import load_run
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed (./run.sh test installs it)")
+
+SOME = Sampling(counts=(1, 3, 6), batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def runs(trained_runs):
+    return {method: load_run(folder) for method, folder in trained_runs.items()}
+
+
+def log_probabilities(confidences, classes=4):
+    """Predictions of class 0 with these confidences."""
+    p = torch.tensor([[c, *[(1 - c) / (classes - 1)] * (classes - 1)] for c in confidences], dtype=torch.float64)
+    return p.log()
+
+
+@pytest.mark.parametrize(
+    ("confidences", "right", "expected"),
+    [
+        ([0.9], [1], 0.1),
+        ([0.9], [0], 0.9),
+        ([0.99, 0.99, 0.99, 0.99], [1, 1, 1, 0], 0.24),
+        ([0.95, 0.97, 0.5, 0.52], [1, 0, 1, 1], (abs(1 - 1.92) + abs(2 - 1.02)) / 4),  # bins 15 and 8
+        ([0.45, 0.48], [1, 0], (0.55 + 0.48) / 2),  # bins 7 and 8: apart
+        ([0.95, 1.0], [0, 1], 0.95 / 2),  # a confidence of 1 shares the last bin: |1 − 1.95| / 2
+    ],
+)
+def test_calibration_error_by_hand(confidences, right, expected):
+    labels = torch.tensor([0 if r else 1 for r in right])
+    log_p = log_probabilities(confidences)
+    assert calibration_error(log_p, labels) == pytest.approx(expected, abs=1e-6)
+    assert metrics(log_p, labels)["ece"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0, 50.0])
+def test_torchmetrics_agrees_with_evaluation(sharpness):
+    torch.manual_seed(0)
+    log_p = (sharpness * torch.randn(2000, 7)).log_softmax(1)
+    labels = torch.where(torch.rand(2000) < 0.6, log_p.argmax(1), torch.randint(0, 7, (2000,)))
+    assert calibration_error(log_p, labels) == pytest.approx(metrics(log_p, labels)["ece"], abs=1e-6)
+    if sharpness == 50.0:
+        assert (log_p.exp().amax(1) == 1).any()
+
+
+def test_bins():
+    confidence = torch.tensor([0.0, 0.2, 0.21, 0.4, 1.0], dtype=torch.float64)
+    count, confidences, hits = reliability_bins(confidence, torch.tensor([1, 0, 1, 1, 1]), 5)
+    assert count.tolist() == [2, 2, 0, 0, 1] and hits.tolist() == [1, 2, 0, 0, 1]
+    assert confidences.tolist() == pytest.approx([0.2, 0.61, 0, 0, 1])
+    by_hand = (abs(1 - 0.2) + abs(2 - 0.61)) / 5
+    assert expected_calibration_error(confidence, torch.tensor([1, 0, 1, 1, 1]), 5) == pytest.approx(by_hand)
+
+
+class Drawing(nn.Module):
+    """Predictions that are other for each call: remembers them."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.classes, self.calls = classes, []
+
+    def forward(self, x):
+        logits = 3 * torch.randn(len(x), self.classes)
+        self.calls.append(logits)
+        return logits
+
+
+def test_counts_are_means_over_disjoint_draws(runs, tmp_path):
+    network = Drawing()
+    run = dataclasses.replace(runs["metaperturb"], model=network)
+    result = measure_calibration(run, Sampling(counts=(4, 1, 6, 2), batch_size=64), tmp_path / "c.json")
+    assert result == json.loads((tmp_path / "c.json").read_text())
+    assert [len(logits) for logits in network.calls] == [64, 64, 64, 8] * 6  # six passes over 200 images, no more
+    draws = [torch.cat(network.calls[4 * k : 4 * k + 4]).double().softmax(1) for k in range(6)]
+    labels = torch.from_numpy(run.test.labels.copy())
+    for found in result["counts"]:
+        count = found["samples"]
+        groups = [sum(draws[k : k + count]) / count for k in range(0, 6 - count + 1, count)]
+        assert len(found["accuracy"]) == len(groups) == {1: 6, 2: 3, 4: 1, 6: 1}[count]
+        for k, mean in enumerate(groups):
+            right = mean.argmax(1) == labels
+            assert found["accuracy"][k] == pytest.approx(right.double().mean().item())
+            assert found["nll"][k] == pytest.approx(-mean[range(200), labels].log().mean().item(), rel=1e-5)
+            ece = expected_calibration_error(mean.amax(1), right)
+            assert found["ece"][k] == pytest.approx(ece, abs=1e-5)
+        assert found["seconds"] == pytest.approx(count * result["seconds_per_sample"])
+    bins = result["reliability"]
+    assert bins["samples"] == 6 and sum(bins["count"]) == 200
+    from_bins = sum(
+        n * abs(a - c) for n, a, c in zip(bins["count"], bins["accuracy"], bins["confidence"], strict=True) if n
+    )
+    assert from_bins / 200 == pytest.approx(result["counts"][-1]["ece"][0], abs=1e-6)
+    assert all((a is None) == (n == 0) for n, a in zip(bins["count"], bins["accuracy"], strict=True))
+
+
+def test_real_runs(runs, tmp_path, capsys):
+    for method, run in runs.items():
+        result = measure_calibration(run, SOME, tmp_path / f"{method}.json")
+        assert [c["samples"] for c in result["counts"]] == ([1, 3, 6] if method == "metaperturb" else [1])
+        last = {key: result["counts"][-1][key][0] for key in ("accuracy", "nll", "ece")}
+        if method == "metaperturb":
+            assert len(set(result["counts"][0]["nll"])) == 6
+        else:  # what meta-testing found
+            for key, value in last.items():
+                assert value == pytest.approx(run.result["metrics"][key], abs=1e-6)
+        assert result["seconds_per_sample"] > 0 and result["method"] == method
+    assert "Monte-Carlo samples of metaperturb: step 6/6" in capsys.readouterr().err
+
+
+def test_deterministic_and_kept(runs, tmp_path):
+    run = runs["metaperturb"]
+    first, second = (measure_calibration(run, SOME, tmp_path / name) for name in ("a", "b"))
+    other = measure_calibration(run, dataclasses.replace(SOME, seed=1), tmp_path / "c")
+    nll = [[c["nll"] for c in result["counts"]] for result in (first, second, other)]
+    assert nll[0] == nll[1] != nll[2]
+    before = (tmp_path / "a").stat().st_mtime_ns
+    assert measure_calibration(run, SOME, tmp_path / "a") == first and (tmp_path / "a").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"settings\.seed: 0 → 1") as error:
+        measure_calibration(run, dataclasses.replace(SOME, seed=1), tmp_path / "a")
+    assert "remove it" in one_line(error)
+    with pytest.raises(UserError, match="method: metaperturb → base"):
+        measure_calibration(runs["base"], SOME, tmp_path / "a")
+
+
+def test_curves_and_pictures(runs, tmp_path):
+    results = {m: [measure_calibration(runs[m], SOME, tmp_path / f"{m}.json")] for m in ("base", "metaperturb")}
+    other = json.loads(json.dumps(results["metaperturb"][0]))
+    other["seed"], other["counts"][-1]["ece"] = 1, [0.5]
+    other["reliability"].update(count=[0] * 14 + [100], confidence=[None] * 14 + [0.9], accuracy=[None] * 14 + [1.0])
+    results["metaperturb"].append(other)
+    curves = calibration_curves(results)
+    first = results["metaperturb"][0]
+    assert curves["metaperturb"]["ece"] == [first["counts"][-1]["ece"][0], 0.5]
+    values = torch.tensor(first["counts"][0]["accuracy"], dtype=torch.float64)
+    one = curves["metaperturb"]["counts"][0]
+    assert one["accuracy"] == pytest.approx([values.mean().item()] * 2)
+    assert one["accuracy_scatter"] == pytest.approx([values.std(correction=0).item()] * 2)
+    bins, pooled = first["reliability"], curves["metaperturb"]["reliability"]
+    assert sum(pooled["count"]) == 300 and pooled["count"][-1] == bins["count"][-1] + 100
+    expected = ((bins["accuracy"][-1] or 0) * bins["count"][-1] + 100) / pooled["count"][-1]
+    assert pooled["accuracy"][-1] == pytest.approx(expected)
+    for plot, header in (
+        (plot_reliability, "name,bin,count,confidence,accuracy"),
+        (plot_samples, "name,samples,accuracy,accuracy_scatter,ece,ece_scatter,nll,seconds,seeds"),
+    ):
+        plot(curves, tmp_path / plot.__name__)
+        assert (tmp_path / f"{plot.__name__}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (tmp_path / f"{plot.__name__}.svg").read_bytes()
+        lines = (tmp_path / f"{plot.__name__}.csv").read_text().splitlines()
+        assert lines[0] == header and len(lines) == 1 + (30 if plot is plot_reliability else 4)
+    plot_samples({"base": curves["base"]}, tmp_path / "alone")  # nothing to compare counts with
+    results["base"][0]["target"]["fingerprint"] = "0"
+    with pytest.raises(UserError, match="cannot be compared: target"):
+        calibration_curves(results)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"counts": ()}, "counts: expected numbers of at least 1"),
+        ({"counts": (0, 5)}, "counts: expected numbers of at least 1, got [0, 5]"),
+        ({"batch_size": 0}, "batch_size: must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings(options, expected):
+    with pytest.raises(UserError) as error:
+        Sampling(**options)
+    assert expected in one_line(error)
+
+
+def test_a_network_that_is_not_finite(runs, tmp_path):
+    class Broken(Drawing):
+        def forward(self, x):
+            return super().forward(x) * math.nan
+
+    run = dataclasses.replace(runs["base"], model=Broken())
+    with pytest.raises(UserError, match="not finite") as error:
+        measure_calibration(run, SOME, tmp_path / "c.json")
+    assert "base" in one_line(error) and not (tmp_path / "c.json").exists()

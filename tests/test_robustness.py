@@ -1,0 +1,440 @@
+"""Robustness: that the attack is a real one, on networks trained here, and that its results are kept."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from image_files import one_line
+from torch import nn
+
+from metaperturb import UserError
+from metaperturb.analyses import robustness
+from metaperturb.analyses.robustness import Attack, AttackedModel, check_within, measure_robustness, robustness_curves
+from metaperturb.data.batches import normalize
+from metaperturb.plots import plot_robustness, save_figure
+from metaperturb.trained import load_run
+
+pytest.importorskip("foolbox", reason="foolbox is not installed (./run.sh test installs it)")
+from eagerpy import astensor  # the tensors of foolbox
+
+ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
+MIDDLE = {"linf": 0.06, "l2": 0.8, "l1": 7.0}  # where a part of the images withstands
+SMALL = Attack(linf=(0.0, 0.05, 0.15), l2=(0.5,), l1=(4.0,), steps=5, draws=3, samples=4, images=60, batch_size=75)
+
+
+@pytest.fixture(scope="module")
+def runs(trained_runs):
+    return {method: load_run(folder) for method, folder in trained_runs.items()}
+
+
+def accuracy(run, tmp_path, norm, eps, **options):
+    radii = {key: (eps,) if key == norm else () for key in ORDERS}
+    options = {"images": 100, "draws": 4, "samples": 10, "steps": 10, **options}
+    result = measure_robustness(run, Attack(**radii, **options), tmp_path / f"{len(list(tmp_path.iterdir()))}.json")
+    (point,) = result["points"]
+    return point["accuracy"]
+
+
+# --- the attacked network
+
+
+class Noisy(nn.Module):
+    """Logits of a linear network whose input is perturbed by Gaussian noise; `noise` is what was drawn last."""
+
+    def __init__(self, scale=1.0, classes=4, size=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.scale = nn.Linear(3 * size * size, classes).double(), scale
+
+    def forward(self, x):
+        self.noise = torch.randn_like(x)
+        return self.scale * self.layer((x + self.noise).flatten(1))
+
+
+def test_the_gradient_is_that_of_the_mean_prediction():
+    """−log((1/E) Σ_e p_e(y)) has the gradient −Σ_e ∇p_e(y) / Σ_e p_e(y), with ∇p_e of softmax worked out by hand."""
+    network, draws = Noisy(), 5
+    x, y = torch.rand(3, 3, 6, 6, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 1])
+    loss = -AttackedModel(network, draws)(x).gather(1, y[:, None]).sum()
+    (actual,) = torch.autograd.grad(loss, x)
+    noise, weight = network.noise.view(draws, *x.shape), network.layer.weight.detach()
+    for i in range(3):
+        total, gradient = 0.0, torch.zeros(3 * 36, dtype=torch.float64)
+        for e in range(draws):
+            logits = network.layer((2 * x[i] - 1 + noise[e, i]).flatten()).detach()
+            p = logits.softmax(0)
+            total += p[y[i]]
+            gradient += 2 * p[y[i]] * (weight[y[i]] - p @ weight)  # 2: pixels in [0, 1] are stretched to [-1, 1]
+        torch.testing.assert_close(actual[i].flatten(), -gradient / total)
+
+
+def test_predictions_are_means_over_all_samples():
+    network = Noisy()
+    x = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    model, probabilities = AttackedModel(network, 3), []
+    network.register_forward_hook(lambda module, args, out: probabilities.extend(out.softmax(1).split(2)))
+    predicted = model.predict(x, 8)
+    assert len(probabilities) == 8  # in groups of 3, 3 and 2
+    torch.testing.assert_close(predicted.exp(), torch.stack(probabilities).mean(0))
+
+
+def test_normalization_is_inside_and_exact():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    seen = []
+    AttackedModel(lambda_network(lambda x: seen.append(x) or x.mean(dim=(2, 3))), 1)(pixels.float() / 255)
+    assert torch.equal(seen[0], normalize(pixels))
+
+
+def lambda_network(function):
+    network = nn.Module()
+    network.forward = function
+    return network
+
+
+# --- the attack
+
+
+def test_without_a_perturbation_it_is_clean_accuracy(runs, tmp_path):
+    for method in ("base", "adversarial"):
+        for norm in ORDERS:
+            clean = accuracy(runs[method], tmp_path, norm, 0.0, images=None)
+            assert clean == runs[method].result["metrics"]["accuracy"]
+    drawn = [accuracy(runs["metaperturb"], tmp_path, norm, 0.0, images=None, samples=20) for norm in ORDERS]
+    assert len(set(drawn)) == 1  # the same noise
+    assert drawn[0] == pytest.approx(runs["metaperturb"].result["metrics"]["accuracy"], abs=0.03)
+
+
+@pytest.mark.parametrize("norm", ORDERS)
+def test_more_steps_leave_less(runs, tmp_path, norm):
+    values = [accuracy(runs["base"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 3, 10, 30)]
+    assert values == sorted(values, reverse=True)  # exactly: the worst iterate is kept, and the iterates are the same
+    assert values[-1] <= values[0] - 0.1
+    noisy = [accuracy(runs["metaperturb"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 12)]
+    assert noisy[1] <= noisy[0] + 0.02
+
+
+def test_more_draws_leave_less(runs, tmp_path):
+    one, many = (accuracy(runs["metaperturb"], tmp_path, "linf", 0.06, draws=draws) for draws in (1, 10))
+    assert many <= one + 0.01
+
+
+@pytest.mark.parametrize("method", ["base", "metaperturb"])
+def test_large_balls_leave_no_more_than_chance(runs, tmp_path, method):
+    for norm, eps in (("linf", 0.5), ("l2", 8.0), ("l1", 150.0)):
+        assert accuracy(runs[method], tmp_path, norm, eps) <= 0.1
+
+
+def test_accuracy_falls_with_the_radius_and_adversarial_training_helps(runs, tmp_path):
+    curves = {}
+    for method in ("base", "adversarial"):
+        attack = Attack(linf=(0, 0.03, 0.06, 0.12), l2=(), l1=(), steps=10, images=150)
+        curves[method] = [p["accuracy"] for p in measure_robustness(runs[method], attack, tmp_path / method)["points"]]
+        assert curves[method] == sorted(curves[method], reverse=True)
+    assert curves["adversarial"][3] > curves["base"][3] + 0.2
+
+
+@pytest.mark.parametrize("norm", ORDERS)
+@pytest.mark.parametrize("eps", [1e-3, 0.3, 5.0])
+def test_images_stay_in_the_ball_and_the_range(runs, norm, eps):
+    run = runs["base"]
+    x, y = torch.from_numpy(run.test.images[:32].copy()) / 255, torch.from_numpy(run.test.labels[:32].copy())
+    torch.manual_seed(0)
+    found = robustness.perturb(AttackedModel(run.model, 1).eval(), x, y, norm, eps, 5, 0.3)
+    assert found.min() >= 0 and found.max() <= 1
+    distance = torch.linalg.vector_norm((found - x).double().flatten(1), ORDERS[norm], dim=1)
+    assert distance.max() <= eps * (1 + 1e-4) + 1e-4 and distance.min() > 0.05 * min(eps, 0.3)
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_the_worst_iterate_is_kept(runs, tmp_path):
+    """Steps twice as long as the radius jump about."""
+    for norm in ("linf", "l1"):
+        options = {"step_size": 2.0, "images": 200}
+        values = [accuracy(runs["base"], tmp_path, norm, MIDDLE[norm], steps=k, **options) for k in range(1, 7)]
+        assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("norm", ORDERS)
+def test_a_network_that_is_sure_of_itself_does_not_look_robust(runs, tmp_path, norm):
+    """By cross-entropy in float32, nearly every image of the second one would withstand."""
+    run = runs["base"]
+    sure = dataclasses.replace(run, model=Scaled(run.model, 200.0))
+    plain, scaled = (accuracy(r, tmp_path, norm, 1.5 * MIDDLE[norm]) for r in (run, sure))
+    assert plain < 0.85 and scaled <= plain + 0.08
+
+
+@pytest.mark.parametrize("draws", [1, 5])
+def test_the_steps_are_those_of_cross_entropy(draws):
+    network, attack = Noisy(scale=0.5), robustness._KeepWorst()
+    x, y = torch.rand(3, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 3, 1])
+    gradients = []
+    for loss in (attack.get_loss_fn(AttackedModel(network, draws), astensor(y)), cross_entropy(network, draws, y)):
+        attack.begin(x)
+        torch.manual_seed(1)
+        gradients.append(attack.value_and_grad(loss, astensor(x))[1].raw.flatten(1))
+    ours, theirs = (g / g.norm(dim=1, keepdim=True) for g in gradients)
+    torch.testing.assert_close(ours, theirs)
+
+
+def cross_entropy(network, draws, y):
+    return lambda x: torch.nn.functional.cross_entropy(AttackedModel(network, draws)(x), y, reduction="sum")
+
+
+class Scaled(nn.Module):
+    def __init__(self, model, factor):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x):
+        return self.factor * self.model(x)
+
+
+def test_what_is_wrong_from_the_start_counts_as_wrong(runs, tmp_path):
+    """A network that the attack makes right: on images of its own making it answers with the true class."""
+    run = runs["base"]
+    labels = torch.from_numpy(run.test.labels.copy())
+    clean = torch.from_numpy(run.test.images.copy())
+
+    def answers(x):  # images as they are: the next class; others: the true one of the nearest image
+        nearest = (x[:, None] - normalize(clean)).flatten(2).norm(dim=2).min(dim=1)
+        target = torch.where(nearest.values < 1e-3, (labels[nearest.indices] + 1) % 10, labels[nearest.indices])
+        return 5 * torch.nn.functional.one_hot(target, 10).float() + 0 * x.sum(dim=(1, 2, 3))[:, None]
+
+    network = lambda_network(answers)
+    network.weight = nn.Parameter(torch.zeros(1))
+    assert accuracy(dataclasses.replace(run, model=network), tmp_path, "linf", 0.02, images=20) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda x: x + float("nan"), "not finite"),
+        (lambda x: x - 0.1, "instead of [0, 1]"),
+        (lambda x: (x + 0.03).clamp(0, 1), "at a distance of 0.03"),
+    ],
+)
+def test_what_an_attack_returns_is_checked(change, expected):
+    x = torch.linspace(0, 0.9, 3 * 16).view(1, 3, 4, 4)
+    check_within((x + 0.02).clamp(0, 1), x, "linf", 0.02)
+    with pytest.raises(UserError, match="attack linf, ε") as error:
+        check_within(change(x), x, "linf", 0.02)
+    assert expected in one_line(error)
+
+
+def test_a_network_that_is_not_finite(runs, tmp_path):
+    broken = dataclasses.replace(runs["base"], model=Scaled(runs["base"].model, float("inf")))
+    with pytest.raises(UserError, match="not finite") as error:
+        measure_robustness(broken, SMALL, tmp_path / "r.json")
+    one_line(error)
+
+
+# --- results
+
+
+def test_result_cost_and_progress(runs, tmp_path, capsys):
+    result = measure_robustness(runs["metaperturb"], SMALL, tmp_path / "r.json")
+    assert result == json.loads((tmp_path / "r.json").read_text())
+    assert [(p["norm"], p["eps"]) for p in result["points"]] == SMALL.points
+    for point in result["points"]:
+        assert len(point["correct"]) == 3 and point["accuracy"] == sum(point["correct"]) / 60  # batches of 75 // 3
+    assert sum(result["clean"]) == sum(result["points"][0]["correct"])
+    assert result["seconds"] > 0 and result["versions"]["torch"]
+    told = capsys.readouterr().err
+    # 4 attacks of 60 images: 5 steps of 3 draws; once more 3 draws and 4 samples, and 4 samples of clean images
+    assert f"{4 * 60 * 5 * 3:,} passes of an image forward and back, {60 * (4 * (3 + 4) + 4):,} forward" in told
+    assert told.index("forward and back") < told.index("attacks on metaperturb: step 1/15") < told.index("in all")
+    assert "attacks on metaperturb: step 15/15" in told
+    again = measure_robustness(runs["metaperturb"], SMALL, tmp_path / "again.json")
+    assert comparable(again) == comparable(result)
+    other = measure_robustness(runs["metaperturb"], dataclasses.replace(SMALL, seed=1), tmp_path / "other.json")
+    assert comparable(other) != comparable(result)
+
+
+def comparable(result):
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize("cut", [1, 7, 14])
+def test_cut_off_and_continued(runs, tmp_path, monkeypatch, capsys, cut):
+    run, save, saved = runs["metaperturb"], robustness.save_json, []
+    whole = measure_robustness(run, SMALL, tmp_path / "whole.json")
+
+    def save_and_stop(content, path):
+        save(content, path)
+        saved.append(path)
+        if len(saved) == cut:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "save_json", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure_robustness(run, SMALL, tmp_path / "cut.json")
+        capsys.readouterr()
+        measure_robustness(run, SMALL, tmp_path / "cut.json")
+    assert len(saved) == 15  # nothing twice
+    continued = json.loads((tmp_path / "cut.json").read_text())
+    assert comparable(continued) == comparable(whole)
+    monkeypatch.setattr(robustness, "perturb", None)
+    assert measure_robustness(run, SMALL, tmp_path / "cut.json") == continued  # finished: no attack any more
+
+
+def test_further_radii_are_added(runs, tmp_path):
+    run, few = runs["base"], dataclasses.replace(SMALL, linf=(0.05,), l1=())
+    measure_robustness(run, few, tmp_path / "r.json")
+    added = measure_robustness(run, SMALL, tmp_path / "r.json")
+    assert comparable(added) == comparable(measure_robustness(run, SMALL, tmp_path / "whole.json"))
+
+
+def test_the_images_are_the_same_for_every_run(runs):
+    order = [robustness._Victim(runs[m], SMALL).batches[0][:25].tolist() for m in runs]
+    assert order[0] == order[1] == order[2] and len(set(order[0])) == 25
+    all_images = robustness._Victim(runs["base"], dataclasses.replace(SMALL, images=None))
+    assert sorted(i for batch in all_images.batches for i in batch.tolist()) == list(range(200))
+
+
+def test_curves_and_picture(runs, tmp_path):
+    results = {m: [measure_robustness(runs[m], SMALL, tmp_path / f"{m}.json")] * 2 for m in ("base", "metaperturb")}
+    curves = robustness_curves(results)
+    assert curves["chance"] == 0.1 and curves["curves"]["base"]["linf"]["eps"] == [0.0, 0.05, 0.15]
+    point = results["metaperturb"][0]["points"][3]
+    assert curves["curves"]["metaperturb"]["l2"] == {"eps": [0.5], "accuracy": [[point["accuracy"]]] * 2}
+    plot_robustness(curves, tmp_path / "figure6.abc")
+    assert (tmp_path / "figure6.abc.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "figure6.abc.svg").read_bytes()
+    assert b"<svg" in svg
+    header, *lines = (tmp_path / "figure6.abc.csv").read_text().splitlines()
+    assert header == "name,norm,eps,accuracy_percent,std,seeds" and len(lines) == 2 * 5
+    norm, eps, percent = lines[1].split(",")[1:4]
+    assert (norm, float(eps)) == ("linf", 0.05)
+    assert float(percent) == pytest.approx(100 * results["base"][0]["points"][1]["accuracy"])
+    plot_robustness(curves, tmp_path / "figure6.abc")
+    assert (tmp_path / "figure6.abc.svg").read_bytes() == svg
+
+
+def test_a_suffix_is_one_format(tmp_path):
+    import matplotlib.pyplot as plt
+
+    save_figure(plt.figure(), tmp_path / "one.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["one.png"]
+
+
+# --- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"linf": (-0.1,)}, "linf: ε must be finite and not negative, got -0.1"),
+        ({"l2": (math.nan,)}, "l2: ε must be finite and not negative, got nan"),
+        ({"l1": (math.inf,)}, "l1: ε must be finite"),
+        ({"linf": (), "l2": (), "l1": ()}, "no ε is given"),
+        ({"steps": 0}, "steps: must be at least 1, got 0"),
+        ({"draws": 0}, "draws: must be at least 1"),
+        ({"samples": 0}, "samples: must be at least 1"),
+        ({"images": 0}, "images: must be at least 1"),
+        ({"step_size": 0.0}, "step_size: must be above 0"),
+        ({"step_size": math.nan}, "step_size: must be above 0 and finite"),
+        ({"linf": (1.5,)}, "linf: ε = 1.5 is beyond 1,"),
+        ({"l2": (21.0,)}, "l2: ε = 21 is beyond 20.78"),
+        ({"l1": (433.0,)}, "l1: ε = 433 is beyond 432,"),
+        ({"images": 201}, "images: folder-test has 200, got 201"),
+    ],
+)
+def test_bad_settings(runs, tmp_path, options, expected):
+    with pytest.raises(UserError) as error:
+        measure_robustness(runs["base"], Attack(**options), tmp_path / "r.json")
+    assert expected in one_line(error) and not (tmp_path / "r.json").exists()
+
+
+def test_results_of_something_else_are_not_continued(runs, tmp_path):
+    path = tmp_path / "r.json"
+    measure_robustness(runs["base"], SMALL, path)
+    for run, attack, expected in (
+        (runs["base"], dataclasses.replace(SMALL, steps=6), "settings.steps: 5 → 6"),
+        (runs["adversarial"], SMALL, "method: base → adversarial"),
+        (dataclasses.replace(runs["base"], model=Scaled(runs["base"].model, 1.0)), SMALL, "network: "),
+    ):
+        with pytest.raises(UserError) as error:
+            measure_robustness(run, attack, path)
+        assert expected in one_line(error)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="holds no results"):
+        measure_robustness(runs["base"], SMALL, path)
+
+
+def test_results_that_cannot_be_compared(runs, tmp_path):
+    result = measure_robustness(runs["base"], SMALL, tmp_path / "r.json")
+    other = json.loads(json.dumps(result))
+    other["target"]["fingerprint"] = "0" * 8
+    longer = json.loads(json.dumps(result))
+    longer["settings"]["steps"] = 50
+    for wrong, expected in ((other, "target.fingerprint: "), (longer, "settings.steps: 5 → 50")):
+        with pytest.raises(UserError, match="mixup and base cannot be compared") as error:
+            robustness_curves({"base": [result], "mixup": [wrong]})
+        assert expected in one_line(error)
+    partial = json.loads(json.dumps(result))
+    partial["points"][-1]["correct"].pop()
+    with pytest.raises(UserError, match="base: the attack is not complete"):
+        robustness_curves({"base": [partial]})
+    with pytest.raises(UserError, match="no results"):
+        robustness_curves({"base": []})
+
+
+def test_runs_that_cannot_be_attacked(trained_runs, tmp_path):
+    def copied(name):
+        return shutil.copytree(trained_runs["base"], tmp_path / name)
+
+    (copied("unfinished") / "result.json").unlink()
+    (copied("bare") / "checkpoints" / "latest.pt").unlink()
+    (tmp_path / "nothing").mkdir()
+    changed = tmp_path / "images"
+    shutil.copytree(trained_runs["base"].parent / "images", changed)
+    next((changed / "test" / "class03").iterdir()).unlink()
+    for name, places, expected in (
+        ("unfinished", {}, "is not finished"),
+        ("bare", {}, "the trained network of this run was not kept"),
+        ("nothing", {}, "is no run folder"),
+        ("absent", {}, "is no run folder"),
+        (trained_runs["base"], {"target_path": str(changed)}, "other images"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_run(tmp_path / name, **places)
+        assert expected in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("foolbox", "robustness.measure_robustness(None, robustness.Attack(), None)"),
+        ("torchmetrics", "calibration.measure_calibration(None, calibration.Sampling(), None)"),
+    ],
+)
+def test_a_package_that_is_not_installed(package, call):
+    program = f"""
+        import sys
+
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "{package}":
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+        sys.meta_path.insert(0, Blocker())
+        from metaperturb import UserError
+        from metaperturb.analyses import calibration, robustness
+        try:
+            {call}
+        except UserError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{package} cannot be imported (No module named '{package}")
+    assert f".venv/bin/pip install {package}" in line and 'pip install "metaperturb[analyses]"' in line
