@@ -10,6 +10,9 @@
 #                              table3 (--preset smoke|quick|paper, --jobs, --rows, …: see --help)
 #   ./run.sh tune              choose the regularizers' hyperparameters on held-out training images
 #   ./run.sh select            choose the best of several φ on validation images
+#   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces, figures: all
+#   ./run.sh diagrams          the method drawn; with PHI=… the 82 numbers of that φ, too
+#   ./run.sh report            every table and figure on one page, results/report.html
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
 #   ./run.sh bench             measure how fast it is, into results/benchmark (--help: which parts, --json, --smoke)
 #
@@ -37,7 +40,7 @@ TGT_PATH=${TGT_PATH:-}              # folder or archive of the target; empty: un
 TGT_MODEL=${TGT_MODEL:-resnet20}    # conv4 conv6 vgg9 resnet20 … wrn_28_2, or any CNN of torchvision
 TGT_STEPS=${TGT_STEPS:-10000}
 METHOD=${METHOD:-metaperturb}       # base info_dropout dropblock manifold_mixup dropout mixup cutmix
-                                    # label_smoothing trivial_augment
+                                    # label_smoothing trivial_augment; adversarial: training on attacks
 PHI=${PHI:-}                        # φ to use; empty: tgt takes that of src, tables make theirs
 INIT=${INIT:-}                      # finetuning: run of pretrain, or file of weights, to begin with
 TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED${INIT:+-ft}}
@@ -152,6 +155,19 @@ table1 | table2 | table3 | tune | select)
     options=(--runs "$RUNS" --data-root "$DATA")
     [[ -z $PHI || $command != table* ]] || options+=(--use "phi=$PHI")
     exec "$py" "$here/scripts/${script[0]}" "${script[@]:1}" "${options[@]}" "$@"
+    ;;
+fig5 | fig6 | fig7 | fig8 | figures)
+    setup "$here/requirements.txt"
+    exec "$py" "$here/scripts/figures.py" "$command" --runs "$RUNS" "$@"
+    ;;
+diagrams)
+    setup "$here/requirements.txt"
+    [ -z "$PHI" ] || set -- --phi "$PHI" "$@"
+    exec "$py" "$here/scripts/diagrams.py" "$@"
+    ;;
+report)
+    setup "$here/requirements.txt"
+    exec "$py" "$here/scripts/report.py" "$@"
     ;;
 data)
     setup "$here/requirements.txt"

@@ -1,0 +1,336 @@
+"""Figures 5 to 8 from finished runs, as PNG and SVG with the numbers behind them as CSV.
+
+    ./run.sh fig5 runs/tgt-*                              # convergence: all methods and seeds of one data set
+    ./run.sh fig6 runs/tgt-cub-*                          # robustness and calibration
+    ./run.sh fig7 runs/                                   # learned scales, of any number of data sets
+    ./run.sh fig8 runs/tgt-cub-*-seed0                    # loss surfaces, a panel a method
+    ./run.sh figures                                      # all of them, for every data set under runs/
+
+A folder that holds runs stands for all of them. Runs of a method that differ in their seed alone are averaged. What
+takes long (attacks, Monte-Carlo samples, surfaces) says its cost first, is kept in the run's folder, and continues from
+there. --set gives other settings of the figure's analysis: fig6 --set steps=50 images=1000, fig8 --set points=31.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.grid import INCIDENTAL, slug
+
+from metaperturb import plots
+from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
+from metaperturb.analyses.robustness import Attack, measure_robustness, robustness_curves
+from metaperturb.analyses.scales import learned_scales
+from metaperturb.analyses.surface import Plane, loss_surface
+from metaperturb.cli import run_program
+from metaperturb.distributed import choose_devices
+from metaperturb.errors import UserError
+from metaperturb.runs import read_metrics
+from metaperturb.storage import load_json
+from metaperturb.trained import TrainedRun, load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPECTED_TO_DIFFER = {*INCIDENTAL, "method", "phi", "run_dir", "data_root", "target_path", "init", "clip", "anneal"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, as far as its `result.json` tells."""
+
+    dir: Path
+    result: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.result["config"]
+
+    @property
+    def name(self) -> str:
+        """The method as pictures call it: `metaperturb`, `metaperturb, finetuned`."""
+        return self.config["method"] + (", finetuned" if self.config.get("init") else "")
+
+    @property
+    def data(self) -> str:
+        """The data set as pictures call it; of an image folder its name."""
+        config = self.config
+        return Path(config["target_path"]).stem if config["target"] == "folder" else config["target"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=[*FIGURES, "figures"])
+    parser.add_argument("sources", type=Path, nargs="*", help="run folders, or folders that hold some [all of --runs]")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where runs are looked for")
+    parser.add_argument("--out", type=Path, default=ROOT / "figures", help="folder of the pictures")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
+    parser.add_argument("--device", default="auto", help="GPU number, 'cpu' or 'auto'")
+    parser.add_argument("--data-root", help="where the data are, if elsewhere than when the runs ran")
+    parser.add_argument("--target-path", help="likewise, of an image folder")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the analysis")
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    arguments = parser.parse_args()
+    return run_program(lambda: figures(arguments), show_traceback=arguments.traceback)
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    runs = find_runs(arguments.sources or [arguments.runs])
+    if arguments.methods:
+        runs = [run for run in runs if run.config["method"] in arguments.methods]
+    if not runs:
+        raise UserError("no finished run of these methods")
+    if arguments.figure != "figures":
+        FIGURES[arguments.figure](runs, arguments)
+        return
+    by_data: dict[tuple[str, ...], list[Finished]] = {}
+    for run in runs:
+        by_data.setdefault(data_of(run), []).append(run)
+    for name, figure in FIGURES.items():
+        if name == "fig7":
+            if any(run.config["method"] == "metaperturb" for run in runs):
+                figure(runs, arguments)
+        else:
+            for of_one in by_data.values():
+                figure(of_one, arguments)
+
+
+# --- which runs
+
+
+def find_runs(sources: Iterable[Path]) -> list[Finished]:
+    """The finished runs of meta-testing among folders and below them, in the order of their names.
+
+    Raises:
+        UserError: a folder that is not there, holds no finished run, or is a run that is not finished.
+    """
+    found: dict[Path, Finished] = {}
+    for source in sources:
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder")
+        if (source / "config.yaml").exists() and not (source / "result.json").exists():
+            raise UserError(f"{source}: this run is not finished (the command that began it continues it)")
+        results = [source / "result.json"] if (source / "result.json").exists() else sorted(source.rglob("result.json"))
+        runs = [Finished(path.parent, load_json(path)) for path in results]
+        runs = [run for run in runs if isinstance(run.result, dict) and run.result.get("program") == "meta_test"]
+        if not runs:
+            raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
+        found |= {run.dir.resolve(): run for run in runs}
+    return [*found.values()]
+
+
+def data_of(run: Finished) -> tuple[str, ...]:
+    """Identifies the images and the network of a run."""
+    return (*run.result["target"]["fingerprints"], run.config["model"])
+
+
+def one_data_set(runs: Sequence[Finished]) -> str:
+    """The name of the data set and network that all runs share.
+
+    Raises:
+        UserError: they are of several.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if data_of(run) != data_of(first):
+            raise UserError(
+                f"{run.dir}: is about {title(run)}, {first.dir.name} about {title(first)}, and one picture shows one "
+                "data set and network (./run.sh figures draws each)"
+            )
+    return title(first)
+
+
+def title(run: Finished) -> str:
+    return f"{run.data}, {run.config['model']}"
+
+
+def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
+    """Runs under the name of their method, in the order of `plots.LABELS`.
+
+    Raises:
+        UserError: two runs of a method differ in more than the seed, or do not, or runs differ in what all share.
+    """
+    methods: dict[str, list[Finished]] = {}
+    for run in runs:
+        methods.setdefault(run.name, []).append(run)
+    for name, same in methods.items():
+        seeds = [run.config["seed"] for run in same]
+        for run in same[1:]:
+            tell_apart(same[0], run, {*EXPECTED_TO_DIFFER} - {"phi", "init", "clip", "anneal"}, f"runs of {name}")
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{same[-1].dir}: there are two runs of {name} with one seed; name those that are meant")
+    for run in runs[1:]:
+        hyperparameters = {key for key in run.config if key.startswith(tuple(plots.LABELS))}
+        tell_apart(runs[0], run, EXPECTED_TO_DIFFER | hyperparameters, "runs")
+    order = [*plots.LABELS]
+    return dict(
+        sorted(
+            methods.items(),
+            key=lambda item: (item[1][0].config.get("init") or "", order.index(item[1][0].config["method"])),
+        )
+    )
+
+
+def tell_apart(first: Finished, other: Finished, expected: set[str], what: str) -> None:
+    keys = [key for key in first.config if key not in expected and first.config[key] != other.config.get(key)]
+    if keys:
+        changed = "; ".join(f"{key}: {first.config[key]} → {other.config.get(key)}" for key in keys)
+        raise UserError(f"{other.dir}: {what} are averaged or compared, but this one has {changed}")
+
+
+def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
+    device = choose_devices(arguments.device, 1)[0]
+    places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
+    return load_run(run.dir, device, **{key: value for key, value in places.items() if value is not None})
+
+
+ANALYSES = (Attack, Sampling, Plane)
+
+
+def settings(cls: type, texts: Sequence[str]) -> Any:
+    """An analysis's settings with `key=value` texts in place of defaults; keys of other analyses are left alone.
+
+    Raises:
+        UserError: no analysis has the key, or the value is no number.
+    """
+    known = {field.name: field.default for analysis in ANALYSES for field in dataclasses.fields(analysis)}
+    values = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or key not in known:
+            raise UserError(f"--set {text}: expected KEY=VALUE, the key one of {', '.join(sorted(known))}")
+        try:
+            numbers = tuple((float if "." in part or "e" in part else int)(part) for part in value.split(",") if part)
+        except ValueError:
+            raise UserError(f"--set {text}: not a number") from None
+        values[key] = numbers if isinstance(known[key], tuple) else numbers[0] if len(numbers) == 1 else None
+        if values[key] is None:
+            raise UserError(f"--set {text}: expected one number")
+    own = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{key: value for key, value in values.items() if key in own})
+
+
+# --- the figures
+
+
+def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Convergence."""
+    name, methods = one_data_set(runs), by_method(runs)
+    histories = {method: [read_metrics(run.dir) for run in same] for method, same in methods.items()}
+    rows = [
+        {
+            "method": method,
+            "seed": run.config["seed"],
+            **{k: line[k] for k in ("step", "test_nll", "test_accuracy", "test_ece")},
+        }
+        for method, same in methods.items()
+        for run, history in zip(same, histories[method], strict=True)
+        for line in history
+        if "test_accuracy" in line
+    ]
+    path = arguments.out / f"fig5-{slug(name)}"
+    plots.plot_convergence(histories, name, path)
+    write_numbers(rows, path)
+
+
+def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Robustness and calibration."""
+    name, methods = one_data_set(runs), by_method(runs)
+    attack, sampling = settings(Attack, arguments.set), settings(Sampling, arguments.set)
+    attacked: dict[str, list[dict]] = {}
+    calibrated: dict[str, list[dict]] = {}
+    for method, same in methods.items():
+        for run in same:
+            trained = loaded(run, arguments)
+            found = measure_calibration(trained, sampling, analysis_path(run, "calibration"))
+            calibrated.setdefault(method, []).append(found)
+            found = measure_robustness(trained, attack, analysis_path(run, "robustness"))
+            attacked.setdefault(method, []).append(found)
+    for kind, curves, plot in (
+        ("calibration", calibration_curves(calibrated), plots.plot_reliability),
+        ("samples", calibration_curves(calibrated), plots.plot_samples),
+        ("robustness", robustness_curves(attacked), plots.plot_robustness),
+    ):
+        path = arguments.out / f"fig6-{kind}-{slug(name)}"
+        plot(curves, path)
+        print(path.with_name(path.name + ".png"))
+
+
+def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Learned scales, of several data sets side by side; of the runs those of MetaPerturb."""
+    perturbed = [run for run in runs if run.config["method"] == "metaperturb"]
+    if not perturbed:
+        raise UserError(f"{runs[0].dir}: method {runs[0].config['method']} has no scales s, nor has any other run here")
+    by_data: dict[str, list[list[dict]]] = {}
+    rows = []
+    for run in perturbed:
+        scales = learned_scales(loaded(run, arguments))
+        by_data.setdefault(run.data + (", finetuned" if run.config.get("init") else ""), []).append(scales)
+        rows += [
+            {
+                "data": run.data,
+                "run": run.dir.name,
+                "seed": run.config["seed"],
+                "site": place["site"],
+                "channel": i,
+                "s": s,
+            }
+            for place in scales
+            for i, s in enumerate(place["s"])
+        ]
+    if (
+        len(
+            {
+                tuple((place["site"], place["channels"]) for place in scales)
+                for same in by_data.values()
+                for scales in same
+            }
+        )
+        > 1
+    ):
+        raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
+    path = arguments.out / f"fig7-scales-{slug(perturbed[0].config['model'])}"
+    plots.plot_scales(by_data, path)
+    write_numbers(rows, path)
+
+
+def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Loss surfaces, of each method its first seed."""
+    name, methods = one_data_set(runs), by_method(runs)
+    plane = settings(Plane, arguments.set)
+    surfaces = {}
+    for method, same in methods.items():
+        run = min(same, key=lambda run: run.config["seed"])
+        surfaces[method] = loss_surface(loaded(run, arguments), plane, analysis_path(run, "surface"))
+    path = arguments.out / f"fig8-{slug(name)}"
+    plots.plot_surfaces(surfaces, name, path)
+    rows = [
+        {"method": method, "a": a, "b": b, "loss": loss}
+        for method, surface in surfaces.items()
+        for a, row in zip(surface["coordinates"], surface["loss"], strict=True)
+        for b, loss in zip(surface["coordinates"], row, strict=True)
+    ]
+    write_numbers(rows, path)
+
+
+FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
+    "fig5": figure5,
+    "fig6": figure6,
+    "fig7": figure7,
+    "fig8": figure8,
+}
+
+
+def analysis_path(run: Finished, name: str) -> Path:
+    return run.dir / "analyses" / f"{name}.json"
+
+
+def write_numbers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    plots.save_numbers([*rows[0]], [[*row.values()] for row in rows], path)
+    print(path.with_name(path.name + ".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
