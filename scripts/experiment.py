@@ -27,13 +27,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from metaperturb import models
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, to_assignments
-from metaperturb.data import TARGETS, load_source, load_target
+from metaperturb.data import TARGETS, load_source
+from metaperturb.data.parts import load_parts
 from metaperturb.distributed import choose_devices
 from metaperturb.errors import UserError
+from metaperturb.runs import code_digest
 from metaperturb.storage import write_atomically
 from metaperturb.weights import load_phi
 
 ROOT = Path(__file__).resolve().parent.parent
+# What decides which images a run loads.
+DATA_SETTINGS = (
+    "source",
+    "source_paths",
+    "target",
+    "target_path",
+    "image_size",
+    "eval_split",
+    "holdout",
+    "skip_unreadable",
+)
 
 
 def main() -> int:
@@ -61,8 +74,9 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
         help="a φ or finished run to use instead of making it: phi=phi.pt",
     )  # fmt: skip
     parser.add_argument(
-        "--path", nargs="+", action="extend", default=[], metavar="COLUMN=PATH", help="where a column's images are"
-    )
+        "--path", nargs="+", action="extend", default=[], metavar="COLUMN=PATH",
+        help="where a column's images are; NEED=PATH,PATH…: those that φ is meta-trained or a network pretrained on",
+    )  # fmt: skip
     parser.add_argument("--tuned", type=Path, help="hyperparameters that ./run.sh tune chose")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the JSONs and tables")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
@@ -76,8 +90,8 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
 
 def experiment(arguments: argparse.Namespace) -> None:
     grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
-    run_grid(grid, arguments)
-    if arguments.list:
+    elsewhere = run_grid(grid, arguments)
+    if arguments.list or (elsewhere and not Results(grid, results_folder(grid, arguments)).records):
         return
     folder = results_folder(grid, arguments)
     page = write_table(grid, folder, arguments.runs)
@@ -121,6 +135,8 @@ def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
             f"the table's cells come from {len(versions)} versions of the code: {', '.join(versions)}", file=sys.stderr
         )
     needs = {need.id: need for cell in results.cells.values() for need in cell.needs.values()}
+    for text in results.several_makings():
+        print(text, file=sys.stderr)
     kept = keep_need_records(needs.values(), runs / "needs", folder)
     page = folder.with_name(folder.name + ".md")
     write_atomically(page, lambda file: file.write(markdown(grid, results, kept).encode()))
@@ -128,38 +144,44 @@ def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
     return page
 
 
-def run_grid(grid: Grid, arguments: argparse.Namespace) -> None:
-    """Train what is asked for and not there yet.
+def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
+    """Train what is asked for and not there yet; returns the cells that were left to another runner.
 
     Raises:
         UserError: data or files are missing (before anything runs), or cells failed (after all others ran).
     """
     folder = results_folder(grid, arguments)
-    Results(grid, folder)  # records that cannot be used are named now
+    results = Results(grid, folder)  # records that cannot be used are named now
     cells = chosen_cells(grid, arguments)
     if arguments.list:
         for cell in cells:
             print(f"{'done' if (folder / f'{cell.id}.json').exists() else 'to do'}  {cell.id}")
-        return
+        return []
     todo = [cell for cell in cells if not (folder / f"{cell.id}.json").exists()]
     if arguments.report or not todo:
-        return
+        return []
+    if old := results.made_by_other_code(code_digest()):
+        print(
+            f"{old} finished cells are of another version of the code; without their JSONs they run again",
+            file=sys.stderr,
+        )
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
     devices = [str(d.index) if d.type == "cuda" else "cpu" for d in choose_devices(arguments.devices, 1024)]
     at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, os.cpu_count() // threads(todo)))
     needs = {need.id: need for cell in todo for need in cell.needs.values()}
-    check(todo, needs.values())
-    jobs = [
-        *(need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None),
-        *(cell_job(grid, cell, folder, arguments.runs) for cell in todo),
-    ]
+    need_jobs = {need.id: need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None}
+    made = {id_ for id_, job in need_jobs.items() if job.done}
+    check(results, todo, [need for need in needs.values() if need.id not in made])
+    jobs = [*need_jobs.values(), *(cell_job(grid, cell, folder, arguments.runs) for cell in todo)]
     title = f"{grid.name} {grid.preset}"
     print(
         f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}",
         file=sys.stderr,
     )
-    tell(run_jobs(title, jobs, devices, at_once, arguments.retries), jobs)
+    outcome = run_jobs(title, jobs, devices, at_once, arguments.retries)
+    tell(outcome, jobs)
+    return outcome.elsewhere
 
 
 def threads(cells: Sequence[Cell]) -> int:
@@ -200,8 +222,8 @@ def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
 # --- before anything runs
 
 
-def check(cells: Sequence[Cell], needs: Iterable[Need]) -> None:
-    """Whatever would stop a run in hours is said now: data, files and networks.
+def check(results: Results, cells: Sequence[Cell], needs: Iterable[Need]) -> None:
+    """Whatever would stop a run in hours is said now: data, other ones than those of finished cells, files, networks.
 
     Data are fetched and decoded here, once, not by several runs at the same time.
 
@@ -216,14 +238,14 @@ def check(cells: Sequence[Cell], needs: Iterable[Need]) -> None:
         except UserError as error:
             wrong.append(f"  {what}: {error}")
 
-    configs = {f"column {cell.column}": cell.config for cell in cells}
+    seen: dict[tuple, list[str]] = {}
+    for cell in {cell.column: cell for cell in cells}.values():
+        attempt(f"column {cell.column}", lambda cell=cell: check_images(results, cell, seen))
     for need in needs:
         if need.file is not None:
             attempt(f"need {need.name}", lambda need=need: check_file(need))
         else:
-            configs[f"need {need.name}"] = need.config
-    for what, config in configs.items():
-        attempt(what, lambda config=config: check_data(config))
+            attempt(f"need {need.name}", lambda need=need: fingerprints(need.config, seen))
     for cell in {(cell.row, cell.column): cell for cell in cells}.values():
         attempt(f"row {cell.row}, column {cell.column}", lambda cell=cell: cost(cell.config))
     if wrong:
@@ -239,18 +261,31 @@ def check_file(need: Need) -> None:
         load_phi(need.file)
 
 
-def check_data(config: MetaTestConfig | MetaTrainConfig) -> None:
-    shared = {
-        "data_root": Path(config.data_root),
-        "image_size": config.image_size,
-        "download": config.download,
-        "skip_unreadable": config.skip_unreadable,
-    }
-    if isinstance(config, MetaTrainConfig):
-        load_source(config.source, paths=config.source_paths, **shared)
+def check_images(results: Results, cell: Cell, seen: dict[tuple, list[str]]) -> None:
+    found = fingerprints(cell.config, seen)
+    if found != results.images.get(cell.column, found):
+        raise UserError(f"these are other images than those of the cells in {results.folder}; a column mixes no data")
+
+
+def fingerprints(config: MetaTestConfig | MetaTrainConfig, seen: dict[tuple, list[str]]) -> list[str]:
+    """Of the images of a run; `seen`: those of the runs before, so that each data set is loaded once."""
+    key = tuple(str(getattr(config, name, None)) for name in DATA_SETTINGS)
+    if key in seen:
+        return seen[key]
+    if isinstance(config, MetaTestConfig):
+        parts = load_parts(config)
     else:
-        splits = ("train",) if config.eval_split == "holdout" else ("train", config.eval_split)
-        load_target(config.target, path=config.target_path, splits=splits, **shared)
+        source = load_source(
+            config.source,
+            paths=config.source_paths,
+            data_root=Path(config.data_root),
+            image_size=config.image_size,
+            download=config.download,
+            skip_unreadable=config.skip_unreadable,
+        )
+        parts = [source]
+    seen[key] = [part.fingerprint for part in parts]
+    return seen[key]
 
 
 def cost(config: MetaTestConfig | MetaTrainConfig) -> float:

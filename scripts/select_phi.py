@@ -10,6 +10,7 @@ also stands in results/select/. Further options are those of the tables (`./run.
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,17 @@ def select(arguments: argparse.Namespace) -> None:
 def tell_differences(sources: dict[str, Path]) -> None:
     """Say aloud what the runs differ in, beside their seed: a choice among other settings is tuning."""
     cards = {name: load_phi(path).card.get("config") for name, path in sources.items()}
-    known = {name: config for name, config in cards.items() if config}
+    fields = MetaTrainConfig.__dataclass_fields__
+    known = {  # settings that a run knew nothing of yet were at their defaults
+        name: MetaTrainConfig(**{key: value for key, value in config.items() if key in fields})
+        for name, config in cards.items()
+        if config
+    }
     for name in sources.keys() - known.keys():
         print(f"{name}: nothing is recorded of its settings", file=sys.stderr)
     for name, config in [*known.items()][1:]:
         first, settings = next(iter(known.items()))
-        fields = MetaTrainConfig.__dataclass_fields__
-        other = MetaTrainConfig(**{key: value for key, value in config.items() if key in fields})
-        changed = [change for change in differences(settings, other) if not change.startswith("seed:")]
+        changed = [c for c in differences(asdict(settings), config) if not c.startswith("seed:")]
         if changed:
             print(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}", file=sys.stderr)
 

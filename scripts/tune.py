@@ -47,8 +47,8 @@ def tune(arguments: argparse.Namespace) -> None:
     save_json({"chosen": chosen, "accuracy": evidence}, path)
     for column, methods in chosen.items():
         for method, settings in methods.items():
-            values = ", ".join(f"{key} {value}" for key, value in settings.items())
-            print(f"{column}: {method}: {values}")
+            if settings:
+                print(f"{column}: {method}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
     print(f"chosen: {path}   all values: {page}", file=sys.stderr)
 
 

@@ -24,7 +24,6 @@ its columns) where the data differ so much that a difference between the numbers
 """
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -34,30 +33,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of, differences, load_config, read_yaml
+from experiments.schema import PROGRAMS, read_grid, unknown
+from metaperturb.config import MetaTestConfig, default_of, differences, load_config, read_yaml
 from metaperturb.errors import UserError
 from metaperturb.storage import load_json
 from metaperturb.weights import load_phi
 
-PROGRAMS = {"meta_train": MetaTrainConfig, "meta_test": MetaTestConfig}
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 # Settings that neither tell two cells of a table apart nor keep one from being at the paper's setting.
 INCIDENTAL = {"seed", "threads", "log_every", "eval_every", "eval_samples", "eval_batch_size"}
-GRID_KEYS = {
-    "title",
-    "config",
-    "set",
-    "seeds",
-    "needs",
-    "columns",
-    "rows",
-    "candidates",
-    "baselines",
-    "paper",
-    "presets",
-}
-PRESET_KEYS = {"set", "seeds", "needs", "columns", "rows", "also", "comparable", "tuned", "tuned_as"}
 COLUMN_KEYS = {"stands_for", "comparable"}
+# Settings that --set cannot give to cells, and how they are given.
+GIVEN_OTHERWISE = {
+    **{"seed": "--seeds", "gpu": "--devices", "run_dir": "--runs", "data_root": "--data-root"},
+    **{"phi": "--use", "init": "--use"},
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class Overrides:
 
     settings: tuple[str, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)  # need → a file or run folder to use in its place
-    paths: Mapping[str, str] = field(default_factory=dict)  # column → where its data are
+    paths: Mapping[str, str] = field(default_factory=dict)  # column, or need that is a run → where its data are
     data_root: str = "data"
     tuned: Path | None = None
 
@@ -124,27 +114,35 @@ class Grid:
 
     def __init__(self, path: Path, preset: str = "paper", overrides: Overrides = Overrides()) -> None:
         self.path, self.name, self.preset, self.overrides = path, path.stem, preset, overrides
-        content = read_yaml(path)
-        self._check_keys(content, GRID_KEYS, "")
-        presets = content.get("presets") or {}
-        for name, value in presets.items():
-            self._check_keys(value or {}, PRESET_KEYS, f"presets: {name}: ")
+        content = read_grid(path)
+        presets = content["presets"]
         if preset not in presets:
-            raise unknown(f"{self.name}: preset", preset, presets)
-        chosen = presets[preset] or {}
+            raise unknown(f"{path}: preset", preset, presets)
+        chosen = presets[preset]
         self.title = content["title"]
         self.base = path.parent / content["config"]
-        self.seeds: list[int] = self._numbers(chosen.get("seeds", content["seeds"]))
-        self.settings = {**content.get("set", {}), **chosen.get("set", {})}
-        self.baselines: list[str] = content.get("baselines", [])
-        rows = content.get("rows", {}) | candidate_rows(content.get("candidates", {}))
+        load_config(MetaTestConfig, str(self.base))
+        self._base_settings = read_yaml(self.base)
+        self.seeds: list[int] = chosen.get("seeds", content["seeds"])
+        self.settings = {**content["set"], **chosen.get("set", {})}
+        self.baselines: list[str] = content["baselines"]
+        rows = content["rows"] | candidate_rows(content["candidates"])
         self.rows = self._pick("row", rows, chosen.get("rows")) | chosen.get("also", {})
         columns = self._pick("column", content["columns"], chosen.get("columns"))
         comparable = chosen.get("comparable", True)
         self.columns = {name: self._column(name, value, comparable) for name, value in columns.items()}
-        self.paper = self._paper(content.get("paper", {}), list(content["columns"]))
-        self.paper_sources = content["columns"], rows, content.get("set", {})
-        self._needs = content.get("needs", {})
+        self.paper = {
+            (row, column): number
+            for row, numbers in content["paper"].items()
+            for column, number in zip(content["columns"], numbers, strict=True)
+            if number is not None
+        }
+        for kind, names in (("paper: row", content["paper"]), ("baselines: row", self.baselines)):
+            for name in names:
+                if name not in rows | self.rows:
+                    raise unknown(f"{path}: {kind}", name, rows)
+        self.paper_sources = content["columns"], rows, content["set"]
+        self._needs = content["needs"]
         self._preset_needs = chosen.get("needs", {})
         for name in self._preset_needs:
             if name not in self._needs:
@@ -155,12 +153,24 @@ class Grid:
         self._apply_command_line()
 
     def cells(self) -> list[Cell]:
-        """All of them, seed by seed, so that a table that is interrupted has every row."""
+        """All of them, seed by seed, so that a table that is interrupted has every row.
+
+        Raises:
+            UserError: a setting that is unknown or wrong, or two cells that would share their files.
+        """
         order = [(row, column, seed) for seed in self.seeds for column in self.columns for row in self.rows]
-        return [self.cell(*place) for place in order]
+        cells = [self.cell(*place) for place in order]
+        first: dict[str, Cell] = {}
+        for cell in cells:
+            if (other := first.setdefault(cell.id, cell)) is not cell:
+                what = " and ".join(f"{c.row!r} on {c.column!r}" for c in (other, cell))
+                raise UserError(f"{self.path}: {what}: the same settings under names that make the same file name")
+        return cells
 
     def add_phi(self, row: str, path: Path) -> None:
         """A further row: MetaPerturb with the φ in a file."""
+        if row in self.rows:
+            raise UserError(f"{self.path}: has a row {row!r} already; rename the folder of this φ")
         name = f"phi{len(self._needs)}"
         self._needs = {**self._needs, name: {"program": "meta_train", "config": "src.yaml"}}
         self._given[name] = path
@@ -191,12 +201,16 @@ class Grid:
             if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
                 needs[key] = self._need(match[1], settings, used=True)
                 settings[key] = needs[key].id
-        config = load_config(MetaTestConfig, str(self.base), self._cell_texts, settings, str(self.path))
+        config = self._cell_config(settings, f"{row}, {column}", self._cell_texts)
         config = dataclasses.replace(config, data_root=self.overrides.data_root)
         id_ = f"{slug(row)}--{slug(column)}--seed{seed}--{fingerprint('meta_test', config)}"
         return Cell(row, column, seed, id_, config, needs, tuple(self._differences(row, column, config, needs)))
 
     # --- the parts
+
+    def _cell_config(self, settings: Mapping[str, Any], place: str, texts: Sequence[str] = ()) -> MetaTestConfig:
+        values = {**self._base_settings, **settings}
+        return load_config(MetaTestConfig, None, texts, values, f"{self.path}: {place}")
 
     def _apply_command_line(self) -> None:
         self._cell_texts, self._need_texts = [], {}
@@ -208,14 +222,17 @@ class Grid:
                     raise unknown(f"--set {text}: need", need, self._needs)
                 self._need_texts.setdefault(need, []).append(text[len(need) + 1 :])
             else:
+                if key.strip() in GIVEN_OTHERWISE:
+                    raise UserError(f"--set {text}: is given by {GIVEN_OTHERWISE[key.strip()]}")
                 self._cell_texts.append(text)
         self._given = dict(self.overrides.files)
         for name in self._given:
             if name not in self._needs:
                 raise unknown("--use: need", name, self._needs)
+        runs = [name for name, spec in self._needs.items() if "program" in spec]
         for name in self.overrides.paths:
-            if name not in self.columns:
-                raise unknown("--path: column", name, self.columns)
+            if name not in self.columns and name not in runs:
+                raise unknown("--path: column or need", name, [*self.columns, *runs])
 
     def _need(self, name: str, settings: Mapping[str, Any], used: bool) -> Need:
         """`used`: as this preset and the command line have it; otherwise as the paper has it."""
@@ -233,6 +250,9 @@ class Grid:
         values = {**spec.get("set", {}), **values, **chosen}
         texts = self._need_texts.get(name, []) if used else []
         origin = f"{self.path}: needs: {name}"
+        if used and name in self.overrides.paths:
+            path = self.overrides.paths[name]
+            values |= {"source_paths": path.split(",")} if spec["program"] == "meta_train" else {"target_path": path}
         config = load_config(cls, str(self.path.parent / spec["config"]), texts, values, origin)
         config = dataclasses.replace(config, data_root=self.overrides.data_root)
         id_ = f"{name}-seed{config.seed}-{fingerprint(spec['program'], config)}"
@@ -244,14 +264,18 @@ class Grid:
         standard = columns.get(self.columns[column].stands_for, {})
         standard = {key: value for key, value in standard.items() if key not in COLUMN_KEYS}
         settings = {**shared, **standard, **rows.get(row, self.rows[row])}
+        names = {}
         tuned = self.tuned.get(column, {}).get(str(settings.get("method")), {})
         for key, value in settings.items():
             if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
+                names[key] = match[1]
                 settings[key] = needs[key].id if key in needs else match[1]  # compared below, setting by setting
-        paper = load_config(MetaTestConfig, str(self.base), (), {**settings, **tuned}, str(self.path))
+        paper = self._cell_config({**settings, **tuned}, f"{row}, {column}")
         yield from changes(paper, config)
         for key, need in needs.items():
-            name = REFERENCE.fullmatch(rows.get(row, self.rows[row])[key])[1]
+            name = names.get(key)
+            if name is None:  # said above: the paper's setting has none
+                continue
             standard_need = self._need(name, settings, used=False)
             if need.config is not None:
                 yield from (f"{name}: {change}" for change in changes(standard_need.config, need.config))
@@ -272,37 +296,27 @@ class Grid:
                 raise unknown(f"{self.path}: presets: {self.preset}: {kind}", name, known)
         return {name: known[name] for name in known if name in chosen}
 
-    def _paper(self, rows: Mapping[str, Sequence[str | None]], columns: list[str]) -> dict[tuple[str, str], str]:
-        values = {}
-        for row, numbers in rows.items():
-            if len(numbers) != len(columns):
-                raise UserError(f"{self.path}: paper: {row}: has {len(numbers)} values for {len(columns)} columns")
-            values |= {(row, column): v for column, v in zip(columns, numbers, strict=True) if v is not None}
-        return values
-
-    def _numbers(self, seeds: Any) -> list[int]:
-        if isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds):
-            return list(dict.fromkeys(seeds))
-        raise UserError(f"{self.path}: seeds: expected a list of whole numbers, got {seeds!r}")
-
-    def _check_keys(self, content: Mapping[str, Any], known: set[str], where: str) -> None:
-        for key in content:
-            if key not in known:
-                raise unknown(f"{self.path}: {where}key", key, known)
-
 
 def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
     """A file or run folder that the command line gives in place of a run; identified by its content."""
+    run = path if path.is_dir() else None
+    if run is not None and spec.get("program") == "meta_train":
+        path = run / "phi.pt"
     file = path / "checkpoints" / "latest.pt" if path.is_dir() else path
-    if not file.is_file() or (path.is_dir() and not (path / "result.json").is_file()):
-        raise UserError(f"--use {name}={path}: no such file or finished run")
+    if not file.is_file() or (run is not None and not (run / "result.json").is_file()):
+        raise UserError(f"--use {name}={run or path}: no such file or finished run")
     config = None
     if "program" in spec:  # what the file says of its making, to hold it to the paper's setting
-        card = load_json(path / "result.json") if path.is_dir() else load_phi(path).card
+        card: Any = {}
+        if spec["program"] == "meta_train":
+            card = load_phi(path).card
+        elif run is not None:
+            card = load_json(run / "result.json")
+        settings = card.get("config") if isinstance(card, Mapping) else None
         cls = PROGRAMS[spec["program"]]
         known = {f.name for f in dataclasses.fields(cls)}
-        settings = card.get("config") or {}
-        config = cls(**{key: settings[key] for key in settings if key in known}) if settings else None
+        if isinstance(settings, Mapping) and settings:
+            config = cls(**{key: settings[key] for key in settings if key in known})
     return Need(name, f"{name}-{sha256(file)[:8]}", config=config, file=path)
 
 
@@ -334,7 +348,10 @@ def read_tuned(path: Path, columns: Iterable[str], tuned_as: str | None) -> dict
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; ./run.sh tune writes it")
-    chosen = load_json(path)["chosen"]
+    content = load_json(path)
+    chosen = content.get("chosen") if isinstance(content, dict) else None
+    if not isinstance(chosen, dict):
+        raise UserError(f"{path}: holds no choice of hyperparameters; ./run.sh tune writes one")
     tuned = {}
     for column in columns:
         name = tuned_as or column
@@ -371,11 +388,3 @@ def changes(paper: Any, ours: Any) -> list[str]:
 def slug(name: str) -> str:
     """A name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    known = [str(k) for k in known]
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return UserError(
-        f"{what} {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else f" ({', '.join(known)})")
-    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Cell, Grid, Need, changes
+from experiments.grid import Cell, Grid, Need, changes, fingerprint_of
 from experiments.statistics import Difference, Summary, paired_difference, summarize
 from metaperturb.errors import UserError
 from metaperturb.storage import load_json, save_json
@@ -16,7 +16,7 @@ METRICS = {
     "nll": 1,
     "ece": 100,
 }  # as the programs write them → what they are multiplied with to be read
-PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "split_file", "source_paths")
+PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "from", "split_file", "source_paths")
 
 
 def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
@@ -76,6 +76,7 @@ class Results:
         self.grid, self.folder = grid, folder
         self.cells = {(cell.row, cell.column, cell.seed): cell for cell in grid.cells()}
         self.records = {}
+        self.images: dict[str, Any] = {}  # column → fingerprints of its training and evaluation images
         for place, cell in self.cells.items():
             path = self.path(cell)
             if path.exists():
@@ -100,7 +101,31 @@ class Results:
         return {seed: 100 * m["accuracy"] for seed, m in self._metrics(row, column).items()}
 
     def code_versions(self) -> list[str]:
-        return sorted({_version(record) for record in self.records.values()})
+        return _versions(self.records.values())
+
+    def made_by_other_code(self, digest: str) -> int:
+        """How many records are of another version of the package than this one."""
+        return sum(record["result"].get("code") != digest for record in self.records.values())
+
+    def needs_of_other_code(self, needs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """Of runs that cells started from, id → result, those whose version made no cell: id → version."""
+        ours = {record["result"].get("code") for record in self.records.values()}
+        return {id_: _version(result) for id_, result in needs.items() if result.get("code") not in ours}
+
+    def several_makings(self) -> list[str]:
+        """A line for each φ or network that was made more than once: by equal settings, but of other values."""
+        makings: dict[str, set[str]] = {}
+        for record in self.records.values():
+            result = record["result"]
+            for key, id_ in record["needs"].items():
+                made = result.get("phi_card" if key == "phi" else "init")
+                made = made.get("sha256", made) if isinstance(made, Mapping) else made
+                makings.setdefault(id_, set()).add(fingerprint_of(made))
+        return [
+            f"{id_} was made {len(found)} times: cells that start from it do not all start from the same values"
+            for id_, found in makings.items()
+            if len(found) > 1
+        ]
 
     def _metrics(self, row: str, column: str) -> dict[int, dict[str, float]]:
         places = ((seed, self.records.get((row, column, seed))) for seed in self.grid.seeds)
@@ -128,7 +153,7 @@ class Results:
             paper=paper,
             gap=gap,
             differences=self.cells[row, column, next(iter(metrics))].differences,
-            code=tuple(sorted({_version(record) for record in records.values()})),
+            code=tuple(_versions(records.values())),
         )
 
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
@@ -137,7 +162,9 @@ class Results:
             recorded, metrics = record["result"]["config"], record["result"]["metrics"]
             if not all(isinstance(metrics[key], int | float) for key in METRICS):
                 raise TypeError
-            own = (record["row"], record["column"], record["seed"])
+            own, needs = (record["row"], record["column"], record["seed"]), record["needs"]
+            if not isinstance(needs, Mapping) or len(record["result"]["target"]["fingerprints"]) != 2:
+                raise TypeError
         except (KeyError, TypeError):
             raise UserError(f"{path}: is no record of a training run; remove it") from None
         known = {f.name: f for f in dataclasses.fields(cell.config)}
@@ -146,29 +173,36 @@ class Results:
             cell.config, **{k: v for k, v in recorded.items() if k in known and k not in cell.needs}
         )
         differing = changes(before, cell.config)
-        if own != (cell.row, cell.column, cell.seed) or recorded["seed"] != cell.seed:
+        if own != (cell.row, cell.column, cell.seed) or recorded.get("seed") != cell.seed:
             differing.append(f"it is of {own}")
-        if record["needs"] != {key: need.id for key, need in cell.needs.items()}:
+        if needs != {key: need.id for key, need in cell.needs.items()}:
             differing.append("it started from another φ or network")
         if differing:
             raise UserError(f"{path}: holds other settings than its name says ({'; '.join(differing)}); remove it")
         return record
 
     def _check_data(self) -> None:
-        first: dict[str, tuple[Any, Path]] = {}
-        for (_, column, _), record in self.records.items():
-            path = self.path(self.cells[record["row"], column, record["seed"]])
+        first: dict[str, Path] = {}
+        for place, record in self.records.items():
+            path, column = self.path(self.cells[place]), place[1]
             data = record["result"]["target"]["fingerprints"]
-            seen, where = first.setdefault(column, (data, path))
-            if seen != data:
+            if self.images.setdefault(column, data) != data:
                 raise UserError(
-                    f"{path}: trained or evaluated on other images than {where.name}, and a column mixes no data; "
-                    "remove one"
+                    f"{path}: trained or evaluated on other images than {first[column].name}, and a column mixes no "
+                    "data; remove one"
                 )
+            first.setdefault(column, path)
 
 
-def _version(record: Mapping[str, Any]) -> str:
-    result = record["result"]
+def _versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`"commit (digest)"` of each version of the package; commits between which it did not change count as one."""
+    found: dict[str | None, str] = {}
+    for result in (record["result"] for record in records):
+        found.setdefault(result.get("code") or result.get("commit"), _version(result))
+    return sorted(found.values())
+
+
+def _version(result: Mapping[str, Any]) -> str:
     return f"{result.get('commit') or 'no commit'} ({result.get('code') or 'no digest'})"
 
 

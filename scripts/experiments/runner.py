@@ -76,7 +76,6 @@ class _Running:
     process: subprocess.Popen
     slot: int
     lock: IO
-    steps_before: int
 
 
 def run_jobs(title: str, jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries: int = 1) -> Outcome:
@@ -142,12 +141,11 @@ class _Runner:
 
     def _launch(self, job: Job, slot: int, lock: IO) -> _Running:
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        before = last_step(job.run_dir)
         with open(job.run_dir / LOG, "w") as log:
             environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when we are gone
             command = job.command(self.slots[slot])
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        return _Running(job, process, slot, lock, before)
+        return _Running(job, process, slot, lock)
 
     def _collect(self) -> None:
         """See which processes have ended, and how."""
@@ -156,8 +154,13 @@ class _Runner:
             job = each.job
             said = last_line(job.run_dir / LOG)
             if each.process.returncode == 0:
-                job.finish()
+                try:
+                    job.finish()
+                except UserError as error:
+                    said = str(error)
+            if each.process.returncode == 0 and job.done:
                 self.outcome.finished.append(job.id)
+                _lock_path(job).unlink(missing_ok=True)  # whoever takes it now sees the record
                 self.progress.write(f"{job.id}: {said}")
             elif self.tries[job.id] > 0:
                 self.tries[job.id] -= 1
@@ -183,8 +186,7 @@ class _Progress:
     def __init__(self, title: str, jobs: Sequence[Job], runner: _Runner) -> None:
         self.title, self.runner, self.total = title, runner, len(jobs)
         self.todo = sum(job.work * _remaining(job) for job in runner.waiting)
-        self.finished = 0.0  # work of this sitting
-        self.before = {job.id: _remaining(job) for job in runner.waiting}
+        self.before = [job.id for job in runner.waiting]
         self.started = self.last = time.monotonic()
         self.bar = tqdm(total=self.total, desc=title, unit="run") if sys.stderr.isatty() else None
 
@@ -204,8 +206,9 @@ class _Progress:
 
     def time_left(self, now: float) -> str:
         jobs = self.runner.jobs
-        left = sum(jobs[id_].work * _remaining(jobs[id_]) for id_ in self.before)
-        done = self.todo - left
+        remaining = {id_: jobs[id_].work * _remaining(jobs[id_]) for id_ in self.before}
+        done = self.todo - sum(remaining.values())
+        left = sum(work for id_, work in remaining.items() if id_ not in self.runner.outcome.failed)
         if done <= 0:
             return "time left not known yet"
         seconds = round((now - self.started) * left / done)
@@ -227,18 +230,22 @@ def _remaining(job: Job) -> float:
 
 def _lock(job: Job) -> IO | None:
     """Held until it is closed, or this process is gone; None: another runner holds it."""
-    folder = job.record.parent / ".running"
+    path = _lock_path(job)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / job.id, "w")  # noqa: SIM115 (held as long as the job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115 (held as long as the job)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write ({reason(error)})") from error
+        raise UserError(f"{path}: cannot write ({reason(error)})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
     return lock
+
+
+def _lock_path(job: Job) -> Path:
+    return job.record.parent / ".running" / job.id
 
 
 def last_step(run_dir: Path) -> int:

@@ -30,7 +30,7 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
         f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number), and below it the "
         "paper's. A letter marks a reduced setting, explained below; no letter: the paper's setting.",
         _overview(grid, entries, marks),
-        *_notes(grid, results, entries, marks),
+        *_notes(grid, results, needs, entries, marks),
         "## In detail",
         "Difference to the baseline: mean over seeds that both have, with the 95 % interval of Student's t over these "
         "pairs. NLL in nats.",
@@ -85,7 +85,13 @@ def _details(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...
     return markdown_table(head, rows)
 
 
-def _notes(grid: Grid, results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> list[str]:
+def _notes(
+    grid: Grid,
+    results: Results,
+    needs: Mapping[str, Mapping[str, Any]],
+    entries: Sequence[Entry],
+    marks: Mapping[tuple[str, ...], str],
+) -> list[str]:
     """What a reader must know so as not to compare what cannot be compared."""
     common = set.intersection(*(set(entry.differences) for entry in entries))
     lines = [f"- Common to all cells: {'; '.join(c for c in entries[0].differences if c in common)}"] if common else []
@@ -114,6 +120,9 @@ def _notes(grid: Grid, results: Results, entries: Sequence[Entry], marks: Mappin
         lines.append(f"- **Cells of {len(versions)} versions of the code**: {', '.join(versions)}; the CSV says which.")
     elif versions:
         lines.append(f"- Code: {versions[0]}.")
+    for id_, version in results.needs_of_other_code(needs).items():
+        lines.append(f"- `{id_}` is of another version of the code: {version}.")
+    lines += [f"- **{text}**." for text in results.several_makings()]
     missing = len(results.cells) - len(results.records)
     if missing:
         lines.append(f"- {missing} of {len(results.cells)} cells have not run yet.")
@@ -172,4 +181,4 @@ def _number(value: float | None) -> str:
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)

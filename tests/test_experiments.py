@@ -1,0 +1,433 @@
+"""Grids run as anybody runs them: real processes that finish, fail, are killed and share folders with others."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, alive, error_line
+from grid_files import read_csv, tables, write_grid, write_record
+from test_run_sh import run_sh
+
+from metaperturb.errors import UserError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from experiment import argument_parser, overrides, run_grid
+from experiment import experiment as run_experiment
+from experiments.grid import Grid
+from experiments.runner import Job, last_step, run_jobs
+
+CPU = ("--devices", "cpu")
+SECONDS = 100  # that anything here may take
+
+# --- the runner, with jobs of a line of Python
+
+
+@dataclass(frozen=True)
+class Script(Job):
+    """A job that runs a line of Python in its run folder; `done()` in it makes the record."""
+
+    code: str = "done()"
+
+    def command(self, device: str) -> list[str]:
+        head = f"import os, signal, sys, time, pathlib; os.environ['DEVICE'] = {device!r}; "
+        head += f"done = lambda: pathlib.Path({str(self.record)!r}).write_text('{{}}'); "
+        head += f"os.chdir({str(self.run_dir)!r}); count = lambda: open('starts', 'a').write('x'); count(); "
+        return [sys.executable, "-S", "-c", head + self.code]
+
+    @property
+    def starts(self) -> int:
+        path = self.run_dir / "starts"
+        return len(path.read_text()) if path.exists() else 0
+
+
+def script(folder: Path, id_: str, code: str = "done()", needs: tuple[str, ...] = (), **more) -> Script:
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    record = folder / "records" / f"{id_}.json"
+    return Script(id_, "none", (), folder / "runs" / id_, record, lambda: None, needs, code=code, **more)
+
+
+def test_jobs_run_after_what_they_need_on_devices_in_turn(tmp_path):
+    jobs = [
+        script(tmp_path, "cell", "assert os.path.exists('../phi/starts'); done()", needs=("phi",)),
+        script(tmp_path, "phi", "time.sleep(0.3); done()"),
+        *(
+            script(tmp_path, f"{i}", "open('device', 'w').write(os.environ['DEVICE']); time.sleep(1); done()")
+            for i in "ab"
+        ),
+    ]
+    outcome = run_jobs("test", jobs, ["0", "1"], 3)
+    assert sorted(outcome.finished) == ["a", "b", "cell", "phi"] and not outcome.failed and not outcome.elsewhere
+    assert all(job.starts == 1 for job in jobs)
+    assert {(jobs[i].run_dir / "device").read_text() for i in (2, 3)} == {"0", "1"}
+    again = run_jobs("test", jobs, ["0"], 1)
+    assert not again.finished and all(job.starts == 1 for job in jobs)
+    assert [*(tmp_path / "records" / ".running").iterdir()] == []
+
+
+def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
+    jobs = [
+        script(tmp_path, "phi", "print('error: no luck', file=sys.stderr); sys.exit(1)"),
+        script(tmp_path, "cell", needs=("phi",)),
+        script(tmp_path, "killed", "os.path.getsize('starts') > 1 or os.kill(os.getpid(), signal.SIGKILL); done()"),
+        script(tmp_path, "silent", "sys.exit(3)"),
+        script(tmp_path, "good"),
+    ]
+    outcome = run_jobs("test", jobs, ["cpu"], 2, retries=1)
+    assert sorted(outcome.finished) == ["good", "killed"]
+    assert outcome.failed == {
+        "phi": "no luck",
+        "cell": "not run, because phi failed",
+        "silent": "said nothing",
+    }
+    assert [job.starts for job in jobs] == [2, 0, 2, 2, 1]
+    said = capsys.readouterr().err
+    assert "phi: failed, will be tried again: no luck" in said and "phi: failed: no luck" in said
+    assert (jobs[0].run_dir / "log.txt").read_text() == "error: no luck\n"
+
+
+def test_a_training_that_leaves_no_result_has_failed(tmp_path):
+    def broken() -> None:
+        raise UserError("result.json: cannot be read")
+
+    jobs = [script(tmp_path, "phi", "pass"), script(tmp_path, "cell", needs=("phi",))]
+    jobs.append(dataclasses.replace(script(tmp_path, "broken", "pass"), finish=broken))
+    outcome = run_jobs("test", jobs, ["cpu"], 1, retries=0)
+    expected = {"phi": "said nothing", "cell": "not run, because phi failed", "broken": "result.json: cannot be read"}
+    assert outcome.failed == expected and not outcome.finished
+
+
+def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.runner.LINE_EVERY", 0.0)
+    half = "open('metrics.jsonl', 'a').write('{\"step\": 5}\\n'); time.sleep(1.5); done()"
+    jobs = [
+        script(tmp_path, "one", half, steps=10, work=3.0),
+        script(tmp_path, "two", "sys.exit(1)", steps=10, work=100.0),
+        script(tmp_path, "three", "time.sleep(1.2); done()", needs=("one",), work=1.0),
+    ]
+    jobs[2].run_dir.mkdir(parents=True)
+    (jobs[2].run_dir / "metrics.jsonl").write_text("torn")
+    run_jobs("title", jobs, ["cpu"], 2, retries=0)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("title: ")]
+    assert lines[0].startswith("title: 0/3 done, ") and "-" not in "".join(lines)
+    assert lines[-1].startswith("title: 2/3 done, 0 running, 1 failed, about 0:00:00 left")
+    assert any("1/3 done, 1 running, 1 failed, about 0:00:0" in line for line in lines)  # no hours for what failed
+
+
+def test_the_last_whole_line_says_the_step(tmp_path):
+    assert last_step(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 20}\n{"step": 3')
+    assert last_step(tmp_path) == 20
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "records").write_text("a file")
+    path = write_grid(tmp_path / "configs", CELLS)
+    completed = experiment(path, tmp_path, "--rows", "Base", "--seeds", "0", results=tmp_path / "records")
+    assert "cannot" in error_line(completed) and "records" in error_line(completed)
+
+
+# --- whole trainings
+
+CELLS = """
+title: A table of seconds
+config: tgt.yaml
+set: {model: resnet8, steps: 6, batch_size: 8, final_samples: 1, eval_every: 6, log_every: 1, threads: 1,
+      checkpoint_every: 2, eval_split: holdout, image_size: 16}
+seeds: [0, 1]
+needs:
+  phi: {program: meta_train, config: src.yaml,
+        set: {source: folder, image_size: 12, model: resnet8, tasks: 5, steps: 2, batch_size: 4}}
+columns: {Bugs: {target: embedded}}
+rows:
+  Base: {method: base}
+  MetaPerturb: {method: metaperturb, phi: "${phi}"}
+  Dropout: {method: dropout}
+baselines: [Base]
+presets:
+  paper: {}
+  long: {seeds: [0], rows: [Base], set: {steps: 200, checkpoint_every: 10}}
+  absent: {columns: {Bugs: {target: embedded}, Birds: {target: folder}, Cars: {target: cars, download: false}}}
+"""
+
+
+def command(path: Path, folder: Path, *more: str, results: Path | None = None) -> list[str]:
+    folders = ["--results", str(results or folder / "results"), "--runs", str(folder / "runs")]
+    program = [sys.executable, str(ROOT / "scripts" / "experiment.py"), str(path)]
+    return [*program, *folders, "--data-root", str(folder / "data"), *CPU, *more]
+
+
+def parsed(*arguments, **options) -> Namespace:
+    """The same command line, for what ends before anything runs: in this process."""
+    parser = argument_parser("")
+    parser.add_argument("grid", type=Path)
+    return parser.parse_args(command(*arguments, **options)[2:])
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command(*arguments, **options), text=True, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, err = process.communicate(timeout=2 * SECONDS)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def experiment(*arguments, **options) -> subprocess.CompletedProcess:
+    return finish(start(*arguments, **options))
+
+
+def records(folder: Path, preset: str = "paper") -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text()) for path in (folder / "results" / "small" / preset).glob("*.json")}
+
+
+def child(runner: int, wait: float = SECONDS) -> int:
+    """The training that the runner has under way."""
+    end = time.monotonic() + wait
+    while time.monotonic() < end:
+        for task in Path(f"/proc/{runner}/task").glob("*/children"):
+            for pid in task.read_text().split():
+                if b"metaperturb.meta" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return int(pid)
+        time.sleep(0.05)
+    raise AssertionError("nothing is under way")
+
+
+def wait_for(condition, what: str) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return write_grid(tmp_path / "configs", CELLS)
+
+
+def test_cells_that_another_runner_has_are_left_to_it(path, tmp_path, capsys):
+    (cell,) = [cell for cell in Grid(path).cells() if (cell.row, cell.seed) == ("Base", 0)]
+    lock = tmp_path / "results" / "small" / "paper" / ".running" / cell.id
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run_experiment(parsed(path, tmp_path, "--rows", "Base", "--seeds", "0"))
+    assert "1 cells are with another runner" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_runners_train_each_cell_once_and_the_last_one_has_the_table(path, tmp_path, image_folder):
+    more = ("--set", f"phi.source_paths={image_folder}", "--jobs", "1", "--seeds", "0")
+    completed = [finish(process) for process in [start(path, tmp_path, *more) for _ in range(2)]]
+    assert [c.returncode for c in completed] == [0, 0], completed
+    logs = [c.stderr.splitlines() for c in completed]
+    trained = [line.partition(":")[0] for log in logs for line in log if "accuracy" in line or "φ: " in line]
+    assert len(trained) == len(set(trained)) == 4  # φ and three cells
+    (folder,) = (tmp_path / "results" / "small").glob("paper-*/")
+    assert len([*folder.glob("*.json")]) == 3
+    page = folder.with_name(f"{folder.name}.csv")
+    assert {row for row, _ in read_csv(page)} == {"Base", "MetaPerturb", "Dropout"}
+    (made,) = (tmp_path / "runs" / "needs").iterdir()
+    (kept,) = (folder / "needs").glob("*.json")
+    assert kept.stem == made.name and (made / "phi.pt").exists()
+    again = parsed(path, tmp_path, *more)  # nothing is left to do
+    assert run_grid(Grid(path, overrides=overrides(again)), again) == []
+
+
+def test_killed_and_stopped_it_resumes_to_the_same_result(path, tmp_path):
+    more = ("--preset", "long")
+    checkpoint = "**/checkpoints/latest.pt"
+    runs = tmp_path / "a" / "runs"
+    for number, code in [(signal.SIGKILL, -9), (signal.SIGTERM, 128 + 15)]:
+        process = start(path, tmp_path / "a", *more)
+        training = child(process.pid)
+        seen = [p.stat().st_mtime for p in runs.glob(checkpoint)]
+        wait_for(lambda seen=seen: [p.stat().st_mtime for p in runs.glob(checkpoint)] != seen, "no checkpoint")
+        process.send_signal(number)
+        stopped = finish(process)
+        assert stopped.returncode == code and "Traceback" not in stopped.stderr
+        assert code == -9 or "the same command resumes" in stopped.stderr
+        wait_for(lambda training=training: not alive(training), "the training outlives its runner")
+    (log,) = runs.glob("**/log.txt")
+    for name in ("a", "b"):
+        completed = experiment(path, tmp_path / name, *more)
+        assert completed.returncode == 0, completed.stderr
+    assert "resuming after step" in log.read_text()
+    (interrupted,), (whole,) = (
+        [json.loads(p.read_text()) for p in (tmp_path / name / "results").glob("small/*/*.json")] for name in ("a", "b")
+    )
+    assert interrupted["result"]["metrics"] == whole["result"]["metrics"]
+
+
+def test_a_training_that_is_killed_is_tried_again_and_one_that_cannot_succeed_is_reported(path, tmp_path, capsys):
+    text = path.read_text().replace("{method: dropout}", "{method: base, lr: 1.0e+30}")  # diverges
+    path.write_text(text.replace("rows: [Base]", "rows: [Dropout, Base]"))
+    more = ("--preset", "long", "--jobs", "1")
+    process = start(path, tmp_path, *more)
+    os.kill(child(process.pid), signal.SIGKILL)
+    completed = finish(process)
+    assert completed.returncode == 1
+    lines = completed.stderr.splitlines()
+    assert any("base--bugs--seed0" in line and "failed, will be tried again" in line for line in lines)
+    assert "error: 1 runs failed; the same command tries them again" in completed.stderr
+    (line,) = [line for line in lines if line.startswith("  dropout--bugs--seed0")]
+    assert Path(line.rpartition("(log: ")[2].rstrip(")")).read_text().startswith("error") or "not finite" in line
+    folder = tmp_path / "results" / "small" / "long"
+    assert [p.name.partition("--")[0] for p in folder.glob("*.json")] == ["base"]
+    run_experiment(parsed(path, tmp_path, *more, "--report"))
+    assert tables(capsys.readouterr().out)[0][2] == ["Dropout", "–<br>–"]
+
+
+def refused(path: Path, folder: Path, *more: str) -> str:
+    with pytest.raises(UserError) as error:
+        run_experiment(parsed(path, folder, *more))
+    assert not (folder / "runs").exists()
+    return str(error.value)
+
+
+def test_what_is_absent_is_named_before_anything_runs(path, tmp_path):
+    first, *lines = refused(path, tmp_path, "--preset", "absent").splitlines()
+    assert first == "nothing was run, because this is missing or wrong:"
+    assert [line.partition(":")[0] for line in lines] == ["  column Birds", "  column Cars", "  need phi"]
+    assert "put" in lines[1] and str(tmp_path / "data") in lines[1]  # what to get and where it belongs
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_a_finished_need_was_made_of_may_be_absent(path, tmp_path):
+    more = ("--rows", "MetaPerturb", "--seeds", "0", "--path", "Bugs=nowhere")
+    path.write_text(path.read_text().replace("embedded", "folder"))
+    said = refused(path, tmp_path, *more)
+    assert "column Bugs" in said and "need phi" in said
+    made = tmp_path / "needs" / Grid(path).cell("MetaPerturb", "Bugs", 0).needs["phi"].id
+    made.mkdir(parents=True)
+    (made / "result.json").write_text("{}")
+    arguments = parsed(path, tmp_path, *more)
+    arguments.runs = tmp_path
+    with pytest.raises(UserError) as error:
+        run_experiment(arguments)
+    assert "column Bugs" in str(error.value) and "need phi" not in str(error.value)
+
+
+def test_other_images_than_those_of_finished_cells_are_refused_before_anything_runs(tmp_path, image_folder):
+    path = write_grid(tmp_path / "configs", CELLS.replace("embedded", "folder"))
+    more = ("--path", f"Bugs={image_folder}", "--rows", "Base")
+    write_record(tmp_path / "results" / "small" / "paper", Grid(path).cell("Base", "Bugs", 0), 0.5)
+    said = refused(path, tmp_path, *more)
+    assert "column Bugs: these are other images than those of the cells in" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--preset", "smok"), "preset 'smok' is unknown"),
+        (("--rows", "Bas"), "--rows 'Bas' is unknown; did you mean 'Base'?"),
+        (("--columns", "Bug"), "--columns 'Bug' is unknown; did you mean 'Bugs'?"),
+        (("--seeds", "7"), "--seeds 7 is unknown (0, 1)"),
+        (("--jobs", "0"), "--jobs: must be at least 1, got 0"),
+        (("--devices", "tpu"), "expected GPU numbers or 'cpu'"),
+        (("--path", "Bugs"), "--path Bugs: expected NAME=PATH"),
+        (("--use", "phi="), "--use phi=: expected NAME=PATH"),
+        (("--report",), "no finished cell of this table yet"),
+    ],
+)
+def test_a_wrong_option_is_one_line(path, tmp_path, more, said):
+    assert said in refused(path, tmp_path, *more)
+
+
+def test_cells_are_listed(path, tmp_path, capsys):
+    run_experiment(parsed(path, tmp_path, "--list", "--seeds", "1"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(*line[:2], line[2].rpartition("--")[0]) for line in lines] == [
+        ("to", "do", f"{row}--bugs--seed1") for row in ("base", "metaperturb", "dropout")
+    ]
+
+
+# --- the smoke presets, as the README has them
+
+
+def smoke(table: str, folder: Path, *more: str) -> tuple[str, dict[tuple[str, str], dict[str, str]]]:
+    """The page and the CSV."""
+    environment = {"RUNS": str(folder / "runs"), "DATA": str(folder / "data")}
+    completed = run_sh(table, "--preset", "smoke", "--results", str(folder / "results"), *CPU, *more, **environment)
+    assert completed.returncode == 0, completed.stderr
+    page = (folder / "results" / table / "smoke.md").read_text()
+    assert page.strip() in completed.stdout
+    lines = read_csv(folder / "results" / table / "smoke.md")
+    assert all(line["setting"] == "reduced" for line in lines.values())
+    for record in (folder / "results" / table).rglob("*.json"):
+        assert str(folder) not in record.read_text()
+    return page, lines
+
+
+def expect(page: str, lines: dict, rows: list[str], columns: list[str]) -> None:
+    """Every cell has a result on the page and in the CSV, and they say the same."""
+    overview, details, *_ = tables(page)
+    assert [line[0] for line in overview[1:]] == rows and overview[0][1:] == columns
+    assert lines.keys() == {(row, column) for row in rows for column in columns}
+    for line in overview[1:]:
+        for column, text in zip(columns, line[1:], strict=True):
+            found = lines[line[0], column]
+            assert text.startswith(f"{float(found['accuracy']):.2f}") and f"({found['seeds']}) (" in text
+            assert text.endswith(f"<br>{found['paper'].replace('±', ' ± ') or '–'}")
+    assert len(details) == 1 + len(rows) * len(columns)
+    assert "cells of this table yet" not in page
+
+
+def test_smoke_of_table_1(tmp_path):
+    smoke("table1", tmp_path, "--seeds", "0")
+    page, lines = smoke("table1", tmp_path, "--seeds", "1", "--rows", "Base", "MetaPerturb")
+    alone = ["Base", "Information Dropout", "DropBlock", "Manifold Mixup", "MetaPerturb"]
+    rows = [*alone, "Finetuning (FT)", *(f"FT + {row}" for row in alone[1:])]
+    expect(page, lines, rows, ["Drawn bugs"])
+    ours = lines["MetaPerturb", "Drawn bugs"]
+    assert (ours["seeds"], ours["pairs"], ours["baseline"], ours["paper"]) == ("2", "2", "Base", "42.01±0.43")
+    assert float(ours["low_95"]) <= float(ours["difference"]) <= float(ours["high_95"])
+    assert lines["FT + MetaPerturb", "Drawn bugs"]["baseline"] == "Finetuning (FT)"
+    assert "8 of 20 cells have not run yet" in page
+
+
+def test_smoke_of_table_2(tmp_path):
+    page, lines = smoke("table2", tmp_path)
+    rows = ["Base", "Information Dropout", "DropBlock", "Finetuning", "MetaPerturb"]
+    expect(page, lines, rows, ["Conv4", "ResNet20"])
+    assert lines["Finetuning", "ResNet20"]["paper"] == "88.77±0.26"
+    assert "pretrained: steps: 10000 → 6" in lines["Finetuning", "Conv4"]["departs_from_paper"]
+
+
+def test_smoke_of_table_3(tmp_path):
+    page, lines = smoke("table3", tmp_path)
+    assert len(lines) == 9
+    expect(page, lines, [row for row, _ in lines], ["Drawn bugs"])
+    trainings = tables(page)[-1]
+    parts = ("", "_without_scale", "_without_noise", "_homogeneous", "_lookahead")
+    assert sorted(line[0] for line in trainings[1:]) == sorted(f"phi{part}" for part in parts)
+    assert all(float(line[2]) > 0 for line in trainings[1:])
+
+
+def test_smoke_of_tuning_and_selection(tmp_path):
+    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data")}
+    tiny = ["--set", "steps=2", "eval_every=2", "image_size=12"]
+    options = ["--preset", "smoke", "--results", str(tmp_path / "results"), *CPU, *tiny]
+    completed = run_sh("tune", *options, **environment)
+    assert completed.returncode == 0, completed.stderr
+    (written,) = (tmp_path / "results" / "tune").glob("*.json")
+    chosen = json.loads(written.read_text())["chosen"]["Drawn bugs"]
+    assert chosen["dropout"]["dropout_prob"] in (0.02, 0.25) and chosen["mixup"] == {"mixup_alpha": 0.2}
+
+    source = ["steps=1", "batch_size=2", "image_size=8"]
+    some = {"SRC_DATA": "embedded", "SRC_MODEL": "resnet8", "SRC_TASKS": "2", "GPUS": "cpu", "SEED": "0 1"}
+    completed = run_sh("src", *source, **some, **environment)
+    assert completed.returncode == 0, completed.stderr
+    completed = run_sh("select", *options, **environment)
+    assert completed.returncode == 0, completed.stderr
+    assert (tmp_path / "runs" / "selected" / "phi.pt").exists() and completed.stdout.count("% over 1 seeds") == 2

@@ -1,0 +1,415 @@
+"""What tables say of finished cells: statistics, comparisons, what is not mixed; tuning and selection by them."""
+
+import json
+import math
+import shutil
+import statistics
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from conftest import ROOT
+from grid_files import GRID, fill, read_csv, tables, write_grid, write_record
+from image_files import one_line
+
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.weights import load_phi, save_phi
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import select_phi
+import tune
+from experiment import argument_parser, write_table
+from experiments.grid import Grid, Overrides
+from experiments.results import Results
+from experiments.results import write_record as write_own_record
+from experiments.statistics import paired_difference, summarize, t_cdf, t_quantile
+
+# --- statistics
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 10, 30])
+def test_students_t_is_scipys(freedom):
+    for t in (0.0, 0.3, 1.0, 2.5, 12.0):
+        assert t_cdf(t, freedom) == pytest.approx(scipy.stats.t.cdf(t, freedom), abs=1e-13)
+    for probability in (0.5, 0.9, 0.975, 0.9995):
+        expected = scipy.stats.t.ppf(probability, freedom)
+        assert t_quantile(probability, freedom) == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def test_mean_and_sample_standard_deviation():
+    found = summarize([10.0, 20.0, 60.0])
+    assert (found.mean, found.n) == (30.0, 3) and found.std == pytest.approx(math.sqrt(700))
+    assert str(found) == "30.00 ± 26.46"
+    assert str(summarize([12.345])) == "12.35" or str(summarize([12.345])) == "12.34"
+    assert summarize([1.0]).std is None
+
+
+def test_a_paired_difference_is_that_of_the_seeds_both_have():
+    ours, base = {0: 3.0, 1: 5.5, 2: 4.0, 7: 100.0}, {2: 3.0, 1: 2.0, 0: 1.0, 5: -100.0}
+    found = paired_difference(ours, base)
+    test = scipy.stats.ttest_rel([3.0, 5.5, 4.0], [1.0, 2.0, 3.0])
+    interval = test.confidence_interval(0.95)
+    assert found.mean == pytest.approx(6.5 / 3) and found.n == 3
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert found.low < 0 < found.high  # not significant, as scipy says
+    assert test.pvalue > 0.05
+
+
+def test_one_pair_has_no_interval_and_none_no_difference():
+    found = paired_difference({0: 1.5}, {0: 1.0, 1: 4.0})
+    assert (found.mean, found.low, found.high, found.n) == (0.5, None, None, 1) and str(found) == "+0.50"
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+# --- results of hand-made records
+
+ACCURACIES = {
+    ("Base", "CUB"): [0.30, 0.32, None],
+    ("MetaPerturb", "CUB"): [0.40, 0.41, 0.45],
+    ("FT", "CUB"): [None, None, 0.50],
+    ("FT + Dropout", "CUB"): [0.2, 0.3, None],
+    ("Base", "STL10"): [0.66, None, None],
+}
+
+
+@pytest.fixture
+def grid(tmp_path) -> Grid:
+    return Grid(write_grid(tmp_path / "configs"))
+
+
+@pytest.fixture
+def folder(grid, tmp_path) -> Path:
+    path = tmp_path / "results" / "small" / "paper"
+    fill(grid, path, ACCURACIES)
+    return path
+
+
+def refusal(grid: Grid, folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        Results(grid, folder)
+    return one_line(error)
+
+
+def test_the_csv_has_every_number(grid, folder, tmp_path):
+    lines = read_csv(write_table(grid, folder, tmp_path / "runs"))
+    assert lines.keys() == ACCURACIES.keys()
+    for place, values in ACCURACIES.items():
+        line, present = lines[place], [100 * value for value in values if value is not None]
+        assert int(line["seeds"]) == len(present)
+        assert float(line["accuracy"]) == pytest.approx(statistics.mean(present), abs=1e-4)
+        assert float(line["nll"]) == pytest.approx(statistics.mean(present) / 50, abs=1e-4)
+        assert float(line["ece"]) == pytest.approx(statistics.mean(present) / 10, abs=1e-4)
+        if len(present) > 1:
+            assert float(line["accuracy_std"]) == pytest.approx(statistics.stdev(present), abs=1e-4)
+        else:
+            assert line["accuracy_std"] == ""
+        assert line["setting"] == "paper" and line["departs_from_paper"] == "" and line["code"] == "c0ffee (d16e57)"
+    ours = lines["MetaPerturb", "CUB"]
+    interval = scipy.stats.ttest_rel([40.0, 41.0], [30.0, 32.0]).confidence_interval(0.95)
+    assert (ours["baseline"], float(ours["difference"]), ours["pairs"]) == ("Base", 9.5, "2")
+    assert float(ours["low_95"]) == pytest.approx(interval.low, abs=1e-4)
+    assert float(ours["high_95"]) == pytest.approx(interval.high, abs=1e-4)
+    assert ours["paper"] == "" and ours["ours_minus_paper"] == ""
+    base = lines["Base", "CUB"]
+    assert base["paper"] == "30.63±0.66" and float(base["ours_minus_paper"]) == pytest.approx(31.0 - 30.63)
+    assert base["baseline"] == base["difference"] == ""
+    alone = lines["FT + Dropout", "CUB"]  # FT ran with other seeds
+    assert alone["baseline"] == "FT" and alone["difference"] == alone["low_95"] == alone["pairs"] == ""
+
+
+def test_the_page_has_ours_beside_the_papers(grid, folder, tmp_path):
+    page = write_table(grid, folder, tmp_path / "runs").read_text()
+    overview, details = tables(page)
+    assert overview[0] == ["", "STL10", "CUB"]
+    assert [line[0] for line in overview[1:]] == list(grid.rows)
+    assert overview[1] == ["Base", "66.00 (1)<br>66.78 ± 0.59", "31.00 ± 1.41 (2)<br>30.63 ± 0.66"]
+    assert overview[2] == ["Dropout", "–<br>–", "–<br>–"]
+    assert [line[:2] for line in details[1:]] == [["Base", "STL10"], *([row, "CUB"] for row, c in [*ACCURACIES][:4])]
+    base = details[2]
+    assert base[2:7] == ["2", "31.00 ± 1.41", "30.63 ± 0.66", "+0.37", "–"] and base[-1] == "paper"
+    assert "to Base, n = 2" in details[3][6]
+    assert "21 of 30 cells have not run yet" in page
+
+
+def test_reduced_cells_are_marked_and_explained(tmp_path):
+    text = GRID.replace("Dropout: {m", '"Drop | out": {m', 1).replace("rows: [Dropout,", 'rows: ["Drop | out",')
+    grid = Grid(write_grid(tmp_path / "configs", text), "quick")
+    fill(grid, tmp_path / "r" / "quick", {(row, "Birds"): [0.5] for row in grid.rows})
+    page = write_table(grid, tmp_path / "r" / "quick", tmp_path / "runs")
+    text = page.read_text()
+    overview, details = tables(text)
+    assert [line[1] for line in overview[1:]] == [
+        "50.00 (1) (a)<br>30.63 ± 0.66",
+        "50.00 (1) (a)<br>–",
+        "50.00 (1) (b)<br>–",
+        "50.00 (1) (b)<br>–",
+    ]
+    assert overview[2][0] == "Drop | out"
+    assert {line[5] for line in details[1:]} == {"–"}  # other data: no difference to the paper
+    assert "- Common to all cells: target: cub → embedded; steps: 100 → 10\n" in text
+    assert "- (b) phi: steps: 750 → 7\n" in text
+    assert "Birds stands in for the paper's CUB; other data, so no difference is given" in text
+    for line in read_csv(page).values():
+        assert line["setting"] == "reduced" and "steps: 100 → 10" in line["departs_from_paper"]
+        assert line["ours_minus_paper"] == ""
+
+
+def test_versions_of_the_code_are_said(grid, folder, tmp_path, capsys):
+    write_record(folder, grid.cell("Base", "CUB", 2), 0.3, code="0ther", commit="fade")
+    write_record(folder, grid.cell("Base", "STL10", 1), 0.3, commit="beef")  # a commit that left the package alone
+    page = write_table(grid, folder, tmp_path / "runs")
+    assert "**Cells of 2 versions of the code**: c0ffee (d16e57), fade (0ther)" in page.read_text()
+    assert "2 versions of the code: c0ffee (d16e57), fade (0ther)" in capsys.readouterr().err
+    lines = read_csv(page)
+    assert lines["Base", "CUB"]["code"] == "c0ffee (d16e57); fade (0ther)"
+    assert lines["MetaPerturb", "CUB"]["code"] == lines["Base", "STL10"]["code"] == "c0ffee (d16e57)"
+
+
+def test_what_cells_started_from_is_kept_beside_them_and_its_version_said(grid, folder, tmp_path):
+    phi = grid.cell("MetaPerturb", "CUB", 0).needs["phi"]
+    made = tmp_path / "runs" / "needs" / phi.id / "result.json"
+    made.parent.mkdir(parents=True)
+    hardware = {"device": "cpu", "cpu": "a processor", "cores": 2}
+    result = {"program": "meta_train", "config": {"steps": 750, "run_dir": str(made.parent)}, "hardware": hardware}
+    result |= {"metrics": {"train_loss": 2.5, "test_loss": 2.75}, "seconds": 1500, "processes": 2}
+    made.write_text(json.dumps(result | {"code": "0ld", "commit": "aged"}))
+    write_table(grid, folder, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs")  # another machine
+    text = write_table(grid, folder, tmp_path / "runs").read_text()
+    assert tables(text)[-1][1] == [
+        *("phi", "750", "2.00", "2.500", "2.750", "cpu, 2 processes (a processor, 2 cores)", f"`{phi.id}`"),
+    ]
+    assert f"`{phi.id}` is of another version of the code: aged (0ld)." in text
+    assert str(tmp_path) not in (folder / "needs" / f"{phi.id}.json").read_text()
+
+
+def test_cells_of_two_makings_of_one_phi_are_said(grid, folder, tmp_path, capsys):
+    for seed, seconds in enumerate((10, 10, 12)):
+        write_record(folder, grid.cell("MetaPerturb", "CUB", seed), 0.4, phi_card={"seconds": seconds})
+    page = write_table(grid, folder, tmp_path / "runs")
+    phi = grid.cell("MetaPerturb", "CUB", 0).needs["phi"].id
+    assert f"{phi} was made 2 times" in page.read_text() and f"{phi} was made 2 times" in capsys.readouterr().err
+
+
+def test_other_images_are_not_mixed(grid, folder):
+    other = {"fingerprints": ["CUB train", "others"]}
+    path = write_record(folder, grid.cell("Dropout", "CUB", 1), 0.3, target=other)
+    said = refusal(grid, folder)
+    assert path.name in said and "other images than" in said
+    path.unlink()
+    write_record(folder, grid.cell("Dropout", "STL10", 1), 0.3, target={"fingerprints": ["STL10 train", "STL10 test"]})
+    Results(grid, folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"result": {"config": {}, "metrics": 5}}'])
+def test_a_damaged_record_is_named(grid, folder, content):
+    path = folder / f"{grid.cell('Base', 'CUB', 0).id}.json"
+    path.write_text(content)
+    assert str(path) in refusal(grid, folder)
+
+
+def test_every_part_that_a_record_lacks_is_noticed(grid, folder):
+    path = folder / f"{grid.cell('Base', 'CUB', 0).id}.json"
+    whole = json.loads(path.read_text())
+    for part in ("row", "column", "seed", "needs", "result"):
+        path.write_text(json.dumps({key: value for key, value in whole.items() if key != part}))
+        assert f"{path}: is no record of a training run; remove it" in refusal(grid, folder)
+    for part in ("config", "metrics", "target"):
+        result = {key: value for key, value in whole["result"].items() if key != part}
+        path.write_text(json.dumps(whole | {"result": result}))
+        assert f"{path}: is no record of a training run; remove it" in refusal(grid, folder)
+
+
+def test_a_record_of_another_seed_row_phi_or_setting_is_not_taken(grid, folder):
+    first, second = (grid.cell("Base", "CUB", seed).id for seed in (0, 2))
+    (folder / f"{first}.json").rename(folder / f"{second}.json")
+    assert "holds other settings than its name says (it is of ('Base', 'CUB', 0))" in refusal(grid, folder)
+    (folder / f"{second}.json").unlink()
+    path = write_record(folder, grid.cell("MetaPerturb", "CUB", 0), 0.4)
+    path.write_text(path.read_text().replace("phi-seed0", "phi-seed1"))
+    assert "it started from another φ or network" in refusal(grid, folder)
+    write_record(folder, grid.cell("MetaPerturb", "CUB", 0), 0.4, config={"seed": 0, "steps": 99})
+    assert "steps: 99 → 100" in refusal(grid, folder)
+
+
+def test_records_of_other_settings_are_named_and_left_out(grid, folder, tmp_path, capsys):
+    other = Grid(grid.path, overrides=Overrides(settings=("lr=0.1",))).cell("Base", "CUB", 2)
+    path = write_record(folder, other, 0.99)
+    page = write_table(grid, folder, tmp_path / "runs")
+    assert f"not in the table: {path} (another row or setting)" in capsys.readouterr().err
+    assert read_csv(page)["Base", "CUB"]["seeds"] == "2"
+
+
+def test_nothing_to_report_is_said(grid, tmp_path):
+    with pytest.raises(UserError, match="no finished cell of this table yet"):
+        write_table(grid, tmp_path / "results" / "paper", tmp_path)
+
+
+def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):
+    run = tmp_path / "secret" / "run"
+    run.mkdir(parents=True)
+    config = {
+        "run_dir": str(run),
+        "phi": str(run / "phi.pt"),
+        "target_path": None,
+        "source_paths": [str(run / "a.zip")],
+    }
+    result = {"config": config, "init": {"from": str(run), "tensors": 7}, "phi_card": {"config": config}}
+    (run / "result.json").write_text(json.dumps(result))
+    write_own_record({"row": "Base"}, run, tmp_path / "record.json")
+    text = (tmp_path / "record.json").read_text()
+    assert "secret" not in text and "phi.pt" in text and "a.zip" in text and '"tensors": 7' in text
+
+
+# --- tuning
+
+TUNE = """
+title: Tuning
+config: tgt.yaml
+set: {eval_split: holdout}
+seeds: [0, 1]
+columns: {CUB: {target: cub}, STL10: {target: stl10}}
+candidates:
+  dropout: {dropout_prob: [0.1, 0.2, 0.3]}
+  mixup: {mixup_alpha: [0.2, 1.0]}
+presets: {paper: {}}
+"""
+
+
+def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_wait(tmp_path, capsys):
+    grid = Grid(write_grid(tmp_path, TUNE, "tune"))
+    rows = [f"dropout: dropout_prob {p}" for p in (0.1, 0.2, 0.3)] + [f"mixup: mixup_alpha {a}" for a in (0.2, 1.0)]
+    assert list(grid.rows) == rows
+    values = dict(zip(rows, ([0.1, 0.5], [0.2, 0.3], [0.5, 0.7], [0.4, 0.4], [0.5, 0.3]), strict=True))
+    fill(grid, tmp_path / "r", {(row, "CUB"): value for row, value in values.items()})
+    fill(grid, tmp_path / "r", {(row, "STL10"): [0.5, 0.5 if row != rows[2] else None] for row in rows})
+    chosen, evidence = tune.choose(grid, Results(grid, tmp_path / "r"))
+    assert chosen == {"CUB": {"dropout": {"dropout_prob": 0.3}, "mixup": {"mixup_alpha": 0.2}}}
+    assert evidence["CUB"][rows[1]] == {"mean": 25.0, "std": pytest.approx(math.sqrt(50)), "seeds": 2}
+    said = capsys.readouterr().err
+    assert "CUB: dropout: dropout_prob 0.3 is at the edge of the values tried [0.1, 0.2, 0.3]" in said
+    assert "mixup_alpha 0.2 is at the edge" not in said  # of two values both are
+    assert "STL10: 1 of 5 candidates have not run yet: nothing chosen" in said
+
+
+def test_without_a_complete_column_nothing_is_chosen(tmp_path):
+    grid = Grid(write_grid(tmp_path, TUNE, "tune"))
+    fill(grid, tmp_path / "r", {("mixup: mixup_alpha 0.2", "CUB"): [0.5, 0.5]})
+    with pytest.raises(UserError, match="nothing was chosen"):
+        tune.choose(grid, Results(grid, tmp_path / "r"))
+
+
+def arguments(tmp_path: Path, grid: Path, *more: str) -> Namespace:
+    parser = argument_parser("")
+    parser.add_argument("--grid", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sources", type=Path, nargs="*", default=[])
+    folders = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    return parser.parse_args(["--grid", str(grid), *folders, *more])
+
+
+def test_tuning_opens_no_test_image(tmp_path):
+    for old, new in [
+        ("holdout", "test"),
+        ("dropout: {", "dropout: {eval_split: [test], "),
+        ("{target: stl10", "{eval_split: val"),
+    ]:
+        path = write_grid(tmp_path, TUNE.replace(old, new, 1), "tune")
+        with pytest.raises(UserError, match="eval_split must be holdout, so that tuning sees no test image"):
+            tune.tune(arguments(tmp_path, path))
+    with pytest.raises(UserError, match="eval_split must be holdout"):
+        tune.tune(arguments(tmp_path, write_grid(tmp_path, TUNE, "tune"), "--set", "eval_split=test"))
+
+
+def test_what_tuning_writes_is_what_tables_take(tmp_path, capsys):
+    grid = Grid(write_grid(tmp_path / "configs", TUNE, "tune"))
+    values = {(row, column): [i / 10, i / 10] for column in grid.columns for i, row in enumerate(grid.rows)}
+    fill(grid, tmp_path / "results" / "tune" / "paper", values)
+    tune.tune(arguments(tmp_path, grid.path, "--report"))
+    assert "CUB: dropout: dropout_prob 0.3\n" in capsys.readouterr().out
+    tuned = tmp_path / "results" / "tune" / "paper.json"
+    assert json.loads(tuned.read_text())["accuracy"]["CUB"]["mixup: mixup_alpha 1.0"]["mean"] == 40.0
+    table = Grid(write_grid(tmp_path / "configs"), overrides=Overrides(tuned=tuned))
+    assert table.cell("Dropout", "CUB", 0).config.dropout_prob == 0.3
+
+
+# --- selection of φ
+
+SELECT = """
+title: Selection
+config: tgt.yaml
+set: {eval_split: val}
+seeds: [0, 1]
+columns: {Validation: {target: s_cifar100}}
+rows: {Base: {method: base}}
+baselines: [Base]
+presets: {paper: {}}
+"""
+
+
+@pytest.fixture
+def sources(tmp_path) -> list[Path]:
+    """Three meta-trainings, of which the last had other settings than its seed."""
+    folders = [tmp_path / "runs" / f"src-{name}" for name in ("a", "b", "c")]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        folder.mkdir(parents=True)
+        config = {"seed": seed, "tasks": 10, "steps": 750 if seed < 2 else 100}
+        save_phi(MetaPerturb(), folder / "phi.pt", {"config": config, "program": "meta_train"})
+        (folder / "result.json").write_text("{}")
+    return folders
+
+
+def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
+    grid = Grid(write_grid(tmp_path / "configs", SELECT, "select"))
+    for folder in sources:
+        grid.add_phi(folder.name, folder / "phi.pt")
+    values = {"src-a": [0.4, 0.6], "src-b": [0.5, 0.7], "src-c": [0.6, 0.3], "Base": [0.9, 0.9]}
+    fill(grid, tmp_path / "results" / "select" / "paper", {(row, "Validation"): v for row, v in values.items()})
+    select_phi.select(arguments(tmp_path, grid.path, "--report"))
+    said = capsys.readouterr()
+    assert (
+        "src-c differs from src-a in more than the seed: steps: 750 → 100" in said.err
+        and "src-b differs" not in said.err
+    )
+    assert "* src-b: 60.00 % over 2 seeds" in said.out and "  src-a: 50.00 % over 2 seeds" in said.out
+    selected = load_phi(tmp_path / "runs" / "selected" / "phi.pt")
+    for name, value in load_phi(sources[1] / "phi.pt").state_dict().items():
+        assert torch.equal(value, selected.state_dict()[name])
+    assert selected.card["config"]["seed"] == 1
+    evidence = json.loads((tmp_path / "results" / "select" / "paper.json").read_text())
+    assert selected.card["selection"] == evidence and evidence["chosen"] == "src-b"
+    assert evidence["accuracy"]["src-c"] == {"mean": 45.0, "std": pytest.approx(math.sqrt(450)), "seeds": 2}
+    assert evidence["evaluated"] == "s_cifar100, val images, resnet20, 10000 steps, seeds 0, 1"
+
+
+def refused(tmp_path: Path, *more: str, text: str = SELECT) -> str:
+    with pytest.raises(UserError) as error:
+        select_phi.select(arguments(tmp_path, write_grid(tmp_path / "configs", text, "select"), *more))
+    return one_line(error)
+
+
+def test_what_selection_refuses(tmp_path, sources):
+    one = ["--sources", str(sources[0])]
+    assert "needs two or more finished meta-trainings, found 1" in refused(tmp_path, *one)
+    assert "the same folder name" in refused(tmp_path, *one, str(sources[0]))
+    assert "no such φ file" in refused(tmp_path, *one, str(tmp_path / "runs" / "src-z"))
+    assert "choosing on test images is cheating" in refused(tmp_path, text=SELECT.replace("val}", "test}"))
+    assert "choosing on test images is cheating" in refused(tmp_path, "--set", "eval_split=test")
+    (sources[0] / "phi.pt").unlink()  # not finished: one of the three is left out
+    (sources[1] / "phi.pt").unlink()
+    assert "found 1" in refused(tmp_path)
+
+
+def test_no_phi_is_chosen_while_trainings_are_missing(tmp_path, sources):
+    grid = Grid(write_grid(tmp_path / "configs", SELECT, "select"))
+    for folder in sources:
+        grid.add_phi(folder.name, folder / "phi.pt")
+    values = {("src-a", "Validation"): [0.4, 0.6], ("src-b", "Validation"): [0.4, None]}
+    fill(grid, tmp_path / "results" / "select" / "paper", values)
+    assert "src-b: 1 of 2 trainings are there; nothing was chosen" in refused(tmp_path, "--report")
+    assert not (tmp_path / "runs" / "selected").exists()
