@@ -93,6 +93,15 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
     exec 9>&-
 }
 
+browser() { # for the report's tests; without one they are skipped
+    local name
+    for name in chromium chromium-browser google-chrome; do ! command -v "$name" >/dev/null || return 0; done
+    [ "$VENV" != none ] && [ ! -e "$VENV/.browser" ] || return 0
+    touch "$VENV/.browser" # asked for once
+    timeout 120 "$py" -m playwright install chromium-headless-shell >/dev/null 2>&1 ||
+        echo "no Chromium, and none could be fetched: the report is not tested in a browser" >&2
+}
+
 command=${1:-}
 [ $# -gt 0 ] && shift
 case $command in
@@ -102,6 +111,7 @@ demo)
     ;;
 test)
     setup "$here/requirements.txt" "$here/tests/requirements.txt"
+    browser
     cd "$here"
     [[ $py = /* ]] || py=.venv/bin/python
     PYTHONPATH=src exec "$py" -m pytest "$@"

@@ -35,13 +35,13 @@ def main() -> int:
         drawings = {"fig1-concept": concept, "fig2-functions": functions, "fig3-site": site}
         for name, drawing in drawings.items():
             with plt.rc_context(STYLE):
-                save_figure(drawing(), arguments.out / f"{name}.png")
+                save_figure(drawing(), arguments.out / name)
             print(arguments.out / f"{name}.png")
         if phi is None:
             print("no φ given (--phi): its 82 numbers are not drawn", file=sys.stderr)
             return
         with plt.rc_context(STYLE):
-            save_figure(numbers(phi), arguments.out / "phi-82-numbers.png")
+            save_figure(numbers(phi), arguments.out / "phi-82-numbers")
         print(arguments.out / "phi-82-numbers.png")
 
     return run_program(draw, show_traceback=False)

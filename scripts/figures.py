@@ -60,7 +60,7 @@ class Finished:
         return Path(config["target_path"]).stem if config["target"] == "folder" else config["target"]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "figures"])
     parser.add_argument("sources", type=Path, nargs="*", help="run folders, or folders that hold some [all of --runs]")
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--target-path", help="likewise, of an image folder")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the analysis")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     return run_program(lambda: figures(arguments), show_traceback=arguments.traceback)
 
 

@@ -1,0 +1,138 @@
+"""The figures' commands on finished runs: pictures and numbers, and what is refused."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import metaperturb.meta_test as program
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.weights import save_phi
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import figures as scripts_figures
+
+FAST = ["images=20", "steps=2", "draws=2", "samples=2", "linf=0,0.02", "l2=0.5", "l1=2", "counts=1,2", "points=3"]
+
+
+def command(script: str, *arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, ROOT / "scripts" / script, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def figures(*arguments) -> subprocess.CompletedProcess:
+    return command("figures.py", *arguments, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(target_settings, tmp_path_factory) -> Path:
+    """Base with two seeds, MetaPerturb, and Base finetuned from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    save_phi(MetaPerturb(), folder / "phi.pt")
+    for name, changes in {
+        "base-0": ["method=base"],
+        "base-1": ["method=base", "seed=1"],
+        "meta": [f"phi={folder / 'phi.pt'}"],
+        "tuned": ["method=base", f"init={folder / 'base-0'}"],
+    }.items():
+        assert program.main(["--set", *target_settings, *changes, "steps=8", f"run_dir={folder / name}"]) == 0
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
+    """PNG, SVG and CSV are there, the PNG shows something; the numbers."""
+    with Image.open(folder / f"{stem}.png") as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+    assert (folder / f"{stem}.svg").read_text().lstrip().startswith("<?xml")
+    return rows(folder / f"{stem}.csv")
+
+
+def test_convergence(runs, tmp_path):
+    completed = figures("fig5", runs, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.strip() == str(tmp_path / "fig5-folder-resnet8.png")
+    found = check_pictures(tmp_path, "fig5-folder-resnet8")
+    logged = [json.loads(line) for line in (runs / "base-1" / "metrics.jsonl").read_text().splitlines()]
+    expected = [line["test_accuracy"] for line in logged if "test_accuracy" in line]
+    mine = [row for row in found if (row["method"], row["seed"]) == ("base", "1")]
+    assert [float(row["test_accuracy"]) for row in mine] == expected
+    assert {row["method"] for row in found} == {"base", "metaperturb", "base, finetuned"}
+
+
+def test_all_figures(runs, tmp_path):
+    pytest.importorskip("foolbox", reason="foolbox is not installed")
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    copies = tmp_path / "runs"
+    shutil.copytree(runs, copies)
+    completed = figures("figures", copies, "--out", tmp_path / "out", "--set", *FAST)
+    assert completed.returncode == 0, completed.stderr
+    for stem in ("fig5", "fig6-robustness", "fig6-calibration", "fig6-samples", "fig8"):
+        check_pictures(tmp_path / "out", f"{stem}-folder-resnet8")
+    scales = check_pictures(tmp_path / "out", "fig7-scales-resnet8")
+    assert len(scales) == 16 + 32 + 64 and all(0 <= float(row["s"]) <= 1 for row in scales)
+    surface = rows(tmp_path / "out" / "fig8-folder-resnet8.csv")
+    assert len(surface) == 3 * 9  # a panel a method, of the lowest seed
+    robust = rows(tmp_path / "out" / "fig6-robustness-folder-resnet8.csv")
+    assert {row["seeds"] for row in robust if row["name"] == "base"} == {"2"}
+    # What takes long is kept, and taken from there.
+    again = figures("fig6", copies, "--out", tmp_path / "again", "--set", *FAST)
+    assert again.returncode == 0 and "passes of an image" not in again.stderr
+    for path in (tmp_path / "again").glob("*.csv"):
+        assert path.read_text() == (tmp_path / "out" / path.name).read_text()
+
+
+def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings, tmp_path, capsys):
+    def message(figure: str, *arguments) -> str:
+        capsys.readouterr()
+        line = [figure, *map(str, arguments), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        assert scripts_figures.main(line) == 1
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1
+        return said[0]
+
+    for name, changes in {"long": ["steps=6"], "other": ["steps=8", "model=resnet20"], "twin": ["steps=8"]}.items():
+        settings = [*target_settings, "method=base", *changes, f"run_dir={tmp_path / name}"]
+        assert program.main(["--set", *settings]) == 0
+    assert "steps: 8 → 6" in message("fig5", runs / "base-1", tmp_path / "long")
+    assert "one picture shows one data set and network" in message("fig8", runs / "base-0", tmp_path / "other")
+    assert "two runs of base with one seed" in message("fig5", runs / "base-0", tmp_path / "twin")
+    assert "has no scales s" in message("fig7", runs / "base-0")
+    assert "no such folder" in message("fig5", tmp_path / "nowhere")
+    assert "holds no finished run" in message("fig5", runs / "base-0" / "checkpoints")
+    assert "no finished run of these methods" in message("fig5", runs, "--methods", "mixup")
+    assert "expected KEY=VALUE" in message("fig8", runs, "--set", "pionts=3")
+    assert "not a number" in message("fig8", runs, "--set", "points=few")
+    assert "must be odd" in message("fig8", runs, "--set", "points=4")
+    assert "ε must be finite and not negative" in message("fig6", runs, "--set", "linf=-1.0")
+    (tmp_path / "long" / "result.json").unlink()
+    assert "not finished" in message("fig5", tmp_path / "long")
+
+
+def test_diagrams(tmp_path):
+    torch.manual_seed(0)
+    save_phi(MetaPerturb(), tmp_path / "phi.pt")
+    completed = command("diagrams.py", "--phi", tmp_path / "phi.pt", "--out", tmp_path / "out")
+    assert completed.returncode == 0, completed.stderr
+    names = ("fig1-concept", "fig2-functions", "fig3-site", "phi-82-numbers")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        f"{name}{suffix}" for name in names for suffix in (".png", ".svg")
+    )
+    for name in names:
+        with Image.open(tmp_path / "out" / f"{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+    without = command("diagrams.py", "--out", tmp_path / "without")
+    assert without.returncode == 0 and "no φ given" in without.stderr
+    assert not list((tmp_path / "without").glob("phi*"))
