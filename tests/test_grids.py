@@ -131,6 +131,14 @@ def test_each_row_is_compared_with_the_nearest_baseline_above(path):
     assert [grid.baseline(row) for row in grid.rows] == [None, "Base", "Base", None, "FT"]
 
 
+def test_a_row_may_name_what_it_is_compared_with(tmp_path):
+    text = GRID.replace("FT + Dropout: {method: dropout,", "FT + Dropout: {versus: Base, method: dropout,")
+    named, usual = (Grid(write_grid(tmp_path / name, t)) for name, t in (("named", text), ("usual", GRID)))
+    assert (named.baseline("FT + Dropout"), usual.baseline("FT + Dropout")) == ("Base", "FT")
+    assert [cell.id for cell in named.cells()] == [cell.id for cell in usual.cells()]  # no setting of the training
+    assert "'Bse' is unknown" in message(write_grid(tmp_path / "wrong", text.replace("versus: Base", "versus: Bse")))
+
+
 def test_tuned_values_count_as_the_papers_setting(path, tmp_path):
     tuned = tmp_path / "tuned.json"
     tuned.write_text(json.dumps({"chosen": {c: {"dropout": {"dropout_prob": 0.02}} for c in ("STL10", "CUB")}}))

@@ -176,12 +176,13 @@ def test_what_cells_started_from_is_kept_beside_them_and_its_version_said(grid, 
     hardware = {"device": "cpu", "cpu": "a processor", "cores": 2}
     result = {"program": "meta_train", "config": {"steps": 750, "run_dir": str(made.parent)}, "hardware": hardware}
     result |= {"metrics": {"train_loss": 2.5, "test_loss": 2.75}, "seconds": 1500, "processes": 2}
+    result |= {"source": {"images": 40000}}
     made.write_text(json.dumps(result | {"code": "0ld", "commit": "aged"}))
     write_table(grid, folder, tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs")  # another machine
     text = write_table(grid, folder, tmp_path / "runs").read_text()
     assert tables(text)[-1][1] == [
-        *("phi", "750", "2.00", "2.500", "2.750", "cpu, 2 processes (a processor, 2 cores)", f"`{phi.id}`"),
+        *("phi", "40,000", "750", "2.00", "2.500", "2.750", "cpu, 2 processes (a processor, 2 cores)", f"`{phi.id}`"),
     ]
     assert f"`{phi.id}` is of another version of the code: aged (0ld)." in text
     assert str(tmp_path) not in (folder / "needs" / f"{phi.id}.json").read_text()

@@ -11,7 +11,7 @@
     columns: {STL10: {target: stl10}, …}
     rows: {Base: {method: base}, MetaPerturb: {method: metaperturb, phi: "${phi}"}, …}
     candidates: {dropout: {dropout_prob: [0.1, 0.2]}, …}          # to tune: further rows, every combination of a method
-    baselines: [Base]            # each row is compared with the nearest of these above it
+    baselines: [Base]            # each row is compared with the nearest of these above it, or with `versus: <row>`
     paper: {Base: ["66.78±0.59", …], …}                           # a value a column; null: none reported
     presets:
       paper: {}                  # what the others are measured against
@@ -43,6 +43,7 @@ REFERENCE = re.compile(r"\$\{(\w+)\}")
 # Settings that neither tell two cells of a table apart nor keep one from being at the paper's setting.
 INCIDENTAL = {"seed", "threads", "log_every", "eval_every", "eval_samples", "eval_batch_size"}
 COLUMN_KEYS = {"stands_for", "comparable"}
+VERSUS = "versus"  # of a row: what it is compared with
 # Settings that --set cannot give to cells, and how they are given.
 GIVEN_OTHERWISE = {
     **{"seed": "--seeds", "gpu": "--devices", "run_dir": "--runs", "data_root": "--data-root"},
@@ -61,6 +62,7 @@ class Need:
     file: Path | None = None
     hint: str = ""
     sha256: str = ""
+    card: Mapping[str, Any] = field(default_factory=dict)  # what a given file says of its making
 
     def outcome(self, folder: Path) -> Path:
         """What a setting that refers to it becomes; `folder`: where the runs of needs are."""
@@ -127,7 +129,12 @@ class Grid:
         self.settings = {**content["set"], **chosen.get("set", {})}
         self.baselines: list[str] = content["baselines"]
         rows = content["rows"] | candidate_rows(content["candidates"])
-        self.rows = self._pick("row", rows, chosen.get("rows")) | chosen.get("also", {})
+        picked = self._pick("row", rows, chosen.get("rows")) | chosen.get("also", {})
+        self._versus = {name: row[VERSUS] for name, row in picked.items() if VERSUS in row}
+        rows, self.rows = (
+            {name: {key: v for key, v in row.items() if key != VERSUS} for name, row in some.items()}
+            for some in (rows, picked)
+        )
         columns = self._pick("column", content["columns"], chosen.get("columns"))
         comparable = chosen.get("comparable", True)
         self.columns = {name: self._column(name, value, comparable) for name, value in columns.items()}
@@ -137,7 +144,11 @@ class Grid:
             for column, number in zip(content["columns"], numbers, strict=True)
             if number is not None
         }
-        for kind, names in (("paper: row", content["paper"]), ("baselines: row", self.baselines)):
+        for kind, names in (
+            ("paper: row", content["paper"]),
+            ("baselines: row", self.baselines),
+            (f"{VERSUS}: row", self._versus.values()),
+        ):
             for name in names:
                 if name not in rows | self.rows:
                     raise unknown(f"{path}: {kind}", name, rows)
@@ -177,7 +188,9 @@ class Grid:
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
 
     def baseline(self, row: str) -> str | None:
-        """The row that `row` is compared with: the nearest baseline above it, itself none."""
+        """The row that `row` is compared with: the one it names, else the nearest baseline above it, itself none."""
+        if row in self._versus:
+            return self._versus[row]
         found = None
         for name in self.rows:
             if name == row:
@@ -306,8 +319,8 @@ def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
     if not file.is_file() or (run is not None and not (run / "result.json").is_file()):
         raise UserError(f"--use {name}={run or path}: no such file or finished run")
     config = None
+    card: Any = {}
     if "program" in spec:  # what the file says of its making, to hold it to the paper's setting
-        card: Any = {}
         if spec["program"] == "meta_train":
             card = load_phi(path).card
         elif run is not None:
@@ -317,7 +330,8 @@ def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
         known = {f.name for f in dataclasses.fields(cls)}
         if isinstance(settings, Mapping) and settings:
             config = cls(**{key: settings[key] for key in settings if key in known})
-    return Need(name, f"{name}-{sha256(file)[:8]}", config=config, file=path)
+    card = card if config is not None else {}
+    return Need(name, f"{name}-{sha256(file)[:8]}", config=config, file=path, card=card)
 
 
 def sha256(path: Path) -> str:

@@ -212,8 +212,9 @@ def keep_need_records(needs: Iterable[Need], runs: Path, folder: Path) -> dict[s
     for need in needs:
         path = folder / "needs" / f"{need.id}.json"
         made = runs / need.id / "result.json"
-        if not path.exists() and need.program is not None and made.exists():
-            save_json({"need": need.name, **shortened(load_json(made))}, path)
+        known = load_json(made) if need.program is not None and made.exists() else need.card
+        if not path.exists() and known:
+            save_json({"need": need.name, **shortened(known)}, path)
         if path.exists():
             kept[need.id] = load_json(path)
     return kept

@@ -133,13 +133,14 @@ def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
     """Loss and time of each: what joint training saves over the lookahead, for one."""
     rows = []
     for id_, result in needs.items():
-        if result.get("program") != "meta_train":
-            continue
+        if not {"source", "metrics", "seconds", "hardware"} <= result.keys():
+            continue  # no meta-training, or a φ of which less is known
         config, m = result["config"], result["metrics"] or {}
         hardware = result["hardware"]
         rows.append(
             [
                 result["need"],
+                f"{result['source']['images']:,}",
                 str(config["steps"]),
                 f"{result['seconds'] / config['steps']:.2f}",
                 *(f"{m[key]:.3f}" if key in m else "–" for key in ("train_loss", "test_loss")),
@@ -150,7 +151,7 @@ def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
         )
     if not rows:
         return ""
-    return markdown_table(["φ", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"], rows)
+    return markdown_table(["φ", "images", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"], rows)
 
 
 def _marks(entries: Sequence[Entry]) -> dict[tuple[str, ...], str]:
