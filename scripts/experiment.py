@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from metaperturb import models
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, to_assignments
-from metaperturb.data import TARGETS, load_source
-from metaperturb.data.parts import load_parts
+from metaperturb.data import TARGETS
+from metaperturb.data.parts import load_parts, load_source_images
 from metaperturb.distributed import choose_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import code_digest
@@ -152,12 +152,12 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     """
     folder = results_folder(grid, arguments)
     results = Results(grid, folder)  # records that cannot be used are named now
-    cells = chosen_cells(grid, arguments)
+    cells = chosen_cells(results, arguments)
     if arguments.list:
         for cell in cells:
-            print(f"{'done' if (folder / f'{cell.id}.json').exists() else 'to do'}  {cell.id}")
+            print(f"{'done' if results.path(cell).exists() else 'to do'}  {cell.id}")
         return []
-    todo = [cell for cell in cells if not (folder / f"{cell.id}.json").exists()]
+    todo = [cell for cell in cells if not results.path(cell).exists()]
     if arguments.report or not todo:
         return []
     if old := results.made_by_other_code(code_digest()):
@@ -173,7 +173,7 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     need_jobs = {need.id: need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None}
     made = {id_ for id_, job in need_jobs.items() if job.done}
     check(results, todo, [need for need in needs.values() if need.id not in made])
-    jobs = [*need_jobs.values(), *(cell_job(grid, cell, folder, arguments.runs) for cell in todo)]
+    jobs = [*need_jobs.values(), *(cell_job(results, cell, arguments.runs) for cell in todo)]
     title = f"{grid.name} {grid.preset}"
     print(
         f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}",
@@ -188,7 +188,8 @@ def threads(cells: Sequence[Cell]) -> int:
     return max(cell.config.threads or os.cpu_count() for cell in cells)
 
 
-def chosen_cells(grid: Grid, arguments: argparse.Namespace) -> list[Cell]:
+def chosen_cells(results: Results, arguments: argparse.Namespace) -> list[Cell]:
+    grid = results.grid
     for kind, wanted, known in (
         ("--rows", arguments.rows, grid.rows),
         ("--columns", arguments.columns, grid.columns),
@@ -199,7 +200,7 @@ def chosen_cells(grid: Grid, arguments: argparse.Namespace) -> list[Cell]:
                 raise unknown(kind, name, known)
     return [
         cell
-        for cell in grid.cells()
+        for cell in results.cells.values()
         if (arguments.rows is None or cell.row in arguments.rows)
         and (arguments.columns is None or cell.column in arguments.columns)
         and (arguments.seeds is None or cell.seed in arguments.seeds)
@@ -272,18 +273,7 @@ def fingerprints(config: MetaTestConfig | MetaTrainConfig, seen: dict[tuple, lis
     key = tuple(str(getattr(config, name, None)) for name in DATA_SETTINGS)
     if key in seen:
         return seen[key]
-    if isinstance(config, MetaTestConfig):
-        parts = load_parts(config)
-    else:
-        source = load_source(
-            config.source,
-            paths=config.source_paths,
-            data_root=Path(config.data_root),
-            image_size=config.image_size,
-            download=config.download,
-            skip_unreadable=config.skip_unreadable,
-        )
-        parts = [source]
+    parts = load_parts(config) if isinstance(config, MetaTestConfig) else [load_source_images(config)]
     seen[key] = [part.fingerprint for part in parts]
     return seen[key]
 
@@ -318,11 +308,11 @@ def need_job(need: Need, runs: Path) -> Job:
     return Job(need.id, need.program, arguments, run_dir, record, lambda: None, (), steps, cost(need.config))
 
 
-def cell_job(grid: Grid, cell: Cell, folder: Path, runs: Path) -> Job:
-    run_dir = runs / grid.name / folder.name / cell.id
+def cell_job(results: Results, cell: Cell, runs: Path) -> Job:
+    grid, record = results.grid, results.path(cell)
+    run_dir = runs / grid.name / results.folder.name / cell.id
     made = {key: str(need.outcome(runs / "needs")) for key, need in cell.needs.items()}
     arguments = command_line(cell.config, {**made, "run_dir": str(run_dir)})
-    record = folder / f"{cell.id}.json"
     needs = tuple(need.id for need in cell.needs.values() if need.file is None)
 
     def finish() -> None:

@@ -248,9 +248,10 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
             calibrated.setdefault(method, []).append(found)
             found = measure_robustness(trained, attack, analysis_path(run, "robustness"))
             attacked.setdefault(method, []).append(found)
+    calibration = calibration_curves(calibrated)
     for kind, curves, plot in (
-        ("calibration", calibration_curves(calibrated), plots.plot_reliability),
-        ("samples", calibration_curves(calibrated), plots.plot_samples),
+        ("calibration", calibration, plots.plot_reliability),
+        ("samples", calibration, plots.plot_samples),
         ("robustness", robustness_curves(attacked), plots.plot_robustness),
     ):
         path = arguments.out / f"fig6-{kind}-{slug(name)}"

@@ -239,6 +239,7 @@ class Grid:
                     raise UserError(f"--set {text}: is given by {GIVEN_OTHERWISE[key.strip()]}")
                 self._cell_texts.append(text)
         self._given = dict(self.overrides.files)
+        self._read: dict[str, Need] = {}
         for name in self._given:
             if name not in self._needs:
                 raise unknown("--use: need", name, self._needs)
@@ -253,7 +254,9 @@ class Grid:
             raise unknown(f"{self.path}: need", name, self._needs)
         spec = self._needs[name]
         if used and name in self._given:
-            return given_need(name, self._given[name], spec)
+            if name not in self._read:  # once, not for every cell
+                self._read[name] = given_need(name, self._given[name], spec)
+            return self._read[name]
         if "file" in spec:
             file = Path(self.overrides.data_root).expanduser() / spec["file"]
             return Need(name, f"{name}-{spec['sha256'][:8]}", file=file, hint=spec["hint"], sha256=spec["sha256"])

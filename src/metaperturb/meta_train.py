@@ -27,8 +27,9 @@ from metaperturb import kernels, models
 from metaperturb.attach import attach
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
-from metaperturb.data import ImageArrays, load_source
+from metaperturb.data import ImageArrays
 from metaperturb.data.batches import DeviceImages, TrainingBatches
+from metaperturb.data.parts import load_source_images
 from metaperturb.data.splits import TaskSplit, class_split, load_split, save_split
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import Group, choose_devices, launch
@@ -85,14 +86,7 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
 
 def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit]]:
     """The source and its split into tasks, the same in every process."""
-    source = load_source(
-        config.source,
-        data_root=Path(config.data_root),
-        paths=config.source_paths,
-        image_size=config.image_size,
-        download=config.download,
-        skip_unreadable=config.skip_unreadable,
-    )
+    source = load_source_images(config)
     if config.split_file:
         splits = load_split(Path(config.split_file), source.fingerprint, source.labels)
         if len(splits) != config.tasks:

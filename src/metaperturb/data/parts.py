@@ -1,9 +1,10 @@
-"""The images of one training run on a target."""
+"""The images of one run, as its settings name them."""
 
 from pathlib import Path
 
-from metaperturb.config import MetaTestConfig
+from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.arrays import ImageArrays, subset
+from metaperturb.data.sources import load_source
 from metaperturb.data.splits import holdout_split
 from metaperturb.data.targets import load_target
 
@@ -28,3 +29,19 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
         return train, *rest
     kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
     return subset(train, kept, "rest"), subset(train, held_out, "holdout")
+
+
+def load_source_images(config: MetaTrainConfig) -> ImageArrays:
+    """What φ is meta-trained on, before its split into tasks.
+
+    Raises:
+        UserError: as `load_source`.
+    """
+    return load_source(
+        config.source,
+        data_root=Path(config.data_root),
+        paths=config.source_paths,
+        image_size=config.image_size,
+        download=config.download,
+        skip_unreadable=config.skip_unreadable,
+    )
