@@ -4,16 +4,19 @@
     ./run.sh fig6 runs/tgt-cub-*                          # robustness and calibration
     ./run.sh fig7 runs/                                   # learned scales, of any number of data sets
     ./run.sh fig8 runs/tgt-cub-*-seed0                    # loss surfaces, a panel a method
+    ./run.sh lengths runs/schedule/cpu                    # final accuracy against the number of training steps
     ./run.sh figures                                      # all of them, for every data set under runs/
 
-A folder that holds runs stands for all of them. Runs of a method that differ in their seed alone are averaged. What
-takes long (attacks, Monte-Carlo samples, surfaces) says its cost first, is kept in the run's folder, and continues from
-there. --set gives other settings of the figure's analysis: fig6 --set steps=50 images=1000, fig8 --set points=31.
+A folder that holds runs stands for all of them. Runs of a method that differ in their seed alone are averaged; those of
+MetaPerturb with several φ are told apart by the φ's file. What takes long (attacks, Monte-Carlo samples, surfaces) says
+its cost first, is kept in the run's folder, and continues from there. --set gives other settings of the figure's
+analysis: fig6 --set steps=50 images=1000, fig8 --set points=31.
 """
 
 import argparse
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +46,7 @@ class Finished:
 
     dir: Path
     result: Mapping[str, Any]
+    phi: str = ""  # tells its φ apart, where runs have several
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -50,8 +54,9 @@ class Finished:
 
     @property
     def name(self) -> str:
-        """The method as pictures call it: `metaperturb`, `metaperturb, finetuned`."""
-        return self.config["method"] + (", finetuned" if self.config.get("init") else "")
+        """The method as pictures call it: `metaperturb`, `metaperturb, finetuned`, `metaperturb, φ selected`."""
+        parts = [self.config["method"], f"φ {self.phi}" if self.phi else "", "finetuned" if self.config["init"] else ""]
+        return ", ".join(part for part in parts if part)
 
     @property
     def data(self) -> str:
@@ -82,19 +87,24 @@ def figures(arguments: argparse.Namespace) -> None:
         runs = [run for run in runs if run.config["method"] in arguments.methods]
     if not runs:
         raise UserError("no finished run of these methods")
+    runs = tell_phis_apart(runs)
     if arguments.figure != "figures":
         FIGURES[arguments.figure](runs, arguments)
         return
-    by_data: dict[tuple[str, ...], list[Finished]] = {}
-    for run in runs:
-        by_data.setdefault(data_of(run), []).append(run)
+    by_data = grouped(runs, data_of)
     for name, figure in FIGURES.items():
         if name == "fig7":
-            if any(run.config["method"] == "metaperturb" for run in runs):
-                figure(runs, arguments)
+            for of_network in grouped(runs, lambda run: run.config["model"]).values():
+                if any(run.config["method"] == "metaperturb" for run in of_network):
+                    figure(of_network, arguments)
+        elif name == "lengths":
+            for of_data in by_data.values():
+                if len(grouped(of_data, steps_of)) > 1:
+                    figure(of_data, arguments)
         else:
-            for of_one in by_data.values():
-                figure(of_one, arguments)
+            for of_data in by_data.values():
+                for of_length in grouped(of_data, steps_of).values():
+                    figure(of_length, arguments)
 
 
 # --- which runs
@@ -119,6 +129,34 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
             raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
         found |= {run.dir.resolve(): run for run in runs}
     return [*found.values()]
+
+
+def tell_phis_apart(runs: Sequence[Finished]) -> list[Finished]:
+    """Where runs have several φ, all but the one of most runs get a name: that of the file, or of its run."""
+    counts = Counter(run.config["phi"] for run in runs if run.config["phi"])
+    if len(counts) < 2:
+        return [*runs]
+    first, *others = sorted(counts, key=lambda path: (-counts[path], path))
+    print(f"MetaPerturb: φ is {first} where nothing else is said", file=sys.stderr)
+    stems = {path: Path(path).stem for path in counts}
+    if len({*stems.values()}) < len(stems):  # phi.pt of several runs
+        stems = {path: Path(path).parent.name for path in counts}
+    if len({*stems.values()}) < len(stems):
+        stems = {path: path for path in counts}
+    return [
+        dataclasses.replace(run, phi=stems[run.config["phi"]]) if run.config["phi"] in others else run for run in runs
+    ]
+
+
+def grouped(runs: Iterable[Finished], key: Callable[[Finished], Any]) -> dict[Any, list[Finished]]:
+    groups: dict[Any, list[Finished]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def steps_of(run: Finished) -> int:
+    return run.config["steps"]
 
 
 def data_of(run: Finished) -> tuple[str, ...]:
@@ -146,15 +184,18 @@ def title(run: Finished) -> str:
     return f"{run.data}, {run.config['model']}"
 
 
+def of_one_length(runs: Sequence[Finished]) -> tuple[str, dict[str, list[Finished]]]:
+    """The picture's title, and its runs under the names of their methods."""
+    return f"{one_data_set(runs)}, {steps_of(runs[0])} steps", by_method(runs)
+
+
 def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     """Runs under the name of their method, in the order of `plots.LABELS`.
 
     Raises:
         UserError: two runs of a method differ in more than the seed, or do not, or runs differ in what all share.
     """
-    methods: dict[str, list[Finished]] = {}
-    for run in runs:
-        methods.setdefault(run.name, []).append(run)
+    methods = grouped(runs, lambda run: run.name)
     for name, same in methods.items():
         seeds = [run.config["seed"] for run in same]
         for run in same[1:]:
@@ -168,7 +209,7 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     return dict(
         sorted(
             methods.items(),
-            key=lambda item: (item[1][0].config.get("init") or "", order.index(item[1][0].config["method"])),
+            key=lambda item: (item[1][0].config["init"] or "", order.index(item[1][0].config["method"]), item[0]),
         )
     )
 
@@ -217,7 +258,7 @@ def settings(cls: type, texts: Sequence[str]) -> Any:
 
 def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Convergence."""
-    name, methods = one_data_set(runs), by_method(runs)
+    name, methods = of_one_length(runs)
     histories = {method: [read_metrics(run.dir) for run in same] for method, same in methods.items()}
     rows = [
         {
@@ -237,7 +278,7 @@ def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Robustness and calibration."""
-    name, methods = one_data_set(runs), by_method(runs)
+    name, methods = of_one_length(runs)
     attack, sampling = settings(Attack, arguments.set), settings(Sampling, arguments.set)
     attacked: dict[str, list[dict]] = {}
     calibrated: dict[str, list[dict]] = {}
@@ -268,10 +309,11 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     rows = []
     for run in perturbed:
         scales = learned_scales(loaded(run, arguments))
-        by_data.setdefault(run.data + (", finetuned" if run.config.get("init") else ""), []).append(scales)
+        name = run.name.replace("metaperturb", run.data, 1)
+        by_data.setdefault(name, []).append(scales)
         rows += [
             {
-                "data": run.data,
+                "data": name,
                 "run": run.dir.name,
                 "seed": run.config["seed"],
                 "site": place["site"],
@@ -299,7 +341,7 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss surfaces, of each method its first seed."""
-    name, methods = one_data_set(runs), by_method(runs)
+    name, methods = of_one_length(runs)
     plane = settings(Plane, arguments.set)
     surfaces = {}
     for method, same in methods.items():
@@ -316,11 +358,37 @@ def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     write_numbers(rows, path)
 
 
+def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Final accuracy against the length of training, over the seeds that a method has at every length."""
+    name = one_data_set(runs)
+    results: dict[str, dict[int, list[float]]] = {}
+    by_length = {steps: by_method(same) for steps, same in sorted(grouped(runs, steps_of).items())}
+    if len(by_length) < 2:
+        raise UserError(f"all runs have {steps_of(runs[0])} steps; this picture needs several lengths")
+    for method in dict.fromkeys(name for methods in by_length.values() for name in methods):
+        found = {steps: methods[method] for steps, methods in by_length.items() if method in methods}
+        common = set.intersection(*({run.config["seed"] for run in same} for same in found.values()))
+        for steps, same in found.items():
+            if left_out := sorted(run.config["seed"] for run in same if run.config["seed"] not in common):
+                print(
+                    f"{method}, {steps} steps: left out, as other lengths lack them: seeds {left_out}", file=sys.stderr
+                )
+            kept = [run.result["metrics"]["accuracy"] for run in same if run.config["seed"] in common]
+            if kept:
+                results.setdefault(method, {})[steps] = kept
+    if not results:
+        raise UserError("no method has one seed at every length")
+    path = arguments.out / f"lengths-{slug(name)}"
+    plots.plot_lengths(results, name, path)
+    print(path.with_name(path.name + ".png"))
+
+
 FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
     "fig5": figure5,
     "fig6": figure6,
     "fig7": figure7,
     "fig8": figure8,
+    "lengths": lengths,
 }
 
 

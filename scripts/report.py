@@ -31,7 +31,7 @@ class Figure:
     paper: str = ""  # what the paper's figure shows, in a sentence of ours
 
 
-TABLES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3"}
+TABLES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "schedule": "Length of training"}
 FIGURES = (
     Figure("fig1", "Figure 1: the idea", "One φ is meta-trained over many tasks and then used by other networks."),
     Figure("fig2", "Figure 2: the two functions", "How noise and scale are computed, with shapes."),
@@ -66,6 +66,11 @@ FIGURES = (
         "Figure 8: loss surfaces",
         "Training loss along two filter-normalized random directions.",
         "MetaPerturb and Manifold Mixup lie in flatter surroundings than Base.",
+    ),
+    Figure(
+        "lengths",
+        "Length of training",
+        "Final accuracy against training steps; mean and standard deviation over seeds.",
     ),
     Figure("benchmark", "Speed", "Cost against the number of tasks and processes, and of the exchange of gradients."),
     Figure("demo", "The demo", "What ./run.sh demo draws."),

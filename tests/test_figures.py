@@ -63,13 +63,46 @@ def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
 def test_convergence(runs, tmp_path):
     completed = figures("fig5", runs, "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.strip() == str(tmp_path / "fig5-folder-resnet8.png")
-    found = check_pictures(tmp_path, "fig5-folder-resnet8")
+    assert completed.stdout.strip() == str(tmp_path / "fig5-folder-resnet8-8-steps.png")
+    found = check_pictures(tmp_path, "fig5-folder-resnet8-8-steps")
     logged = [json.loads(line) for line in (runs / "base-1" / "metrics.jsonl").read_text().splitlines()]
     expected = [line["test_accuracy"] for line in logged if "test_accuracy" in line]
     mine = [row for row in found if (row["method"], row["seed"]) == ("base", "1")]
     assert [float(row["test_accuracy"]) for row in mine] == expected
     assert {row["method"] for row in found} == {"base", "metaperturb", "base, finetuned"}
+
+
+def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, capsys):
+    """Seeds that one length lacks are left out; every φ but the first has a line of its own."""
+    torch.manual_seed(1)
+    other = tmp_path / "other.pt"
+    save_phi(MetaPerturb(), other)
+    for name, changes in {
+        "base": ["method=base", "steps=6"],
+        "meta": [f"phi={runs / 'phi.pt'}", "steps=6"],
+        "other": [f"phi={other}", "steps=6"],
+        "other-8": [f"phi={other}", "steps=8"],
+    }.items():
+        assert program.main(["--set", *target_settings, *changes, f"run_dir={tmp_path / 'more' / name}"]) == 0
+    chosen = [runs / "base-0", runs / "base-1", runs / "meta", tmp_path / "more"]
+    completed = figures("lengths", *chosen, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "base, 8 steps: left out, as other lengths lack them: seeds [1]" in completed.stderr
+    assert "φ is " in completed.stderr
+    found = check_pictures(tmp_path, "lengths-folder-resnet8")
+    accuracy = {(row["name"], row["steps"]): float(row["accuracy_percent"]) for row in found}
+    names = (
+        "base",
+        "metaperturb",
+        "metaperturb, φ other" if str(runs / "phi.pt") < str(other) else "metaperturb, φ phi",
+    )
+    assert {*accuracy} == {(name, steps) for name in names for steps in ("6", "8")}
+    for (name, steps), folder in {("base", "8"): runs / "base-0", ("base", "6"): tmp_path / "more" / "base"}.items():
+        metrics = json.loads((folder / "result.json").read_text())["metrics"]
+        assert accuracy[name, steps] == pytest.approx(100 * metrics["accuracy"])
+    for figure, some, said in (("fig5", chosen, "steps: 8 → 6"), ("lengths", [runs], "needs several lengths")):
+        assert scripts_figures.main([figure, *map(str, some), "--out", str(tmp_path)]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_all_figures(runs, tmp_path):
@@ -80,12 +113,12 @@ def test_all_figures(runs, tmp_path):
     completed = figures("figures", copies, "--out", tmp_path / "out", "--set", *FAST)
     assert completed.returncode == 0, completed.stderr
     for stem in ("fig5", "fig6-robustness", "fig6-calibration", "fig6-samples", "fig8"):
-        check_pictures(tmp_path / "out", f"{stem}-folder-resnet8")
+        check_pictures(tmp_path / "out", f"{stem}-folder-resnet8-8-steps")
     scales = check_pictures(tmp_path / "out", "fig7-scales-resnet8")
     assert len(scales) == 16 + 32 + 64 and all(0 <= float(row["s"]) <= 1 for row in scales)
-    surface = rows(tmp_path / "out" / "fig8-folder-resnet8.csv")
+    surface = rows(tmp_path / "out" / "fig8-folder-resnet8-8-steps.csv")
     assert len(surface) == 3 * 9  # a panel a method, of the lowest seed
-    robust = rows(tmp_path / "out" / "fig6-robustness-folder-resnet8.csv")
+    robust = rows(tmp_path / "out" / "fig6-robustness-folder-resnet8-8-steps.csv")
     assert {row["seeds"] for row in robust if row["name"] == "base"} == {"2"}
     # What takes long is kept, and taken from there.
     again = figures("fig6", copies, "--out", tmp_path / "again", "--set", *FAST)

@@ -200,7 +200,7 @@ def test_at_preset_paper_no_cell_departs_from_the_paper(table):
 
 SHIPPED = [
     *((table, preset) for table in TABLES for preset in ("paper", "quick", "smoke")),
-    *((name, preset) for name in ("tune", "select") for preset in ("paper", "quick", "cpu", "smoke")),
+    *((name, preset) for name in ("schedule", "tune", "select") for preset in ("paper", "quick", "cpu", "smoke")),
 ]
 
 
@@ -226,6 +226,14 @@ def test_a_preset_with_tuned_values_says_how_to_get_them_and_takes_those_given(t
     assert {cell.config.dropblock_prob for cell in cells if cell.row == "DropBlock"} == {0.02}
     authors = [cell for cell in cells if "the authors" in cell.row]
     assert authors and all(cell.needs["phi"].sha256.startswith("63f47f80") for cell in authors)
+
+
+def test_of_the_lengths_of_training_one_is_the_papers():
+    grid = Grid(CONFIGS / "schedule.yaml")
+    reduced = {cell.column: cell.differences for cell in grid.cells()}
+    assert reduced.pop("10000 steps") == ()
+    assert reduced == {f"{n} steps": (f"steps: 10000 → {n}",) for n in (1000, 2500, 5000, 20000)}
+    assert grid.paper_value("MetaPerturb", "10000 steps") == "34.57±0.38"
 
 
 def test_a_smoke_preset_says_all_in_which_it_departs():

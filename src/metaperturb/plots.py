@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ LABELS = {
     "adversarial": "Adversarial training",
 }
 
-
+DASHES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+POINTS = {"marker": "o", "markersize": 3.5}
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
 
@@ -107,17 +109,44 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+        lines = _lines(histories)
         for method, runs in histories.items():
             evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
             steps = sorted(set.intersection(*({line["step"] for line in run} for run in evaluated)))
             for axis, key, factor in ((axes[0], "test_nll", 1), (axes[1], "test_accuracy", 100)):
                 by_step = [{line["step"]: factor * line[key] for line in run} for run in evaluated]
-                _draw_band(axis, method, steps, np.array([[run[step] for step in steps] for run in by_step]))
+                values = np.array([[run[step] for step in steps] for run in by_step])
+                _draw_band(axis, method, steps, values, **lines[method])
         axes[0].set(xlabel="training step", ylabel="test loss (NLL, nats)")
         axes[1].set(xlabel="training step", ylabel="test accuracy (%)")
         axes[0].legend()
         figure.suptitle(title)
         save_figure(figure, path)
+
+
+def plot_lengths(results: Mapping[str, Mapping[int, Sequence[float]]], title: str, path: Path) -> None:
+    """Final test accuracy against the length of training: mean over seeds, band of one standard deviation.
+
+    Args:
+        results: method → number of steps → accuracy in [0, 1] of each seed; all seeds at every length.
+        title: of the picture.
+        path: without suffix: PNG, SVG, and the numbers as CSV.
+    """
+    rows, lines = [], _lines(results)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(5.5, 3.6))
+        for method, by_steps in results.items():
+            steps = sorted(by_steps)
+            accuracy = 100 * np.array([by_steps[n] for n in steps]).T
+            mean, std = _draw_band(axes, method, steps, accuracy, **lines[method], **POINTS)
+            rows += [(method, *row, len(accuracy)) for row in zip(steps, mean, std, strict=True)]
+        lengths = sorted({row[1] for row in rows})
+        axes.set(xscale="log", xlabel="training steps", ylabel="test accuracy (%)", title=title)
+        axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        axes.minorticks_off()
+        axes.legend()
+        save_figure(figure, path)
+    save_numbers(("name", "steps", "accuracy_percent", "std", "seeds"), rows, path)
 
 
 def plot_robustness(curves: Mapping[str, Any], path: Path) -> None:
@@ -128,14 +157,14 @@ def plot_robustness(curves: Mapping[str, Any], path: Path) -> None:
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     norms = [norm for norm in NORM_LABELS if any(of_norm[norm]["eps"] for of_norm in curves["curves"].values())]
-    rows = []
+    rows, lines = [], _lines(curves["curves"])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(norms), figsize=(4 * len(norms), 3.6), sharey=True, squeeze=False)
         for axis, norm in zip(axes[0], norms, strict=True):
             for name, of_norm in curves["curves"].items():
                 eps, accuracy = of_norm[norm]["eps"], 100 * np.array(of_norm[norm]["accuracy"])
                 if eps:
-                    mean, std = _draw_band(axis, name, eps, accuracy, marker="o", markersize=3.5)
+                    mean, std = _draw_band(axis, name, eps, accuracy, **lines[name], **POINTS)
                     rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
             axis.axhline(100 * curves["chance"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
             axis.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
@@ -153,7 +182,7 @@ def plot_reliability(curves: Mapping[str, Any], path: Path) -> None:
         curves: of `analyses.calibration.calibration_curves`.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
-    rows = []
+    rows, lines = [], _lines(curves)
     with plt.rc_context(STYLE):
         figure, (upper, lower) = plt.subplots(
             2, 1, figsize=(5, 5.6), sharex=True, height_ratios=(3, 1), gridspec_kw={"hspace": 0.08}
@@ -166,8 +195,8 @@ def plot_reliability(curves: Mapping[str, Any], path: Path) -> None:
             share = 100 * np.array(bins["count"]) / sum(bins["count"])
             spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
             label = f"{name_of(name)}: ECE {ece.mean():.1f}{spread} %"
-            upper.plot(confidence, accuracy, label=label, marker="o", markersize=3.5, clip_on=False, **_line(name))
-            lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **_line(name))
+            upper.plot(confidence, accuracy, label=label, clip_on=False, **lines[name], **POINTS)
+            lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **lines[name])
             rows += [
                 (name, k + 1, count, bins["confidence"][k], bins["accuracy"][k])
                 for k, count in enumerate(bins["count"])
@@ -189,7 +218,7 @@ def plot_samples(curves: Mapping[str, Any], path: Path) -> None:
         curves: of `analyses.calibration.calibration_curves`.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
-    rows, keys = [], ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
+    rows, lines, keys = [], _lines(curves), ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
     most = max(of_name["counts"][-1]["samples"] for of_name in curves.values())
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
@@ -199,7 +228,7 @@ def plot_samples(curves: Mapping[str, Any], path: Path) -> None:
             for axis, key, factor in zip(axes, ("accuracy", "ece", "seconds"), (100, 100, 1), strict=True):
                 values = factor * np.array([c[key] for c in counts]).T
                 x, drawn = (samples, values) if noisy else ([1, most], values.repeat(2, axis=1))
-                _draw_band(axis, name, x, drawn, **({"marker": "o", "markersize": 3.5} if noisy else {}))
+                _draw_band(axis, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
                 if noisy and key != "seconds":
                     scatter = [factor * np.mean(c[f"{key}_scatter"]) for c in counts]
                     axis.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=COLORS.get(name), capsize=3)
@@ -299,21 +328,29 @@ def name_of(method: str) -> str:
     return LABELS.get(base, base) + comma + rest
 
 
-def _line(name: str) -> dict[str, Any]:
-    """The line of a method; the reference of figure 6 is dashed, finetuning dotted."""
-    base, comma, _ = name.partition(",")
-    return {"color": COLORS.get(base), "linestyle": ":" if comma else "--" if base == "adversarial" else "-"}
+def _lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The line of each: a method's variants have its color, and their dashes tell them apart.
+
+    Adversarial training, the reference of figure 6, is dashed.
+    """
+    lines, drawn = {}, Counter()
+    for name in names:
+        base = name.partition(",")[0]
+        dashes = "--" if base == "adversarial" else DASHES[drawn[base] % len(DASHES)]
+        lines[name] = {"color": COLORS.get(base), "linestyle": dashes}
+        drawn[base] += 1
+    return lines
 
 
 def _draw_band(
-    axis: plt.Axes, name: str, x: Sequence[float], values: np.ndarray, **options: Any
+    axis: plt.Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (0 of one seed) of `values` `[seeds, points]` against `x`; returns them."""
     mean = values.mean(axis=0)
     std = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
     label = f"{name_of(name)} ({len(values)} seed{'s' * (len(values) > 1)})"
-    (line,) = axis.plot(x, mean, label=label, **_line(name), **options)
-    axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+    (drawn,) = axis.plot(x, mean, label=label, **line)
+    axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
     return mean, std
 
 
