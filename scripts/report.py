@@ -95,8 +95,10 @@ figcaption { color: var(--faint); }
 @media (max-width: 40rem) { body { font-size: 15px; padding: .6rem; } th, td { padding: .25rem .4rem; } }
 @media print {
   body { max-width: none; font-size: 10pt; } nav { display: none; } .scroll { overflow: visible; }
-  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; } td.long { min-width: 0; }
-  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } details > * { display: block; }
+  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; }
+  figure, tr, section { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  img { max-height: 20cm; } details::details-content { content-visibility: visible; }
+  td.long { min-width: 9rem; }
 }
 """
 
@@ -157,12 +159,12 @@ def _table(title: str, path: Path) -> str:
         rows, columns = (list(dict.fromkeys(line[key] for line in lines)) for key in ("row", "column"))
         by_place = {(line["row"], line["column"]): line for line in lines}
         overview = [[_text(row), *(_cell(by_place.get((row, column))) for column in columns)] for row in rows]
-        details = [_details(line) for line in lines]
-        departures = sorted({line["departs_from_paper"] for line in lines} - {""})
+        shared = _shared(sorted({line["departs_from_paper"] for line in lines} - {""}))
+        details = [_details(line, shared) for line in lines]
     except (OSError, UnicodeDecodeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a table ({reason(error)}); make it again with --report") from error
     head = ["", "", "seeds", "accuracy", "paper", "ours − paper", "to baseline [95 %]", "NLL", "ECE", "setting"]
-    notes = "".join(f'<p class="note">Departs from the paper: {escape(text)}</p>' for text in _common(departures))
+    notes = f'<p class="note">Departs from the paper: {escape("; ".join(shared))}</p>' if shared else ""
     return (
         f"<h3>{escape(title)}, preset {escape(path.stem)}</h3>"
         f"{_html_table(['', *map(escape, columns)], overview)}{notes}"
@@ -170,13 +172,10 @@ def _table(title: str, path: Path) -> str:
     )
 
 
-def _common(departures: Sequence[str]) -> list[str]:
-    """What all reduced cells have in common; each cell's own is among the details."""
-    if not departures:
-        return []
+def _shared(departures: Sequence[str]) -> list[str]:
+    """The changes that all reduced cells have in common; each cell's own are among the details."""
     lists = [text.split("; ") for text in departures]
-    shared = [change for change in lists[0] if all(change in other for other in lists)]
-    return ["; ".join(shared)] if shared else []
+    return [change for change in lists[0] if all(change in other for other in lists)] if lists else []
 
 
 def _cell(line: dict[str, str] | None) -> str:
@@ -188,7 +187,7 @@ def _cell(line: dict[str, str] | None) -> str:
     return f'<span class="ours">{ours}</span>{reduced}<span class="paper">paper {escape(paper)}</span>'
 
 
-def _details(line: dict[str, str]) -> list[str]:
+def _details(line: dict[str, str], shared: Sequence[str]) -> list[str]:
     gap = f"{float(line['ours_minus_paper']):+.2f}" if line["ours_minus_paper"] else "–"
     difference = "–"
     if line["difference"]:
@@ -196,7 +195,8 @@ def _details(line: dict[str, str]) -> list[str]:
         if line["low_95"]:
             difference += f" [{float(line['low_95']):+.2f}, {float(line['high_95']):+.2f}]"
     numbers = [_spread(line, "accuracy"), line["paper"].replace("±", " ± ") or "–", gap, difference]
-    setting = escape(line["departs_from_paper"] or "the paper's")
+    own = [change for change in line["departs_from_paper"].split("; ") if change not in shared]
+    setting = "; ".join(own) or "as said above" if line["departs_from_paper"] else "the paper's"
     return [
         _text(line["row"]),
         _text(line["column"]),
@@ -204,7 +204,7 @@ def _details(line: dict[str, str]) -> list[str]:
         *numbers,
         _spread(line, "nll"),
         _spread(line, "ece"),
-        setting,
+        escape(setting),
     ]
 
 
@@ -232,7 +232,9 @@ def _pictures(figures: Path) -> Iterator[str]:
         if not paths:
             continue
         paper = f'<p class="note">Paper: {escape(figure.paper)}</p>' if figure.paper else ""
-        yield f"<h3>{escape(figure.title)}</h3><p>{escape(figure.shows)}</p>{paper}" + "".join(map(_picture, paths))
+        first, *others = map(_picture, paths)
+        head = f"<h3>{escape(figure.title)}</h3><p>{escape(figure.shows)}</p>{paper}"
+        yield f"<section>{head}{first}</section>" + "".join(others)  # printed, a title stays with its first picture
 
 
 def _picture(path: Path) -> str:
