@@ -164,7 +164,9 @@ def _table(title: str, path: Path) -> str:
     except (OSError, UnicodeDecodeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a table ({reason(error)}); make it again with --report") from error
     head = ["", "", "seeds", "accuracy", "paper", "ours − paper", "to baseline [95 %]", "NLL", "ECE", "setting"]
-    notes = f'<p class="note">Departs from the paper: {escape("; ".join(shared))}</p>' if shared else ""
+    notes = (
+        f'<p class="note">Every reduced cell departs from the paper: {escape("; ".join(shared))}</p>' if shared else ""
+    )
     return (
         f"<h3>{escape(title)}, preset {escape(path.stem)}</h3>"
         f"{_html_table(['', *map(escape, columns)], overview)}{notes}"
@@ -196,7 +198,7 @@ def _details(line: dict[str, str], shared: Sequence[str]) -> list[str]:
             difference += f" [{float(line['low_95']):+.2f}, {float(line['high_95']):+.2f}]"
     numbers = [_spread(line, "accuracy"), line["paper"].replace("±", " ± ") or "–", gap, difference]
     own = [change for change in line["departs_from_paper"].split("; ") if change not in shared]
-    setting = "; ".join(own) or "as said above" if line["departs_from_paper"] else "the paper's"
+    setting = "; ".join(own) or "reduced, as said above" if line["departs_from_paper"] else "the paper's"
     return [
         _text(line["row"]),
         _text(line["column"]),

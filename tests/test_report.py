@@ -38,6 +38,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
             low_95="-0.25",
             high_95="3.25",
         ),
+        line("c", "CUB", **measured | {"setting": "reduced", "departs_from_paper": "steps: 10000 → 20"}),
     ]
     (results / "table1").mkdir()
     with open(results / "table1" / "quick.csv", "w", newline="") as file:
@@ -101,7 +102,8 @@ def test_ours_and_the_papers_stand_side_by_side(page):
     assert cells[details + 10 : details + 17] == [
         *("a <b> & c", "CUB", "3", "31.50 ± 0.25", "–", "–", "+1.50 [-0.25, +3.25]")
     ]
-    assert cells[details + 19] == "steps: 10000 → 20; lr: 1 → <2>"
+    assert (cells[details + 19], cells[details + 29]) == ("lr: 1 → <2>", "reduced, as said above")
+    assert "Every reduced cell departs from the paper: steps: 10000 → 20<" in page.read_text()
 
 
 def test_every_picture_is_inside_and_nothing_is_asked_for(page, folders):
