@@ -1,6 +1,7 @@
 """Meta-training as processes: the same bits for any number of them and after any kill; ends together, in one line."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -49,7 +50,10 @@ def test_run_folder_is_complete(reference):
     lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert load_phi(reference / "phi.pt").card["config"]["tasks"] == 5
+    phi = load_phi(reference / "phi.pt")
+    assert phi.card["config"]["tasks"] == 5
+    norms = {name: math.sqrt(sum(x * x for x in p.flatten().tolist())) for name, p in phi.named_parameters()}
+    assert lines[-1]["phi_norms"] == pytest.approx(norms, abs=1e-5)
     assert [p.name for p in (reference / "checkpoints").glob("step-*")] == [f"step-{STEPS:06}"]
 
 

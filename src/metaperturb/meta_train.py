@@ -236,7 +236,9 @@ def work(group: Group, config: MetaTrainConfig) -> None:
             check_finite(tables, done - len(tables), config.run_dir)
             if run is not None:
                 metrics = summarize(tables)
-                run.log({"step": done, **metrics, "strength": strength, "seconds": round(run.seconds, 2)})
+                norms = {name: round(p.norm().item(), 5) for name, p in phi.named_parameters()}
+                seconds = round(run.seconds, 2)
+                run.log({"step": done, **metrics, "phi_norms": norms, "strength": strength, "seconds": seconds})
                 progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
         if done % config.checkpoint_every == 0 or last:
             checkpoints.save(done, tasks, phi, phi_optimizer, group, run)

@@ -58,6 +58,14 @@ LABELS = {
     "adversarial": "Adversarial training",
 }
 
+PHI_LABELS = {
+    "self1": "μ, layer 1, self",
+    "all1": "μ, layer 1, all",
+    "self2": "μ, layer 2, self",
+    "all2": "μ, layer 2, all",
+    "scale_kernels": "scale kernels",
+    "scale_affine": "scale affine",
+}
 DASHES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 POINTS = {"marker": "o", "markersize": 3.5}
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
@@ -88,16 +96,28 @@ def _with_suffix(path: Path, suffix: str) -> Path:
 
 
 def plot_meta_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and accuracy on D_tr and D_te, mean over tasks, against meta-training steps."""
+    """Loss and accuracy on D_tr and D_te, mean over tasks, and the norms of φ's parts, against meta-training steps."""
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
         steps = [line["step"] for line in history]
         for part, label in (("train", r"$D^{tr}$ (θ learns)"), ("test", r"$D^{te}$ (φ learns)")):
             left.plot(steps, [line[f"{part}_loss"] for line in history], color=COLORS[part], label=label)
-            right.plot(steps, [100 * line[f"{part}_accuracy"] for line in history], color=COLORS[part], label=label)
+            middle.plot(steps, [100 * line[f"{part}_accuracy"] for line in history], color=COLORS[part], label=label)
+        told = [line for line in history if "phi_norms" in line]  # runs that an earlier version began lack some
+        for color, (name, label) in zip(SERIES, PHI_LABELS.items(), strict=True):
+            norms = [line["phi_norms"][name] for line in told]
+            right.plot(
+                [line["step"] for line in told],
+                norms,
+                color=color,
+                label=label,
+                linestyle="--" if name.startswith("scale") else "-",
+            )
         left.set(xlabel="meta-training step", ylabel="cross-entropy (nats)")
-        right.set(xlabel="meta-training step", ylabel="accuracy (%)")
+        middle.set(xlabel="meta-training step", ylabel="accuracy (%)")
+        right.set(xlabel="meta-training step", ylabel="norm of a part of φ")
         left.legend()
+        right.legend(fontsize=8)
         save_figure(figure, path)
 
 
