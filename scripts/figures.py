@@ -27,7 +27,7 @@ from experiments.grid import INCIDENTAL, slug
 from metaperturb import plots
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
 from metaperturb.analyses.robustness import Attack, measure_robustness, robustness_curves
-from metaperturb.analyses.scales import learned_scales
+from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import run_program
 from metaperturb.distributed import choose_devices
@@ -308,31 +308,23 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     by_data: dict[str, list[list[dict]]] = {}
     rows = []
     for run in perturbed:
-        scales = learned_scales(loaded(run, arguments))
+        trained = loaded(run, arguments)
+        scales = [
+            {**place, "spread": spread}
+            for place, spread in zip(learned_scales(trained), noise_spread(trained), strict=True)
+        ]
         name = run.name.replace("metaperturb", run.data, 1)
         by_data.setdefault(name, []).append(scales)
         rows += [
-            {
-                "data": name,
-                "run": run.dir.name,
-                "seed": run.config["seed"],
-                "site": place["site"],
-                "channel": i,
-                "s": s,
-            }
+            {"data": name, "run": run.dir.name, "seed": run.config["seed"]}
+            | {"site": place["site"], "channel": channel, "s": s, "spread": spread}
             for place in scales
-            for i, s in enumerate(place["s"])
+            for channel, (s, spread) in enumerate(zip(place["s"], place["spread"], strict=True))
         ]
-    if (
-        len(
-            {
-                tuple((place["site"], place["channels"]) for place in scales)
-                for same in by_data.values()
-                for scales in same
-            }
-        )
-        > 1
-    ):
+    networks = {
+        tuple((place["site"], place["channels"]) for place in scales) for same in by_data.values() for scales in same
+    }
+    if len(networks) > 1:
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
     path = arguments.out / f"fig7-scales-{slug(perturbed[0].config['model'])}"
     plots.plot_scales(by_data, path)

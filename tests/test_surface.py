@@ -1,6 +1,7 @@
 """Loss surfaces and learned scales of trained networks (figures 7 and 8)."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from conftest import ROOT
 from image_files import one_line
 
 import metaperturb.meta_test as program
-from metaperturb.analyses.scales import learned_scales
+from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, filter_normalized_direction, loss_surface
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
@@ -35,6 +36,7 @@ def runs(target_settings, tmp_path_factory):
         "base": ["method=base"],
         "metaperturb": [f"phi={folder / 'phi.pt'}"],
         "ungated": [f"phi={folder / 'phi.pt'}", "gate=false"],
+        "noiseless": [f"phi={folder / 'phi.pt'}", "noise=false"],
     }.items():
         assert program.main(["--set", *target_settings, *changes, "steps=6", f"run_dir={folder / name}"]) == 0
     return folder
@@ -141,6 +143,41 @@ def test_scales_are_those_that_evaluation_uses(runs):
     for place in found:
         assert place["s"] == pytest.approx(used[place["site"]].tolist())
         assert len(place["s"]) == place["channels"] and all(0 <= s <= 1 for s in place["s"])
+
+
+def test_the_spread_of_the_noise_is_that_of_many_draws(runs):
+    run = load_run(runs / "metaperturb")
+    sites = run.model.metaperturb.sites
+    phi = sites[0].phi
+    seen = {}
+    for i, site in enumerate(sites):
+        site.register_forward_hook(lambda site, args, out, i=i: seen.update({i: args[0]}))
+    found = noise_spread(run, images=2)
+    assert [len(spread) for spread in found] == [16, 32, 64]
+    generator = torch.Generator().manual_seed(0)
+    for i, site in enumerate(sites):
+        mu = site.phi.noise_mean(seen[i]).detach().double()
+        z = F.softplus(mu + torch.randn(4000, *mu.shape, generator=generator, dtype=torch.float64))
+        expected = (z.std(dim=0) / z.mean(dim=0)).mean(dim=(0, 2, 3))
+        torch.testing.assert_close(torch.tensor(found[i]).double(), expected, rtol=0, atol=1e-2)
+        assert expected.std() > 1e-3
+    # At μ = 0 by another rule: the trapezoid over ±9 standard deviations.
+    with torch.no_grad():
+        for parameter in (phi.self1, phi.all1, phi.self2, phi.all2):
+            parameter.zero_()
+    x = torch.linspace(-9, 9, 20001, dtype=torch.float64)
+    z, density = F.softplus(x), (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
+    mean, square = (torch.trapezoid(density * value, x) for value in (z, z.square()))
+    assert found_all(noise_spread(run)) == pytest.approx((square - mean.square()).sqrt() / mean, abs=1e-5)
+    assert found_all(noise_spread(run)) == pytest.approx(0.65, abs=0.005)  # as its description says
+    assert found_all(noise_spread(load_run(runs / "noiseless"))) == 0
+
+
+def found_all(spreads: list[list[float]]) -> float:
+    """The one value that all channels of all sites have."""
+    values = [value for spread in spreads for value in spread]
+    assert max(values) - min(values) < 1e-5
+    return values[0]
 
 
 def test_runs_without_scales_are_refused(runs):

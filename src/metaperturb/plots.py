@@ -265,41 +265,44 @@ def plot_samples(curves: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """The scale s of every channel, block by block, data sets side by side (figure 7).
+    """The scale s of every channel, block by block, data sets side by side (figure 7), and how much its noise scatters.
 
     Args:
-        by_data: data set → for each run what `analyses.scales.learned_scales` gives. Boxes hold the middle half of a
-            block's channels, whiskers all but the outer twentieths.
+        by_data: data set → for each run its sites, each with its name `site`, the scales `s` of its channels, and
+            `spread`: std(z) / mean(z) of them. Boxes hold the middle half of a block's channels, whiskers all but the
+            outer twentieths.
     """
     with plt.rc_context(STYLE):
         sites = [place["site"] for place in next(iter(by_data.values()))[0]]
-        figure, axes = plt.subplots(figsize=(max(6.0, 1.05 * len(sites)), 3.6))
+        figure, (upper, lower) = plt.subplots(2, 1, figsize=(max(6.0, 1.05 * len(sites)), 6.0), sharex=True)
         width = 0.8 / len(by_data)
         for i, (data, runs) in enumerate(by_data.items()):
             color = SERIES[i % len(SERIES)]
-            values = [np.concatenate([run[block]["s"] for run in runs]) for block in range(len(sites))]
             places = np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
-            axes.boxplot(
-                values,
-                positions=places,
-                widths=0.85 * width,
-                whis=(5, 95),
-                showfliers=False,
-                patch_artist=True,
-                manage_ticks=False,
-                boxprops={"facecolor": color + "55", "edgecolor": color},
-                medianprops={"color": color, "linewidth": 2},
-                whiskerprops={"color": color},
-                capprops={"color": color},
-            )
-            axes.plot(
-                [], [], color=color, linewidth=6, alpha=0.6, label=f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
-            )
-        axes.set(xlabel="block, from the image to the classifier", ylabel="scale s of a channel", ylim=(0, 1))
-        axes.set_xticks(range(len(sites)), sites)
-        axes.tick_params(axis="x", labelsize=9)
-        axes.grid(axis="x", visible=False)
-        axes.legend(loc="lower left", ncols=min(3, len(by_data)))
+            for axes, key in ((upper, "s"), (lower, "spread")):
+                axes.boxplot(
+                    [np.concatenate([run[block][key] for run in runs]) for block in range(len(sites))],
+                    positions=places,
+                    widths=0.85 * width,
+                    whis=(5, 95),
+                    showfliers=False,
+                    patch_artist=True,
+                    manage_ticks=False,
+                    boxprops={"facecolor": color + "55", "edgecolor": color},
+                    medianprops={"color": color, "linewidth": 2},
+                    whiskerprops={"color": color},
+                    capprops={"color": color},
+                )
+            label = f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
+            upper.plot([], [], color=color, linewidth=6, alpha=0.6, label=label)
+        upper.set(ylabel="scale s of a channel", ylim=(0, 1))
+        lower.set(ylabel="noise: std(z) / mean(z)", ylim=(0, None))
+        lower.set(xlabel="block, from the image to the classifier")
+        lower.set_xticks(range(len(sites)), sites)
+        lower.tick_params(axis="x", labelsize=9)
+        for axes in (upper, lower):
+            axes.grid(axis="x", visible=False)
+        _legend_below(figure, upper, columns=2)
         save_figure(figure, path)
 
 

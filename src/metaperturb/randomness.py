@@ -22,6 +22,7 @@ PURPOSES = {
     "attack": 8,
     "attacked": 9,
     "calibration": 10,
+    "scales": 11,
 }
 
 
