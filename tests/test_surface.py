@@ -168,7 +168,7 @@ def test_the_spread_of_the_noise_is_that_of_many_draws(runs):
     x = torch.linspace(-9, 9, 20001, dtype=torch.float64)
     z, density = F.softplus(x), (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
     mean, square = (torch.trapezoid(density * value, x) for value in (z, z.square()))
-    assert found_all(noise_spread(run)) == pytest.approx((square - mean.square()).sqrt() / mean, abs=1e-5)
+    assert found_all(noise_spread(run)) == pytest.approx(((square - mean.square()).sqrt() / mean).item(), abs=1e-5)
     assert found_all(noise_spread(run)) == pytest.approx(0.65, abs=0.005)  # as its description says
     assert found_all(noise_spread(load_run(runs / "noiseless"))) == 0
 
