@@ -16,7 +16,6 @@ analysis: fig6 --set steps=50 images=1000, fig8 --set points=31.
 import argparse
 import dataclasses
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ class Finished:
     @property
     def name(self) -> str:
         """The method as pictures call it: `metaperturb`, `metaperturb, finetuned`, `metaperturb, φ selected`."""
-        parts = [self.config["method"], f"φ {self.phi}" if self.phi else "", "finetuned" if self.config["init"] else ""]
+        parts = [self.config["method"], self.phi, "finetuned" if self.config["init"] else ""]
         return ", ".join(part for part in parts if part)
 
     @property
@@ -72,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where runs are looked for")
     parser.add_argument("--out", type=Path, default=ROOT / "figures", help="folder of the pictures")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
+    parser.add_argument(
+        "--call", nargs="+", default=[], metavar="FILE=NAME", help='name a φ: --call perturb_750="the authors\' φ"'
+    )
     parser.add_argument("--device", default="auto", help="GPU number, 'cpu' or 'auto'")
     parser.add_argument("--data-root", help="where the data are, if elsewhere than when the runs ran")
     parser.add_argument("--target-path", help="likewise, of an image folder")
@@ -87,7 +89,7 @@ def figures(arguments: argparse.Namespace) -> None:
         runs = [run for run in runs if run.config["method"] in arguments.methods]
     if not runs:
         raise UserError("no finished run of these methods")
-    runs = tell_phis_apart(runs)
+    runs = tell_phis_apart(runs, names_of_phi(arguments.call))
     if arguments.figure != "figures":
         FIGURES[arguments.figure](runs, arguments)
         return
@@ -131,21 +133,37 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
     return [*found.values()]
 
 
-def tell_phis_apart(runs: Sequence[Finished]) -> list[Finished]:
-    """Where runs have several φ, all but the one of most runs get a name: that of the file, or of its run."""
-    counts = Counter(run.config["phi"] for run in runs if run.config["phi"])
-    if len(counts) < 2:
+def names_of_phi(texts: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (name, _, called) in zip(texts, pairs, strict=True) if not (name and called)]:
+        raise UserError(f"--call {wrong[0]}: expected FILE=NAME, the file of a φ without its suffix")
+    return {name: called for name, _, called in pairs}
+
+
+def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list[Finished]:
+    """Where runs have several φ, each gets a name: that of its file, of the file's folder if all are `phi.pt`.
+
+    Args:
+        runs: of any methods.
+        called: other names in place of these.
+
+    Raises:
+        UserError: `called` names a φ that no run has.
+    """
+    paths = sorted({run.config["phi"] for run in runs if run.config["phi"]})
+    names = {path: Path(path).stem for path in paths}
+    if len({*names.values()}) < len(names):
+        names = {path: Path(path).parent.name for path in paths}
+    if len({*names.values()}) < len(names):
+        names = {path: path for path in paths}
+    if unknown := [name for name in called if name not in names.values()]:
+        raise UserError(
+            f"--call {unknown[0]}: no run has a φ of this name ({', '.join(names.values()) or 'none at all'})"
+        )
+    if len(paths) < 2 and not called:
         return [*runs]
-    first, *others = sorted(counts, key=lambda path: (-counts[path], path))
-    print(f"MetaPerturb: φ is {first} where nothing else is said", file=sys.stderr)
-    stems = {path: Path(path).stem for path in counts}
-    if len({*stems.values()}) < len(stems):  # phi.pt of several runs
-        stems = {path: Path(path).parent.name for path in counts}
-    if len({*stems.values()}) < len(stems):
-        stems = {path: path for path in counts}
-    return [
-        dataclasses.replace(run, phi=stems[run.config["phi"]]) if run.config["phi"] in others else run for run in runs
-    ]
+    names = {path: called.get(name, f"φ {name}") for path, name in names.items()}
+    return [dataclasses.replace(run, phi=names.get(run.config["phi"], "")) for run in runs]
 
 
 def grouped(runs: Iterable[Finished], key: Callable[[Finished], Any]) -> dict[Any, list[Finished]]:

@@ -73,7 +73,7 @@ def test_convergence(runs, tmp_path):
 
 
 def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, capsys):
-    """Seeds that one length lacks are left out; every φ but the first has a line of its own."""
+    """Seeds that one length lacks are left out; every φ has a line and a name of its own."""
     torch.manual_seed(1)
     other = tmp_path / "other.pt"
     save_phi(MetaPerturb(), other)
@@ -85,23 +85,21 @@ def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, ca
     }.items():
         assert program.main(["--set", *target_settings, *changes, f"run_dir={tmp_path / 'more' / name}"]) == 0
     chosen = [runs / "base-0", runs / "base-1", runs / "meta", tmp_path / "more"]
-    completed = figures("lengths", *chosen, "--out", tmp_path)
+    completed = figures("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ")
     assert completed.returncode == 0, completed.stderr
     assert "base, 8 steps: left out, as other lengths lack them: seeds [1]" in completed.stderr
-    assert "φ is " in completed.stderr
     found = check_pictures(tmp_path, "lengths-folder-resnet8")
     accuracy = {(row["name"], row["steps"]): float(row["accuracy_percent"]) for row in found}
-    names = (
-        "base",
-        "metaperturb",
-        "metaperturb, φ other" if str(runs / "phi.pt") < str(other) else "metaperturb, φ phi",
-    )
+    names = ("base", "metaperturb, φ phi", "metaperturb, another φ")
     assert {*accuracy} == {(name, steps) for name in names for steps in ("6", "8")}
     for (name, steps), folder in {("base", "8"): runs / "base-0", ("base", "6"): tmp_path / "more" / "base"}.items():
         metrics = json.loads((folder / "result.json").read_text())["metrics"]
         assert accuracy[name, steps] == pytest.approx(100 * metrics["accuracy"])
     for figure, some, said in (("fig5", chosen, "steps: 8 → 6"), ("lengths", [runs], "needs several lengths")):
         assert scripts_figures.main([figure, *map(str, some), "--out", str(tmp_path)]) == 1
+        assert said in capsys.readouterr().err
+    for name, said in (("nobody=x", "no run has a φ of this name (phi)"), ("phi", "expected FILE=NAME")):
+        assert scripts_figures.main(["fig5", str(runs), "--out", str(tmp_path), "--call", name]) == 1
         assert said in capsys.readouterr().err
 
 

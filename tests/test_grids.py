@@ -233,7 +233,6 @@ def test_of_the_lengths_of_training_one_is_the_papers():
     reduced = {cell.column: cell.differences for cell in grid.cells()}
     assert reduced.pop("10000 steps") == ()
     assert reduced == {f"{n} steps": (f"steps: 10000 → {n}",) for n in (1000, 2500, 5000, 20000)}
-    assert grid.paper_value("MetaPerturb", "10000 steps") == "34.57±0.38"
 
 
 def test_a_smoke_preset_says_all_in_which_it_departs():

@@ -25,10 +25,11 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
     """
     entries = results.entries()
     marks = _marks(entries)
+    below = ", and below it the paper's" if grid.paper else ""
     parts = [
         f"# {grid.title}",
-        f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number), and below it the "
-        "paper's. A letter marks a reduced setting, explained below; no letter: the paper's setting.",
+        f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number)"
+        f"{below}. A letter marks a reduced setting, explained below; no letter: the paper's setting.",
         _overview(grid, entries, marks),
         *_notes(grid, results, needs, entries, marks),
         "## In detail",
@@ -66,7 +67,7 @@ def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ..
         if entry is not None:
             accuracy = entry.metrics["accuracy"]
             ours = f"{accuracy} ({accuracy.n}){_mark(entry, marks)}"
-        return f"{ours}<br>{_paper(grid.paper_value(row, column))}"
+        return f"{ours}<br>{_paper(grid.paper_value(row, column))}" if grid.paper else ours
 
     rows = [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows]
     return markdown_table(["", *grid.columns], rows)
@@ -112,7 +113,7 @@ def _notes(
     else:
         lines.append("- Hyperparameters of the regularizers: their sources' defaults, not tuned for these data.")
     for name, column in grid.columns.items():
-        if column.stands_for != name:
+        if column.stands_for != name and any(grid.paper_value(row, name) for row in grid.rows):
             how = "" if column.comparable else "; other data, so no difference is given"
             lines.append(f"- {name} stands in for the paper's {column.stands_for}{how}.")
     versions = results.code_versions()
