@@ -154,6 +154,25 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path):
         assert all(torch.isfinite(v).all() for v in model_state(run_dir).values())
 
 
+def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp_path, capsys):
+    """φ's noise grows with its input, from block to block; training clips it, evaluation does not."""
+    phi = MetaPerturb()
+    with torch.no_grad():
+        for parameter in phi.parameters():
+            parameter.fill_(1e4)
+    save_phi(phi, tmp_path / "explosive.pt")
+    run_dir = tmp_path / "tgt"
+    changes = [f"phi={tmp_path / 'explosive.pt'}", "steps=4", "eval_every=2", "lr=1e-6", "anneal=0"]
+    assert program.main(["--set", *settings, *changes, f"run_dir={run_dir}"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("step 2: the network's output is not finite for ") for line in said)
+    (error,) = [line for line in said if line.startswith("error: ")]
+    assert "after the last step the network's output is not finite" in error and "diverged" in error
+    assert not (run_dir / "result.json").exists()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines and not any("test_accuracy" in line for line in lines)
+
+
 def test_unreadable_image(image_folder, target_settings, tmp_path, capsys):
     images = {
         f"{s}/{c}/{i}.png": (image_folder / f"{s}/class00/{i}.png").read_bytes()

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.data.batches import DeviceImages, normalize
+from metaperturb.errors import UserError
 from metaperturb.modes import eval_mode
 
 ECE_BINS = 15  # equal-width bins of confidence; the number customary since Guo et al. 2017
+
+
+class NotFinite(UserError):
+    """A network whose output has no meaning."""
 
 
 @torch.no_grad()
@@ -26,6 +31,9 @@ def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: i
 
     Returns:
         `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`.
+
+    Raises:
+        NotFinite: for some image the model returns what is not finite.
     """
     log_probabilities, labels = [], []
     with eval_mode(model):
@@ -37,7 +45,11 @@ def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: i
                 log_p = torch.logaddexp(log_p, model(x).log_softmax(dim=1))
             log_probabilities.append(log_p - math.log(samples))
             labels.append(y)
-    return {**metrics(torch.cat(log_probabilities), torch.cat(labels)), "samples": samples}
+    log_p = torch.cat(log_probabilities)
+    bad = (~torch.isfinite(log_p).all(dim=1)).sum().item()
+    if bad:
+        raise NotFinite(f"the network's output is not finite for {bad} of {len(log_p)} images")
+    return {**metrics(log_p, torch.cat(labels)), "samples": samples}
 
 
 def metrics(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:

@@ -25,7 +25,7 @@ from metaperturb.data.parts import load_parts
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
-from metaperturb.evaluation import evaluate
+from metaperturb.evaluation import NotFinite, evaluate
 from metaperturb.plots import plot_convergence
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
@@ -161,8 +161,17 @@ def meta_test(config: MetaTestConfig) -> dict:
             if evaluates:
                 samples = 1 if not method.stochastic else config.final_samples if last else config.eval_samples
                 seed_torch(config.seed, 0, "evaluate", done)
-                with autocast(device, config.precision):
-                    metrics = evaluate(model, test_images, samples, config.eval_batch_size)
+                try:
+                    with autocast(device, config.precision):
+                        metrics = evaluate(model, test_images, samples, config.eval_batch_size)
+                except NotFinite as error:
+                    if last:
+                        raise UserError(
+                            f"{config.run_dir}: after the last step {error}: it has diverged (φ's clip acts in "
+                            "training only; a smaller lr or clip may help, in a new run_dir)"
+                        ) from error
+                    progress.say(f"step {done}: {error}; not evaluated")  # training may yet bring it back
+                    metrics = {}
                 line |= {f"test_{name}": round(value, 6) for name, value in metrics.items()}
             run.log({**line, "seconds": round(run.seconds, 2)})
             shown = {"test_accuracy": metrics["accuracy"]} if metrics else {}

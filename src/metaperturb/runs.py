@@ -211,6 +211,10 @@ class StepProgress:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(f"{self.title}: step {done}/{self.total}  {text}  {clock(left)} left", file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        tqdm.write(text, file=sys.stderr)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
