@@ -285,7 +285,7 @@ def test_a_training_that_is_killed_is_tried_again_and_one_that_cannot_succeed_is
     folder = tmp_path / "results" / "small" / "long"
     assert [p.name.partition("--")[0] for p in folder.glob("*.json")] == ["base"]
     run_experiment(parsed(path, tmp_path, *more, "--report"))
-    assert tables(capsys.readouterr().out)[0][2] == ["Dropout", "–<br>–"]
+    assert tables(capsys.readouterr().out)[0][2] == ["Dropout", "–"]
 
 
 def refused(path: Path, folder: Path, *more: str) -> str:

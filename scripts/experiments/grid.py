@@ -160,7 +160,8 @@ class Grid:
                 raise unknown(f"{self.path}: presets: {preset}: need", name, self._needs)
         tuned = overrides.tuned or (path.parent.parent / chosen["tuned"] if "tuned" in chosen else None)
         self.tuned_path = tuned
-        self.tuned = read_tuned(tuned, self.columns, chosen.get("tuned_as")) if tuned else {}
+        self.tuned_as: str | None = chosen.get("tuned_as")
+        self.tuned = read_tuned(tuned, self.columns, self.tuned_as) if tuned else {}
         self._apply_command_line()
 
     def cells(self) -> list[Cell]:

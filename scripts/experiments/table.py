@@ -100,15 +100,13 @@ def _notes(
         own = [change for change in differences if change not in common]
         lines.append(f"- ({mark}) {'; '.join(own) or 'only what is common to all'}")
     if grid.tuned_path is not None:
-        chosen = {
-            column: {m: s for m, s in methods.items() if s}
-            for column, methods in grid.tuned.items()
-            if column in grid.columns
-        }
+        chosen: dict[str, list[str]] = {}  # values → columns
+        for column in grid.columns:
+            values = "; ".join(f"{method} {_settings(s)}" for method, s in grid.tuned[column].items() if s)
+            chosen.setdefault(values, []).append(column)
         lines += [
-            f"- Hyperparameters tuned on held-out training images of {column}: "
-            + "; ".join(f"{method} {_settings(s)}" for method, s in methods.items())
-            for column, methods in chosen.items()
+            f"- Hyperparameters tuned on held-out training images of {grid.tuned_as or ', '.join(columns)}: {values}"
+            for values, columns in chosen.items()
         ]
     else:
         lines.append("- Hyperparameters of the regularizers: their sources' defaults, not tuned for these data.")
