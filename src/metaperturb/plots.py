@@ -128,7 +128,7 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
         histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn.
     """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
         lines = _lines(histories)
         for method, runs in histories.items():
             evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
@@ -139,7 +139,7 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
                 _draw_band(axis, method, steps, values, **lines[method])
         axes[0].set(xlabel="training step", ylabel="test loss (NLL, nats)")
         axes[1].set(xlabel="training step", ylabel="test accuracy (%)")
-        axes[0].legend()
+        _legend_below(figure, axes[0])
         figure.suptitle(title)
         save_figure(figure, path)
 
@@ -164,7 +164,7 @@ def plot_lengths(results: Mapping[str, Mapping[int, Sequence[float]]], title: st
         axes.set(xscale="log", xlabel="training steps", ylabel="test accuracy (%)", title=title)
         axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
         axes.minorticks_off()
-        axes.legend()
+        _legend_below(figure, axes, columns=2)
         save_figure(figure, path)
     save_numbers(("name", "steps", "accuracy_percent", "std", "seeds"), rows, path)
 
