@@ -25,7 +25,7 @@ from experiments.table import csv_text, markdown
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaperturb import models
-from metaperturb.cli import run_program
+from metaperturb.cli import pairs, run_program
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, to_assignments
 from metaperturb.data import TARGETS
 from metaperturb.data.parts import load_parts, load_source_images
@@ -100,15 +100,8 @@ def experiment(arguments: argparse.Namespace) -> None:
 
 
 def overrides(arguments: argparse.Namespace) -> Overrides:
-    def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
-        split = [text.partition("=") for text in texts]
-        for (name, separator, value), text in zip(split, texts, strict=True):
-            if not (name and separator and value):
-                raise UserError(f"{option} {text}: expected NAME=PATH")
-        return {name: value for name, _, value in split}
-
-    files = {name: Path(path) for name, path in pairs("--use", arguments.use).items()}
-    paths = pairs("--path", arguments.path)
+    files = {name: Path(path) for name, path in pairs("--use", arguments.use, "NAME=PATH").items()}
+    paths = pairs("--path", arguments.path, "NAME=PATH")
     return Overrides(tuple(arguments.set), files, paths, arguments.data_root, arguments.tuned)
 
 

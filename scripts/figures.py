@@ -28,7 +28,7 @@ from metaperturb.analyses.calibration import Sampling, calibration_curves, measu
 from metaperturb.analyses.robustness import Attack, measure_robustness, robustness_curves
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
-from metaperturb.cli import run_program
+from metaperturb.cli import pairs, run_program
 from metaperturb.distributed import choose_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import read_metrics
@@ -89,7 +89,7 @@ def figures(arguments: argparse.Namespace) -> None:
         runs = [run for run in runs if run.config["method"] in arguments.methods]
     if not runs:
         raise UserError("no finished run of these methods")
-    runs = tell_phis_apart(runs, names_of_phi(arguments.call))
+    runs = tell_phis_apart(runs, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
     if arguments.figure != "figures":
         FIGURES[arguments.figure](runs, arguments)
         return
@@ -133,13 +133,6 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
     return [*found.values()]
 
 
-def names_of_phi(texts: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    if wrong := [text for text, (name, _, called) in zip(texts, pairs, strict=True) if not (name and called)]:
-        raise UserError(f"--call {wrong[0]}: expected FILE=NAME, the file of a φ without its suffix")
-    return {name: called for name, _, called in pairs}
-
-
 def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list[Finished]:
     """Where runs have several φ, each gets a name: that of its file, of the file's folder if all are `phi.pt`.
 
@@ -151,11 +144,10 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list
         UserError: `called` names a φ that no run has.
     """
     paths = sorted({run.config["phi"] for run in runs if run.config["phi"]})
-    names = {path: Path(path).stem for path in paths}
-    if len({*names.values()}) < len(names):
-        names = {path: Path(path).parent.name for path in paths}
-    if len({*names.values()}) < len(names):
-        names = {path: path for path in paths}
+    for name_of in (lambda path: Path(path).stem, lambda path: Path(path).parent.name, str):
+        names = {path: name_of(path) for path in paths}
+        if len({*names.values()}) == len(names):
+            break
     if unknown := [name for name in called if name not in names.values()]:
         raise UserError(
             f"--call {unknown[0]}: no run has a φ of this name ({', '.join(names.values()) or 'none at all'})"

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from metaperturb.errors import UserError
 
@@ -59,3 +59,18 @@ def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(EXIT_ERROR)
+
+
+def pairs(option: str, texts: Iterable[str], expected: str) -> dict[str, str]:
+    """The `NAME=VALUE` texts that an option was given.
+
+    Raises:
+        UserError: one is no such pair; it says what was `expected`.
+    """
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise UserError(f"{option} {text}: expected {expected}")
+        found[name] = value
+    return found
