@@ -8,7 +8,9 @@
 #   ./run.sh pretrain <gpu>    train the target's network on Tiny ImageNet, for INIT=… ./run.sh tgt to finetune it
 #   ./run.sh table1            all trainings of the paper's table 1, and the table beside the paper's; also table2,
 #                              table3 (--preset smoke|quick|paper, --jobs, --rows, …: see --help)
-#   ./run.sh schedule          accuracy against the length of training (lengths draws it)
+#   ./run.sh schedule          beyond the paper: accuracy against the length of training (lengths draws it); networks:
+#                              other families; recipe: with TrivialAugment and label smoothing; target_size: few and many
+#                              images (amount draws it); meta_training: what φ needs (effort draws it)
 #   ./run.sh tune              choose the regularizers' hyperparameters on held-out training images
 #   ./run.sh select            choose the best of several φ on validation images
 #   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces, figures: all
@@ -156,7 +158,7 @@ pretrain)
     [ -z "$SRC_PATHS" ] || options+=("target_path=$SRC_PATHS")
     exec "$py" -m metaperturb.meta_test --config "$here/configs/pretrain.yaml" --set "${options[@]}" "$@"
     ;;
-table1 | table2 | table3 | schedule | tune | select)
+table1 | table2 | table3 | schedule | networks | recipe | target_size | meta_training | tune | select)
     setup "$here/requirements.txt"
     case $command in
     tune) script=(tune.py) ;;
@@ -167,7 +169,7 @@ table1 | table2 | table3 | schedule | tune | select)
     [[ -z $PHI || ${script[0]} != experiment.py ]] || options+=(--use "phi=$PHI")
     exec "$py" "$here/scripts/${script[0]}" "${script[@]:1}" "${options[@]}" "$@"
     ;;
-fig5 | fig6 | fig7 | fig8 | lengths | figures)
+fig5 | fig6 | fig7 | fig8 | lengths | amount | effort | figures)
     setup "$here/requirements.txt"
     exec "$py" "$here/scripts/figures.py" "$command" --runs "$RUNS" "$@"
     ;;

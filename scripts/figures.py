@@ -1,10 +1,12 @@
-"""Figures 5 to 8 from finished runs, as PNG and SVG with the numbers behind them as CSV.
+"""Figures 5 to 8, and some beyond the paper, from finished runs, as PNG and SVG with the numbers behind them as CSV.
 
     ./run.sh fig5 runs/tgt-*                              # convergence: all methods and seeds of one data set
     ./run.sh fig6 runs/tgt-cub-*                          # robustness and calibration
     ./run.sh fig7 runs/                                   # learned scales, of any number of data sets
     ./run.sh fig8 runs/tgt-cub-*-seed0                    # loss surfaces, a panel a method
     ./run.sh lengths runs/schedule/cpu                    # final accuracy against the number of training steps
+    ./run.sh amount runs/amount/cpu                       # against the number of training images
+    ./run.sh effort runs/effort/cpu                       # against the steps, tasks and classes of φ's meta-training
     ./run.sh figures                                      # all of them, for every data set under runs/
 
 A folder that holds runs stands for all of them. Runs of a method that differ in their seed alone are averaged; those of
@@ -29,6 +31,7 @@ from metaperturb.analyses.robustness import Attack, measure_robustness, robustne
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import pairs, run_program
+from metaperturb.config import MetaTrainConfig, default_of
 from metaperturb.distributed import choose_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import read_metrics
@@ -36,7 +39,9 @@ from metaperturb.storage import load_json
 from metaperturb.trained import TrainedRun, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPECTED_TO_DIFFER = {*INCIDENTAL, "method", "phi", "run_dir", "data_root", "target_path", "init", "clip", "anneal"}
+# What may differ between the runs that are averaged; and, as well, between the methods of a picture.
+OF_A_RUN = {*INCIDENTAL, "method", "run_dir", "data_root", "target_path"}
+OF_A_METHOD = {*OF_A_RUN, "phi", "recipe", "init", "clip", "anneal"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,9 @@ class Finished:
 
     @property
     def name(self) -> str:
-        """The method as pictures call it: `metaperturb`, `metaperturb, finetuned`, `metaperturb, φ selected`."""
+        """The method as pictures call it: `metaperturb`, `base, finetuned`, `metaperturb, φ selected, mixup`."""
         parts = [self.config["method"], self.phi, "finetuned" if self.config["init"] else ""]
+        parts += self.config.get("recipe", [])  # older runs lack it
         return ", ".join(part for part in parts if part)
 
     @property
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target-path", help="likewise, of an image folder")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the analysis")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # options may stand before, between and behind the folders
     return run_program(lambda: figures(arguments), show_traceback=arguments.traceback)
 
 
@@ -99,10 +105,13 @@ def figures(arguments: argparse.Namespace) -> None:
             for of_network in grouped(runs, lambda run: run.config["model"]).values():
                 if any(run.config["method"] == "metaperturb" for run in of_network):
                     figure(of_network, arguments)
-        elif name == "lengths":
-            for of_data in by_data.values():
-                if len(grouped(of_data, steps_of)) > 1:
-                    figure(of_data, arguments)
+        elif name in ("lengths", "amount"):
+            by, amounts = (data_of, steps_of) if name == "lengths" else (test_of, train_images)
+            for comparable in grouped(runs, by).values():
+                if len(grouped(comparable, amounts)) > 1:
+                    figure(comparable, arguments)
+        elif name == "effort":
+            continue  # which φ are to be compared must be said
         else:
             for of_data in by_data.values():
                 for of_length in grouped(of_data, steps_of).values():
@@ -169,6 +178,15 @@ def steps_of(run: Finished) -> int:
     return run.config["steps"]
 
 
+def train_images(run: Finished) -> int:
+    return run.result["target"]["train"]
+
+
+def test_of(run: Finished) -> tuple[Any, ...]:
+    """Identifies what networks trained on different images are compared by."""
+    return (run.result["target"]["fingerprints"][1], run.config["model"], steps_of(run))
+
+
 def data_of(run: Finished) -> tuple[str, ...]:
     """Identifies the images and the network of a run."""
     return (*run.result["target"]["fingerprints"], run.config["model"])
@@ -209,12 +227,12 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     for name, same in methods.items():
         seeds = [run.config["seed"] for run in same]
         for run in same[1:]:
-            tell_apart(same[0], run, {*EXPECTED_TO_DIFFER} - {"phi", "init", "clip", "anneal"}, f"runs of {name}")
+            tell_apart(same[0], run, OF_A_RUN, f"runs of {name}")
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{same[-1].dir}: there are two runs of {name} with one seed; name those that are meant")
     for run in runs[1:]:
         hyperparameters = {key for key in run.config if key.startswith(tuple(plots.LABELS))}
-        tell_apart(runs[0], run, EXPECTED_TO_DIFFER | hyperparameters, "runs")
+        tell_apart(runs[0], run, OF_A_METHOD | hyperparameters, "runs")
     order = [*plots.LABELS]
     return dict(
         sorted(
@@ -361,28 +379,103 @@ def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Final accuracy against the length of training, over the seeds that a method has at every length."""
+    """Final accuracy against the length of training."""
     name = one_data_set(runs)
+    growth(runs, steps_of, "training steps", f"lengths-{slug(name)}", name, arguments)
+
+
+def amount(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Final accuracy against the number of training images, all runs of one length."""
+    for run in runs[1:]:
+        if test_of(run) != test_of(runs[0]):
+            raise UserError(
+                f"{run.dir}: is about {title(run)}, {steps_of(run)} steps, {runs[0].dir.name} about {title(runs[0])}, "
+                f"{steps_of(runs[0])} steps, and one picture shows one test set, network and length"
+            )
+    name = f"{title(runs[0])}, {steps_of(runs[0])} steps"
+    growth(runs, train_images, "training images", f"amount-{slug(name)}", name, arguments)
+
+
+def growth(
+    runs: Sequence[Finished],
+    amount_of: Callable[[Finished], int],
+    unit: str,
+    file: str,
+    name: str,
+    arguments: argparse.Namespace,
+) -> None:
+    """Final accuracy against `amount_of`, counted in `unit`, over the seeds that a method has for each amount of its.
+
+    Raises:
+        UserError: there is one amount only, or no seed that goes through all.
+    """
+    by_amount = {n: by_method(same) for n, same in sorted(grouped(runs, amount_of).items())}
+    if len(by_amount) < 2:
+        raise UserError(f"all runs have {amount_of(runs[0])} {unit}; this picture needs several numbers of them")
     results: dict[str, dict[int, list[float]]] = {}
-    by_length = {steps: by_method(same) for steps, same in sorted(grouped(runs, steps_of).items())}
-    if len(by_length) < 2:
-        raise UserError(f"all runs have {steps_of(runs[0])} steps; this picture needs several lengths")
-    for method in dict.fromkeys(name for methods in by_length.values() for name in methods):
-        found = {steps: methods[method] for steps, methods in by_length.items() if method in methods}
+    for method in dict.fromkeys(name for methods in by_amount.values() for name in methods):
+        found = {n: methods[method] for n, methods in by_amount.items() if method in methods}
         common = set.intersection(*({run.config["seed"] for run in same} for same in found.values()))
-        for steps, same in found.items():
+        for n, same in found.items():
             if left_out := sorted(run.config["seed"] for run in same if run.config["seed"] not in common):
-                print(
-                    f"{method}, {steps} steps: left out, as other lengths lack them: seeds {left_out}", file=sys.stderr
-                )
+                print(f"{method}, {n} {unit}: left out, as others lack them: seeds {left_out}", file=sys.stderr)
             kept = [run.result["metrics"]["accuracy"] for run in same if run.config["seed"] in common]
             if kept:
-                results.setdefault(method, {})[steps] = kept
+                results.setdefault(method, {})[n] = kept
     if not results:
-        raise UserError("no method has one seed at every length")
-    path = arguments.out / f"lengths-{slug(name)}"
-    plots.plot_lengths(results, name, path)
+        raise UserError(f"no method has one seed for all numbers of {unit}")
+    path = arguments.out / file
+    plots.plot_growth(results, unit, name, path)
     print(path.with_name(path.name + ".png"))
+
+
+EFFORT = {  # what φ's card says of its meta-training → what the picture calls it
+    "steps": "meta-training steps",
+    "tasks": "meta-training tasks",
+    "classes": "classes of the source",
+}
+
+
+def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Final accuracy with φ against what φ was meta-trained with: a panel for each of `EFFORT` of which φ have several.
+
+    A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged.
+    """
+    name = f"{one_data_set(runs)}, {steps_of(runs[0])} steps"
+    for run in runs[1:]:
+        tell_apart(runs[0], run, OF_A_METHOD, "runs")
+    base = [run.result["metrics"]["accuracy"] for run in runs if run.config["method"] == "base"]
+    trained = [(run.result["metrics"]["accuracy"], meta_training(run)) for run in runs]
+    panels = {}
+    for key, label in EFFORT.items():
+        alike: dict[str, dict[int, list[float]]] = {}  # all other settings → amount → accuracies
+        for accuracy, made in trained:
+            if made is not None:
+                others = {k: v for k, v in made.items() if k != key}
+                alike.setdefault(str(others), {}).setdefault(made[key], []).append(accuracy)
+        widest = max(alike.values(), key=len, default={})
+        if len(widest) > 1:
+            panels[label] = dict(sorted(widest.items()))
+    if not panels:
+        raise UserError(
+            "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
+        )
+    path = arguments.out / f"effort-{slug(name)}"
+    plots.plot_effort(panels, base, name, path)
+    print(path.with_name(path.name + ".png"))
+
+
+def meta_training(run: Finished) -> dict[str, Any] | None:
+    """The settings that made a run's φ what it is, `classes`: how many the source had; None where they are unknown."""
+    card = run.result["phi_card"] or {}
+    if not {"config", "source"} <= card.keys():
+        return None
+    made = {
+        field.name: card["config"].get(field.name, default_of(field))
+        for field in dataclasses.fields(MetaTrainConfig)
+        if field.metadata["identity"] and field.name not in INCIDENTAL
+    }
+    return {**made, "classes": card["source"]["classes"]}
 
 
 FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
@@ -391,6 +484,8 @@ FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
     "fig7": figure7,
     "fig8": figure8,
     "lengths": lengths,
+    "amount": amount,
+    "effort": effort,
 }
 
 

@@ -31,7 +31,16 @@ class Figure:
     paper: str = ""  # what the paper's figure shows, in a sentence of ours
 
 
-TABLES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "schedule": "Length of training"}
+TABLES = {
+    "table1": "Table 1",
+    "table2": "Table 2",
+    "table3": "Table 3",
+    "schedule": "Length of training",
+    "networks": "Networks of other families",
+    "recipe": "Today's recipe",
+    "target_size": "Number of training images",
+    "meta_training": "What meta-training needs",
+}
 FIGURES = (
     Figure("fig1", "Figure 1: the idea", "One φ is meta-trained over many tasks and then used by other networks."),
     Figure("fig2", "Figure 2: the two functions", "How noise and scale are computed, with shapes."),
@@ -71,6 +80,12 @@ FIGURES = (
         "lengths",
         "Length of training",
         "Final accuracy against training steps; mean and standard deviation over seeds.",
+    ),
+    Figure("amount", "Number of training images", "Final accuracy against the size of the training set."),
+    Figure(
+        "effort",
+        "What meta-training needs",
+        "Final accuracy against the steps, tasks and classes of φ's meta-training.",
     ),
     Figure("benchmark", "Speed", "Cost against the number of tasks and processes, and of the exchange of gradients."),
     Figure("demo", "The demo", "What ./run.sh demo draws."),

@@ -71,7 +71,7 @@ def tell_differences(sources: dict[str, Path]) -> None:
     """Say aloud what the runs differ in, beside their seed: a choice among other settings is tuning."""
     cards = {name: load_phi(path).card.get("config") for name, path in sources.items()}
     fields = MetaTrainConfig.__dataclass_fields__
-    known = {  # settings that a run knew nothing of yet were at their defaults
+    known = {
         name: MetaTrainConfig(**{key: value for key, value in config.items() if key in fields})
         for name, config in cards.items()
         if config

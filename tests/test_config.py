@@ -121,3 +121,6 @@ def test_differences_name_what_changes_a_result_only():
     old = dataclasses.asdict(MetaTrainConfig())
     assert differences(old, MetaTrainConfig(gpus="cpu,cpu", run_dir="elsewhere", log_every=1, port=1)) == []
     assert differences(old, MetaTrainConfig(steps=1, clip=None)) == ["clip: 100.0 → None", "steps: 750 → 1"]
+    older = {key: value for key, value in old.items() if key not in ("classes", "gpus")}  # of before these settings
+    assert differences(older, MetaTrainConfig()) == []
+    assert differences(older, MetaTrainConfig(classes=3)) == ["classes: None → 3"]

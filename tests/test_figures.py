@@ -87,20 +87,87 @@ def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, ca
     chosen = [runs / "base-0", runs / "base-1", runs / "meta", tmp_path / "more"]
     completed = figures("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ")
     assert completed.returncode == 0, completed.stderr
-    assert "base, 8 steps: left out, as other lengths lack them: seeds [1]" in completed.stderr
+    assert "base, 8 training steps: left out, as others lack them: seeds [1]" in completed.stderr
     found = check_pictures(tmp_path, "lengths-folder-resnet8")
-    accuracy = {(row["name"], row["steps"]): float(row["accuracy_percent"]) for row in found}
+    accuracy = {(row["name"], row["training_steps"]): float(row["accuracy_percent"]) for row in found}
     names = ("base", "metaperturb, φ phi", "metaperturb, another φ")
     assert {*accuracy} == {(name, steps) for name in names for steps in ("6", "8")}
     for (name, steps), folder in {("base", "8"): runs / "base-0", ("base", "6"): tmp_path / "more" / "base"}.items():
         metrics = json.loads((folder / "result.json").read_text())["metrics"]
         assert accuracy[name, steps] == pytest.approx(100 * metrics["accuracy"])
-    for figure, some, said in (("fig5", chosen, "steps: 8 → 6"), ("lengths", [runs], "needs several lengths")):
+    for figure, some, said in (("fig5", chosen, "steps: 8 → 6"), ("lengths", [runs], "needs several numbers of them")):
         assert scripts_figures.main([figure, *map(str, some), "--out", str(tmp_path)]) == 1
         assert said in capsys.readouterr().err
     for name, said in (("nobody=x", "no run has a φ of this name (phi)"), ("phi", "expected FILE=NAME")):
         assert scripts_figures.main(["fig5", str(runs), "--out", str(tmp_path), "--call", name]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_amount_of_training_images(runs, target_settings, tmp_path, capsys):
+    for name, changes in {"few": ["method=base", "train_per_class=3"], "meta": [f"phi={runs / 'phi.pt'}"]}.items():
+        settings = [*target_settings, *changes, "steps=8", f"run_dir={tmp_path / 'more' / name}"]
+        assert program.main(["--set", *settings]) == 0
+    chosen = [runs / "base-0", tmp_path / "more"]
+    # As ./run.sh calls it: the folders behind an option.
+    completed = figures("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    found = check_pictures(tmp_path, "amount-folder-resnet8-8-steps")
+    accuracy = {(row["name"], row["training_images"]): float(row["accuracy_percent"]) for row in found}
+    expected = {("base", "30"): "few", ("metaperturb", "80"): "meta"}
+    expected = {place: tmp_path / "more" / name for place, name in expected.items()} | {("base", "80"): runs / "base-0"}
+    assert accuracy.keys() == expected.keys()
+    for place, folder in expected.items():
+        metrics = json.loads((folder / "result.json").read_text())["metrics"]
+        assert accuracy[place] == pytest.approx(100 * metrics["accuracy"])
+    for some, said in (([runs], "all runs have 80 training images"), ([*chosen, runs / "meta"], "with one seed")):
+        assert scripts_figures.main(["amount", *map(str, some), "--out", str(tmp_path)]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
+    """A panel has those φ that differ in its number alone; seeds are averaged; what no card tells is left out."""
+    made = {
+        "paper": ({}, 200),
+        "again": ({"seed": 1}, 200),
+        "short": ({"steps": 50}, 200),
+        "few": ({"classes": 20}, 20),
+        "other": ({"steps": 20, "batch_size": 32}, 200),
+    }
+    for i, (name, (config, classes)) in enumerate(made.items()):
+        torch.manual_seed(i)
+        card = {"config": config, "source": {"classes": classes}}
+        save_phi(MetaPerturb(), tmp_path / f"{name}.pt", card)
+        settings = [
+            *target_settings,
+            f"phi={tmp_path / f'{name}.pt'}",
+            "steps=8",
+            f"run_dir={tmp_path / 'more' / name}",
+        ]
+        assert program.main(["--set", *settings]) == 0
+
+    def accuracy(*folders: Path) -> float:
+        results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+        return sum(100 * result["metrics"]["accuracy"] for result in results) / len(results)
+
+    more = tmp_path / "more"
+    completed = figures("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    found = check_pictures(tmp_path, "effort-folder-resnet8-8-steps")
+    numbers = {(row["of"], row["amount"]): (float(row["accuracy_percent"]), row["runs"]) for row in found}
+    paper = accuracy(more / "paper", more / "again"), "2"
+    expected = {
+        ("", ""): (accuracy(runs / "base-0", runs / "base-1"), "2"),
+        ("meta-training steps", "50"): (accuracy(more / "short"), "1"),
+        ("meta-training steps", "750"): paper,
+        ("classes of the source", "20"): (accuracy(more / "few"), "1"),
+        ("classes of the source", "200"): paper,
+    }
+    assert numbers.keys() == expected.keys()
+    for place, (mean, count) in expected.items():
+        assert numbers[place] == (pytest.approx(mean), count)
+    for some in ([runs], [more / "paper", more / "other"]):
+        assert scripts_figures.main(["effort", *map(str, some), "--out", str(tmp_path)]) == 1
+        assert "differ in the steps, tasks or classes of their meta-training alone" in capsys.readouterr().err
 
 
 def test_all_figures(runs, tmp_path):

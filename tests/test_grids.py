@@ -198,9 +198,10 @@ def test_at_preset_paper_no_cell_departs_from_the_paper(table):
     assert set(grid.paper) <= {(row, column) for row in grid.rows for column in grid.columns}
 
 
+BEYOND = ("schedule", "networks", "recipe", "target_size", "meta_training")
 SHIPPED = [
     *((table, preset) for table in TABLES for preset in ("paper", "quick", "smoke")),
-    *((name, preset) for name in ("schedule", "tune", "select") for preset in ("paper", "quick", "cpu", "smoke")),
+    *((name, preset) for name in (*BEYOND, "tune", "select") for preset in ("paper", "quick", "cpu", "smoke")),
 ]
 
 

@@ -1,5 +1,6 @@
 """Meta-testing as a process: resumable to the bit, every test image counts, bad input in one line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import error_line, run, start
@@ -15,8 +17,10 @@ from image_files import write_folder
 
 import metaperturb.meta_test as program
 from metaperturb import kernels
+from metaperturb.data.parts import load_parts
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors
+from metaperturb.trained import load_run
 from metaperturb.training import annealed_strength
 from metaperturb.weights import save_phi
 
@@ -96,6 +100,19 @@ def test_base_is_a_plain_network(target_settings, tmp_path):
     assert json.loads((tmp_path / "tgt" / "result.json").read_text())["metrics"]["samples"] == 1
 
 
+def test_some_images_of_each_class(target_settings, tmp_path):
+    """The same ones, and all test images; of what is held out none is taken."""
+    settings = [*target_settings, "method=base", "steps=1", "train_per_class=3"]
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]) == 0
+    trained = load_run(tmp_path / "tgt")
+    np.testing.assert_array_equal(np.bincount(trained.train.labels), 3)
+    assert len(trained.test) == 50
+    config = dataclasses.replace(trained.config, eval_split="holdout", holdout=0.5, train_per_class=4)
+    train, held_out = load_parts(config)
+    images = {image.tobytes() for image in held_out.images}
+    assert len(train) == 40 and len(images) == 40 and not images & {image.tobytes() for image in train.images}
+
+
 def test_zero_strength_is_base_bit_for_bit(target_settings, phi_file, tmp_path, monkeypatch):
     """With c held at 0 the perturbed network learns exactly what the plain one learns."""
     common = [*target_settings, "steps=4", "lr_milestones=0.5"]
@@ -133,6 +150,8 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         (["phi=nowhere.pt"], "nowhere.pt: no such φ file"),
         (["eval_split=val"], "val"),
         (["method=dropuot"], "method: expected one of base, metaperturb"),
+        (["train_per_class=9"], "9 images of each class are asked for, class 0 has 8"),
+        (["train_per_class=0"], "train_per_class: must be at least 1"),
         (["lr=-1"], "lr: must be at least 0"),
         (["lr=nan"], "lr: must be finite"),
         (["target_path=nowhere"], "nowhere"),

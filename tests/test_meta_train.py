@@ -224,6 +224,8 @@ def test_port_in_use(source_settings, tmp_path):
         (["steps=many"], "steps: expected a whole number, got 'many'"),
         (["stepps=3"], "did you mean steps?"),
         (["tasks=11"], "11"),
+        (["classes=11"], "11 classes are asked for, the data has 10"),
+        (["classes=4"], "5 tasks need 5 classes, the data has 4"),
         (["source_paths=nowhere.zip"], "nowhere.zip"),
         (["model=resnet21", "source_paths=nowhere.zip"], "resnet21"),  # what is quickly seen is said first
         (["split=paired"], "tasks: split paired needs an even number, got 5"),
@@ -487,6 +489,16 @@ def test_split_file_reproduces_the_run(reference, source_settings, tmp_path):
     settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
     assert program.main(["--set", *settings, f"split_file={reference / 'split.json'}"]) == 0
     assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+
+
+def test_some_classes(reference, source_settings, tmp_path):
+    settings = [*source_settings, "steps=1", "tasks=3", "classes=6", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    assert program.main(["--set", *settings]) == 0
+    split = json.loads((tmp_path / "src" / "split.json").read_text())["tasks"]
+    assert len({c for task in split for c in task["classes"]}) == sum(len(task["classes"]) for task in split) == 6
+    card = load_phi(tmp_path / "src" / "phi.pt").card
+    assert card["source"]["classes"] == 6 and card["source"]["images"] == 48
+    assert load_phi(reference / "phi.pt").card["source"]["classes"] == 10
 
 
 def record_collectives(group: Group, config: MetaTrainConfig, path: str) -> None:

@@ -26,6 +26,7 @@ from metaperturb.methods import METHODS, create, mixing, noise
 from metaperturb.plots import COLORS, LABELS
 from metaperturb.randomness import seed_torch
 from metaperturb.storage import load_tensors
+from metaperturb.trained import load_run
 from metaperturb.training import accuracy
 
 BASELINES = [name for name in METHODS if name not in ("base", "metaperturb")]
@@ -659,6 +660,83 @@ def test_bfloat16(common, tmp_path):
     for name in BASELINES:
         settings = [*common, f"method={name}", "steps=1", "precision=bfloat16", f"run_dir={tmp_path / name}"]
         assert program.main(["--set", *settings]) == 0
+
+
+# --- recipes
+
+
+def recipe(method, *further, **settings):
+    return create(MetaTestConfig(method=method, recipe=list(further), **settings), MetaPerturb())
+
+
+def test_a_recipe_augments_pixels_first_and_smooths_what_was_mixed(only_identity, monkeypatch):
+    """Wherever TrivialAugment stands: mixed images are none of 8 bits, and rounding would show."""
+    partner, share = torch.tensor([3, 4, 5, 0, 1, 2]), 0.3
+    monkeypatch.setattr(mixing, "draw_partners", lambda x: partner)
+    monkeypatch.setattr(mixing, "draw_share", lambda alpha: share)
+    torch.manual_seed(0)
+    x, y = normalize(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)), torch.arange(6)
+    logits = torch.randn(6, 10)
+    for method, further in (
+        ("base", ("mixup", "trivial_augment", "label_smoothing")),
+        ("trivial_augment", ("label_smoothing", "mixup")),
+        ("mixup", ("label_smoothing", "trivial_augment")),
+    ):
+        combined = recipe(method, *further, label_smoothing=0.3)
+        combined.prepare(models.create("resnet8", 10, 8), TrainingSet())
+        mixed, labels = combined.batch(x, y)
+        torch.testing.assert_close(mixed, share * x + (1 - share) * x[partner])
+        target = share * F.one_hot(y, 10) + (1 - share) * F.one_hot(y[partner], 10)
+        torch.testing.assert_close(labels, target.float())
+        expected = -((0.7 * target + 0.03) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        assert combined.loss(logits, labels).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_recipe_keeps_what_its_method_is():
+    combined = recipe("metaperturb", "label_smoothing", "trivial_augment")
+    assert combined.stochastic and combined.ramp == 0.4
+    model = models.create("resnet8", 10, 12)
+    combined.prepare(model, TrainingSet())
+    combined.set_strength(0.25)
+    assert model.metaperturb.strength == 0.25 and combined.sites is model.metaperturb
+    dropped = recipe("dropblock", "cutmix")
+    assert not dropped.stochastic and dropped.ramp == create(MetaTestConfig(method="dropblock")).ramp
+    information = recipe("info_dropout", "mixup")  # whose loss is its own
+    information.prepare(models.create("resnet8", 10, 12), TrainingSet())
+    assert information.loss.__self__ is information.method
+
+
+def test_a_recipe_as_a_run(common, tmp_path):
+    """It trains, says what it was, and is read back."""
+    settings = [*common, "method=dropblock", "recipe=label_smoothing,trivial_augment,mixup"]
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'whole'}"]) == 0
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["config"]["recipe"] == ["label_smoothing", "trivial_augment", "mixup"]
+    assert program.main(["--set", *common, "method=dropblock", f"run_dir={tmp_path / 'plain'}"]) == 0
+    whole, plain = model_state(tmp_path / "whole"), model_state(tmp_path / "plain")
+    assert any(not torch.equal(value, plain[key]) for key, value in whole.items())
+    assert not load_run(tmp_path / "whole").stochastic
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "expected"),
+    [
+        ("mixup", "mixup", "recipe: mixup is the method already"),
+        ("cutmix", "mixup", "recipe: mixup and cutmix do not go together: each mixes images"),
+        ("manifold_mixup", "cutmix", "recipe: cutmix and manifold_mixup do not go together: each mixes images"),
+        (
+            "info_dropout",
+            "label_smoothing",
+            "recipe: label_smoothing and info_dropout do not go together: each has its own loss",
+        ),
+        ("base", "dropblock", "recipe: expected one of trivial_augment, mixup, cutmix, label_smoothing"),
+    ],
+)
+def test_recipes_that_do_not_go_together(method, names, expected, common, tmp_path, capsys):
+    settings = [*common, f"method={method}", f"recipe={names}", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(["--set", *settings]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0]
 
 
 def test_metaperturb_is_a_method_among_them(common, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from image_files import one_line
 
-from metaperturb.data.splits import class_split, load_split, save_split, shuffled
+from metaperturb.data.splits import class_split, few_classes, few_per_class, load_split, save_split, shuffled
 from metaperturb.errors import UserError
 
 KINDS = ("disjoint", "paired", "homogeneous")
@@ -197,3 +197,38 @@ def test_missing_file_and_unwritable_place(tmp_path):
     with pytest.raises(UserError, match=r"split\.json: cannot write") as error:
         save_split(tmp_path / "file" / "split.json", class_split(_labels(), 2, "disjoint", 0), "x", "disjoint", 0)
     one_line(error)
+
+
+# --- some of each class, some classes
+
+
+def test_fixed_choice():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 80))
+    train, val = few_per_class(labels, 50), few_per_class(labels, 25, skip=50)
+    for chosen, count in ((train, 50), (val, 25)):
+        np.testing.assert_array_equal(np.bincount(labels[chosen]), count)
+        assert (np.diff(chosen) > 0).all()
+    assert not np.intersect1d(train, val).size
+    np.testing.assert_array_equal(train, few_per_class(labels, 50))
+    assert few_per_class(np.zeros(100, dtype=int), 5).tolist() == [3, 11, 13, 20, 92]  # never changes
+
+
+def test_a_smaller_choice_is_part_of_a_larger_one():
+    labels = np.random.default_rng(0).permutation(np.repeat([2, 3, 5, 7, 11], 20))
+    for choose in (few_per_class, few_classes):
+        few, more = choose(labels, 2), choose(labels, 4)
+        assert few.dtype == np.int64 and np.isin(few, more).all() and len(more) == 2 * len(few)
+    chosen = few_classes(labels, 3)
+    classes = np.unique(labels[chosen])
+    assert len(classes) == 3 and (np.diff(chosen) > 0).all()
+    np.testing.assert_array_equal(chosen, np.flatnonzero(np.isin(labels, classes)))
+    assert few_classes(np.arange(20), 3).tolist() == [3, 11, 13]  # never changes
+
+
+def test_more_than_there_is():
+    with pytest.raises(UserError) as error:
+        few_per_class(np.repeat([0, 4], [9, 5]), 6)
+    assert "6 images of each class are asked for, class 4 has 5" in one_line(error)
+    with pytest.raises(UserError) as error:
+        few_classes(np.arange(3), 4)
+    assert "4 classes are asked for, the data has 3" in one_line(error)

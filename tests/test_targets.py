@@ -13,7 +13,7 @@ import torchvision.datasets as tv
 from image_files import expected_pixels, one_line, picture, write_folder, write_tar, write_zip
 
 from metaperturb.data import TARGETS, load_source, load_target, targets
-from metaperturb.data.targets import crop_padding, few_per_class
+from metaperturb.data.targets import crop_padding
 from metaperturb.errors import UserError
 
 DEAD = "http://127.0.0.1:9/"  # nothing listens there
@@ -100,17 +100,6 @@ def test_unknown_names(tmp_path):
     with pytest.raises(UserError, match="target folder: needs the path") as error:
         load_target("folder", data_root=tmp_path)
     one_line(error)
-
-
-def test_fixed_choice():
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 80))
-    train, val = few_per_class(labels, 50), few_per_class(labels, 25, skip=50)
-    for chosen, count in ((train, 50), (val, 25)):
-        np.testing.assert_array_equal(np.bincount(labels[chosen]), count)
-        assert (np.diff(chosen) > 0).all()
-    assert not np.intersect1d(train, val).size
-    np.testing.assert_array_equal(train, few_per_class(labels, 50))
-    assert few_per_class(np.zeros(100, dtype=int), 5).tolist() == [3, 11, 13, 20, 92]  # never changes
 
 
 # --- CUB

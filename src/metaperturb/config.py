@@ -74,6 +74,7 @@ class MetaTrainConfig(CommonConfig):
     source: Literal["tiny_imagenet", "embedded", "folder"] = option("tiny_imagenet", "source data set")
     source_paths: list[str] = option([], "zips or folders of the source; default: under data_root", identity=False)
     image_size: int = option(32, "images are resized to S×S pixels", low=8)
+    classes: int | None = option(None, "classes of the source to use, a fixed choice; null: all", low=1)
     tasks: int = option(10, "T, the number of tasks", low=1)
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
     split_file: str = option("", "read the split from this file instead of drawing it")
@@ -101,6 +102,9 @@ class MetaTestConfig(CommonConfig):
         None, "folder or archive of the target, where it is not under data_root", identity=False
     )
     image_size: int | None = option(None, "S in pixels; null: the data set's own", low=8)
+    train_per_class: int | None = option(
+        None, "train on this many images of each class, a fixed choice; null: all", low=1
+    )
     method: Literal[
         "base",
         "metaperturb",
@@ -114,6 +118,9 @@ class MetaTestConfig(CommonConfig):
         "trivial_augment",
         "adversarial",
     ] = option("metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment")
+    recipe: list[Literal["trivial_augment", "mixup", "cutmix", "label_smoothing"]] = option(
+        [], "further regularizers of images and labels, together with the method"
+    )
     phi: str | None = option(None, "file or shipped name of φ (method metaperturb)")
     init: str | None = option(
         None, "run folder or file whose network, all but its classifier, is where training begins (finetuning)"
@@ -244,10 +251,13 @@ def _as_text(value: Any) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Any) -> list[str]:
-    """What distinguishes two runs: the settings, other than those with `identity=False`, that differ."""
+    """What distinguishes two runs: the settings, other than those with `identity=False`, that differ.
+
+    A setting that `old` lacks came with a later version, and was at its default when `old` was written.
+    """
     changed = []
     for field in dataclasses.fields(new):
-        before, after = old.get(field.name, "absent"), getattr(new, field.name)
+        before, after = old.get(field.name, default_of(field)), getattr(new, field.name)
         if field.metadata["identity"] and before != after:
             changed.append(f"{field.name}: {before} → {after}")
     return changed

@@ -18,6 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -365,7 +366,7 @@ def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPert
     description = {
         "name": source.name,
         "images": len(source),
-        "classes": source.num_classes,
+        "classes": len(np.unique(source.labels)),
         "fingerprint": source.fingerprint,
     }
     result = {"source": description, "processes": group.size, "metrics": metrics}

@@ -144,29 +144,82 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
         save_figure(figure, path)
 
 
-def plot_lengths(results: Mapping[str, Mapping[int, Sequence[float]]], title: str, path: Path) -> None:
-    """Final test accuracy against the length of training: mean over seeds, band of one standard deviation.
+def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str, title: str, path: Path) -> None:
+    """Final test accuracy against how much there was of something: mean over seeds, band of one standard deviation.
 
     Args:
-        results: method → number of steps → accuracy in [0, 1] of each seed; all seeds at every length.
+        results: method → how much → accuracy in [0, 1] of each seed; all seeds for each amount.
+        unit: what is counted: "training steps".
         title: of the picture.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     rows, lines = [], _lines(results)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.5, 3.6))
-        for method, by_steps in results.items():
-            steps = sorted(by_steps)
-            accuracy = 100 * np.array([by_steps[n] for n in steps]).T
-            mean, std = _draw_band(axes, method, steps, accuracy, **lines[method], **POINTS)
-            rows += [(method, *row, len(accuracy)) for row in zip(steps, mean, std, strict=True)]
-        lengths = sorted({row[1] for row in rows})
-        axes.set(xscale="log", xlabel="training steps", ylabel="test accuracy (%)", title=title)
-        axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        axes.minorticks_off()
+        for method, by_amount in results.items():
+            label = _with_seeds(method, len(next(iter(by_amount.values()))))
+            rows += [(method, *row) for row in _draw_growth(axes, label, by_amount, **lines[method])]
+        axes.set(ylabel="test accuracy (%)", title=title)
+        _amounts(axes, {row[1] for row in rows}, unit)
         _legend_below(figure, axes, columns=2)
         save_figure(figure, path)
-    save_numbers(("name", "steps", "accuracy_percent", "std", "seeds"), rows, path)
+    save_numbers(("name", unit.replace(" ", "_"), "accuracy_percent", "std", "seeds"), rows, path)
+
+
+def plot_effort(
+    panels: Mapping[str, Mapping[int, Sequence[float]]], base: Sequence[float], title: str, path: Path
+) -> None:
+    """Final test accuracy with φ against how much its meta-training had of something, a panel each.
+
+    Args:
+        panels: what is counted → how much → accuracy in [0, 1] of each run.
+        base: the same of networks without φ: a level line, or none if there are none.
+        title: of the picture.
+        path: without suffix: PNG, SVG, and the numbers as CSV.
+    """
+    rows, lines = [("Base", "", "", *_mean_std(base), len(base))] if base else [], _lines(("base", "metaperturb"))
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            1, len(panels), figsize=(3.8 * len(panels) + 0.6, 3.6), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, (unit, by_amount) in zip(grid[0], panels.items(), strict=True):
+            drawn = _draw_growth(axes, "MetaPerturb", by_amount, **lines["metaperturb"])
+            rows += [("MetaPerturb", unit, *row) for row in drawn]
+            if base:
+                mean, std = _mean_std(base)
+                axes.axhline(mean, label="Base", **lines["base"])
+                axes.axhspan(mean - std, mean + std, color=COLORS["base"], alpha=0.2, linewidth=0)
+            _amounts(axes, by_amount, unit)
+        grid[0, 0].set(ylabel="test accuracy (%)")
+        _legend_below(figure, grid[0, 0])
+        figure.suptitle(title)
+        save_figure(figure, path)
+    save_numbers(("name", "of", "amount", "accuracy_percent", "std", "runs"), rows, path)
+
+
+def _draw_growth(
+    axes: plt.Axes, label: str, by_amount: Mapping[int, Sequence[float]], **line: Any
+) -> list[tuple[int, float, float, int]]:
+    """Mean and band against the amount; returns what was drawn: amount, mean and standard deviation in %, count."""
+    amounts = sorted(by_amount)
+    spread = [_mean_std(by_amount[n]) for n in amounts]
+    mean, std = np.array(spread).T
+    (drawn,) = axes.plot(amounts, mean, label=label, **line, **POINTS)
+    axes.fill_between(amounts, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
+    return [(n, *of_n, len(by_amount[n])) for n, of_n in zip(amounts, spread, strict=True)]
+
+
+def _mean_std(accuracies: Sequence[float]) -> tuple[float, float]:
+    """In %; the standard deviation of one is 0."""
+    values = 100 * np.array(accuracies)
+    return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+
+
+def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
+    axes.set(xscale="log", xlabel=unit)
+    ticks = sorted(amounts)
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
 
 
 def plot_robustness(curves: Mapping[str, Any], path: Path) -> None:
@@ -365,14 +418,17 @@ def _lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return lines
 
 
+def _with_seeds(method: str, seeds: int) -> str:
+    return f"{name_of(method)} ({seeds} seed{'s' * (seeds > 1)})"
+
+
 def _draw_band(
     axis: plt.Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (0 of one seed) of `values` `[seeds, points]` against `x`; returns them."""
     mean = values.mean(axis=0)
     std = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
-    label = f"{name_of(name)} ({len(values)} seed{'s' * (len(values) > 1)})"
-    (drawn,) = axis.plot(x, mean, label=label, **line)
+    (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **line)
     axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
     return mean, std
 

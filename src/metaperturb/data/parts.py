@@ -5,7 +5,7 @@ from pathlib import Path
 from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.arrays import ImageArrays, subset
 from metaperturb.data.sources import load_source
-from metaperturb.data.splits import holdout_split
+from metaperturb.data.splits import few_classes, few_per_class, holdout_split
 from metaperturb.data.targets import load_target
 
 
@@ -13,7 +13,7 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
     """What the network is trained on and what it is evaluated on; with `eval_split=holdout` no test image is read.
 
     Raises:
-        UserError: as `load_target` and `holdout_split`.
+        UserError: as `load_target`, `holdout_split` and `few_per_class`.
     """
     hold_out = config.eval_split == "holdout"
     train, *rest = load_target(
@@ -25,19 +25,22 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
         skip_unreadable=config.skip_unreadable,
         splits=("train",) if hold_out else ("train", config.eval_split),
     )
-    if not hold_out:
-        return train, *rest
-    kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
-    return subset(train, kept, "rest"), subset(train, held_out, "holdout")
+    if hold_out:
+        kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
+        train, rest = subset(train, kept, "rest"), [subset(train, held_out, "holdout")]
+    if config.train_per_class is not None:
+        chosen = few_per_class(train.labels, config.train_per_class)
+        train = subset(train, chosen, f"{config.train_per_class}-a-class")
+    return train, *rest
 
 
 def load_source_images(config: MetaTrainConfig) -> ImageArrays:
     """What φ is meta-trained on, before its split into tasks.
 
     Raises:
-        UserError: as `load_source`.
+        UserError: as `load_source` and `few_classes`.
     """
-    return load_source(
+    source = load_source(
         config.source,
         data_root=Path(config.data_root),
         paths=config.source_paths,
@@ -45,3 +48,6 @@ def load_source_images(config: MetaTrainConfig) -> ImageArrays:
         download=config.download,
         skip_unreadable=config.skip_unreadable,
     )
+    if config.classes is None:
+        return source
+    return subset(source, few_classes(source.labels, config.classes), f"{config.classes}-classes")

@@ -1,4 +1,5 @@
-"""Class splits of the source data set into tasks (section 3.3 of the paper), and images held out of a training set."""
+"""Class splits of the source data set into tasks (section 3.3 of the paper), and other parts of a training set: images
+held out of it, some of each class, some of its classes."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ KINDS = ("disjoint", "paired", "homogeneous")
 _FORMAT = 1
 # Which images are held out is no setting: all runs on a data set are tuned on the same ones.
 _HOLDOUT_SEED = 0
+CHOICE_SEED = 0  # nor is which ones s-CIFAR100 and small SVHN are, or are left by `train_per_class` and `classes`
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +143,49 @@ def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> t
         parts.append((images[count:], images[:count]))
     rest, held_out = (np.sort(np.concatenate(part)).astype(np.int64) for part in zip(*parts, strict=True))
     return rest, held_out
+
+
+def few_per_class(labels: np.ndarray, count: int, skip: int = 0) -> np.ndarray:
+    """A fixed random choice of `count` images of each class; a smaller one is part of a larger one.
+
+    Args:
+        labels: int ``[N]``.
+        count: images a class.
+        skip: leave out as many of each class's (fixed) random order: disjoint from the choice of ``skip`` images.
+
+    Returns:
+        sorted int64 indices ``[count · classes]``.
+
+    Raises:
+        UserError: a class has fewer images.
+    """
+    bits = np.random.PCG64(CHOICE_SEED)
+    chosen = []
+    for label in np.unique(labels):
+        images = shuffled(np.flatnonzero(labels == label), bits)
+        if len(images) < skip + count:
+            raise UserError(f"{skip + count} images of each class are asked for, class {label} has {len(images)}")
+        chosen.append(images[skip : skip + count])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def few_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """All images of a fixed random choice of `count` classes; a smaller choice is part of a larger one.
+
+    Args:
+        labels: int ``[N]``.
+        count: of classes.
+
+    Returns:
+        sorted int64 indices.
+
+    Raises:
+        UserError: there are fewer classes.
+    """
+    classes = np.unique(labels)
+    if count > len(classes):
+        raise UserError(f"{count} classes are asked for, the data has {len(classes)}")
+    return np.flatnonzero(np.isin(labels, shuffled(classes, np.random.PCG64(CHOICE_SEED))[:count])).astype(np.int64)
 
 
 def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, kind: str, seed: int) -> None:

@@ -31,7 +31,7 @@ from metaperturb.data.arrays import (
 from metaperturb.data.disk import disk_errors, file_lock, is_disk_error
 from metaperturb.data.image_folder import load_image_folder
 from metaperturb.data.sources import load_source
-from metaperturb.data.splits import shuffled
+from metaperturb.data.splits import CHOICE_SEED, few_per_class
 from metaperturb.data.tiny_imagenet import load_tiny_imagenet
 from metaperturb.errors import UserError
 
@@ -43,8 +43,6 @@ DOGS_MD5 = {
     "lists.tar": "edbb9f16854ec66506b5f09b583e0656",
 }
 AIRCRAFT_MD5 = "d4acdd33327262359767eeaa97a4f732"
-# The fixed choice of s-CIFAR100 and small SVHN: part of what the sets are, so no setting.
-_CHOICE_SEED = 0
 
 
 def crop_padding(image_size: int) -> int:
@@ -77,6 +75,7 @@ class TargetSpec:
 TARGETS: dict[str, TargetSpec] = {
     "stl10": TargetSpec("STL10", 10, 5000, 8000, 96),
     "s_cifar100": TargetSpec("s-CIFAR100", 100, 5000, 10000, 32, ("train", "val", "test"), 2500),
+    "cifar100": TargetSpec("CIFAR-100", 100, 50000, 10000, 32),
     "dogs": TargetSpec("Stanford Dogs", 120, 12000, 8580, 84),
     "cars": TargetSpec("Stanford Cars", 196, 8144, 8041, 84),
     "aircraft": TargetSpec("FGVC Aircraft", 100, 6667, 3333, 84),
@@ -373,22 +372,6 @@ def _pixels_plan(where: Path, images: Sequence[np.ndarray], labels: Sequence[int
     )
 
 
-def few_per_class(labels: np.ndarray, count: int, skip: int = 0) -> np.ndarray:
-    """A fixed random choice of ``count`` images of each class, disjoint for disjoint ``skip … skip + count``.
-
-    Args:
-        labels: int ``[N]``.
-        count: images a class.
-        skip: leave out as many of each class's (fixed) random order.
-
-    Returns:
-        sorted int64 indices ``[count · classes]``.
-    """
-    bits = np.random.PCG64(_CHOICE_SEED)
-    chosen = [shuffled(np.flatnonzero(labels == c), bits)[skip : skip + count] for c in np.unique(labels)]
-    return np.sort(np.concatenate(chosen))
-
-
 def _stl10(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, Callable[[], Plan]]:
     def plan() -> Plan:
         archives = {tv.STL10.filename: (tv.STL10.filename, tv.STL10.tgz_md5)}
@@ -409,21 +392,29 @@ def _stl10(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str,
     return tv.STL10.tgz_md5, plan
 
 
-def _s_cifar100(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, Callable[[], Plan]]:
-    def plan() -> Plan:
-        kind = tv.CIFAR100
-        archives = {kind.filename: (kind.filename, kind.tgz_md5)}
-        _fetched(place, kind.base_folder, kind.url, archives, fetch, lambda r: kind(str(r), download=True))
-        folder = place / kind.base_folder
-        with _torchvision_errors(folder, _DAMAGED):
-            data = kind(str(place), train=split != "test")
-            labels = np.asarray(data.targets)
-            chosen = np.arange(len(labels))
-            if split != "test":
-                chosen = few_per_class(labels, 50) if split == "train" else few_per_class(labels, 25, skip=50)
-        return _pixels_plan(folder, data.data[chosen], labels[chosen], data.classes)
+def _cifar100(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, Callable[[], Plan]]:
+    return tv.CIFAR100.tgz_md5, lambda: _cifar100_plan(place, split, fetch, lambda labels: np.arange(len(labels)))
 
-    return f"{tv.CIFAR100.tgz_md5} choice {_CHOICE_SEED}", plan
+
+def _s_cifar100(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, Callable[[], Plan]]:
+    def choose(labels: np.ndarray) -> np.ndarray:
+        if split == "test":
+            return np.arange(len(labels))
+        return few_per_class(labels, 50) if split == "train" else few_per_class(labels, 25, skip=50)
+
+    return f"{tv.CIFAR100.tgz_md5} choice {CHOICE_SEED}", lambda: _cifar100_plan(place, split, fetch, choose)
+
+
+def _cifar100_plan(place: Path, split: str, fetch: bool, choose: Callable[[np.ndarray], np.ndarray]) -> Plan:
+    kind = tv.CIFAR100
+    archives = {kind.filename: (kind.filename, kind.tgz_md5)}
+    _fetched(place, kind.base_folder, kind.url, archives, fetch, lambda r: kind(str(r), download=True))
+    folder = place / kind.base_folder
+    with _torchvision_errors(folder, _DAMAGED):
+        data = kind(str(place), train=split != "test")
+        labels = np.asarray(data.targets)
+        chosen = choose(labels)
+    return _pixels_plan(folder, data.data[chosen], labels[chosen], data.classes)
 
 
 def _small_svhn(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, Callable[[], Plan]]:
@@ -438,7 +429,7 @@ def _small_svhn(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple
         images = data.data[chosen].transpose(0, 2, 3, 1)
         return _pixels_plan(place / file, images, data.labels[chosen], [str(digit) for digit in range(10)])
 
-    return f"{md5} choice {_CHOICE_SEED}", plan
+    return f"{md5} choice {CHOICE_SEED}", plan
 
 
 def _fashion_mnist(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, Callable[[], Plan]]:
@@ -527,6 +518,7 @@ def _cars(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, 
 _LOADERS: dict[str, Callable[[Path, str, bool, ExitStack], tuple[str, Callable[[], Plan]]]] = {
     "stl10": _stl10,
     "s_cifar100": _s_cifar100,
+    "cifar100": _cifar100,
     "dogs": _dogs,
     "cars": _cars,
     "aircraft": _aircraft,

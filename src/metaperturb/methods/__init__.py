@@ -7,6 +7,8 @@ original paper or code; each class says where it stands there. MetaPerturb's aut
 set for each data set and report neither the values searched nor those chosen, so a fair comparison tunes anew, on
 `eval_split=holdout` or `val`.
 
+The setting `recipe` adds further ones to any of them (`Recipe`).
+
 All randomness comes from PyTorch's global generators, which meta-testing seeds before each step; crops and flips are
 drawn first. A method that is off (probability, α, ε or smoothing 0) draws nothing and trains what Base trains, to the
 bit.
@@ -26,6 +28,7 @@ from metaperturb.methods.labels import LabelSmoothing
 from metaperturb.methods.mixing import CutMix, ManifoldMixup, Mixup
 from metaperturb.methods.noise import DropBlock, Dropout, InformationDropout
 from metaperturb.methods.perturb import Perturbation
+from metaperturb.methods.recipe import Recipe
 from metaperturb.perturbation import MetaPerturb
 
 METHODS: dict[str, Callable[[MetaTestConfig, MetaPerturb | None], Method]] = {
@@ -58,6 +61,7 @@ __all__ = [
     "Method",
     "Mixup",
     "Perturbation",
+    "Recipe",
     "SiteMethod",
     "TrivialAugment",
     "create",
@@ -65,9 +69,15 @@ __all__ = [
 
 
 def create(config: MetaTestConfig, phi: MetaPerturb | None = None) -> Method:
-    """The method that `config.method` names, with its hyperparameters; `phi` for `metaperturb` only.
+    """The method that `config.method` names, with its hyperparameters, and with it those of `config.recipe`.
+
+    Args:
+        config: settings of a run.
+        phi: for `metaperturb` only.
 
     Raises:
-        UserError: a hyperparameter that the method cannot work with.
+        UserError: a hyperparameter that the method cannot work with, or methods that do not go together.
     """
-    return METHODS[config.method](config, phi)
+    method = METHODS[config.method](config, phi)
+    further = {name: METHODS[name](config, None) for name in config.recipe}
+    return Recipe({config.method: method}, further) if further else method
