@@ -71,7 +71,7 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--use", nargs="+", action="extend", default=[], metavar="NEED=PATH",
-        help="a φ or finished run to use instead of making it: phi=phi.pt",
+        help="a φ (file or shipped name) or finished run to use instead of making it: phi=phi.pt",
     )  # fmt: skip
     parser.add_argument(
         "--path", nargs="+", action="extend", default=[], metavar="COLUMN=PATH",

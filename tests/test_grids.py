@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import struct
 import sys
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from metaperturb.config import MetaTestConfig, option
 from metaperturb.errors import UserError
 from metaperturb.methods import METHODS
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.weights import save_phi
+from metaperturb.weights import load_phi, save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from experiments.grid import Grid, Overrides, fingerprint
@@ -161,8 +162,9 @@ def test_a_given_phi_is_held_to_the_papers_by_what_its_file_says(path, tmp_path)
     assert cells["ours"].differences == ("phi: tasks: 2 → 5",)
     assert cells["bare"].differences == ("phi: bare.pt, of which nothing is recorded",)
     for name, cell in cells.items():
-        digest = hashlib.sha256((tmp_path / f"{name}.pt").read_bytes()).hexdigest()
-        assert cell.needs["phi"].id == f"phi-{digest[:8]}"
+        values = [value for p in load_phi(tmp_path / f"{name}.pt").parameters() for value in p.flatten().tolist()]
+        digest = hashlib.sha256(struct.pack("<82f", *values)).hexdigest()
+        assert cell.needs["phi"].id == f"phi-{digest[:8]}"  # of its numbers, whatever its card says
         assert cell.needs["phi"].outcome(Path("runs")) == tmp_path / f"{name}.pt"
 
 
@@ -361,7 +363,7 @@ def test_a_wrong_file_is_one_line(tmp_path, old, new, said):
         (Overrides(settings=("seed=3",)), "--set seed=3: is given by --seeds"),
         (Overrides(settings=("phi=phi.pt",)), "--set phi=phi.pt: is given by --use"),
         (Overrides(files={"psi": Path("phi.pt")}), "--use: need 'psi' is unknown; did you mean 'phi'?"),
-        (Overrides(files={"phi": Path("none.pt")}), "--use phi=none.pt: no such file or finished run"),
+        (Overrides(files={"phi": Path("none.pt")}), "none.pt: no such φ file"),
         (Overrides(files={"phi": CONFIGS}), "no such file or finished run"),
         (Overrides(files={"phi": CONFIGS / "src.yaml"}), "src.yaml: not loaded, because it is damaged"),
         (Overrides(paths={"CAB": "x"}), "--path: column or need 'CAB' is unknown; did you mean 'CUB'?"),

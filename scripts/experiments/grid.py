@@ -33,11 +33,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.nn.utils import parameters_to_vector
+
 from experiments.schema import PROGRAMS, read_grid, unknown
 from metaperturb.config import MetaTestConfig, default_of, differences, load_config, read_yaml
 from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_json
-from metaperturb.weights import load_phi
+from metaperturb.weights import find_phi, load_phi
 
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 # Settings that neither tell two cells of a table apart nor keep one from being at the paper's setting.
@@ -315,18 +318,20 @@ class Grid:
 
 
 def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
-    """A file or run folder that the command line gives in place of a run; identified by its content."""
+    """A file, run folder or shipped φ that the command line gives in place of a run; identified by its content."""
     run = path if path.is_dir() else None
-    if run is not None and spec.get("program") == "meta_train":
-        path = run / "phi.pt"
+    learned = spec.get("program") == "meta_train"
+    if learned:
+        path = find_phi(path) if run is None else run / "phi.pt"
     file = path / "checkpoints" / "latest.pt" if path.is_dir() else path
     if not file.is_file() or (run is not None and not (run / "result.json").is_file()):
         raise UserError(f"--use {name}={run or path}: no such file or finished run")
+    phi = load_phi(path) if learned else None
     config = None
     card: Any = {}
     if "program" in spec:  # what the file says of its making, to hold it to the paper's setting
-        if spec["program"] == "meta_train":
-            card = load_phi(path).card
+        if phi is not None:
+            card = phi.card
         elif run is not None:
             card = load_json(run / "result.json")
         settings = card.get("config") if isinstance(card, Mapping) else None
@@ -335,7 +340,14 @@ def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
         if isinstance(settings, Mapping) and settings:
             config = cls(**{key: settings[key] for key in settings if key in known})
     card = card if config is not None else {}
-    return Need(name, f"{name}-{sha256(file)[:8]}", config=config, file=path, card=card)
+    id_ = f"{name}-{sha256(file) if phi is None else digest(phi):.8}"
+    return Need(name, id_, config=config, file=path, card=card)
+
+
+def digest(phi: MetaPerturb) -> str:
+    """Identifies a φ by its 82 numbers: its file changes with what its card says."""
+    values = parameters_to_vector(phi.parameters()).numpy().astype("<f4")
+    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def sha256(path: Path) -> str:

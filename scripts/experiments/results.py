@@ -119,7 +119,8 @@ class Results:
             result = record["result"]
             for key, id_ in record["needs"].items():
                 made = result.get("phi_card" if key == "phi" else "init")
-                made = made.get("sha256", made) if isinstance(made, Mapping) else made
+                if isinstance(made, Mapping):  # how a φ was selected later on does not change it
+                    made = made.get("sha256") or {k: v for k, v in made.items() if k != "selection"}
                 makings.setdefault(id_, set()).add(fingerprint_of(made))
         return [
             f"{id_} was made {len(found)} times: cells that start from it do not all start from the same values"

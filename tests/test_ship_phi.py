@@ -1,0 +1,122 @@
+"""φ in the package: how it gets there, what its card says, and that the one we ship is what it claims to be."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from image_files import one_line
+
+from metaperturb import UserError, load_phi
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.weights import SHIPPED, save_phi
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import ship_phi
+from experiments.grid import digest
+
+CARD = {
+    "source": {"name": "tiny_imagenet-train", "images": 40000, "classes": 200, "fingerprint": "44bdec7ca5ee700a"},
+    "metrics": {"train_loss": 2.5, "test_loss": 2.6},
+    "seconds": 61.4,
+    "config": {
+        **{"run_dir": "/home/me/runs/src", "source_paths": ["/home/me/one.zip"], "model": "resnet20", "tasks": 10},
+        **{"split": "disjoint", "seed": 3, "image_size": 32, "steps": 750, "batch_size": 32, "lr": 0.001},
+        **{"weight_decay": 0.0005, "precision": "float32", "anneal": 0.0},
+    },
+    "versions": {"torch": "2.11"},
+    "hardware": {"cpu": "EPYC", "device": "cpu"},
+    "commit": "abc",
+    "selection": {
+        "chosen": "src-3",
+        "evaluated": "s_cifar100, val images",
+        "accuracy": {
+            "src-3": {"mean": 31.25, "std": None, "seeds": 1},
+            "src-0": {"mean": 30.5, "std": 1.0, "seeds": 2},
+        },
+    },
+}
+
+
+@pytest.fixture
+def phi(tmp_path) -> Path:
+    torch.manual_seed(3)
+    save_phi(MetaPerturb(), tmp_path / "phi.pt", CARD)
+    return tmp_path / "phi.pt"
+
+
+def record(folder: Path, row: str, seed: int, accuracy: float, phi: str | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model": "resnet20", "steps": 4000, "batch_size": 32}
+    result = {"metrics": {"accuracy": accuracy}, "config": config}
+    content = {
+        "row": row,
+        "column": "CUB",
+        "seed": seed,
+        "needs": {} if phi is None else {"phi": phi},
+        "result": result,
+    }
+    (folder / f"{row.lower()}--cub--seed{seed}--{phi}.json").write_text(json.dumps(content))
+
+
+def ship(*arguments: object) -> int:
+    return ship_phi.main([*map(str, arguments)])
+
+
+def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
+    results, out = tmp_path / "results", tmp_path / "out"
+    assert ship("mine", phi, "--results", results, "--out", out) == 0
+    shipped, original = load_phi(out / "mine.pt"), load_phi(phi)
+    assert all(torch.equal(a, b) for a, b in zip(shipped.parameters(), original.parameters(), strict=True))
+    assert shipped.card["selection"] == CARD["selection"]
+    assert "/home" not in json.dumps(shipped.card) and shipped.card["config"]["source_paths"] == ["one.zip"]
+    assert "Nothing yet." in (out / "mine.md").read_text()
+
+    ours = f"phi-{digest(original):.8}"
+    for seed, base, accuracy in ((0, 0.30, 0.33), (1, 0.32, 0.34)):
+        record(results / "schedule" / "cpu", "Base", seed, base, None)
+        record(results / "schedule" / "cpu", "MetaPerturb", seed, accuracy, ours)
+        record(results / "schedule" / "cpu", "Other", seed, 0.5, "phi-00000000")
+        record(results / "schedule" / "smoke", "MetaPerturb", seed, accuracy, ours)
+    assert ship("mine", "--results", results, "--out", out) == 0
+    text = (out / "mine.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| schedule")]
+    expected = "| 0, 1 | 31.00 ± 1.41 | 33.50 ± 0.71 | +2.50 [-3.85, +8.85] |"  # t of one degree of freedom: 12.706
+    assert len(lines) == 1 and lines[0].endswith(expected) and "4,000 steps of 32" in lines[0]
+    for part in ("40,000 images of 200 classes", "disjoint, 10 tasks, seed 3", "750 steps, batches of 32", "`abc`"):
+        assert part in text
+    assert "src-3, of src-3 31.25 % (1), src-0 30.50 % (2); s_cifar100, val images" in text
+
+
+def test_what_is_not_shipped(phi, tmp_path, capsys):
+    save_phi(MetaPerturb(), tmp_path / "bare.pt")
+    for arguments, said in (
+        (("a-b", phi), "a-b: a name has letters, digits and underscores only"),
+        (("mine", tmp_path / "bare.pt"), "bare.pt: its card does not say how it was meta-trained"),
+        (("mine", tmp_path / "none.pt"), "none.pt: no such φ file"),
+        (("mine",), "mine.pt: no such φ yet; name the file to ship"),
+    ):
+        assert ship(*arguments, "--out", tmp_path / "out", "--results", tmp_path) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_names_are_told():
+    with pytest.raises(UserError) as error:
+        load_phi("tiny_imagenet_resnet19")
+    assert "tiny_imagenet_resnet19: no such φ file (shipped names: tiny_imagenet_resnet20" in one_line(error)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.pt")), ids=lambda path: path.stem)
+def test_every_shipped_phi_has_a_card(path):
+    phi = load_phi(path.stem)
+    values = torch.cat([p.flatten() for p in phi.parameters()])
+    assert len(values) == 82 and values.isfinite().all() and not values.requires_grad
+    config, source = phi.card["config"], phi.card["source"]
+    assert f"{source['images']:,} images of {source['classes']} classes" in path.with_suffix(".md").read_text()
+    assert config["steps"] and config["seed"] is not None and phi.card["commit"]
+    assert not any("/" in str(value) for value in config.values())
+    noise = phi.noise_mean(torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)).relu())
+    assert noise.abs().max() > 0.01  # its noise depends on what it perturbs
