@@ -5,69 +5,56 @@
     ./run.sh fig7 runs/                                   # learned scales, of any number of data sets
     ./run.sh fig8 runs/tgt-cub-*-seed0                    # loss surfaces, a panel a method
     ./run.sh lengths runs/schedule/cpu                    # final accuracy against the number of training steps
-    ./run.sh amount runs/amount/cpu                       # against the number of training images
-    ./run.sh effort runs/effort/cpu                       # against the steps, tasks and classes of φ's meta-training
-    ./run.sh figures                                      # all of them, for every data set under runs/
+    ./run.sh amount runs/target_size/cpu                  # against the number of training images
+    ./run.sh effort runs/meta_training/cpu                # against the steps, tasks and classes of φ's meta-training
+    ./run.sh figures                                      # all that can be drawn, of each folder of runs under runs/
 
 A folder that holds runs stands for all of them. Runs of a method that differ in their seed alone are averaged; those of
-MetaPerturb with several φ are told apart by the φ's file. What takes long (attacks, Monte-Carlo samples, surfaces) says
-its cost first, is kept in the run's folder, and continues from there. --set gives other settings of the figure's
-analysis: fig6 --set steps=50 images=1000, fig8 --set points=31.
+MetaPerturb with several φ are told apart by the φ's file, and averaged if --call gives these one name. What takes long
+(attacks, Monte-Carlo samples, surfaces) says its cost first, is kept in the run's folder, and continues from there.
+--set gives other settings of its analysis: fig6 --set steps=50 images=1000 linf=0,2/255,8/255, fig8 --set points=31.
 """
 
 import argparse
 import dataclasses
+import math
+import os
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import INCIDENTAL, slug
+from experiments.finished import (
+    OF_A_METHOD,
+    Finished,
+    by_method,
+    check_alike,
+    data_of,
+    find_runs,
+    grouped,
+    meta_training,
+    tell_apart,
+    tell_phis_apart,
+    test_of,
+    title,
+)
+from experiments.grid import fingerprint_of, slug
 
 from metaperturb import plots
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
-from metaperturb.analyses.robustness import Attack, measure_robustness, robustness_curves
+from metaperturb.analyses.extras import extra
+from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure_robustness, robustness_curves
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import pairs, run_program
-from metaperturb.config import MetaTrainConfig, default_of
 from metaperturb.distributed import choose_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import read_metrics
-from metaperturb.storage import load_json
 from metaperturb.trained import TrainedRun, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
-# What may differ between the runs that are averaged; and, as well, between the methods of a picture.
-OF_A_RUN = {*INCIDENTAL, "method", "run_dir", "data_root", "target_path"}
-OF_A_METHOD = {*OF_A_RUN, "phi", "recipe", "init", "clip", "anneal"}
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run, as far as its `result.json` tells."""
-
-    dir: Path
-    result: Mapping[str, Any]
-    phi: str = ""  # tells its φ apart, where runs have several
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.result["config"]
-
-    @property
-    def name(self) -> str:
-        """The method as pictures call it: `metaperturb`, `base, finetuned`, `metaperturb, φ selected, mixup`."""
-        parts = [self.config["method"], self.phi, "finetuned" if self.config["init"] else ""]
-        parts += self.config.get("recipe", [])  # older runs lack it
-        return ", ".join(part for part in parts if part)
-
-    @property
-    def data(self) -> str:
-        """The data set as pictures call it; of an image folder its name."""
-        config = self.config
-        return Path(config["target_path"]).stem if config["target"] == "folder" else config["target"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,195 +77,132 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def figures(arguments: argparse.Namespace) -> None:
+    arguments.analyses = read_settings(arguments.figure, arguments.set)
+    arguments.where, arguments.drawn = "", set()  # see `picture_path`
     runs = find_runs(arguments.sources or [arguments.runs])
     if arguments.methods:
-        runs = [run for run in runs if run.config["method"] in arguments.methods]
+        runs = [run for run in runs if run.method in arguments.methods]
     if not runs:
         raise UserError("no finished run of these methods")
     runs = tell_phis_apart(runs, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
-    if arguments.figure != "figures":
+    if arguments.figure == "figures":
+        every_figure(runs, arguments)
+    else:
         FIGURES[arguments.figure](runs, arguments)
-        return
-    by_data = grouped(runs, data_of)
-    for name, figure in FIGURES.items():
-        if name == "fig7":
-            for of_network in grouped(runs, lambda run: run.config["model"]).values():
-                if any(run.config["method"] == "metaperturb" for run in of_network):
-                    figure(of_network, arguments)
-        elif name in ("lengths", "amount"):
-            by, amounts = (data_of, steps_of) if name == "lengths" else (test_of, train_images)
-            for comparable in grouped(runs, by).values():
-                if len(grouped(comparable, amounts)) > 1:
-                    figure(comparable, arguments)
-        elif name == "effort":
-            continue  # which φ are to be compared must be said
-        else:
-            for of_data in by_data.values():
-                for of_length in grouped(of_data, steps_of).values():
-                    figure(of_length, arguments)
 
 
-# --- which runs
-
-
-def find_runs(sources: Iterable[Path]) -> list[Finished]:
-    """The finished runs of meta-testing among folders and below them, in the order of their names.
+def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """All pictures that can be drawn, folder by folder: a table's runs belong together, apart from those of another.
 
     Raises:
-        UserError: a folder that is not there, holds no finished run, or is a run that is not finished.
+        UserError: some could not; what each lacks was told before.
     """
-    found: dict[Path, Finished] = {}
-    for source in sources:
-        if not source.is_dir():
-            raise UserError(f"{source}: no such folder")
-        if (source / "config.yaml").exists() and not (source / "result.json").exists():
-            raise UserError(f"{source}: this run is not finished (the command that began it continues it)")
-        results = [source / "result.json"] if (source / "result.json").exists() else sorted(source.rglob("result.json"))
-        runs = [Finished(path.parent, load_json(path)) for path in results]
-        runs = [run for run in runs if isinstance(run.result, dict) and run.result.get("program") == "meta_test"]
-        if not runs:
-            raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
-        found |= {run.dir.resolve(): run for run in runs}
-    return [*found.values()]
+    refused = 0
+    by_folder = grouped(runs, lambda run: run.dir.resolve().parent)
+    common = os.path.commonpath(by_folder)
+    for folder, of_folder in by_folder.items():
+        if len(by_folder) > 1:
+            arguments.where = slug(os.path.relpath(folder, common))
+        for name, figure in FIGURES.items():
+            for some in pictures(name, of_folder):
+                try:
+                    figure(some, arguments)
+                except UserError as error:
+                    refused += 1
+                    print(f"{name} not drawn: {error}", file=sys.stderr)
+    if refused:
+        raise UserError(f"{refused} pictures were not drawn, for the reasons above")
 
 
-def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list[Finished]:
-    """Where runs have several φ, each gets a name: that of its file, of the file's folder if all are `phi.pt`.
+def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
+    """The runs of each picture of this kind."""
+    if figure == "fig7":
+        runs = [run for run in runs if run.method == "metaperturb" and run.setting("gate")]
+        return grouped(runs, lambda run: run.config["model"]).values()
+    if figure == "lengths":
+        return [some for some in grouped(runs, data_of).values() if len(grouped(some, lambda run: run.steps)) > 1]
+    if figure == "amount":
+        of_tests = grouped(runs, test_of).values()
+        return [some for some in of_tests if len(grouped(some, lambda run: run.train_images)) > 1]
+    of_one_length = grouped(runs, lambda run: (data_of(run), run.steps)).values()
+    return of_one_length if figure != "effort" else [some for some in of_one_length if effort_panels(some)]
 
-    Args:
-        runs: of any methods.
-        called: other names in place of these.
+
+def picture_path(arguments: argparse.Namespace, stem: str) -> Path:
+    """Where a picture goes, without suffix; of several folders of runs, its name tells which.
 
     Raises:
-        UserError: `called` names a φ that no run has.
+        UserError: this command has drawn one there already.
     """
-    paths = sorted({run.config["phi"] for run in runs if run.config["phi"]})
-    for name_of in (lambda path: Path(path).stem, lambda path: Path(path).parent.name, str):
-        names = {path: name_of(path) for path in paths}
-        if len({*names.values()}) == len(names):
-            break
-    if unknown := [name for name in called if name not in names.values()]:
-        raise UserError(
-            f"--call {unknown[0]}: no run has a φ of this name ({', '.join(names.values()) or 'none at all'})"
-        )
-    if len(paths) < 2 and not called:
-        return [*runs]
-    names = {path: called.get(name, f"φ {name}") for path, name in names.items()}
-    return [dataclasses.replace(run, phi=names.get(run.config["phi"], "")) for run in runs]
-
-
-def grouped(runs: Iterable[Finished], key: Callable[[Finished], Any]) -> dict[Any, list[Finished]]:
-    groups: dict[Any, list[Finished]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return groups
-
-
-def steps_of(run: Finished) -> int:
-    return run.config["steps"]
-
-
-def train_images(run: Finished) -> int:
-    return run.result["target"]["train"]
-
-
-def test_of(run: Finished) -> tuple[Any, ...]:
-    """Identifies what networks trained on different images are compared by."""
-    return (run.result["target"]["fingerprints"][1], run.config["model"], steps_of(run))
-
-
-def data_of(run: Finished) -> tuple[str, ...]:
-    """Identifies the images and the network of a run."""
-    return (*run.result["target"]["fingerprints"], run.config["model"])
-
-
-def one_data_set(runs: Sequence[Finished]) -> str:
-    """The name of the data set and network that all runs share.
-
-    Raises:
-        UserError: they are of several.
-    """
-    first = runs[0]
-    for run in runs[1:]:
-        if data_of(run) != data_of(first):
-            raise UserError(
-                f"{run.dir}: is about {title(run)}, {first.dir.name} about {title(first)}, and one picture shows one "
-                "data set and network (./run.sh figures draws each)"
-            )
-    return title(first)
-
-
-def title(run: Finished) -> str:
-    return f"{run.data}, {run.config['model']}"
-
-
-def of_one_length(runs: Sequence[Finished]) -> tuple[str, dict[str, list[Finished]]]:
-    """The picture's title, and its runs under the names of their methods."""
-    return f"{one_data_set(runs)}, {steps_of(runs[0])} steps", by_method(runs)
-
-
-def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Runs under the name of their method, in the order of `plots.LABELS`.
-
-    Raises:
-        UserError: two runs of a method differ in more than the seed, or do not, or runs differ in what all share.
-    """
-    methods = grouped(runs, lambda run: run.name)
-    for name, same in methods.items():
-        seeds = [run.config["seed"] for run in same]
-        for run in same[1:]:
-            tell_apart(same[0], run, OF_A_RUN, f"runs of {name}")
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"{same[-1].dir}: there are two runs of {name} with one seed; name those that are meant")
-    for run in runs[1:]:
-        hyperparameters = {key for key in run.config if key.startswith(tuple(plots.LABELS))}
-        tell_apart(runs[0], run, OF_A_METHOD | hyperparameters, "runs")
-    order = [*plots.LABELS]
-    return dict(
-        sorted(
-            methods.items(),
-            key=lambda item: (item[1][0].config["init"] or "", order.index(item[1][0].config["method"]), item[0]),
-        )
-    )
-
-
-def tell_apart(first: Finished, other: Finished, expected: set[str], what: str) -> None:
-    keys = [key for key in first.config if key not in expected and first.config[key] != other.config.get(key)]
-    if keys:
-        changed = "; ".join(f"{key}: {first.config[key]} → {other.config.get(key)}" for key in keys)
-        raise UserError(f"{other.dir}: {what} are averaged or compared, but this one has {changed}")
+    path = arguments.out / (stem + (f"-{arguments.where}" if arguments.where else ""))
+    if path in arguments.drawn:
+        raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
+    arguments.drawn.add(path)
+    return path
 
 
 def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
     device = choose_devices(arguments.device, 1)[0]
     places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
-    return load_run(run.dir, device, **{key: value for key, value in places.items() if value is not None})
+    try:
+        return load_run(run.dir, device, **{key: value for key, value in places.items() if value is not None})
+    except UserError as error:
+        path = arguments.target_path or run.config["target_path"]
+        hint = "" if path is None or Path(path).exists() else " (--target-path says where they are now)"
+        raise UserError(f"{error}{hint}") from error
 
 
-ANALYSES = (Attack, Sampling, Plane)
+# --- settings of the analyses
+
+ANALYSES = {"fig6": (Attack, Sampling), "fig8": (Plane,), "figures": (Attack, Sampling, Plane)}
 
 
-def settings(cls: type, texts: Sequence[str]) -> Any:
-    """An analysis's settings with `key=value` texts in place of defaults; keys of other analyses are left alone.
+def read_settings(figure: str, texts: Sequence[str]) -> dict[type, Any]:
+    """Analysis → its settings, with `key=value` texts in place of defaults; a key may belong to several.
 
     Raises:
-        UserError: no analysis has the key, or the value is no number.
+        UserError: no analysis of the figure has the key, or the value is none for it.
     """
-    known = {field.name: field.default for analysis in ANALYSES for field in dataclasses.fields(analysis)}
+    classes = ANALYSES.get(figure, ())
+    known = {key: kind for cls in classes for key, kind in typing.get_type_hints(cls).items()}
     values = {}
     for text in texts:
         key, separator, value = text.partition("=")
         if not separator or key not in known:
-            raise UserError(f"--set {text}: expected KEY=VALUE, the key one of {', '.join(sorted(known))}")
+            expected = (
+                f"expected KEY=VALUE, the key one of {', '.join(sorted(known))}" if known else "none for this figure"
+            )
+            raise UserError(f"--set {text}: {expected}")
         try:
-            numbers = tuple((float if "." in part or "e" in part else int)(part) for part in value.split(",") if part)
-        except ValueError:
-            raise UserError(f"--set {text}: not a number") from None
-        values[key] = numbers if isinstance(known[key], tuple) else numbers[0] if len(numbers) == 1 else None
-        if values[key] is None:
-            raise UserError(f"--set {text}: expected one number")
-    own = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{key: value for key, value in values.items() if key in own})
+            values[key] = parsed(value, known[key])
+        except (ValueError, ZeroDivisionError, OverflowError) as error:
+            raise UserError(f"--set {text}: {error}") from None
+    return {
+        cls: cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+        for cls in classes
+    }
+
+
+def parsed(text: str, kind: Any) -> Any:
+    """A value of this type: a number, a fraction such as 8/255, or several with commas between."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(parsed(part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    above, _, below = text.partition("/")
+    try:
+        value = int(text) if kind is int else float(above) / float(below or 1)
+    except ValueError:
+        raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
+    if value < 0:
+        raise ValueError("must not be negative")
+    return value
+
+
+def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = ()) -> Path:
+    """Where what an analysis found about a run is kept: a file for each choice of settings."""
+    chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in without}
+    return run.dir / "analyses" / f"{analysis}-{fingerprint_of(chosen)}.json"
 
 
 # --- the figures
@@ -286,36 +210,44 @@ def settings(cls: type, texts: Sequence[str]) -> Any:
 
 def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Convergence."""
-    name, methods = of_one_length(runs)
-    histories = {method: [read_metrics(run.dir) for run in same] for method, same in methods.items()}
-    rows = [
-        {
-            "method": method,
-            "seed": run.config["seed"],
-            **{k: line[k] for k in ("step", "test_nll", "test_accuracy", "test_ece")},
-        }
-        for method, same in methods.items()
-        for run, history in zip(same, histories[method], strict=True)
-        for line in history
-        if "test_accuracy" in line
-    ]
-    path = arguments.out / f"fig5-{slug(name)}"
-    plots.plot_convergence(histories, name, path)
+    methods = of_one_picture(runs)
+    histories: dict[str, list[list[dict[str, Any]]]] = {}
+    rows = []
+    for method, same in methods.items():
+        for run in same:
+            lines = [line for line in read_metrics(run.dir) if "test_accuracy" in line]
+            if not lines:
+                raise UserError(f"{run.dir}: metrics.jsonl holds no evaluation")
+            for line in lines:
+                numbers = {key: line.get(key, math.nan) for key in ("step", "test_nll", "test_accuracy", "test_ece")}
+                if not all(map(math.isfinite, numbers.values())):
+                    raise UserError(
+                        f"{run.dir}: metrics.jsonl, step {numbers['step']}: values are missing or not finite"
+                    )
+                rows.append({"method": method, "seed": run.config["seed"], **numbers})
+            histories.setdefault(method, []).append(lines)
+        if not set.intersection(*({line["step"] for line in lines} for lines in histories[method])):
+            raise UserError(f"{same[0].dir}: no step at which all seeds of {method} were evaluated")
+    path = picture_path(arguments, f"fig5-{slug(title(runs[0]))}")
+    plots.plot_convergence(histories, title(runs[0]), path)
     write_numbers(rows, path)
 
 
 def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Robustness and calibration."""
-    name, methods = of_one_length(runs)
-    attack, sampling = settings(Attack, arguments.set), settings(Sampling, arguments.set)
+    methods = of_one_picture(runs)
+    attack, sampling = arguments.analyses[Attack], arguments.analyses[Sampling]
+    extra("torchmetrics")
+    trained = {run.dir: loaded(run, arguments) for run in runs}
+    for run in trained.values():  # whatever is wrong is told before hours of work
+        check_attack(run, attack)
     attacked: dict[str, list[dict]] = {}
     calibrated: dict[str, list[dict]] = {}
     for method, same in methods.items():
         for run in same:
-            trained = loaded(run, arguments)
-            found = measure_calibration(trained, sampling, analysis_path(run, "calibration"))
+            found = measure_calibration(trained[run.dir], sampling, kept(run, "calibration", sampling))
             calibrated.setdefault(method, []).append(found)
-            found = measure_robustness(trained, attack, analysis_path(run, "robustness"))
+            found = measure_robustness(trained[run.dir], attack, kept(run, "robustness", attack, without=NORMS))
             attacked.setdefault(method, []).append(found)
     calibration = calibration_curves(calibrated)
     for kind, curves, plot in (
@@ -323,52 +255,58 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         ("samples", calibration, plots.plot_samples),
         ("robustness", robustness_curves(attacked), plots.plot_robustness),
     ):
-        path = arguments.out / f"fig6-{kind}-{slug(name)}"
-        plot(curves, path)
+        path = picture_path(arguments, f"fig6-{kind}-{slug(title(runs[0]))}")
+        plot(curves, title(runs[0]), path)
         print(path.with_name(path.name + ".png"))
 
 
 def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Learned scales, of several data sets side by side; of the runs those of MetaPerturb."""
-    perturbed = [run for run in runs if run.config["method"] == "metaperturb"]
+    perturbed = [run for run in runs if run.method == "metaperturb"]
     if not perturbed:
-        raise UserError(f"{runs[0].dir}: method {runs[0].config['method']} has no scales s, nor has any other run here")
+        raise UserError(f"{runs[0].dir}: method {runs[0].method} has no scales s, nor has any other run here")
+    steps_differ = len(grouped(perturbed, lambda run: run.steps)) > 1
     by_data: dict[str, list[list[dict]]] = {}
     rows = []
-    for run in perturbed:
-        trained = loaded(run, arguments)
-        scales = [
-            {**place, "spread": spread}
-            for place, spread in zip(learned_scales(trained), noise_spread(trained), strict=True)
-        ]
-        name = run.name.replace("metaperturb", run.data, 1)
-        by_data.setdefault(name, []).append(scales)
-        rows += [
-            {"data": name, "run": run.dir.name, "seed": run.config["seed"]}
-            | {"site": place["site"], "channel": channel, "s": s, "spread": spread}
-            for place in scales
-            for channel, (s, spread) in enumerate(zip(place["s"], place["spread"], strict=True))
-        ]
+    for same in grouped(perturbed, lambda run: (data_of(run), run.steps)).values():
+        for name, of_name in by_method(same).items():
+            name = name.replace("metaperturb", of_name[0].data, 1)
+            name += f", {of_name[0].steps} steps" if steps_differ else ""
+            if name in by_data:
+                raise UserError(f"{of_name[0].dir}: is about other images than another run about {name}")
+            for run in of_name:
+                trained = loaded(run, arguments)
+                scales = [
+                    {**place, "spread": spread}
+                    for place, spread in zip(learned_scales(trained), noise_spread(trained), strict=True)
+                ]
+                by_data.setdefault(name, []).append(scales)
+                rows += [
+                    {"data": name, "run": run.dir.name, "seed": run.config["seed"]}
+                    | {"site": place["site"], "channel": channel, "s": s, "spread": spread}
+                    for place in scales
+                    for channel, (s, spread) in enumerate(zip(place["s"], place["spread"], strict=True))
+                ]
     networks = {
         tuple((place["site"], place["channels"]) for place in scales) for same in by_data.values() for scales in same
     }
     if len(networks) > 1:
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
-    path = arguments.out / f"fig7-scales-{slug(perturbed[0].config['model'])}"
+    path = picture_path(arguments, f"fig7-scales-{slug(perturbed[0].config['model'])}")
     plots.plot_scales(by_data, path)
     write_numbers(rows, path)
 
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss surfaces, of each method its first seed."""
-    name, methods = of_one_length(runs)
-    plane = settings(Plane, arguments.set)
+    methods = of_one_picture(runs)
+    plane = arguments.analyses[Plane]
     surfaces = {}
     for method, same in methods.items():
         run = min(same, key=lambda run: run.config["seed"])
-        surfaces[method] = loss_surface(loaded(run, arguments), plane, analysis_path(run, "surface"))
-    path = arguments.out / f"fig8-{slug(name)}"
-    plots.plot_surfaces(surfaces, name, path)
+        surfaces[method] = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
+    path = picture_path(arguments, f"fig8-{slug(title(runs[0]))}")
+    plots.plot_surfaces(surfaces, title(runs[0]), path)
     rows = [
         {"method": method, "a": a, "b": b, "loss": loss}
         for method, surface in surfaces.items()
@@ -378,29 +316,30 @@ def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     write_numbers(rows, path)
 
 
+def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
+    """The runs of one data set, network and length under the names of their methods."""
+    check_alike(runs, data_of, "data set and network")
+    return by_method(runs)
+
+
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the length of training."""
-    name = one_data_set(runs)
-    growth(runs, steps_of, "training steps", f"lengths-{slug(name)}", name, arguments)
+    check_alike(runs, data_of, "data set and network")
+    growth(runs, lambda run: run.steps, "training steps", "lengths", title(runs[0], with_steps=False), arguments)
 
 
 def amount(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Final accuracy against the number of training images, all runs of one length."""
-    for run in runs[1:]:
-        if test_of(run) != test_of(runs[0]):
-            raise UserError(
-                f"{run.dir}: is about {title(run)}, {steps_of(run)} steps, {runs[0].dir.name} about {title(runs[0])}, "
-                f"{steps_of(runs[0])} steps, and one picture shows one test set, network and length"
-            )
-    name = f"{title(runs[0])}, {steps_of(runs[0])} steps"
-    growth(runs, train_images, "training images", f"amount-{slug(name)}", name, arguments)
+    """Final accuracy against the number of training images."""
+    check_alike(runs, test_of, "test set, network and length")
+    name = title(runs[0], with_amount=False)
+    growth(runs, lambda run: run.train_images, "training images", "amount", name, arguments)
 
 
 def growth(
     runs: Sequence[Finished],
     amount_of: Callable[[Finished], int],
     unit: str,
-    file: str,
+    kind: str,
     name: str,
     arguments: argparse.Namespace,
 ) -> None:
@@ -419,12 +358,11 @@ def growth(
         for n, same in found.items():
             if left_out := sorted(run.config["seed"] for run in same if run.config["seed"] not in common):
                 print(f"{method}, {n} {unit}: left out, as others lack them: seeds {left_out}", file=sys.stderr)
-            kept = [run.result["metrics"]["accuracy"] for run in same if run.config["seed"] in common]
-            if kept:
-                results.setdefault(method, {})[n] = kept
+            if accuracies := [run.accuracy for run in same if run.config["seed"] in common]:
+                results.setdefault(method, {})[n] = accuracies
     if not results:
         raise UserError(f"no method has one seed for all numbers of {unit}")
-    path = arguments.out / file
+    path = picture_path(arguments, f"{kind}-{slug(name)}")
     plots.plot_growth(results, unit, name, path)
     print(path.with_name(path.name + ".png"))
 
@@ -437,45 +375,36 @@ EFFORT = {  # what φ's card says of its meta-training → what the picture call
 
 
 def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Final accuracy with φ against what φ was meta-trained with: a panel for each of `EFFORT` of which φ have several.
-
-    A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged.
-    """
-    name = f"{one_data_set(runs)}, {steps_of(runs[0])} steps"
+    """Final accuracy with φ against what φ was meta-trained with."""
+    check_alike(runs, data_of, "data set and network")
     for run in runs[1:]:
         tell_apart(runs[0], run, OF_A_METHOD, "runs")
-    base = [run.result["metrics"]["accuracy"] for run in runs if run.config["method"] == "base"]
-    trained = [(run.result["metrics"]["accuracy"], meta_training(run)) for run in runs]
-    panels = {}
-    for key, label in EFFORT.items():
-        alike: dict[str, dict[int, list[float]]] = {}  # all other settings → amount → accuracies
-        for accuracy, made in trained:
-            if made is not None:
-                others = {k: v for k, v in made.items() if k != key}
-                alike.setdefault(str(others), {}).setdefault(made[key], []).append(accuracy)
-        widest = max(alike.values(), key=len, default={})
-        if len(widest) > 1:
-            panels[label] = dict(sorted(widest.items()))
+    panels = effort_panels(runs)
     if not panels:
         raise UserError(
             "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
         )
-    path = arguments.out / f"effort-{slug(name)}"
-    plots.plot_effort(panels, base, name, path)
+    path = picture_path(arguments, f"effort-{slug(title(runs[0]))}")
+    plots.plot_effort(panels, [run.accuracy for run in runs if run.method == "base"], title(runs[0]), path)
     print(path.with_name(path.name + ".png"))
 
 
-def meta_training(run: Finished) -> dict[str, Any] | None:
-    """The settings that made a run's φ what it is, `classes`: how many the source had; None where they are unknown."""
-    card = run.result["phi_card"] or {}
-    if not {"config", "source"} <= card.keys():
-        return None
-    made = {
-        field.name: card["config"].get(field.name, default_of(field))
-        for field in dataclasses.fields(MetaTrainConfig)
-        if field.metadata["identity"] and field.name not in INCIDENTAL
-    }
-    return {**made, "classes": card["source"]["classes"]}
+def effort_panels(runs: Sequence[Finished]) -> dict[str, dict[int, list[float]]]:
+    """For each of `EFFORT` of which φ have several, number → accuracies.
+
+    A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged.
+    """
+    trained = [(run.accuracy, made) for run in runs if (made := meta_training(run)) is not None]
+    panels = {}
+    for key, label in EFFORT.items():
+        alike: dict[str, dict[int, list[float]]] = {}  # all other settings → number → accuracies
+        for accuracy, made in trained:
+            others = {k: v for k, v in made.items() if k != key}
+            alike.setdefault(str(others), {}).setdefault(made[key], []).append(accuracy)
+        widest = max(alike.values(), key=len, default={})
+        if len(widest) > 1:
+            panels[label] = dict(sorted(widest.items()))
+    return panels
 
 
 FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
@@ -487,10 +416,6 @@ FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
     "amount": amount,
     "effort": effort,
 }
-
-
-def analysis_path(run: Finished, name: str) -> Path:
-    return run.dir / "analyses" / f"{name}.json"
 
 
 def write_numbers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from metaperturb.cli import run_program
 from metaperturb.errors import UserError
 from metaperturb.storage import reason, write_atomically
@@ -40,6 +42,8 @@ TABLES = {
     "recipe": "Today's recipe",
     "target_size": "Number of training images",
     "meta_training": "What meta-training needs",
+    "select": "Selection of φ",
+    "tune": "Hyperparameters",
 }
 FIGURES = (
     Figure("fig1", "Figure 1: the idea", "One φ is meta-trained over many tasks and then used by other networks."),
@@ -61,8 +65,13 @@ FIGURES = (
     Figure(
         "fig6-calibration",
         "Figure 6 d: calibration",
-        "Accuracy against confidence, and what more Monte-Carlo samples buy.",
+        "Accuracy against confidence.",
         "MetaPerturb lowers the expected calibration error; Manifold Mixup raises it above Base.",
+    ),
+    Figure(
+        "fig6-samples",
+        "Figure 6 d: Monte-Carlo samples",
+        "What more samples in a prediction buy: accuracy, calibration error, and what they cost: time.",
     ),
     Figure(
         "fig7",
@@ -107,7 +116,10 @@ tbody tr:nth-child(even) { background: var(--band); }
 td.long { white-space: normal; text-align: left; min-width: 14rem; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; background: #fff; }
 figcaption { color: var(--faint); }
-@media (max-width: 40rem) { body { font-size: 15px; padding: .6rem; } th, td { padding: .25rem .4rem; } }
+@media screen and (max-width: 40rem) {
+  body { font-size: 15px; padding: .6rem; } th, td { padding: .25rem .4rem; }
+  figure { overflow-x: auto; } img { min-width: 44rem; max-width: none; }
+}
 @media print {
   body { max-width: none; font-size: 10pt; } nav { display: none; } .scroll { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; }
@@ -161,7 +173,8 @@ def render(results: Path, figures: Path) -> str:
 
 
 def _tables(results: Path) -> Iterator[str]:
-    for name, title in TABLES.items():
+    others = sorted({path.parent.name for path in results.glob("*/*.csv")} - TABLES.keys())
+    for name, title in {**TABLES, **{name: name for name in others}}.items():
         for path in sorted((results / name).glob("*.csv")):
             yield _table(title, path)
 
@@ -244,8 +257,10 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _pictures(figures: Path) -> Iterator[str]:
-    for figure in FIGURES:
-        paths = sorted(figures.glob(f"{figure.stem}*.png"))
+    left = sorted(figures.glob("*.png"))
+    for figure in (*FIGURES, Figure("", "Others", "Further pictures.")):
+        paths = [path for path in left if path.name.startswith(figure.stem)]
+        left = [path for path in left if path not in paths]
         if not paths:
             continue
         paper = f'<p class="note">Paper: {escape(figure.paper)}</p>' if figure.paper else ""
@@ -256,9 +271,11 @@ def _pictures(figures: Path) -> Iterator[str]:
 
 def _picture(path: Path) -> str:
     try:
+        with Image.open(path) as image:
+            image.verify()
         content = base64.b64encode(path.read_bytes()).decode()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+    except (OSError, SyntaxError) as error:  # what Pillow raises on a broken file
+        raise UserError(f"{path}: cannot be read as a picture ({reason(error)}); draw it again") from error
     name = escape(path.stem)
     numbers = f", numbers in {name}.csv" if path.with_suffix(".csv").exists() else ""
     return (

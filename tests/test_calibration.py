@@ -10,6 +10,7 @@ from image_files import one_line
 from torch import nn
 
 from metaperturb import UserError
+from metaperturb.analyses import calibration
 from metaperturb.analyses.calibration import Sampling, calibration_curves, calibration_error, measure_calibration
 from metaperturb.evaluation import expected_calibration_error, metrics, reliability_bins
 from metaperturb.plots import plot_reliability, plot_samples
@@ -139,6 +140,32 @@ def test_deterministic_and_kept(runs, tmp_path):
         measure_calibration(runs["base"], SOME, tmp_path / "a")
 
 
+def test_cut_off_and_continued(runs, tmp_path, monkeypatch, capsys):
+    run = runs["metaperturb"]
+    whole = measure_calibration(run, SOME, tmp_path / "whole.json")
+    assert f"6 samples of 200 images = {6 * 200:,} forward passes" in capsys.readouterr().err
+    monkeypatch.setattr(calibration, "SAVE_SECONDS", 0)
+    save, saved = calibration.save_tensors, []
+
+    def save_and_stop(content, path):
+        save(content, path)
+        saved.append(path)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "save_tensors", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure_calibration(run, SOME, tmp_path / "cut.json")
+    continued = measure_calibration(run, SOME, tmp_path / "cut.json")
+    assert len(saved) == 5 and not saved[0].exists()  # the fifth draw, and the sixth ends it
+
+    def comparable(content):
+        counts = [{key: value for key, value in of_count.items() if key != "seconds"} for of_count in content["counts"]]
+        return {**content, "counts": counts, "seconds_per_sample": None}
+
+    assert comparable(continued) == comparable(whole)
+
+
 def test_curves_and_pictures(runs, tmp_path):
     results = {m: [measure_calibration(runs[m], SOME, tmp_path / f"{m}.json")] for m in ("base", "metaperturb")}
     other = json.loads(json.dumps(results["metaperturb"][0]))
@@ -160,12 +187,12 @@ def test_curves_and_pictures(runs, tmp_path):
         (plot_reliability, "name,bin,count,confidence,accuracy"),
         (plot_samples, "name,samples,accuracy,accuracy_scatter,ece,ece_scatter,nll,seconds,seeds"),
     ):
-        plot(curves, tmp_path / plot.__name__)
+        plot(curves, "drawn", tmp_path / plot.__name__)
         assert (tmp_path / f"{plot.__name__}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{plot.__name__}.svg").read_bytes()
         lines = (tmp_path / f"{plot.__name__}.csv").read_text().splitlines()
         assert lines[0] == header and len(lines) == 1 + (30 if plot is plot_reliability else 4)
-    plot_samples({"base": curves["base"]}, tmp_path / "alone")  # nothing to compare counts with
+    plot_samples({"base": curves["base"]}, "drawn", tmp_path / "alone")  # nothing to compare counts with
     results["base"][0]["target"]["fingerprint"] = "0"
     with pytest.raises(UserError, match="cannot be compared: target"):
         calibration_curves(results)

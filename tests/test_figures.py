@@ -9,17 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from PIL import Image
 
 import metaperturb.meta_test as program
 from metaperturb.perturbation import MetaPerturb
+from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import figures as scripts_figures
 
-FAST = ["images=20", "steps=2", "draws=2", "samples=2", "linf=0,0.02", "l2=0.5", "l1=2", "counts=1,2", "points=3"]
+FIGURE_6 = ("fig6-robustness", "fig6-calibration", "fig6-samples")
+FAST = [
+    "images=20",
+    "steps=2",
+    "draws=2",
+    "samples=2",
+    "linf=0,0.02",
+    "l2=0.5",
+    "l1=2",
+    "counts=1,2",
+    "points=3",
+]  # the last is of figure 8
 
 
 def command(script: str, *arguments) -> subprocess.CompletedProcess:
@@ -39,7 +52,7 @@ def runs(target_settings, tmp_path_factory) -> Path:
     save_phi(MetaPerturb(), folder / "phi.pt")
     for name, changes in {
         "base-0": ["method=base"],
-        "base-1": ["method=base", "seed=1"],
+        "base-1": ["method=base", "seed=1", "checkpoint_every=3", "kernel=plain"],  # what changes no result may differ
         "meta": [f"phi={folder / 'phi.pt'}"],
         "tuned": ["method=base", f"init={folder / 'base-0'}"],
     }.items():
@@ -63,8 +76,8 @@ def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
 def test_convergence(runs, tmp_path):
     completed = figures("fig5", runs, "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.strip() == str(tmp_path / "fig5-folder-resnet8-8-steps.png")
-    found = check_pictures(tmp_path, "fig5-folder-resnet8-8-steps")
+    assert completed.stdout.strip() == str(tmp_path / "fig5-folder-12-px-resnet8-8-steps.png")
+    found = check_pictures(tmp_path, "fig5-folder-12-px-resnet8-8-steps")
     logged = [json.loads(line) for line in (runs / "base-1" / "metrics.jsonl").read_text().splitlines()]
     expected = [line["test_accuracy"] for line in logged if "test_accuracy" in line]
     mine = [row for row in found if (row["method"], row["seed"]) == ("base", "1")]
@@ -88,7 +101,7 @@ def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, ca
     completed = figures("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ")
     assert completed.returncode == 0, completed.stderr
     assert "base, 8 training steps: left out, as others lack them: seeds [1]" in completed.stderr
-    found = check_pictures(tmp_path, "lengths-folder-resnet8")
+    found = check_pictures(tmp_path, "lengths-folder-12-px-resnet8")
     accuracy = {(row["name"], row["training_steps"]): float(row["accuracy_percent"]) for row in found}
     names = ("base", "metaperturb, φ phi", "metaperturb, another φ")
     assert {*accuracy} == {(name, steps) for name in names for steps in ("6", "8")}
@@ -111,7 +124,7 @@ def test_amount_of_training_images(runs, target_settings, tmp_path, capsys):
     # As ./run.sh calls it: the folders behind an option.
     completed = figures("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
-    found = check_pictures(tmp_path, "amount-folder-resnet8-8-steps")
+    found = check_pictures(tmp_path, "amount-folder-12-px-resnet8-8-steps")
     accuracy = {(row["name"], row["training_images"]): float(row["accuracy_percent"]) for row in found}
     expected = {("base", "30"): "few", ("metaperturb", "80"): "meta"}
     expected = {place: tmp_path / "more" / name for place, name in expected.items()} | {("base", "80"): runs / "base-0"}
@@ -152,7 +165,7 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
     more = tmp_path / "more"
     completed = figures("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
-    found = check_pictures(tmp_path, "effort-folder-resnet8-8-steps")
+    found = check_pictures(tmp_path, "effort-folder-12-px-resnet8-8-steps")
     numbers = {(row["of"], row["amount"]): (float(row["accuracy_percent"]), row["runs"]) for row in found}
     paper = accuracy(more / "paper", more / "again"), "2"
     expected = {
@@ -177,16 +190,16 @@ def test_all_figures(runs, tmp_path):
     shutil.copytree(runs, copies)
     completed = figures("figures", copies, "--out", tmp_path / "out", "--set", *FAST)
     assert completed.returncode == 0, completed.stderr
-    for stem in ("fig5", "fig6-robustness", "fig6-calibration", "fig6-samples", "fig8"):
-        check_pictures(tmp_path / "out", f"{stem}-folder-resnet8-8-steps")
+    for stem in ("fig5", *FIGURE_6, "fig8"):
+        check_pictures(tmp_path / "out", f"{stem}-folder-12-px-resnet8-8-steps")
     scales = check_pictures(tmp_path / "out", "fig7-scales-resnet8")
     assert len(scales) == 16 + 32 + 64 and all(0 <= float(row["s"]) <= 1 for row in scales)
-    surface = rows(tmp_path / "out" / "fig8-folder-resnet8-8-steps.csv")
+    surface = rows(tmp_path / "out" / "fig8-folder-12-px-resnet8-8-steps.csv")
     assert len(surface) == 3 * 9  # a panel a method, of the lowest seed
-    robust = rows(tmp_path / "out" / "fig6-robustness-folder-resnet8-8-steps.csv")
+    robust = rows(tmp_path / "out" / "fig6-robustness-folder-12-px-resnet8-8-steps.csv")
     assert {row["seeds"] for row in robust if row["name"] == "base"} == {"2"}
     # What takes long is kept, and taken from there.
-    again = figures("fig6", copies, "--out", tmp_path / "again", "--set", *FAST)
+    again = figures("fig6", copies, "--out", tmp_path / "again", "--set", *FAST[:-1])
     assert again.returncode == 0 and "passes of an image" not in again.stderr
     for path in (tmp_path / "again").glob("*.csv"):
         assert path.read_text() == (tmp_path / "out" / path.name).read_text()
@@ -212,11 +225,97 @@ def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings,
     assert "holds no finished run" in message("fig5", runs / "base-0" / "checkpoints")
     assert "no finished run of these methods" in message("fig5", runs, "--methods", "mixup")
     assert "expected KEY=VALUE" in message("fig8", runs, "--set", "pionts=3")
-    assert "not a number" in message("fig8", runs, "--set", "points=few")
+    assert "--set points=few: expected a whole number, got 'few'" in message("fig8", runs, "--set", "points=few")
+    assert "--set points=2.5: expected a whole number" in message("fig8", runs, "--set", "points=2.5")
+    assert "--set counts=1,1.5: expected a whole number" in message("fig6", runs, "--set", "counts=1,1.5")
+    assert "--set l2=1/0: float division by zero" in message("fig6", runs, "--set", "l2=1/0")
+    assert "--set points=3: none for this figure" in message("fig5", runs, "--set", "points=3")
     assert "must be odd" in message("fig8", runs, "--set", "points=4")
-    assert "ε must be finite and not negative" in message("fig6", runs, "--set", "linf=-1.0")
+    assert "--set linf=0,-1: must not be negative" in message("fig6", runs, "--set", "linf=0,-1")
+    assert "ε must be finite and not negative, got inf" in message("fig6", runs, "--set", "linf=inf")
+    before = [*runs.rglob("analyses/*")]
+    assert "beyond 1, the largest distance" in message(
+        "fig6", runs, "--set", "linf=0,2"
+    )  # told before anything is done
+    assert [*runs.rglob("analyses/*")] == before
     (tmp_path / "long" / "result.json").unlink()
     assert "not finished" in message("fig5", tmp_path / "long")
+
+
+def test_damaged_runs_are_named(runs, tmp_path, capsys):
+    def message(figure: str, change) -> str:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(runs / "meta", tmp_path / "run")
+        change(tmp_path / "run")
+        capsys.readouterr()
+        line = [figure, str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        assert scripts_figures.main(line) == 1
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert not (tmp_path / "out").exists()
+        return said
+
+    def replaced(path: Path, *pair: str) -> None:
+        assert pair[0] in path.read_text()
+        path.write_text(path.read_text().replace(*pair))
+
+    def broken_network(folder: Path, name: str) -> None:
+        state = load_tensors(folder / "checkpoints" / "latest.pt")
+        key = next(key for key in state["model"] if key.endswith(name))
+        state["model"][key].view(-1)[0] = float("nan")
+        save_tensors(state, folder / "checkpoints" / "latest.pt")
+
+    def moved(folder: Path) -> None:
+        settings = (folder / "config.yaml").read_text()
+        path = yaml.safe_load(settings)["target_path"]
+        for name in ("config.yaml", "result.json"):
+            replaced(folder / name, path, str(tmp_path / "elsewhere"))
+
+    for figure, change, said in (
+        ("fig5", lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
+        ("fig5", lambda folder: replaced(folder / "metrics.jsonl", "test_nll", "nll"), "metrics.jsonl"),
+        (
+            "fig5",
+            lambda folder: replaced(folder / "metrics.jsonl", '"test_nll": ', '"test_nll": NaN, "x": '),
+            "finite",
+        ),
+        ("fig7", lambda folder: broken_network(folder, "bn1.running_mean"), "holds values that are not finite"),
+        ("fig7", lambda folder: broken_network(folder, "layer1/0.running_var"), "holds values that are not finite"),
+        ("fig8", lambda folder: broken_network(folder, "weight"), "holds values that are not finite"),
+        ("fig8", moved, "(--target-path says where they are now)"),
+        ("fig5", lambda folder: (folder / "result.json").write_text('{"program": "meta_test"}'), "no whole result"),
+    ):
+        assert said in message(figure, change)
+
+
+def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings, tmp_path):
+    """As ./run.sh src and tgt make them. And every_figure draws what it can, the runs of each folder apart."""
+    settings = [*target_settings, "steps=8"]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        phi = tmp_path / f"src-seed{seed}" / "phi.pt"
+        save_phi(MetaPerturb(), phi)
+        folder = tmp_path / "runs" / "own" / f"meta-{seed}"
+        assert program.main(["--set", *settings, f"phi={phi}", f"seed={seed}", f"run_dir={folder}"]) == 0
+    called = ["--call", "src-seed0=ours", "src-seed1=ours"]
+    completed = figures("fig5", tmp_path / "runs", "--out", tmp_path / "fig5", *called)
+    assert completed.returncode == 0, completed.stderr
+    found = check_pictures(tmp_path / "fig5", "fig5-folder-12-px-resnet8-8-steps")
+    assert {(row["method"], row["seed"]) for row in found} == {("metaperturb, ours", "0"), ("metaperturb, ours", "1")}
+
+    shutil.copytree(runs / "base-0", tmp_path / "runs" / "table" / "one")
+    shutil.copytree(runs / "base-0", tmp_path / "runs" / "table" / "two")
+    completed = figures("figures", tmp_path / "runs", "--out", tmp_path / "all", *called, "--methods", "base", "--set")
+    assert completed.returncode == 2  # --set wants a value
+    small = ["points=3", "images=20", "draws=1", "steps=1", "samples=1", "linf=0.1", "l2=", "l1=", "counts=1"]
+    completed = figures("figures", tmp_path / "runs", "--out", tmp_path / "all", *called, "--set", *small)
+    assert completed.returncode == 1
+    assert "fig5 not drawn: " in completed.stderr and "two runs of base with one seed" in completed.stderr
+    assert "3 pictures were not drawn, for the reasons above" in completed.stderr
+    drawn = sorted(path.stem for path in (tmp_path / "all").glob("*.png"))
+    assert drawn == sorted(
+        [f"{figure}-folder-12-px-resnet8-8-steps-own" for figure in ("fig5", *FIGURE_6, "fig8")]
+        + ["fig7-scales-resnet8-own"]
+    )
 
 
 def test_diagrams(tmp_path):

@@ -40,12 +40,13 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
         ),
         line("c", "CUB", **measured | {"setting": "reduced", "departs_from_paper": "steps: 10000 → 20"}),
     ]
-    (results / "table1").mkdir()
-    with open(results / "table1" / "quick.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS)
-        writer.writeheader()
-        writer.writerows(lines)
-    for name in ("fig5-cub", "fig7-scales", "fig7-more"):
+    for table in ("table1", "of-my-own"):
+        (results / table).mkdir()
+        with open(results / table / "quick.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS)
+            writer.writeheader()
+            writer.writerows(lines)
+    for name in ("fig5-cub", "fig7-scales", "fig7-more", "zebras"):
         Image.new("RGB", (40, 30), "teal").save(figures / f"{name}.png")
     (figures / "fig5-cub.csv").write_text("step,accuracy\n1,2\n")
     return results, figures
@@ -108,11 +109,12 @@ def test_ours_and_the_papers_stand_side_by_side(page):
 
 def test_every_picture_is_inside_and_nothing_is_asked_for(page, folders):
     parsed = Texts(page.read_text())
-    assert [image["alt"] for image in parsed.images] == ["fig5-cub", "fig7-more", "fig7-scales"]
+    assert [image["alt"] for image in parsed.images] == ["fig5-cub", "fig7-more", "fig7-scales", "zebras"]
     for image in parsed.images:
         content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
         assert content == (folders[1] / f"{image['alt']}.png").read_bytes()
     assert all(address.startswith(("data:", "#")) for address in parsed.addresses)
+    assert "of-my-own, preset quick" in page.read_text() and "Further pictures." in page.read_text()
     assert "numbers in fig5-cub.csv" in page.read_text() and "fig7-more.csv" not in page.read_text()
 
 
@@ -126,6 +128,19 @@ def test_nothing_yet_and_broken_tables_are_said(folders, tmp_path):
         completed = make(tmp_path / "results", folders[1], "--out", str(tmp_path / "page.html"))
         assert completed.returncode == 1 and "paper.csv: cannot be read as a table" in completed.stderr
         assert "Traceback" not in completed.stderr
+    picture = (folders[1] / "fig5-cub.png").read_bytes()
+    for content in (b"", picture[:40], b"<svg>"):
+        (tmp_path / "fig5-cub.png").write_bytes(content)
+        completed = make(folders[0], tmp_path, "--out", str(tmp_path / "page.html"))
+        assert completed.returncode == 1 and "fig5-cub.png: cannot be read as a picture" in completed.stderr
+
+
+def test_every_picture_and_table_that_is_committed_is_on_the_page(tmp_path):
+    assert make(ROOT / "results", ROOT / "figures", "--out", str(tmp_path / "page.html")).returncode == 0
+    content = (tmp_path / "page.html").read_text()
+    names = {image["alt"] for image in Texts(content).images}
+    assert names == {path.stem for path in (ROOT / "figures").glob("*.png")}
+    assert content.count(", preset ") == len([*(ROOT / "results").glob("*/*.csv")])
 
 
 @pytest.mark.parametrize("width", [1200, 390])
@@ -145,6 +160,6 @@ def test_in_a_browser(page, width):
         assert said == []
         assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
         loaded = "[...document.images].map(image => image.complete && image.naturalWidth)"
-        assert tab.evaluate(loaded) == [40, 40, 40]
+        assert tab.evaluate(loaded) == [40] * 4
         assert tab.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
         browser.close()

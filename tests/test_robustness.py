@@ -246,8 +246,8 @@ def test_result_cost_and_progress(runs, tmp_path, capsys):
     assert sum(result["clean"]) == sum(result["points"][0]["correct"])
     assert result["seconds"] > 0 and result["versions"]["torch"]
     told = capsys.readouterr().err
-    # 4 attacks of 60 images: 5 steps of 3 draws; once more 3 draws and 4 samples, and 4 samples of clean images
-    assert f"{4 * 60 * 5 * 3:,} passes of an image forward and back, {60 * (4 * (3 + 4) + 4):,} forward" in told
+    # 4 attacks of 60 images: 5 steps of 3 draws; twice 4 samples to judge, and 4 to decide; 4 samples of clean images
+    assert f"{4 * 60 * 5 * 3:,} passes of an image forward and back, {60 * (4 * (8 + 4) + 4):,} forward" in told
     assert told.index("forward and back") < told.index("attacks on metaperturb: step 1/15") < told.index("in all")
     assert "attacks on metaperturb: step 15/15" in told
     again = measure_robustness(runs["metaperturb"], SMALL, tmp_path / "again.json")
@@ -289,6 +289,30 @@ def test_further_radii_are_added(runs, tmp_path):
     measure_robustness(run, few, tmp_path / "r.json")
     added = measure_robustness(run, SMALL, tmp_path / "r.json")
     assert comparable(added) == comparable(measure_robustness(run, SMALL, tmp_path / "whole.json"))
+    fewer = measure_robustness(run, few, tmp_path / "r.json")  # what was not asked for is not drawn
+    assert [(point["norm"], point["eps"]) for point in fewer["points"]] == few.points
+    whole = json.loads((tmp_path / "r.json").read_text())
+    whole["points"][-1]["correct"].pop()  # as if cut off there
+    (tmp_path / "r.json").write_text(json.dumps(whole))
+    robustness_curves({"base": [measure_robustness(run, few, tmp_path / "r.json")]})  # nor need it be complete
+
+
+def test_of_kept_and_last_iterate_the_worse_by_fresh_draws_is_taken(runs):
+    """Of the margins of both under the same many draws, the result has the larger one, nearly always."""
+    run = runs["metaperturb"]
+    model = AttackedModel(run.model, 1).eval()
+    labels, images = torch.tensor(run.test.labels[:60]), torch.tensor(run.test.images[:60]).float() / 255
+    found = {}
+    for judges in (0, 200):
+        torch.manual_seed(0)
+        found[judges] = robustness.perturb(model, images, labels, "l2", MIDDLE["l2"], 10, 0.1, judges)
+    changed = (found[0] != found[200]).flatten(1).any(dim=1)
+    assert 5 < changed.sum() < 60  # of one draw in each step the largest margin was often luck
+    margins = []
+    for candidate in (found[0], found[200]):
+        torch.manual_seed(1)
+        margins.append(robustness.margin(model.predict(candidate[changed], 500), labels[changed]))
+    assert (margins[1] > margins[0]).float().mean() > 0.85 and margins[1].mean() > margins[0].mean()
 
 
 def test_the_images_are_the_same_for_every_run(runs):
@@ -304,7 +328,7 @@ def test_curves_and_picture(runs, tmp_path):
     assert curves["chance"] == 0.1 and curves["curves"]["base"]["linf"]["eps"] == [0.0, 0.05, 0.15]
     point = results["metaperturb"][0]["points"][3]
     assert curves["curves"]["metaperturb"]["l2"] == {"eps": [0.5], "accuracy": [[point["accuracy"]]] * 2}
-    plot_robustness(curves, tmp_path / "figure6.abc")
+    plot_robustness(curves, "drawn", tmp_path / "figure6.abc")
     assert (tmp_path / "figure6.abc.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "figure6.abc.svg").read_bytes()
     assert b"<svg" in svg
@@ -313,7 +337,7 @@ def test_curves_and_picture(runs, tmp_path):
     norm, eps, percent = lines[1].split(",")[1:4]
     assert (norm, float(eps)) == ("linf", 0.05)
     assert float(percent) == pytest.approx(100 * results["base"][0]["points"][1]["accuracy"])
-    plot_robustness(curves, tmp_path / "figure6.abc")
+    plot_robustness(curves, "drawn", tmp_path / "figure6.abc")
     assert (tmp_path / "figure6.abc.svg").read_bytes() == svg
 
 

@@ -16,7 +16,7 @@ import metaperturb.meta_test as program
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, filter_normalized_direction, loss_surface
 from metaperturb.errors import UserError
-from metaperturb.perturbation import MetaPerturb
+from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.trained import load_run
 from metaperturb.weights import save_phi
 
@@ -63,7 +63,7 @@ def test_the_middle_is_the_network_itself(runs, name, tmp_path):
     run = load_run(runs / name)  # the loss in the middle once more, by the book
     chosen = torch.tensor(chosen_images(run))
     for module in run.model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.BatchNorm2d | PerturbSite):
             module.train()
     torch.manual_seed(PLANE.seed)
     losses = []

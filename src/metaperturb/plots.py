@@ -15,6 +15,7 @@ from metaperturb.storage import write_atomically
 matplotlib.use("Agg")  # files only; no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator, NullLocator
 
 # Okabe & Ito, then Tol: told apart by color-blind readers too (every two methods differ by 16 or more in CIELAB, for
 # full protanopia, deuteranopia and tritanopia as in Machado et al. 2009).
@@ -222,11 +223,12 @@ def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
     axes.minorticks_off()
 
 
-def plot_robustness(curves: Mapping[str, Any], path: Path) -> None:
+def plot_robustness(curves: Mapping[str, Any], title: str, path: Path) -> None:
     """Accuracy against the radius ε of the attack: mean over seeds, band of one standard deviation (figure 6 a-c).
 
     Args:
         curves: of `analyses.robustness.robustness_curves`.
+        title: of the picture; the attack's settings follow.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     norms = [norm for norm in NORM_LABELS if any(of_norm[norm]["eps"] for of_norm in curves["curves"].values())]
@@ -243,16 +245,20 @@ def plot_robustness(curves: Mapping[str, Any], path: Path) -> None:
             axis.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
             axis.set_xlim(left=0)
         axes[0, 0].set(ylabel="accuracy under attack (%)")
+        attack = curves["settings"]
+        eot = f"{attack['draws']} draws of the noise each" if attack["draws"] > 1 else "one draw of the noise each"
+        figure.suptitle(f"{title}\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}", y=1.05)
         _legend_below(figure, axes[0, 0])
         save_figure(figure, path)
     save_numbers(("name", "norm", "eps", "accuracy_percent", "std", "seeds"), rows, path)
 
 
-def plot_reliability(curves: Mapping[str, Any], path: Path) -> None:
+def plot_reliability(curves: Mapping[str, Any], title: str, path: Path) -> None:
     """Accuracy against confidence, bin by bin, seeds pooled; below it the share of images in each bin (figure 6 d).
 
     Args:
         curves: of `analyses.calibration.calibration_curves`.
+        title: of the picture.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     rows, lines = [], _lines(curves)
@@ -267,21 +273,22 @@ def plot_reliability(curves: Mapping[str, Any], path: Path) -> None:
             confidence, accuracy = ([100 * bins[key][k] for k in full] for key in ("confidence", "accuracy"))
             share = 100 * np.array(bins["count"]) / sum(bins["count"])
             spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
-            label = f"{name_of(name)}: ECE {ece.mean():.1f}{spread} %"
+            mean_of = f", {of_name['samples']} samples" if of_name["samples"] > 1 else ""
+            label = f"{name_of(name)}{mean_of}: ECE {ece.mean():.1f}{spread} %"
             upper.plot(confidence, accuracy, label=label, clip_on=False, **lines[name], **POINTS)
             lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **lines[name])
             rows += [
                 (name, k + 1, count, bins["confidence"][k], bins["accuracy"][k])
                 for k, count in enumerate(bins["count"])
             ]
-        upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+        upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), title=title)
         lower.set(ylabel="images (%)", xlabel="confidence (%)")
         _legend_below(figure, upper, columns=2)
         save_figure(figure, path)
     save_numbers(("name", "bin", "count", "confidence", "accuracy"), rows, path)
 
 
-def plot_samples(curves: Mapping[str, Any], path: Path) -> None:
+def plot_samples(curves: Mapping[str, Any], title: str, path: Path) -> None:
     """Accuracy, calibration error and time of a prediction against its Monte-Carlo samples: what samples buy.
 
     Bands are over seeds; whiskers are what the draws alone do to one network's prediction: the standard deviation over
@@ -289,6 +296,7 @@ def plot_samples(curves: Mapping[str, Any], path: Path) -> None:
 
     Args:
         curves: of `analyses.calibration.calibration_curves`.
+        title: of the picture.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     rows, lines, keys = [], _lines(curves), ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
@@ -304,14 +312,18 @@ def plot_samples(curves: Mapping[str, Any], path: Path) -> None:
                 _draw_band(axis, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
                 if noisy and key != "seconds":
                     scatter = [factor * np.mean(c[f"{key}_scatter"]) for c in counts]
-                    axis.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=COLORS.get(name), capsize=3)
+                    axis.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=lines[name]["color"], capsize=3)
             rows += [(name, c["samples"], *(np.mean(c[key]) for key in keys), len(c["ece"])) for c in counts]
         for axis, label in zip(axes, ("accuracy (%)", "ECE (%)", "time for all test images (s)"), strict=True):
             axis.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
             ticks = sorted({c["samples"] for of_name in curves.values() for c in of_name["counts"]})
             axis.set_xticks(ticks, map(str, ticks), minor=False)
             axis.minorticks_off()
-        axes[2].set_yscale("log")
+        axes[2].set(yscale="log")
+        axes[2].yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
+        )
+        figure.suptitle(title)
         _legend_below(figure, axes[0])
         save_figure(figure, path)
     save_numbers(("name", "samples", *keys, "seeds"), rows, path)
@@ -389,7 +401,7 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: P
             axes.set_aspect("equal")
         for axes in grid.flat[len(losses) :]:
             axes.set_visible(False)
-        note = "batch norm by the statistics of the images, the same noise at every point"
+        note = "batch norm and scales s by the statistics of the images, the same noise at every point"
         figure.supxlabel(f"along direction 1 (in norms of the filters)\n{note}", fontsize=10)
         figure.supylabel("along direction 2", fontsize=10)
         bar = figure.colorbar(image, ax=grid, label="training loss (nats)", ticks=levels[::4], format="%.3g")

@@ -50,7 +50,8 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", **places: A
         places: settings that say where the data are now, if elsewhere than when it ran: `data_root`, `target_path`.
 
     Raises:
-        UserError: no finished run of meta-testing, its checkpoint or data are missing, or the data are other images.
+        UserError: no finished run of meta-testing, its checkpoint or data are missing, the data are other images, or
+            the network holds values that are not finite.
     """
     folder = Path(folder)
     config = _read_config(folder, places)
@@ -69,6 +70,8 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", **places: A
     method = methods.create(config, phi)
     method.prepare(model, train)
     model.load_state_dict(state["model"])
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise UserError(f"{folder}: the trained network holds values that are not finite")
     method.set_strength(1.0)
     model.to(device).eval()
     return TrainedRun(folder, config, result, model, method.stochastic, train, test)

@@ -5,6 +5,7 @@ draws each, and by 5 samples twenty means over 5. So small counts, which scatter
 counts that do not divide the largest one, the last draws go unused.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from metaperturb.errors import UserError
 from metaperturb.evaluation import ECE_BINS, metrics, reliability_bins
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import StepProgress, provenance
-from metaperturb.storage import save_json
+from metaperturb.storage import load_tensors, save_json, save_tensors
 from metaperturb.trained import TrainedRun
 from metaperturb.training import autocast
+
+SAVE_SECONDS = 30  # between two partial results
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Sampling:
 def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict[str, Any]:
     """Examine a run's network on every test image (of its `eval_split`), and write what was found to `path`.
 
+    Every half minute what is known is written beside `path`; called again after it was cut off, it goes on from there,
+    to the same numbers (`seconds` aside).
+
     Returns:
         the content of `path`, read from there if the file exists: what it is about; `counts`, each of `samples`, lists
         over the repetitions of `accuracy`, `ece` in [0, 1] and `nll` in nats, and `seconds` of one prediction of all
@@ -68,19 +74,31 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
     counts = sorted(set(sampling.counts)) if run.stochastic else [1]
     settings = {"counts": sorted(set(sampling.counts)), "batch_size": sampling.batch_size, "seed": sampling.seed}
     about = describe(run, "calibration", settings)
-    if found := begun(path, about):
+    if found := begun(path, about, "counts", "reliability"):
         return found
     draws = _Draws(run, sampling)
     means = {count: _Mean(count) for count in counts}
     examined: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
-    progress = StepProgress(f"Monte-Carlo samples of {run.dir.name}", counts[-1], 0)
-    for done in range(1, counts[-1] + 1):
+    partial = path.with_suffix(".partial.pt")
+    if partial.exists() and (state := load_tensors(partial))["about"] == about:
+        examined, draws.seconds = state["examined"], state["seconds"]
+        for count, (have, total) in state["means"].items():
+            means[count].have, means[count].total = have, total if total is None else total.to(draws.labels.device)
+    passes = f"{counts[-1] * len(run.test):,} forward passes of an image"
+    print(f"{run.dir.name}: {counts[-1]} samples of {len(run.test):,} images = {passes}", file=sys.stderr)
+    progress = StepProgress(f"Monte-Carlo samples of {run.dir.name}", counts[-1], len(draws.seconds))
+    saved = time.monotonic()
+    for done in range(len(draws.seconds) + 1, counts[-1] + 1):
         log_p = draws.next()
         for count in counts:
             mean = means[count].add(log_p)
             if mean is not None:
                 examined[count].append({**metrics(mean, draws.labels), "ece": calibration_error(mean, draws.labels)})
         progress.update(done)
+        if time.monotonic() - saved > SAVE_SECONDS and done < counts[-1]:
+            totals = {count: (m.have, m.total) for count, m in means.items()}
+            save_tensors({"about": about, "examined": examined, "seconds": draws.seconds, "means": totals}, partial)
+            saved = time.monotonic()
     progress.close()
     seconds = draws.seconds_per_sample
     content = {
@@ -91,6 +109,7 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
         **provenance(draws.images.device),
     }
     save_json(content, path)
+    partial.unlink(missing_ok=True)
     return content
 
 
@@ -178,9 +197,9 @@ def calibration_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, An
         results: name in the picture → of each of its runs (seeds) what `measure_calibration` returned.
 
     Returns:
-        name → `ece` `[seeds]` and `reliability` (bins pooled over seeds) of the largest count; `counts`, each of
-        `samples` and, `[seeds]` each, `accuracy`, `nll`, `ece` (means over repetitions), `accuracy_scatter`,
-        `ece_scatter` (standard deviations over repetitions, 0 of a single one), `seconds`.
+        name → `samples`, the largest count, with its `ece` `[seeds]` and `reliability` (bins pooled over seeds);
+        `counts`, each of `samples` and, `[seeds]` each, `accuracy`, `nll`, `ece` (means over repetitions),
+        `accuracy_scatter`, `ece_scatter` (standard deviations over repetitions, 0 of a single one), `seconds`.
 
     Raises:
         UserError: the results are of different images or settings.
@@ -201,4 +220,9 @@ def _curves(runs: list[dict[str, Any]]) -> dict[str, Any]:
         [sum(b["count"][k] * (1 if key == "count" else b[key][k] or 0) for b in bins) for k in range(ECE_BINS)]
         for key in ("count", "confidence", "accuracy")
     ]
-    return {"ece": counts[-1]["ece"], "reliability": bin_means(*sums), "counts": counts}
+    return {
+        "samples": counts[-1]["samples"],
+        "ece": counts[-1]["ece"],
+        "reliability": bin_means(*sums),
+        "counts": counts,
+    }

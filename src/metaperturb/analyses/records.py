@@ -38,20 +38,28 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:12]
 
 
-def begun(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+def begun(path: Path, about: dict[str, Any], *parts: str) -> dict[str, Any] | None:
     """The results in `path` if they have this description; None if there is no such file.
 
+    Args:
+        path: a JSON file.
+        about: what `describe` returned.
+        parts: keys that the results must have.
+
     Raises:
-        UserError: the file holds something else; the message names what differs.
+        UserError: the file is damaged or holds something else; the message names what differs.
     """
     if not path.exists():
         return None
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no results of an analysis; remove it or name another file")
+    try:
+        content = load_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it") from error
+    if not isinstance(content, dict) or not {"analysis", *parts} <= content.keys():
+        raise UserError(f"{path}: holds no results of an analysis; remove it")
     changed = [_change(key, content.get(key), value) for key, value in about.items() if content.get(key) != value]
     if changed:
-        raise UserError(f"{path}: holds results of another kind ({'; '.join(changed)}); remove it or name another file")
+        raise UserError(f"{path}: holds results of another kind ({'; '.join(changed)}); remove it")
     return content
 
 

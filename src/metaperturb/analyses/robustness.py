@@ -9,7 +9,10 @@ counts as correct if it is classified correctly as it is *and* after the attack.
 foolbox does them by itself:
 
 - Of all iterates the one with the largest margin (best other class over the true one) is kept, where foolbox returns
-  the last. For a network without noise accuracy can then only fall with the number of steps.
+  the last. For a network without noise accuracy can then only fall with the number of steps. With noise an iterate is
+  seen by E draws only, and the largest margin may be luck: so that one and the last are judged once more, by S fresh
+  draws that both share, and the worse is taken. (The kept ones alone are a weaker attack where draws are few: on a
+  ResNet8 with φ, at L2 0.4 with E = 4 and 10 steps, they left 63.8 %, the last ones 59.5 %.)
 - The cross-entropy −log p(y) is ascended by the gradient of log((1 − p(y)) / p(y)), which is a positive multiple of its
   own, so that the normalized steps are the same. But in float32 the gradient of cross-entropy loses its direction
   where 1 − p(y) is below 1e-7, and foolbox takes norms below 1e-12 for 1e-12, so that networks would look robust that
@@ -44,6 +47,7 @@ from metaperturb.runs import StepProgress, clock, provenance
 from metaperturb.storage import save_json
 from metaperturb.trained import TrainedRun
 
+REVISION = 2  # of the attack: results of another one are not continued
 NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}  # name → order, in the order of figure 6
 
 
@@ -143,6 +147,12 @@ def split_off(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.gather(1, index).squeeze(1), log_p.scatter(1, index, -math.inf)
 
 
+def margin(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of the best other class less that of the true one: `[B]`, positive where that class wins."""
+    own, others = split_off(log_p, labels)
+    return others.amax(dim=1) - own
+
+
 class _KeepWorst:
     """What is done otherwise than in foolbox's attacks, which leave these three methods to be overridden."""
 
@@ -167,11 +177,10 @@ class _KeepWorst:
     @torch.no_grad()
     def consider(self, images: Tensor, log_p: Tensor, labels: Tensor) -> None:
         """Keep those images that are worse than all before."""
-        own, others = split_off(log_p, labels)
-        margin = others.amax(dim=1) - own
-        worse = ~(margin < self.margin)  # what is not finite is kept, and found out afterwards
+        found = margin(log_p, labels)
+        worse = ~(found < self.margin)  # what is not finite is kept, and found out afterwards
         self.worst = torch.where(worse[:, None, None, None], images.detach(), self.worst)
-        self.margin = torch.where(worse, margin, self.margin)
+        self.margin = torch.where(worse, found, self.margin)
 
 
 class _Sparse(_KeepWorst):
@@ -184,7 +193,14 @@ class _Sparse(_KeepWorst):
 
 
 def perturb(
-    model: AttackedModel, images: Tensor, labels: Tensor, norm: str, eps: float, steps: int, step_size: float
+    model: AttackedModel,
+    images: Tensor,
+    labels: Tensor,
+    norm: str,
+    eps: float,
+    steps: int,
+    step_size: float,
+    judges: int = 0,
 ) -> Tensor:
     """The worst images `[B, 3, S, S]` found in the ball of radius `eps` about `images`, within [0, 1].
 
@@ -195,6 +211,7 @@ def perturb(
         norm: "linf", "l2" or "l1".
         eps: above 0.
         steps, step_size: as `Attack` has them.
+        judges: draws of the noise by which kept and last iterate are compared; 0: the network has no noise.
 
     Random start and noise come from PyTorch's global generators.
 
@@ -211,10 +228,19 @@ def perturb(
     attack.begin(images)
     bounded = extra("foolbox").PyTorchModel(model, bounds=(0, 1), device=images.device)
     last = attack.run(bounded, images, labels, epsilon=eps)
-    with torch.no_grad():
-        attack.consider(last, model(last), labels)
-    check_within(attack.worst, images, norm, eps)
-    return attack.worst
+    if judges == 0:
+        with torch.no_grad():
+            attack.consider(last, model(last), labels)
+        worst = attack.worst
+    else:
+        seed = int(torch.randint(2**31, ()))
+        margins = []
+        for candidate in (attack.worst, last):
+            torch.manual_seed(seed)
+            margins.append(margin(model.predict(candidate, judges), labels))
+        worst = torch.where((margins[1] > margins[0])[:, None, None, None], last, attack.worst)
+    check_within(worst, images, norm, eps)
+    return worst
 
 
 def check_within(perturbed: Tensor, images: Tensor, norm: str, eps: float) -> None:
@@ -248,23 +274,27 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
         path: the JSON of this run; its folder is made.
 
     Returns:
-        the content of `path`: what it is about; `clean`, the counts of correct images by batch; `points`, each of
-        `norm`, `eps`, `correct` (such counts) and `accuracy` in [0, 1]; `seconds` in all; versions and hardware.
+        the content of `path`, of its points those asked for: what it is about; `clean`, the counts of correct images by
+        batch; `points`, each of `norm`, `eps`, `correct` (such counts) and `accuracy` in [0, 1]; `seconds` in all;
+        versions and hardware.
 
     Raises:
         UserError: foolbox is not installed; ε beyond the range of images; more images than there are; `path` holds
             other results; or a network that returns what is not finite.
     """
     version = extra("foolbox").__version__
+    check_attack(run, attack)
     victim = _Victim(run, attack)
     settings = {key: value for key, value in dataclasses.asdict(attack).items() if key not in NORMS}
-    about = describe(run, "robustness", {**settings, "images": victim.count, "foolbox": version})
-    record = begun(path, about) or {**about, "clean": [], "points": [], "seconds": 0.0}
+    settings |= {"images": victim.count, "foolbox": version, "revision": REVISION}
+    about = describe(run, "robustness", settings)
+    parts = {"clean": [], "points": [], "seconds": 0.0}
+    record = begun(path, about, *parts) or {**about, **parts}
     points = [_point(record["points"], norm, eps) for norm, eps in attack.points]
     todo = [[point for point in points if len(point["correct"]) <= k] for k in range(len(victim.batches))]
     total, left = len(points) * len(victim.batches), sum(map(len, todo))
     if left == 0:
-        return record
+        return {**record, "points": points}
     record |= provenance(victim.device)
     print(f"{run.dir.name}: {victim.cost(todo)}", file=sys.stderr)
     progress = StepProgress(f"attacks on {run.dir.name}", total, total - left)
@@ -288,22 +318,32 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
                     estimated = True
                     print(f"{run.dir.name}: by the first batch, {clock(seconds * attacks)} in all", file=sys.stderr)
     progress.close()
-    return record
+    return {**record, "points": points}
+
+
+def check_attack(run: TrainedRun, attack: Attack) -> None:
+    """What can be wrong with an attack on a run, told before anything is computed.
+
+    Raises:
+        UserError: foolbox is not installed; ε beyond the range of images; more images than there are.
+    """
+    extra("foolbox")
+    for norm, eps in attack.points:
+        reach = (3 * run.test.image_size**2) ** (1 / NORMS[norm])  # from the black image to the white one
+        if eps > reach:
+            raise UserError(f"{norm}: ε = {eps:g} is beyond {reach:g}, the largest distance of two images")
+    if attack.images is not None and attack.images > len(run.test):
+        raise UserError(f"images: {run.test.name} has {len(run.test)}, got {attack.images}")
 
 
 class _Victim:
     """A run's network and images as `measure_robustness` attacks them."""
 
     def __init__(self, run: TrainedRun, attack: Attack) -> None:
-        for norm, eps in attack.points:
-            reach = (3 * run.test.image_size**2) ** (1 / NORMS[norm])  # from the black image to the white one
-            if eps > reach:
-                raise UserError(f"{norm}: ε = {eps:g} is beyond {reach:g}, the largest distance of two images")
         self.count = len(run.test) if attack.images is None else attack.images
-        if self.count > len(run.test):
-            raise UserError(f"images: {run.test.name} has {len(run.test)}, got {self.count}")
         self.attack = attack
         self.draws, self.samples = (attack.draws, attack.samples) if run.stochastic else (1, 1)
+        self.judges = attack.samples if run.stochastic else 0
         self.device = next(run.model.parameters()).device
         self.model = AttackedModel(run.model, self.draws).eval()
         self.images = DeviceImages(run.test, self.device)
@@ -316,7 +356,8 @@ class _Victim:
         for batch, missing in zip(self.batches, todo, strict=True):
             attacks = sum(point["eps"] > 0 for point in missing)
             back += len(batch) * attacks * self.attack.steps * self.draws
-            forward += len(batch) * (attacks * (self.draws + self.samples) + self.samples * bool(missing))
+            judged = 2 * self.judges or self.draws
+            forward += len(batch) * (attacks * (judged + self.samples) + self.samples * bool(missing))
         points = sum(point["eps"] > 0 for point in max(todo, key=len))
         return (
             f"{points} attacks on {self.count:,} images, {self.attack.steps} steps of {self.draws} draws: "
@@ -333,7 +374,7 @@ class _Victim:
             return int(clean.sum())
         x, labels = self._load(number)
         seed_torch(self.attack.seed, list(NORMS).index(norm), "attack", number)
-        x = perturb(self.model, x, labels, norm, eps, self.attack.steps, self.attack.step_size)
+        x = perturb(self.model, x, labels, norm, eps, self.attack.steps, self.attack.step_size, self.judges)
         return int((clean & self._correct(x, labels, number)).sum())
 
     def _load(self, number: int) -> tuple[Tensor, Tensor]:
@@ -363,15 +404,15 @@ def robustness_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any
         results: name in the picture → of each of its runs (seeds) what `measure_robustness` returned.
 
     Returns:
-        `chance`, the accuracy of a guess, and `curves`: name → norm → `eps` `[E]` and `accuracy` `[seeds][E]`, of the
-        ε that all runs of the name have.
+        `settings` of the attack; `chance`, the accuracy of a guess; and `curves`: name → norm → `eps` `[E]` and
+        `accuracy` `[seeds][E]`, of the ε that all runs of the name have.
 
     Raises:
         UserError: the results are of different images or attacks, or not complete.
     """
     first = check_comparable(results)
     curves = {name: {norm: _curve(name, norm, runs) for norm in NORMS} for name, runs in results.items()}
-    return {"chance": 1 / first["target"]["classes"], "curves": curves}
+    return {"settings": first["settings"], "chance": 1 / first["target"]["classes"], "curves": curves}
 
 
 def _curve(name: str, norm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

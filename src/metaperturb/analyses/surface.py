@@ -3,11 +3,11 @@
 The directions are normalized filter by filter: a filter of the direction has the norm of the network's filter, so that
 networks whose weights differ in scale can be compared. Biases and batch norm stay as they are.
 
-What is drawn is the cross-entropy of training images, not augmented, in the network as it is evaluated, with two
-choices that a picture's caption should name:
+What is drawn is the cross-entropy of training images, not augmented, with two choices that a picture's caption should
+name:
 
-- Batch norm normalizes with the statistics of the images at hand, as in training. The running ones belong to the
-  weights in the middle; a step away from them the loss would mostly show that they no longer fit.
+- Batch norm and the scales s of MetaPerturb take the statistics of the images at hand, as in training. The running ones
+  belong to the weights in the middle; a step away from them the loss would mostly show that they no longer fit.
 - A network that draws noise draws the same noise at every point (common random numbers), and the losses of some draws
   are averaged: what differs between points is the weights alone.
 """
@@ -27,10 +27,13 @@ from metaperturb.analyses.records import begun, describe
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms, set_mode
+from metaperturb.perturbation import PerturbSite
 from metaperturb.randomness import numpy_generator
 from metaperturb.runs import StepProgress
 from metaperturb.storage import save_json
 from metaperturb.trained import TrainedRun
+
+REVISION = 2  # of how the loss is measured: results of another one are not continued
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
     Raises:
         UserError: `path` holds the surface of another network or plane, or a loss is not finite.
     """
-    about = describe(run, "surface", dataclasses.asdict(plane))
-    record = begun(path, about) or {**about, "coordinates": plane.coordinates, "loss": []}
+    about = describe(run, "surface", {**dataclasses.asdict(plane), "revision": REVISION})
+    record = begun(path, about, "coordinates", "loss") or {**about, "coordinates": plane.coordinates, "loss": []}
     rows: list[list[float]] = record["loss"]
     if len(rows) == plane.points:
         return record
@@ -134,9 +137,10 @@ class _Measured:
         self.parameters = {name: parameters[name] for name in self.first}
         self.center = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         norms = batch_norms(self.model)
-        set_mode(norms, training=True)
         for norm in norms:
             norm.momentum = 0.0  # the statistics of the batch are used, and leave no trace
+        # The running statistics of sites do move, but nothing here reads them.
+        set_mode([*norms, *(m for m in self.model.modules() if isinstance(m, PerturbSite))], training=True)
         chosen = numpy_generator(plane.seed, 0, "order_train", 0).permutation(len(run.train))[: plane.images]
         self.images = len(chosen)
         images = DeviceImages(run.train, device)

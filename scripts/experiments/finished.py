@@ -1,0 +1,204 @@
+"""Finished runs of meta-testing for pictures: found, named, grouped, and refused where they do not go together."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.grid import INCIDENTAL
+from metaperturb import plots
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
+from metaperturb.errors import UserError
+from metaperturb.storage import load_json
+
+FIELDS = {field.name: field for field in dataclasses.fields(MetaTestConfig)}
+# What may differ between the runs that are averaged; and, as well, between the methods of a picture.
+OF_A_RUN = {*INCIDENTAL, "method", "phi", *(name for name, field in FIELDS.items() if not field.metadata["identity"])}
+OF_PHI = ("sites", "noise", "gate", "anneal", "clip")  # how it is used
+OF_A_METHOD = {*OF_A_RUN, *OF_PHI, "recipe", "init", "init_batch_norm"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, as far as its `result.json` tells."""
+
+    dir: Path
+    result: Mapping[str, Any]
+    phi: str = ""  # tells its φ apart, where runs have several
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.result["config"]
+
+    def setting(self, key: str) -> Any:
+        """Of a run older than the setting, its default."""
+        return self.config.get(key, default_of(FIELDS[key]))
+
+    @property
+    def method(self) -> str:
+        return self.config["method"]
+
+    @property
+    def name(self) -> str:
+        """The method as pictures call it: `base, finetuned`, `metaperturb, φ selected, sites top`, `base, mixup`."""
+        changed = OF_PHI if self.method == "metaperturb" else ()
+        changed = [key for key in changed if self.setting(key) != default_of(FIELDS[key])]
+        parts = [self.method, self.phi, *(f"{key} {self.setting(key)}" for key in changed)]
+        parts += ["finetuned" if self.config["init"] else "", *self.setting("recipe")]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def data(self) -> str:
+        """The data set as pictures call it; of an image folder its name. Without `train_per_class`."""
+        name = Path(self.config["target_path"]).stem if self.config["target"] == "folder" else self.config["target"]
+        size, split = self.setting("image_size"), self.setting("eval_split")
+        return name + (f", {size} px" if size else "") + (f", {split}" if split != "test" else "")
+
+    @property
+    def steps(self) -> int:
+        return self.config["steps"]
+
+    @property
+    def train_images(self) -> int:
+        return self.result["target"]["train"]
+
+    @property
+    def accuracy(self) -> float:
+        return self.result["metrics"]["accuracy"]
+
+
+def find_runs(sources: Iterable[Path]) -> list[Finished]:
+    """The finished runs of meta-testing among folders and below them, in the order of their names.
+
+    Raises:
+        UserError: a folder that is not there, holds no finished run, or is a run that is not finished.
+    """
+    found: dict[Path, Finished] = {}
+    for source in sources:
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder")
+        if (source / "config.yaml").exists() and not (source / "result.json").exists():
+            raise UserError(f"{source}: this run is not finished (the command that began it continues it)")
+        results = [source / "result.json"] if (source / "result.json").exists() else sorted(source.rglob("result.json"))
+        runs = [run for path in results if (run := _read(path))]
+        if not runs:
+            raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
+        found |= {run.dir.resolve(): run for run in runs}
+    return [*found.values()]
+
+
+def _read(path: Path) -> Finished | None:
+    result = load_json(path)
+    if not isinstance(result, dict) or result.get("program") != "meta_test":
+        return None
+    if not {"config", "metrics", "target"} <= result.keys():
+        raise UserError(f"{path}: is no whole result of meta-testing; remove the folder and run it again")
+    return Finished(path.parent, result)
+
+
+def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list[Finished]:
+    """Where runs have several φ, each gets a name: that of its file, of the file's folder if all are `phi.pt`.
+
+    Args:
+        runs: of any methods.
+        called: other names in place of these; several φ of one name are one line, for instance those of several seeds.
+
+    Raises:
+        UserError: `called` names a φ that no run has.
+    """
+    paths = sorted({run.config["phi"] for run in runs if run.config["phi"]})
+    for name_of in (lambda path: Path(path).stem, lambda path: Path(path).parent.name, str):
+        names = {path: name_of(path) for path in paths}
+        if len({*names.values()}) == len(names):
+            break
+    if unknown := [name for name in called if name not in names.values()]:
+        raise UserError(
+            f"--call {unknown[0]}: no run has a φ of this name ({', '.join(names.values()) or 'none at all'})"
+        )
+    if len(paths) < 2 and not called:
+        return [*runs]
+    names = {path: called.get(name, f"φ {name}") for path, name in names.items()}
+    return [dataclasses.replace(run, phi=names.get(run.config["phi"], "")) for run in runs]
+
+
+def grouped(runs: Iterable[Finished], key: Callable[[Finished], Any]) -> dict[Any, list[Finished]]:
+    groups: dict[Any, list[Finished]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def data_of(run: Finished) -> tuple[str, ...]:
+    """Identifies the images and the network of a run."""
+    return (*run.result["target"]["fingerprints"], run.config["model"])
+
+
+def test_of(run: Finished) -> tuple[Any, ...]:
+    """Identifies what networks trained on different images are compared by."""
+    return (run.result["target"]["fingerprints"][1], run.config["model"], run.steps)
+
+
+def title(run: Finished, with_steps: bool = True, with_amount: bool = True) -> str:
+    amount = run.setting("train_per_class") if with_amount else None
+    parts = [run.data, f"{amount} images a class" if amount else "", run.config["model"]]
+    return ", ".join(part for part in [*parts, f"{run.steps} steps" if with_steps else ""] if part)
+
+
+def check_alike(runs: Sequence[Finished], key: Callable[[Finished], Any], what: str) -> None:
+    """All runs of a picture share `what` it shows.
+
+    Raises:
+        UserError: they are of several.
+    """
+    for run in runs[1:]:
+        if key(run) != key(runs[0]):
+            raise UserError(
+                f"{run.dir}: is about {title(run)}, {runs[0].dir.name} about {title(runs[0])}, and one picture shows "
+                f"one {what} (./run.sh figures draws each)"
+            )
+
+
+def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
+    """Runs under the name of their method, in the order of `plots.LABELS`.
+
+    Raises:
+        UserError: two runs of a method differ in more than the seed, or do not, or runs differ in what all share.
+    """
+    methods = grouped(runs, lambda run: run.name)
+    for name, same in methods.items():
+        seeds = [run.config["seed"] for run in same]
+        for run in same[1:]:
+            tell_apart(same[0], run, OF_A_RUN, f"runs of {name}")
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{same[-1].dir}: there are two runs of {name} with one seed; name those that are meant")
+    for run in runs[1:]:
+        hyperparameters = {key for key in FIELDS if key.startswith(tuple(plots.LABELS))}
+        tell_apart(runs[0], run, OF_A_METHOD | hyperparameters, "runs")
+    order = [*plots.LABELS]
+    return dict(
+        sorted(
+            methods.items(),
+            key=lambda item: (item[1][0].config["init"] or "", order.index(item[1][0].method), item[0]),
+        )
+    )
+
+
+def tell_apart(first: Finished, other: Finished, expected: set[str], what: str) -> None:
+    keys = [key for key in FIELDS if key not in expected and first.setting(key) != other.setting(key)]
+    if keys:
+        changed = "; ".join(f"{key}: {first.setting(key)} → {other.setting(key)}" for key in keys)
+        raise UserError(f"{other.dir}: {what} are averaged or compared, but this one has {changed}")
+
+
+def meta_training(run: Finished) -> dict[str, Any] | None:
+    """The settings that made a run's φ what it is, `classes`: how many the source had; None where they are unknown."""
+    card = run.result["phi_card"] or {}
+    if not {"config", "source"} <= card.keys():
+        return None
+    made = {
+        field.name: card["config"].get(field.name, default_of(field))
+        for field in dataclasses.fields(MetaTrainConfig)
+        if field.metadata["identity"] and field.name not in INCIDENTAL
+    }
+    return {**made, "classes": card["source"]["classes"]}
