@@ -118,7 +118,7 @@ def plot_meta_training(history: Sequence[Mapping[str, Any]], path: Path) -> None
         middle.set(xlabel="meta-training step", ylabel="accuracy (%)")
         right.set(xlabel="meta-training step", ylabel="norm of a part of φ")
         left.legend()
-        right.legend(fontsize=8)
+        right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
         save_figure(figure, path)
 
 
