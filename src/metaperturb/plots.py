@@ -125,9 +125,13 @@ def plot_meta_training(history: Sequence[Mapping[str, Any]], path: Path) -> None
 def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
     """Test loss and accuracy against steps: mean over seeds, band of one standard deviation (figure 5).
 
+    A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so.
+
     Args:
         histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn.
     """
+    losses: list[tuple[int, float, str]] = []  # all that is drawn: step, mean, color
+    top = 0.0
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
         lines = _lines(histories)
@@ -137,7 +141,16 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
             for axis, key, factor in ((axes[0], "test_nll", 1), (axes[1], "test_accuracy", 100)):
                 by_step = [{line["step"]: factor * line[key] for line in run} for run in evaluated]
                 values = np.array([[run[step] for step in steps] for run in by_step])
-                _draw_band(axis, method, steps, values, **lines[method])
+                mean, std = _draw_band(axis, method, steps, values, **lines[method])
+                if axis is axes[0]:
+                    losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
+                    padded = np.pad(mean + std, 1, mode="edge")
+                    top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
+        if max(loss for _, loss, _ in losses) > 2 * top:
+            axes[0].set_ylim(top=1.1 * top)
+            for step, loss, color in losses:
+                if loss > 1.1 * top:
+                    axes[0].annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
         axes[0].set(xlabel="training step", ylabel="test loss (NLL, nats)")
         axes[1].set(xlabel="training step", ylabel="test accuracy (%)")
         _legend_below(figure, axes[0])
