@@ -39,7 +39,7 @@ def select(arguments: argparse.Namespace) -> None:
     folders = arguments.sources or [path for path in sorted(arguments.runs.glob("src-*")) if (path / "phi.pt").exists()]
     if len(folders) < 2:
         raise UserError(f'needs two or more finished meta-trainings, found {len(folders)} (SEED="0 1 …" ./run.sh src)')
-    sources = {folder.resolve().name: folder / "phi.pt" for folder in folders}
+    sources = {folder.absolute().name: folder / "phi.pt" for folder in folders}
     if len(sources) < len(folders):
         raise UserError("two of the runs have the same folder name, by which the result would call both")
     tell_differences(sources)
@@ -105,7 +105,8 @@ def collect(grid: Grid, results: Results, names: list[str]) -> dict[str, dict[st
 def describe(grid: Grid) -> str:
     config = grid.cells()[0].config
     seeds = ", ".join(map(str, grid.seeds))
-    return f"{config.target}, {config.eval_split} images, {config.model}, {config.steps} steps, seeds {seeds}"
+    name = Path(config.target_path).stem if config.target == "folder" else config.target
+    return f"{name}, {config.eval_split} images, {config.model}, {config.steps} steps, seeds {seeds}"
 
 
 if __name__ == "__main__":

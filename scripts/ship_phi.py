@@ -60,15 +60,15 @@ def ship(name: str, source: Path | None, results: Path, out: Path) -> None:
 
 def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
     """A row of the card for each place of a table with trainings that used this φ, beside Base where it has some."""
-    id_ = f"phi-{digest(phi):.8}"
+    suffix = f"-{digest(phi):.8}"  # of the ids of given φ
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
         accuracies: dict[tuple[str, str], dict[int, float]] = {}
         settings: dict[tuple[str, str], Mapping[str, Any]] = {}
         for record in map(load_json, sorted(folder.glob("*--*.json"))):
-            place, phi = (record["row"], record["column"]), record["needs"].get("phi")
-            if phi == id_ or place[0] == "Base":
+            place, is_ours = (record["row"], record["column"]), record["needs"].get("phi", "").endswith(suffix)
+            if is_ours or place[0] == "Base":
                 accuracies.setdefault(place, {})[record["seed"]] = 100 * record["result"]["metrics"]["accuracy"]
-            if phi == id_:
+            if is_ours:
                 settings[place] = record["result"]["config"]
         for (row, column), config in settings.items():
             ours, base = accuracies[row, column], accuracies.get(("Base", column), {})
@@ -94,7 +94,7 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
         f"{config['image_size']}×{config['image_size']} pixels (fingerprint `{source['fingerprint'][:12]}`)",
         "class split": f"{config['split']}, {config['tasks']} tasks, seed {config['seed']}",
         "meta-training": f"{config['model']}, {config['steps']} steps, batches of {config['batch_size']}, "
-        f"Adam {config['lr']:g}, weight decay {config['weight_decay']:g}, {config['precision']}, "
+        f"Adam {config['lr']:g}, weight decay {config['weight_decay']:g}, {config.get('precision', 'float32')}, "
         f"annealing {config['anneal']:g}",
         "at its end": f"loss {metrics['train_loss']:.3f} on D_tr, {metrics['test_loss']:.3f} on D_te",
         "made by": f"commit `{card['commit']}`, torch {versions['torch']}, {machine['device']} "

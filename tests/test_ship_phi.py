@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from image_files import one_line
 
-from metaperturb import UserError, load_phi
+from metaperturb import UserError, load_phi, weights
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import SHIPPED, save_phi
 
@@ -74,7 +74,7 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
     assert "/home" not in json.dumps(shipped.card) and shipped.card["config"]["source_paths"] == ["one.zip"]
     assert "Nothing yet." in (out / "mine.md").read_text()
 
-    ours = f"phi-{digest(original):.8}"
+    ours = f"phi_of_seed_3-{digest(original):.8}"
     for seed, base, accuracy in ((0, 0.30, 0.33), (1, 0.32, 0.34)):
         record(results / "schedule" / "cpu", "Base", seed, base, None)
         record(results / "schedule" / "cpu", "MetaPerturb", seed, accuracy, ours)
@@ -103,10 +103,13 @@ def test_what_is_not_shipped(phi, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_shipped_names_are_told():
+def test_a_shipped_phi_is_known_by_its_name(phi, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path / "out")
+    assert ship("mine", phi, "--results", tmp_path, "--out", tmp_path / "out") == 0
+    assert digest(load_phi("mine")) == digest(load_phi(phi))
     with pytest.raises(UserError) as error:
-        load_phi("tiny_imagenet_resnet19")
-    assert "tiny_imagenet_resnet19: no such φ file (shipped names: tiny_imagenet_resnet20" in one_line(error)
+        load_phi("yours")
+    assert "yours: no such φ file (shipped names: mine)" in one_line(error)
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.pt")), ids=lambda path: path.stem)
