@@ -102,23 +102,24 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list
 
     Args:
         runs: of any methods.
-        called: other names in place of these; several φ of one name are one line, for instance those of several seeds.
+        called: file, its folder or whole path → another name in place of this; several φ of one name are one line, for
+            instance those of several seeds.
 
     Raises:
         UserError: `called` names a φ that no run has.
     """
     paths = sorted({run.config["phi"] for run in runs if run.config["phi"]})
-    for name_of in (lambda path: Path(path).stem, lambda path: Path(path).parent.name, str):
-        names = {path: name_of(path) for path in paths}
-        if len({*names.values()}) == len(names):
-            break
-    if unknown := [name for name in called if name not in names.values()]:
-        raise UserError(
-            f"--call {unknown[0]}: no run has a φ of this name ({', '.join(names.values()) or 'none at all'})"
-        )
+    aliases = {path: (Path(path).stem, Path(path).parent.name, path) for path in paths}
+    kind = next((i for i in range(3) if len({of_path[i] for of_path in aliases.values()}) == len(paths)), 0)
+    if unknown := [name for name in called if not any(name in of_path for of_path in aliases.values())]:
+        known = ", ".join(of_path[kind] for of_path in aliases.values())
+        raise UserError(f"--call {unknown[0]}: no run has a φ of this name ({known or 'none at all'})")
     if len(paths) < 2 and not called:
         return [*runs]
-    names = {path: called.get(name, f"φ {name}") for path, name in names.items()}
+    names = {
+        path: next((called[alias] for alias in of_path if alias in called), f"φ {of_path[kind]}")
+        for path, of_path in aliases.items()
+    }
     return [dataclasses.replace(run, phi=names.get(run.config["phi"], "")) for run in runs]
 
 
