@@ -410,10 +410,11 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: P
             axes.contour(coordinates, coordinates, loss.T, colors="white", linewidths=0.5, **drawn)
             axes.plot(0, 0, "+", color="white")
             middle = loss[len(loss) // 2, len(loss) // 2]
-            axes.set_title(f"{name_of(method)}: {middle:.2f} in the middle", fontsize=10)
+            axes.set_title(f"{name_of(method)}\n{middle:.2f} in the middle", fontsize=10)
             axes.set_aspect("equal")
-        for axes in grid.flat[len(losses) :]:
-            axes.set_visible(False)
+        for empty in range(len(losses), grid.size):
+            grid.flat[empty].set_visible(False)
+            grid.flat[empty - columns].tick_params(labelbottom=True)  # now the lowest of its column
         note = "batch norm and scales s by the statistics of the images, the same noise at every point"
         figure.supxlabel(f"along direction 1 (in norms of the filters)\n{note}", fontsize=10)
         figure.supylabel("along direction 2", fontsize=10)
