@@ -234,6 +234,23 @@ def test_a_network_that_is_not_finite(runs, tmp_path):
     one_line(error)
 
 
+def test_a_network_that_overflows_under_attack_has_no_answer(runs, tmp_path, capsys):
+    """It is broken where pixels leave their grid by much: finite on images as they are, not where the attack ends."""
+
+    class Overflowing(Scaled):
+        def forward(self, x):
+            pixels = (x + 1) * 127.5
+            far = (pixels - pixels.round()).abs().flatten(1).amax(dim=1) > 0.4
+            return super().forward(x) + torch.where(far, math.nan, 0.0)[:, None]
+
+    for name in ("base", "metaperturb"):
+        run = dataclasses.replace(runs[name], model=Overflowing(runs[name].model, 1.0))
+        attack = dataclasses.replace(SMALL, linf=(0.0, 1.4 / 255), l2=(), l1=())
+        clean, attacked = measure_robustness(run, attack, tmp_path / f"{name}.json")["points"]
+        assert clean["accuracy"] > 0.5 and attacked["accuracy"] == 0
+        assert "numbers that are not finite, which counts as wrong" in capsys.readouterr().err
+
+
 # --- results
 
 

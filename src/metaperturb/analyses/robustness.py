@@ -5,7 +5,7 @@ prediction p over E draws, so its gradient is the expectation over the noise (At
 that decides. The final prediction is a mean over S draws that the attack has not seen.
 
 The random start, the steps and the projections are foolbox's (`LinfPGD`, `L2PGD`, `SparseL1DescentAttack`). An image
-counts as correct if it is classified correctly as it is *and* after the attack. Four things are done otherwise than
+counts as correct if it is classified correctly as it is *and* after the attack. Five things are done otherwise than
 foolbox does them by itself:
 
 - Of all iterates the one with the largest margin (best other class over the true one) is kept, where foolbox returns
@@ -21,6 +21,9 @@ foolbox does them by itself:
 - In L1 a step moves the one percent of pixels with the largest gradient (Tramèr & Boneh 2019). The steps of foolbox's
   `L1PGD` move all pixels, and find much less: of a ResNet8 on 12-pixel images, which has 99.5 % without attack, even
   100 of them leave 97.0 % at ε = 6, where 20 of the sparse ones leave 80.0 %.
+- An image at which the network returns what is not finite counts as misclassified, once the attack has found it. (With
+  the authors' φ, whose μ grows with what it perturbs, evaluation, which does not clip, can overflow.) How many there
+  were is told. On images as they are it is an error.
 - The projection of foolbox 3.3.4 onto the L1 ball overshoots by up to 0.1 %. What lies outside is scaled back.
 """
 
@@ -124,16 +127,9 @@ class AttackedModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor, samples: int) -> Tensor:
-        """The same over `samples` draws, at most `draws` at once.
-
-        Raises:
-            UserError: the network returns something that is not finite.
-        """
+        """The same over `samples` draws, at most `draws` at once."""
         parts = [self._log_sum(images, min(self.draws, samples - done)) for done in range(0, samples, self.draws)]
-        log_p = torch.stack(parts).logsumexp(dim=0) - math.log(samples)
-        if not torch.isfinite(log_p).all():
-            raise UserError("the network returns numbers that are not finite")
-        return log_p
+        return torch.stack(parts).logsumexp(dim=0) - math.log(samples)
 
     def _log_sum(self, images: Tensor, draws: int) -> Tensor:
         """Log of the sum of softmax over draws: `[B, K]`."""
@@ -148,9 +144,12 @@ def split_off(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def margin(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of the best other class less that of the true one: `[B]`, positive where that class wins."""
+    """Log-probability of the best other class less that of the true one: `[B]`, positive where that class wins.
+
+    It is ∞ where the network returns what is not finite: that is no answer.
+    """
     own, others = split_off(log_p, labels)
-    return others.amax(dim=1) - own
+    return (others.amax(dim=1) - own).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 class _KeepWorst:
@@ -172,13 +171,14 @@ class _KeepWorst:
         images = x.raw.detach().requires_grad_()
         loss = loss_fn(images)
         (gradient,) = torch.autograd.grad(loss, images)  # of images alone: weights need none
-        return loss, type(x)(gradient)
+        # Where the network has been driven beyond what is finite, there is nothing left to ascend.
+        return loss, type(x)(gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
     @torch.no_grad()
     def consider(self, images: Tensor, log_p: Tensor, labels: Tensor) -> None:
         """Keep those images that are worse than all before."""
         found = margin(log_p, labels)
-        worse = ~(found < self.margin)  # what is not finite is kept, and found out afterwards
+        worse = found >= self.margin
         self.worst = torch.where(worse[:, None, None, None], images.detach(), self.worst)
         self.margin = torch.where(worse, found, self.margin)
 
@@ -341,7 +341,7 @@ class _Victim:
 
     def __init__(self, run: TrainedRun, attack: Attack) -> None:
         self.count = len(run.test) if attack.images is None else attack.images
-        self.attack = attack
+        self.dir, self.attack = run.dir, attack
         self.draws, self.samples = (attack.draws, attack.samples) if run.stochastic else (1, 1)
         self.judges = attack.samples if run.stochastic else 0
         self.device = next(run.model.parameters()).device
@@ -366,7 +366,10 @@ class _Victim:
 
     def clean(self, number: int) -> Tensor:
         """Which images of a batch are classified correctly as they are: bool `[B]`."""
-        return self._correct(*self._load(number), number)
+        correct, finite = self._answers(*self._load(number), number)
+        if not finite.all():
+            raise UserError(f"{self.dir}: the network returns numbers that are not finite")
+        return correct
 
     def withstands(self, number: int, norm: str, eps: float, clean: Tensor) -> int:
         """How many images of a batch are classified correctly as they are and after the attack."""
@@ -375,16 +378,25 @@ class _Victim:
         x, labels = self._load(number)
         seed_torch(self.attack.seed, list(NORMS).index(norm), "attack", number)
         x = perturb(self.model, x, labels, norm, eps, self.attack.steps, self.attack.step_size, self.judges)
-        return int((clean & self._correct(x, labels, number)).sum())
+        correct, finite = self._answers(x, labels, number)
+        if broken := int((~finite).sum()):
+            said = (
+                f"at {broken} perturbed images the network returns numbers that are not finite, which counts as wrong"
+            )
+            print(f"{self.dir.name}: {norm}, ε = {eps:g}: {said}", file=sys.stderr)
+        return int((clean & correct).sum())
 
     def _load(self, number: int) -> tuple[Tensor, Tensor]:
         images, labels = self.images.take(self.batches[number])
         return images.float() / 255, labels
 
-    def _correct(self, x: Tensor, labels: Tensor, number: int) -> Tensor:
+    def _answers(self, x: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Which predictions are correct and which are finite, bool `[B]` each."""
         # The same noise at every ε (common random numbers), and other noise than that of the attack.
         seed_torch(self.attack.seed, 0, "attacked", number)
-        return self.model.predict(x, self.samples).argmax(dim=1) == labels
+        log_p = self.model.predict(x, self.samples)
+        finite = ~log_p.isnan().any(dim=1)
+        return (log_p.argmax(dim=1) == labels) & finite, finite
 
 
 def _point(points: list[dict[str, Any]], norm: str, eps: float) -> dict[str, Any]:
