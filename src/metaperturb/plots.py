@@ -69,6 +69,7 @@ PHI_LABELS = {
 }
 DASHES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 POINTS = {"marker": "o", "markersize": 3.5}
+FEW = 10  # images: too few for an accuracy to be drawn
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
 
@@ -269,6 +270,8 @@ def plot_robustness(curves: Mapping[str, Any], title: str, path: Path) -> None:
 def plot_reliability(curves: Mapping[str, Any], title: str, path: Path) -> None:
     """Accuracy against confidence, bin by bin, seeds pooled; below it the share of images in each bin (figure 6 d).
 
+    Bins of a few images, whose accuracy is mere chance, are among the numbers but not in the picture.
+
     Args:
         curves: of `analyses.calibration.calibration_curves`.
         title: of the picture.
@@ -282,7 +285,7 @@ def plot_reliability(curves: Mapping[str, Any], title: str, path: Path) -> None:
         upper.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1.2)
         for name, of_name in curves.items():
             bins, ece = of_name["reliability"], 100 * np.array(of_name["ece"])
-            full = [k for k, count in enumerate(bins["count"]) if count]
+            full = [k for k, count in enumerate(bins["count"]) if count >= FEW]
             confidence, accuracy = ([100 * bins[key][k] for k in full] for key in ("confidence", "accuracy"))
             share = 100 * np.array(bins["count"]) / sum(bins["count"])
             spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
@@ -295,7 +298,7 @@ def plot_reliability(curves: Mapping[str, Any], title: str, path: Path) -> None:
                 for k, count in enumerate(bins["count"])
             ]
         upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), title=title)
-        lower.set(ylabel="images (%)", xlabel="confidence (%)")
+        lower.set(ylabel="images (%)", xlabel=f"confidence (%); above, bins of fewer than {FEW} images are left out")
         _legend_below(figure, upper, columns=2)
         save_figure(figure, path)
     save_numbers(("name", "bin", "count", "confidence", "accuracy"), rows, path)
