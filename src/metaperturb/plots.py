@@ -219,8 +219,7 @@ def _draw_growth(
     amounts = sorted(by_amount)
     spread = [_mean_std(by_amount[n]) for n in amounts]
     mean, std = np.array(spread).T
-    (drawn,) = axes.plot(amounts, mean, label=label, **line, **POINTS)
-    axes.fill_between(amounts, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
+    _draw_mean(axes, label, amounts, mean, std, **line, **POINTS)
     return [(n, *of_n, len(by_amount[n])) for n, of_n in zip(amounts, spread, strict=True)]
 
 
@@ -457,9 +456,14 @@ def _draw_band(
     """Mean and standard deviation (0 of one seed) of `values` `[seeds, points]` against `x`; returns them."""
     mean = values.mean(axis=0)
     std = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
-    (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **line)
-    axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
+    _draw_mean(axis, _with_seeds(name, len(values)), x, mean, std, **line)
     return mean, std
+
+
+def _draw_mean(axis: plt.Axes, label: str, x: Sequence[float], mean: np.ndarray, std: np.ndarray, **line: Any) -> None:
+    """A line, and the band of one standard deviation about it."""
+    (drawn,) = axis.plot(x, mean, label=label, **line)
+    axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
 
 
 def _legend_below(figure: plt.Figure, axis: plt.Axes, columns: int = 4) -> None:
