@@ -1,9 +1,12 @@
 """The zoo: parameter counts as published, shapes, initial weights, names."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from image_files import one_line
 from torch import nn
 
@@ -189,3 +192,18 @@ def test_timm_network():
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(UserError, match="resnet10t"):
         models.create("timm/resnet10", num_classes=10, image_size=32)
+
+
+def test_the_library_and_the_zoo_do_without_importing_torchvision():
+    code = """
+import sys, metaperturb
+metaperturb.attach(metaperturb.models.create("resnet8", 10, 16), metaperturb.MetaPerturb(), image_size=16)
+print([name for name in ("torchvision", "matplotlib") if name in sys.modules])
+metaperturb.models.create("mobilenet_v3_small", 10, 32)
+print("torchvision" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    completed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.splitlines() == ["[]", "True"]

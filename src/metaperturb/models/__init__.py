@@ -4,7 +4,6 @@ import difflib
 import sys
 from collections.abc import Callable
 
-import torchvision
 from torch import nn
 
 from metaperturb.errors import UserError
@@ -45,6 +44,8 @@ def create(name: str, num_classes: int, image_size: int) -> nn.Module:
         return ZOO[name](num_classes, image_size)
     if name.startswith("timm/"):
         return _from_timm(name.removeprefix("timm/"), num_classes)
+    import torchvision  # takes longer to import than all the rest, and the zoo does without
+
     available = torchvision.models.list_models(module=torchvision.models)
     if name not in available:
         near = difflib.get_close_matches(name, [*ZOO, *available], n=3)
