@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import digest
+from experiments.grid import Grid, digest
 from experiments.results import shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
@@ -26,6 +26,7 @@ from metaperturb.storage import load_json, write_atomically
 from metaperturb.weights import SHIPPED, load_phi, save_phi
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,26 +60,31 @@ def ship(name: str, source: Path | None, results: Path, out: Path) -> None:
 
 
 def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
-    """A row of the card for each place of a table with trainings that used this φ, beside Base where it has some."""
+    """A row of the card for each place of a table with trainings that used this φ, and what it is compared with."""
     suffix = f"-{digest(phi):.8}"  # of the ids of given φ
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
+        file = CONFIGS / f"{folder.parent.name}.yaml"
+        if not file.exists():  # benchmarks, say
+            continue
+        grid = Grid(file, folder.name)
         accuracies: dict[tuple[str, str], dict[int, float]] = {}
         settings: dict[tuple[str, str], Mapping[str, Any]] = {}
         for record in map(load_json, sorted(folder.glob("*--*.json"))):
             place, is_ours = (record["row"], record["column"]), record["needs"].get("phi", "").endswith(suffix)
-            if is_ours or place[0] == "Base":
+            if is_ours or place[0] in grid.baselines:
                 accuracies.setdefault(place, {})[record["seed"]] = 100 * record["result"]["metrics"]["accuracy"]
             if is_ours:
                 settings[place] = record["result"]["config"]
         for (row, column), config in settings.items():
-            ours, base = accuracies[row, column], accuracies.get(("Base", column), {})
+            baseline = grid.baseline(row) or next(iter(grid.baselines), None)  # of a row that --phi added: the first
+            ours, base = accuracies[row, column], accuracies.get((baseline, column), {})
             yield [
                 f"{folder.parent.name}, preset {folder.name}",
                 row,
                 column,
                 f"{config['model']}, {config['steps']:,} steps of {config['batch_size']}",
                 ", ".join(map(str, sorted(ours))),
-                str(summarize([*base.values()])) if base else "",
+                f"{baseline}: {summarize([*base.values()])}" if base else "",
                 str(summarize([*ours.values()])),
                 str(paired_difference(ours, base) or ""),
             ]
@@ -108,7 +114,7 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `scripts/ship_phi.py`.', ""]
     lines += [f"- **{what}**: {text}" for what, text in facts.items()]
     lines += ["", "## Tested on", ""]
-    head = ["table", "row", "data", "training", "seeds", "Base %", "with φ %", "difference [95 %]"]
+    head = ["table", "row", "data", "training", "seeds", "without φ %", "with φ %", "difference [95 %]"]
     lines.append(markdown_table(head, tested) if tested else "Nothing yet.")
     return "\n".join(lines) + "\n"
 

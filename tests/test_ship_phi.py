@@ -80,11 +80,16 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
         record(results / "schedule" / "cpu", "MetaPerturb", seed, accuracy, ours)
         record(results / "schedule" / "cpu", "Other", seed, 0.5, "phi-00000000")
         record(results / "schedule" / "smoke", "MetaPerturb", seed, accuracy, ours)
+        record(results / "table1" / "cpu", "Base", seed, base, None)
+        record(results / "table1" / "cpu", "Finetuning (FT)", seed, base + 0.1, None)
+        record(results / "table1" / "cpu", "FT + MetaPerturb", seed, accuracy + 0.1, ours)
     assert ship("mine", "--results", results, "--out", out) == 0
     text = (out / "mine.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| schedule")]
-    expected = "| 0, 1 | 31.00 ± 1.41 | 33.50 ± 0.71 | +2.50 [-3.85, +8.85] |"  # t of one degree of freedom: 12.706
+    expected = "| 0, 1 | Base: 31.00 ± 1.41 | 33.50 ± 0.71 | +2.50 [-3.85, +8.85] |"  # t = 12.706
     assert len(lines) == 1 and lines[0].endswith(expected) and "4,000 steps of 32" in lines[0]
+    (finetuned,) = (line for line in text.splitlines() if line.startswith("| table1"))
+    assert finetuned.endswith("| Finetuning (FT): 41.00 ± 1.41 | 43.50 ± 0.71 | +2.50 [-3.85, +8.85] |")
     for part in ("40,000 images of 200 classes", "disjoint, 10 tasks, seed 3", "750 steps, batches of 32", "`abc`"):
         assert part in text
     assert "src-3, of src-3 31.25 % (1), src-0 30.50 % (2); s_cifar100, val images" in text
