@@ -43,6 +43,8 @@ DATA_SETTINGS = (
     "target",
     "target_path",
     "image_size",
+    "classes",
+    "train_per_class",
     "eval_split",
     "holdout",
     "skip_unreadable",

@@ -20,9 +20,10 @@ from test_run_sh import run_sh
 from metaperturb.errors import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from experiment import argument_parser, overrides, run_grid
+from experiment import argument_parser, check, fingerprints, overrides, run_grid
 from experiment import experiment as run_experiment
-from experiments.grid import Grid
+from experiments.grid import Grid, Overrides
+from experiments.results import Results
 from experiments.runner import Job, last_step, run_jobs
 
 CPU = ("--devices", "cpu")
@@ -324,6 +325,26 @@ def test_other_images_than_those_of_finished_cells_are_refused_before_anything_r
     write_record(tmp_path / "results" / "small" / "paper", Grid(path).cell("Base", "Bugs", 0), 0.5)
     said = refused(path, tmp_path, *more)
     assert "column Bugs: these are other images than those of the cells in" in said
+
+
+def test_parts_of_one_data_set_are_continued(tmp_path):
+    """Columns that differ in how many of the images they train on, φ in how many classes of the source they know."""
+    sizes = Grid(ROOT / "configs" / "target_size.yaml", "smoke", Overrides(data_root=str(tmp_path)))
+    folder, of_column = tmp_path / "results", {}
+    for column in sizes.columns:
+        cell = sizes.cell("Base", column, 0)
+        of_column[column] = fingerprints(cell.config, {})
+        write_record(folder, cell, 0.5, target={"fingerprints": of_column[column]})
+    first, second = of_column.values()
+    assert first[0] != second[0] and first[1] == second[1]
+    results = Results(sizes, folder)
+    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], [])
+    overrides = Overrides(("phi_20_classes.classes=999",), data_root=str(tmp_path))
+    grid = Grid(ROOT / "configs" / "meta_training.yaml", "smoke", overrides)
+    needs = [grid.cell(row, "Drawn bugs", 0).needs["phi"] for row in ("50 steps", "20 classes")]
+    with pytest.raises(UserError) as error:
+        check(Results(grid, tmp_path / "none"), [], needs)
+    assert "need phi_20_classes: 999 classes are asked for, the data has 40" in str(error.value)
 
 
 @pytest.mark.parametrize(
