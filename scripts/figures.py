@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.finished import (
-    OF_A_METHOD,
     Finished,
     by_method,
     check_alike,
+    check_settings,
     data_of,
     find_runs,
     grouped,
     meta_training,
-    tell_apart,
     tell_phis_apart,
     test_of,
     title,
@@ -125,7 +124,7 @@ def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
         of_tests = grouped(runs, test_of).values()
         return [some for some in of_tests if len(grouped(some, lambda run: run.train_images)) > 1]
     of_one_length = grouped(runs, lambda run: (data_of(run), run.steps)).values()
-    return of_one_length if figure != "effort" else [some for some in of_one_length if effort_panels(some)]
+    return of_one_length if figure != "effort" else [some for some in of_one_length if effort_panels(some)[0]]
 
 
 def picture_path(arguments: argparse.Namespace, stem: str) -> Path:
@@ -325,12 +324,14 @@ def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the length of training."""
     check_alike(runs, data_of, "data set and network")
+    check_settings(runs, varied="steps")
     growth(runs, lambda run: run.steps, "training steps", "lengths", title(runs[0], with_steps=False), arguments)
 
 
 def amount(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the number of training images."""
     check_alike(runs, test_of, "test set, network and length")
+    check_settings(runs, varied="train_per_class")
     name = title(runs[0], with_amount=False)
     growth(runs, lambda run: run.train_images, "training images", "amount", name, arguments)
 
@@ -377,34 +378,42 @@ EFFORT = {  # what φ's card says of its meta-training → what the picture call
 def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy with φ against what φ was meta-trained with."""
     check_alike(runs, data_of, "data set and network")
-    for run in runs[1:]:
-        tell_apart(runs[0], run, OF_A_METHOD, "runs")
-    panels = effort_panels(runs)
+    runs = [dataclasses.replace(run, phi="") for run in runs if run.method in ("base", "metaperturb")]
+    check_settings(runs)
+    for method, same in grouped(runs, lambda run: run.method).items():
+        if len(names := [*grouped(same, lambda run: run.name)]) > 1:
+            raise UserError(f"this picture shows one use of {method}, but the runs are of {' and of '.join(names[:2])}")
+        for (_, seed), twice in grouped(same, lambda run: (run.config["phi"], run.config["seed"])).items():
+            if len(twice) > 1:
+                raise UserError(f"{twice[1].dir}: there are two runs of {method} with seed {seed} and the same φ")
+    panels, left_out = effort_panels(runs)
     if not panels:
         raise UserError(
             "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
         )
+    for run in left_out:
+        print(f"{run.dir}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
     path = picture_path(arguments, f"effort-{slug(title(runs[0]))}")
     plots.plot_effort(panels, [run.accuracy for run in runs if run.method == "base"], title(runs[0]), path)
     print(path.with_name(path.name + ".png"))
 
 
-def effort_panels(runs: Sequence[Finished]) -> dict[str, dict[int, list[float]]]:
-    """For each of `EFFORT` of which φ have several, number → accuracies.
+def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[float]]], list[Finished]]:
+    """For each of `EFFORT` of which φ have several, number → accuracies; and the runs of φ that are in none.
 
-    A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged.
+    A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged. Where this
+    leaves several panels of one number, the one with most values is shown.
     """
-    trained = [(run.accuracy, made) for run in runs if (made := meta_training(run)) is not None]
-    panels = {}
+    trained = [(run, made) for run in runs if (made := meta_training(run)) is not None]
+    panels, shown = {}, set()
     for key, label in EFFORT.items():
-        alike: dict[str, dict[int, list[float]]] = {}  # all other settings → number → accuracies
-        for accuracy, made in trained:
-            others = {k: v for k, v in made.items() if k != key}
-            alike.setdefault(str(others), {}).setdefault(made[key], []).append(accuracy)
-        widest = max(alike.values(), key=len, default={})
+        alike = grouped(trained, lambda item, key=key: str({k: v for k, v in item[1].items() if k != key}))
+        by_number = [grouped(same, lambda item, key=key: item[1][key]) for same in alike.values()]
+        widest = max(by_number, key=len, default={})
         if len(widest) > 1:
-            panels[label] = dict(sorted(widest.items()))
-    return panels
+            panels[label] = {number: [run.accuracy for run, _ in same] for number, same in sorted(widest.items())}
+            shown |= {run.dir for same in widest.values() for run, _ in same}
+    return panels, [run for run, _ in trained if run.dir not in shown]
 
 
 FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {

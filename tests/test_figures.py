@@ -108,7 +108,17 @@ def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, ca
     for (name, steps), folder in {("base", "8"): runs / "base-0", ("base", "6"): tmp_path / "more" / "base"}.items():
         metrics = json.loads((folder / "result.json").read_text())["metrics"]
         assert accuracy[name, steps] == pytest.approx(100 * metrics["accuracy"])
-    for figure, some, said in (("fig5", chosen, "steps: 8 → 6"), ("lengths", [runs], "needs several numbers of them")):
+    settings = [*target_settings, "method=base", "steps=6", "batch_size=4", f"run_dir={tmp_path / 'smaller'}"]
+    assert program.main(["--set", *settings]) == 0
+    for figure, some, said in (
+        ("fig5", chosen, "steps: 8 → 6"),
+        ("lengths", [runs], "needs several numbers of them"),
+        (
+            "lengths",
+            [runs / "base-0", tmp_path / "smaller"],
+            "this one has batch_size: 16 → 4",
+        ),
+    ):
         assert scripts_figures.main([figure, *map(str, some), "--out", str(tmp_path)]) == 1
         assert said in capsys.readouterr().err
     for name, said in (("nobody=x", "no run has a φ of this name (phi)"), ("phi", "expected FILE=NAME")):
@@ -145,18 +155,15 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
         "short": ({"steps": 50}, 200),
         "few": ({"classes": 20}, 20),
         "other": ({"steps": 20, "batch_size": 32}, 200),
+        "small": ({"steps": 20}, 200),  # of fewer images of each class
     }
     for i, (name, (config, classes)) in enumerate(made.items()):
         torch.manual_seed(i)
-        card = {"config": config, "source": {"classes": classes}}
+        images = classes * (500 if name != "small" else 200)
+        card = {"config": config, "source": {"classes": classes, "images": images}}
         save_phi(MetaPerturb(), tmp_path / f"{name}.pt", card)
-        settings = [
-            *target_settings,
-            f"phi={tmp_path / f'{name}.pt'}",
-            "steps=8",
-            f"run_dir={tmp_path / 'more' / name}",
-        ]
-        assert program.main(["--set", *settings]) == 0
+        settings = [*target_settings, f"phi={tmp_path / f'{name}.pt'}", "steps=8"]
+        assert program.main(["--set", *settings, f"run_dir={tmp_path / 'more' / name}"]) == 0
 
     def accuracy(*folders: Path) -> float:
         results = [json.loads((folder / "result.json").read_text()) for folder in folders]
@@ -165,6 +172,8 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
     more = tmp_path / "more"
     completed = figures("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
+    for name in ("other", "small"):
+        assert f"{name}: left out, its φ differs in more than one number from those drawn" in completed.stderr
     found = check_pictures(tmp_path, "effort-folder-12-px-resnet8-8-steps")
     numbers = {(row["of"], row["amount"]): (float(row["accuracy_percent"]), row["runs"]) for row in found}
     paper = accuracy(more / "paper", more / "again"), "2"
@@ -178,9 +187,23 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
     assert numbers.keys() == expected.keys()
     for place, (mean, count) in expected.items():
         assert numbers[place] == (pytest.approx(mean), count)
-    for some in ([runs], [more / "paper", more / "other"]):
+    alone = "differ in the steps, tasks or classes of their meta-training alone"
+    settings = [*target_settings, f"phi={tmp_path / 'paper.pt'}", "steps=8"]
+    for name, changes in {"top": "sites=top", "twice": "log_every=1"}.items():
+        assert program.main(["--set", *settings, changes, f"run_dir={tmp_path / name}"]) == 0
+    for some, said in (
+        ([runs / "meta"], alone),
+        ([more / "paper", more / "other"], alone),
+        ([more / "paper", more / "small"], alone),
+        (
+            [more, tmp_path / "top"],
+            "but the runs are of metaperturb and of metaperturb, sites top",
+        ),
+        ([more, tmp_path / "twice"], "there are two runs of metaperturb with seed 0 and the same φ"),
+        ([runs], "one use of base, but the runs are of base and of base, finetuned"),
+    ):
         assert scripts_figures.main(["effort", *map(str, some), "--out", str(tmp_path)]) == 1
-        assert "differ in the steps, tasks or classes of their meta-training alone" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 def test_all_figures(runs, tmp_path):

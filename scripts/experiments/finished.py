@@ -166,16 +166,11 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     Raises:
         UserError: two runs of a method differ in more than the seed, or do not, or runs differ in what all share.
     """
+    check_settings(runs)
     methods = grouped(runs, lambda run: run.name)
     for name, same in methods.items():
-        seeds = [run.config["seed"] for run in same]
-        for run in same[1:]:
-            tell_apart(same[0], run, OF_A_RUN, f"runs of {name}")
-        if len(set(seeds)) < len(seeds):
+        if len({run.config["seed"] for run in same}) < len(same):
             raise UserError(f"{same[-1].dir}: there are two runs of {name} with one seed; name those that are meant")
-    for run in runs[1:]:
-        hyperparameters = {key for key in FIELDS if key.startswith(tuple(plots.LABELS))}
-        tell_apart(runs[0], run, OF_A_METHOD | hyperparameters, "runs")
     order = [*plots.LABELS]
     return dict(
         sorted(
@@ -183,6 +178,24 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
             key=lambda item: (item[1][0].config["init"] or "", order.index(item[1][0].method), item[0]),
         )
     )
+
+
+def check_settings(runs: Sequence[Finished], varied: str | None = None) -> None:
+    """What one picture averages or compares differs in nothing else.
+
+    Args:
+        runs: of any methods.
+        varied: a setting that may differ, as the picture is about it.
+
+    Raises:
+        UserError: two runs of a method differ in more than the seed, or runs in what all methods share.
+    """
+    for name, same in grouped(runs, lambda run: run.name).items():
+        for run in same[1:]:
+            tell_apart(same[0], run, {*OF_A_RUN, varied}, f"runs of {name}")
+    hyperparameters = {key for key in FIELDS if key.startswith(tuple(plots.LABELS))}
+    for run in runs[1:]:
+        tell_apart(runs[0], run, {*OF_A_METHOD, *hyperparameters, varied}, "runs")
 
 
 def tell_apart(first: Finished, other: Finished, expected: set[str], what: str) -> None:
@@ -193,13 +206,17 @@ def tell_apart(first: Finished, other: Finished, expected: set[str], what: str) 
 
 
 def meta_training(run: Finished) -> dict[str, Any] | None:
-    """The settings that made a run's φ what it is, `classes`: how many the source had; None where they are unknown."""
+    """What made a run's φ what it is; None where it is unknown.
+
+    The settings, `classes`: how many the source had, and how many images of each.
+    """
     card = run.result["phi_card"] or {}
-    if not {"config", "source"} <= card.keys():
+    if not {"config", "source"} <= card.keys() or not {"classes", "images"} <= card["source"].keys():
         return None
     made = {
         field.name: card["config"].get(field.name, default_of(field))
         for field in dataclasses.fields(MetaTrainConfig)
         if field.metadata["identity"] and field.name not in INCIDENTAL
     }
-    return {**made, "classes": card["source"]["classes"]}
+    source = card["source"]
+    return {**made, "classes": source["classes"], "images_a_class": source["images"] / source["classes"]}
