@@ -27,6 +27,11 @@ from metaperturb.weights import SHIPPED, load_phi, save_phi
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
+# What a card must say of the meta-training.
+NEEDED = {
+    **{"config": dict, "source": dict, "metrics": dict, "versions": dict, "hardware": dict},
+    **{"commit": str, "seconds": (int, float)},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,51 +48,76 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ship(name: str, source: Path | None, results: Path, out: Path) -> None:
     if not name.isidentifier():
-        raise UserError(f"{name}: a name has letters, digits and underscores only")
+        raise UserError(f"{name}: a name has letters, digits and underscores only, and does not begin with a digit")
     path = out / f"{name}.pt"
-    if source is not None:
-        phi = load_phi(source)
-        if not {"config", "source", "versions", "hardware"} <= phi.card.keys():
-            raise UserError(f"{source}: its card does not say how it was meta-trained")
-        save_phi(phi, path, shortened(phi.card))
-    if not path.exists():
+    if source is None and not path.exists():
         raise UserError(f"{path}: no such φ yet; name the file to ship")
-    phi = load_phi(path)
+    phi = load_phi(source or path)
+    if missing := [key for key, kind in NEEDED.items() if not isinstance(phi.card.get(key), kind)]:
+        raise UserError(f"{source or path}: its card does not say how it was meta-trained: no {', '.join(missing)}")
     tested = [*trainings_with(phi, results)]
     text = describe(name, phi.card, tested)
+    if source is not None:
+        save_phi(phi, path, shortened(phi.card))
     write_atomically(path.with_suffix(".md"), lambda file: file.write(text.encode()))
     print(f"{path}: tested in {len(tested)} places", file=sys.stderr)
 
 
 def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
-    """A row of the card for each place of a table with trainings that used this φ, and what it is compared with."""
+    """A row of the card for each place of a table with trainings that used this φ, and what it is compared with.
+
+    Trainings that were evaluated on other images than the test set chose something, φ for instance, and test nothing.
+    """
     suffix = f"-{digest(phi):.8}"  # of the ids of given φ
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
-        file = CONFIGS / f"{folder.parent.name}.yaml"
-        if not file.exists():  # benchmarks, say
+        records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
+        records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]
+        ours = by_place(folder, [record for record in records if record["needs"].get("phi", "").endswith(suffix)])
+        if not ours:
             continue
-        grid = Grid(file, folder.name)
-        accuracies: dict[tuple[str, str], dict[int, float]] = {}
-        settings: dict[tuple[str, str], Mapping[str, Any]] = {}
-        for record in map(load_json, sorted(folder.glob("*--*.json"))):
-            place, is_ours = (record["row"], record["column"]), record["needs"].get("phi", "").endswith(suffix)
-            if is_ours or place[0] in grid.baselines:
-                accuracies.setdefault(place, {})[record["seed"]] = 100 * record["result"]["metrics"]["accuracy"]
-            if is_ours:
-                settings[place] = record["result"]["config"]
-        for (row, column), config in settings.items():
+        try:
+            grid = Grid(CONFIGS / f"{folder.parent.name}.yaml", folder.name)
+        except UserError as error:  # the folder of a run with --set, or of a preset that is no more
+            print(f"{folder}: left out ({error})", file=sys.stderr)
+            continue
+        others = by_place(folder, [record for record in records if record["row"] in grid.baselines])
+        for (row, column), with_phi in ours.items():
             baseline = grid.baseline(row) or next(iter(grid.baselines), None)  # of a row that --phi added: the first
-            ours, base = accuracies[row, column], accuracies.get((baseline, column), {})
+            config = next(iter(with_phi.values()))["result"]["config"]
+            accuracies, without = (
+                {seed: 100 * some[seed]["result"]["metrics"]["accuracy"] for seed in with_phi if seed in some}
+                for some in (with_phi, others.get((baseline, column), {}))
+            )
             yield [
                 f"{folder.parent.name}, preset {folder.name}",
                 row,
                 column,
                 f"{config['model']}, {config['steps']:,} steps of {config['batch_size']}",
-                ", ".join(map(str, sorted(ours))),
-                f"{baseline}: {summarize([*base.values()])}" if base else "",
-                str(summarize([*ours.values()])),
-                str(paired_difference(ours, base) or ""),
+                ", ".join(map(str, accuracies)),
+                f"{baseline}: {summarize([*without.values()])}" if without else "",
+                str(summarize([*accuracies.values()])),
+                str(paired_difference(accuracies, without) or ""),
             ]
+
+
+def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """Row and column → seed → record."""
+    places: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        row, column, seed = record["row"], record["column"], record["seed"]
+        if places.setdefault((row, column), {}).setdefault(seed, record) is not record:
+            raise UserError(f"{folder}: there are two records of {row}, {column}, seed {seed}; remove one")
+    return places
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    record = load_json(path)
+    try:
+        float(record["result"]["metrics"]["accuracy"])
+        _ = record["row"], record["column"], record["seed"], record["needs"], record["result"]["config"]["steps"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: is no record of a training run; remove it") from None
+    return record
 
 
 def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]) -> str:

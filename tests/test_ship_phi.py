@@ -47,9 +47,9 @@ def phi(tmp_path) -> Path:
     return tmp_path / "phi.pt"
 
 
-def record(folder: Path, row: str, seed: int, accuracy: float, phi: str | None) -> None:
+def record(folder: Path, row: str, seed: int, accuracy: float, phi: str | None, **settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": "resnet20", "steps": 4000, "batch_size": 32}
+    config = {"model": "resnet20", "steps": 4000, "batch_size": 32, **settings}
     result = {"metrics": {"accuracy": accuracy}, "config": config}
     content = {
         "row": row,
@@ -97,15 +97,40 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
 
 def test_what_is_not_shipped(phi, tmp_path, capsys):
     save_phi(MetaPerturb(), tmp_path / "bare.pt")
+    save_phi(MetaPerturb(), tmp_path / "less.pt", CARD | {"metrics": None})
     for arguments, said in (
         (("a-b", phi), "a-b: a name has letters, digits and underscores only"),
-        (("mine", tmp_path / "bare.pt"), "bare.pt: its card does not say how it was meta-trained"),
+        (("mine", tmp_path / "bare.pt"), "bare.pt: its card does not say how it was meta-trained: no config, source,"),
+        (("mine", tmp_path / "less.pt"), "less.pt: its card does not say how it was meta-trained: no metrics"),
+        (("2mine", phi), "2mine: a name has letters, digits and underscores only, and does not begin with a digit"),
         (("mine", tmp_path / "none.pt"), "none.pt: no such φ file"),
         (("mine",), "mine.pt: no such φ yet; name the file to ship"),
     ):
         assert ship(*arguments, "--out", tmp_path / "out", "--results", tmp_path) == 1
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_counts_as_tested(phi, tmp_path, capsys):
+    """On test images; without φ, of the seeds that φ has; folders of other settings and damaged records are said."""
+    results, ours = tmp_path / "results", f"phi-{digest(load_phi(phi)):.8}"
+    record(results / "select" / "cpu", "Base", 0, 0.3, None, eval_split="val")
+    record(results / "select" / "cpu", "src-3", 0, 0.4, ours, eval_split="val")
+    record(results / "schedule" / "cpu", "MetaPerturb", 1, 0.5, ours)
+    for seed, accuracy in enumerate((0.1, 0.2, 0.3)):
+        record(results / "schedule" / "cpu", "Base", seed, accuracy, None)
+    record(results / "schedule" / "cpu-1a2b3c4d", "MetaPerturb", 1, 0.9, ours)
+    assert ship("mine", phi, "--results", results, "--out", tmp_path / "out") == 0
+    assert "cpu-1a2b3c4d: left out (" in capsys.readouterr().err
+    lines = (tmp_path / "out" / "mine.md").read_text().partition("## Tested on")[2].strip().splitlines()
+    assert len(lines) == 3 and lines[2].endswith("| 1 | Base: 20.00 | 50.00 | +30.00 |")
+    (results / "schedule" / "cpu" / "damaged--x--seed0--1.json").write_text("{}")
+    assert ship("mine", "--results", results, "--out", tmp_path / "out") == 1
+    assert "damaged--x--seed0--1.json: is no record of a training run; remove it" in capsys.readouterr().err
+    (results / "schedule" / "cpu" / "damaged--x--seed0--1.json").unlink()
+    record(results / "schedule" / "cpu", "MetaPerturb", 1, 0.6, f"phi_of_another_name-{digest(load_phi(phi)):.8}")
+    assert ship("mine", "--results", results, "--out", tmp_path / "out") == 1
+    assert "there are two records of MetaPerturb, CUB, seed 1" in capsys.readouterr().err
 
 
 def test_a_shipped_phi_is_known_by_its_name(phi, tmp_path, monkeypatch):
