@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
     parser.add_argument("--out", type=Path, help="where the chosen φ goes [<runs>/selected/phi.pt]")
     parser.add_argument("--grid", type=Path, default=ROOT / "configs" / "select.yaml", help="how each φ is tried")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # options may stand before, between and behind the folders
     return run_program(lambda: select(arguments), show_traceback=arguments.traceback)
 
 
@@ -40,6 +40,8 @@ def select(arguments: argparse.Namespace) -> None:
     if len(folders) < 2:
         raise UserError(f'needs two or more finished meta-trainings, found {len(folders)} (SEED="0 1 …" ./run.sh src)')
     sources = {folder.absolute().name: folder / "phi.pt" for folder in folders}
+    if no_run := [str(folder) for folder in folders if not (folder / "phi.pt").is_file()]:
+        raise UserError(f"{no_run[0]}: no folder of a finished meta-training (it holds no phi.pt)")
     if len(sources) < len(folders):
         raise UserError("two of the runs have the same folder name, by which the result would call both")
     tell_differences(sources)
@@ -69,18 +71,20 @@ def select(arguments: argparse.Namespace) -> None:
 
 def tell_differences(sources: dict[str, Path]) -> None:
     """Say aloud what the runs differ in, beside their seed: a choice among other settings is tuning."""
-    cards = {name: load_phi(path).card.get("config") for name, path in sources.items()}
+    cards = {name: load_phi(path).card for name, path in sources.items()}
     fields = MetaTrainConfig.__dataclass_fields__
     known = {
-        name: MetaTrainConfig(**{key: value for key, value in config.items() if key in fields})
-        for name, config in cards.items()
-        if config
+        name: MetaTrainConfig(**{key: value for key, value in card["config"].items() if key in fields})
+        for name, card in cards.items()
+        if card.get("config")
     }
+    images = {name: card.get("source", {}).get("fingerprint") for name, card in cards.items()}
     for name in sources.keys() - known.keys():
         print(f"{name}: nothing is recorded of its settings", file=sys.stderr)
     for name, config in [*known.items()][1:]:
         first, settings = next(iter(known.items()))
         changed = [c for c in differences(asdict(settings), config) if not c.startswith("seed:")]
+        changed += ["other images"] * (images[name] != images[first])
         if changed:
             print(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}", file=sys.stderr)
 

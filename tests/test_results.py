@@ -158,6 +158,25 @@ def test_reduced_cells_are_marked_and_explained(tmp_path):
         assert line["ours_minus_paper"] == ""
 
 
+def test_what_phi_and_pretraining_saw_of_the_source_is_said(grid, folder, tmp_path):
+    """A part of Tiny ImageNet departs from the paper; fewer classes of it are a setting, which says so itself."""
+
+    def saw(images: int, classes: int = 200) -> dict:
+        name = "tiny_imagenet-train"
+        return {
+            "phi_card": {"source": {"name": name, "images": images, "classes": classes}},
+            "init": {"run": {"data": {"name": name, "train": images}}},
+        }
+
+    def said(row: str, *part: int) -> str:
+        write_record(folder, grid.cell(row, "CUB", 0), 0.4, **saw(*part))
+        return read_csv(write_table(grid, folder, tmp_path))[row, "CUB"]["departs_from_paper"]
+
+    assert said("MetaPerturb", 40_000) == "phi: images: 100000 → 40000"
+    assert said("MetaPerturb", 10_000, 20) == said("MetaPerturb", 100_000) == said("Base", 40_000) == ""
+    assert said("FT", 40_000) == "pretrained: images: 100000 → 40000" and said("FT", 100_000) == ""
+
+
 def test_versions_of_the_code_are_said(grid, folder, tmp_path, capsys):
     write_record(folder, grid.cell("Base", "CUB", 2), 0.3, code="0ther", commit="fade")
     write_record(folder, grid.cell("Base", "STL10", 1), 0.3, commit="beef")  # a commit that left the package alone
@@ -360,7 +379,8 @@ def sources(tmp_path) -> list[Path]:
         torch.manual_seed(seed)
         folder.mkdir(parents=True)
         config = {"seed": seed, "tasks": 10, "steps": 750 if seed < 2 else 100}
-        save_phi(MetaPerturb(), folder / "phi.pt", {"config": config, "program": "meta_train"})
+        source = {"fingerprint": "all" if seed < 2 else "a part"}
+        save_phi(MetaPerturb(), folder / "phi.pt", {"config": config, "source": source, "program": "meta_train"})
         (folder / "result.json").write_text("{}")
     return folders
 
@@ -374,7 +394,7 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
     select_phi.select(arguments(tmp_path, grid.path, "--report"))
     said = capsys.readouterr()
     assert (
-        "src-c differs from src-a in more than the seed: steps: 750 → 100" in said.err
+        "src-c differs from src-a in more than the seed: steps: 750 → 100; other images" in said.err
         and "src-b differs" not in said.err
     )
     assert "* src-b: 60.00 % over 2 seeds" in said.out and "  src-a: 50.00 % over 2 seeds" in said.out
@@ -398,7 +418,8 @@ def test_what_selection_refuses(tmp_path, sources):
     one = ["--sources", str(sources[0])]
     assert "needs two or more finished meta-trainings, found 1" in refused(tmp_path, *one)
     assert "the same folder name" in refused(tmp_path, *one, str(sources[0]))
-    assert "no such φ file" in refused(tmp_path, *one, str(tmp_path / "runs" / "src-z"))
+    for folder in (tmp_path / "runs" / "src-z", sources[1] / "phi.pt"):
+        assert "no folder of a finished meta-training (it holds no phi.pt)" in refused(tmp_path, *one, str(folder))
     assert "choosing on test images is cheating" in refused(tmp_path, text=SELECT.replace("val}", "test}"))
     assert "choosing on test images is cheating" in refused(tmp_path, "--set", "eval_split=test")
     (sources[0] / "phi.pt").unlink()  # not finished: one of the three is left out

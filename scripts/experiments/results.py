@@ -1,7 +1,7 @@
 """One JSON a cell under `results/`: writing it, and reading back those that belong to a grid."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ METRICS = {
     "nll": 1,
     "ece": 100,
 }  # as the programs write them → what they are multiplied with to be read
+CLASSES, IMAGES_A_CLASS = 200, 500  # of Tiny ImageNet's training set
 PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "from", "split_file", "source_paths")
 
 
@@ -153,9 +154,15 @@ class Results:
             difference=difference,
             paper=paper,
             gap=gap,
-            differences=self.cells[row, column, next(iter(metrics))].differences,
+            differences=self._differences(row, column, records),
             code=tuple(_versions(records.values())),
         )
+
+    def _differences(self, row: str, column: str, records: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+        """From the paper's setting: those of the settings, and which part of Tiny ImageNet cells started from."""
+        cells = [self.cells[row, column, seed] for seed in records]
+        parts = [_part_of_source(cell, record["result"]) for cell, record in zip(cells, records.values(), strict=True)]
+        return tuple(dict.fromkeys([*cells[0].differences, *(text for texts in parts for text in texts)]))
 
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
         record = load_json(path)
@@ -193,6 +200,18 @@ class Results:
                     "data; remove one"
                 )
             first.setdefault(column, path)
+
+
+def _part_of_source(cell: Cell, result: Mapping[str, Any]) -> Iterator[str]:
+    """For each φ or network that a cell started from and that saw a part of Tiny ImageNet only: how many images."""
+    for key, need in cell.needs.items():
+        made = result.get("phi_card" if key == "phi" else "init") or {}
+        data = made.get("source") if key == "phi" else made.get("run", {}).get("data")
+        if not data or not str(data.get("name")).startswith("tiny_imagenet"):
+            continue
+        images, all_ = data.get("images", data.get("train")), IMAGES_A_CLASS * data.get("classes", CLASSES)
+        if images != all_:
+            yield f"{need.name}: images: {all_} → {images}"
 
 
 def _versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
