@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from grid_files import CONFIGS, GRID, write_grid
 from image_files import one_line
@@ -149,6 +150,12 @@ def test_tuned_values_count_as_the_papers_setting(path, tmp_path):
         assert cell.config.dropout_prob == 0.02 and cell.differences == ()
         assert cell.id != Grid(path).cell(row, "CUB", 0).id
     assert grid.cell("Base", "CUB", 0).id == Grid(path).cell("Base", "CUB", 0).id
+    content = {column: {"label_smoothing": {"label_smoothing": 0.3}, "dropout": {}} for column in ("STL10", "CUB")}
+    tuned.write_text(json.dumps({"chosen": content}))
+    text = GRID.replace("baselines:", "  Recipe: {method: dropout, recipe: [label_smoothing]}\nbaselines:")
+    recipe = Grid(write_grid(tmp_path / "recipe", text), overrides=Overrides(tuned=tuned)).cell("Recipe", "CUB", 0)
+    assert recipe.config.label_smoothing == 0.3 and recipe.differences == ()
+    tuned.write_text(json.dumps({"chosen": {c: {"dropout": {"dropout_prob": 0.02}} for c in ("STL10", "CUB")}}))
     text = GRID.replace("also: {", f"tuned: {tuned}\n    tuned_as: STL10\n    also: {{")
     assert Grid(write_grid(tmp_path / "other", text), "quick").cell("Dropout", "Birds", 5).config.dropout_prob == 0.02
 
@@ -202,13 +209,15 @@ def test_at_preset_paper_no_cell_departs_from_the_paper(table):
 
 BEYOND = ("schedule", "networks", "recipe", "target_size", "meta_training")
 SHIPPED = [
-    *((table, preset) for table in TABLES for preset in ("paper", "quick", "smoke")),
-    *((name, preset) for name in (*BEYOND, "tune", "select") for preset in ("paper", "quick", "cpu", "smoke")),
+    (name, preset)
+    for name in (*TABLES, *BEYOND, "tune", "select")
+    for preset in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["presets"]
 ]
 
 
 @pytest.mark.parametrize(("name", "preset"), SHIPPED)
 def test_shipped_grids_load_in_every_preset(name, preset):
+    assert {"paper", "quick", "smoke"} <= {other for grid, other in SHIPPED if grid == name}
     cells = Grid(CONFIGS / f"{name}.yaml", preset).cells()
     assert cells
     if name in TABLES and preset != "paper":

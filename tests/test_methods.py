@@ -706,12 +706,27 @@ def test_a_recipe_keeps_what_its_method_is():
     assert information.loss.__self__ is information.method
 
 
+def test_adversarial_training_attacks_the_loss_of_the_recipe():
+    x, y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    attacked = {}
+    for smoothing in (0.0, 1.0 - 1e-6):
+        torch.manual_seed(0)
+        combined = recipe("adversarial", "label_smoothing", label_smoothing=smoothing, adversarial_steps=1)
+        model = models.create("resnet8", 2, 8)
+        combined.prepare(model, TrainingSet())
+        torch.manual_seed(1)
+        attacked[smoothing], _ = combined.batch(x, y)
+    logits = torch.randn(4, 2)
+    assert combined.method.loss(logits, y) == combined.loss(logits, y) != F.cross_entropy(logits, y)
+    assert not torch.equal(*attacked.values())
+
+
 def test_a_recipe_as_a_run(common, tmp_path):
     """It trains, says what it was, and is read back."""
     settings = [*common, "method=dropblock", "recipe=label_smoothing,trivial_augment,mixup"]
     assert program.main(["--set", *settings, f"run_dir={tmp_path / 'whole'}"]) == 0
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
-    assert result["config"]["recipe"] == ["label_smoothing", "trivial_augment", "mixup"]
+    assert result["config"]["recipe"] == ["label_smoothing", "mixup", "trivial_augment"]
     assert program.main(["--set", *common, "method=dropblock", f"run_dir={tmp_path / 'plain'}"]) == 0
     whole, plain = model_state(tmp_path / "whole"), model_state(tmp_path / "plain")
     assert any(not torch.equal(value, plain[key]) for key, value in whole.items())
@@ -722,6 +737,7 @@ def test_a_recipe_as_a_run(common, tmp_path):
     ("method", "names", "expected"),
     [
         ("mixup", "mixup", "recipe: mixup is the method already"),
+        ("base", "mixup,mixup", "recipe: mixup stands in it more than once"),
         ("cutmix", "mixup", "recipe: mixup and cutmix do not go together: each mixes images"),
         ("manifold_mixup", "cutmix", "recipe: cutmix and manifold_mixup do not go together: each mixes images"),
         (

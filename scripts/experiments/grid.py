@@ -209,7 +209,7 @@ class Grid:
     def cell(self, row: str, column: str, seed: int) -> Cell:
         place = self.columns[column]
         settings = {**self.settings, **place.settings, **self.rows[row]}
-        tuned = self.tuned.get(column, {}).get(str(settings.get("method")), {})
+        tuned = self._tuned_values(column, settings)
         if column in self.overrides.paths:
             settings["target_path"] = self.overrides.paths[column]
         settings = {**settings, **tuned, "seed": seed}
@@ -224,6 +224,12 @@ class Grid:
         return Cell(row, column, seed, id_, config, needs, tuple(self._differences(row, column, config, needs)))
 
     # --- the parts
+
+    def _tuned_values(self, column: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the method of a cell, and of those that its recipe adds."""
+        chosen = self.tuned.get(column, {})
+        methods = [*settings.get("recipe", []), str(settings.get("method"))]
+        return {key: value for method in methods for key, value in chosen.get(method, {}).items()}
 
     def _cell_config(self, settings: Mapping[str, Any], place: str, texts: Sequence[str] = ()) -> MetaTestConfig:
         values = {**self._base_settings, **settings}
@@ -285,7 +291,7 @@ class Grid:
         standard = {key: value for key, value in standard.items() if key not in COLUMN_KEYS}
         settings = {**shared, **standard, **rows.get(row, self.rows[row])}
         names = {}
-        tuned = self.tuned.get(column, {}).get(str(settings.get("method")), {})
+        tuned = self._tuned_values(column, settings)
         for key, value in settings.items():
             if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
                 names[key] = match[1]

@@ -119,7 +119,7 @@ class MetaTestConfig(CommonConfig):
         "adversarial",
     ] = option("metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment")
     recipe: list[Literal["trivial_augment", "mixup", "cutmix", "label_smoothing"]] = option(
-        [], "further regularizers of images and labels, together with the method"
+        [], "further regularizers of images and labels, together with the method, in any order"
     )
     phi: str | None = option(None, "file or shipped name of φ (method metaperturb)")
     init: str | None = option(
@@ -160,6 +160,9 @@ class MetaTestConfig(CommonConfig):
     threads: int = option(0, "CPU threads, 0: one a core; other numbers may change the last bits", low=0, high=1024)
     gpu: str = option("auto", "GPU number or 'cpu'", identity=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1, identity=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", sorted(self.recipe))  # their order changes nothing: one run, one identity
 
 
 # --- filling and checking

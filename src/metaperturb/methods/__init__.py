@@ -21,6 +21,7 @@ bit.
 from collections.abc import Callable
 
 from metaperturb.config import MetaTestConfig
+from metaperturb.errors import UserError
 from metaperturb.methods.adversarial import AdversarialTraining
 from metaperturb.methods.augmentation import TrivialAugment
 from metaperturb.methods.base import Method, SiteMethod
@@ -78,6 +79,8 @@ def create(config: MetaTestConfig, phi: MetaPerturb | None = None) -> Method:
     Raises:
         UserError: a hyperparameter that the method cannot work with, or methods that do not go together.
     """
+    if twice := [name for name in config.recipe if config.recipe.count(name) > 1]:
+        raise UserError(f"recipe: {twice[0]} stands in it more than once")
     method = METHODS[config.method](config, phi)
     further = {name: METHODS[name](config, None) for name in config.recipe}
     return Recipe({config.method: method}, further) if further else method

@@ -1,7 +1,6 @@
 """Adversarial training: the reference of figure 6 (a-c)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,7 +14,7 @@ PIXEL = 2.0  # images are in [-1, 1] where ε and step size count pixels in [0, 
 class AdversarialTraining(Method):
     """Adversarial training (Madry et al. 2018, section 2.1): each batch is replaced by its worst case within L∞ ε.
 
-    The worst case is sought by projected gradient ascent on the cross-entropy from a random start: the
+    The worst case is sought by projected gradient ascent on the loss from a random start: the
     batch plus uniform noise, then `steps` times `x ← clip(x + step_size · sign(∇x loss))`, the clip being to the ball
     of radius ε about the image and to the range of pixels. A step of training costs `steps` passes forward and back
     more than one of Base.
@@ -49,7 +48,7 @@ class AdversarialTraining(Method):
         for _ in range(self.steps):
             adversarial.requires_grad_()
             with autocast(x.device, self.precision):
-                loss = F.cross_entropy(functional_call(self.model, buffers, (adversarial,)), y)
+                loss = self.loss(functional_call(self.model, buffers, (adversarial,)), y)
             (gradient,) = torch.autograd.grad(loss, adversarial)
             adversarial = adversarial.detach().add_(gradient.sign_(), alpha=self.step_size).clamp_(low, high)
         return adversarial

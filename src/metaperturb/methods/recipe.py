@@ -40,6 +40,7 @@ class Recipe(Method):
         self.ramp, self.stochastic = self.method.ramp, self.method.stochastic
         changed = [part for part in self.parts if type(part).loss is not Method.loss]
         self.loss = changed[0].loss if changed else super().loss
+        self.method.loss = self.loss  # what adversarial training attacks
 
     @property
     def sites(self):
