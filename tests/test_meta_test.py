@@ -150,7 +150,7 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         (["phi=nowhere.pt"], "nowhere.pt: no such φ file"),
         (["eval_split=val"], "val"),
         (["method=dropuot"], "method: expected one of base, metaperturb"),
-        (["train_per_class=9"], "9 images of each class are asked for, class 0 has 8"),
+        (["train_per_class=9"], "train_per_class 9: class class00 has 8 training images"),
         (["train_per_class=0"], "train_per_class: must be at least 1"),
         (["lr=-1"], "lr: must be at least 0"),
         (["lr=nan"], "lr: must be finite"),

@@ -224,6 +224,7 @@ def test_port_in_use(source_settings, tmp_path):
         (["steps=many"], "steps: expected a whole number, got 'many'"),
         (["stepps=3"], "did you mean steps?"),
         (["tasks=11"], "11"),
+        (["tasks=6"], "tasks 6: some get one class only, of the 10 there are"),
         (["classes=11"], "11 classes are asked for, the data has 10"),
         (["classes=4"], "5 tasks need 5 classes, the data has 4"),
         (["source_paths=nowhere.zip"], "nowhere.zip"),

@@ -94,6 +94,8 @@ def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit]]:
             raise UserError(f"{config.split_file}: has {len(splits)} tasks, the settings ask for {config.tasks}")
     else:
         splits = class_split(source.labels, config.tasks, config.split, config.seed)
+    if any(len(split.classes) < 2 for split in splits):
+        raise UserError(f"tasks {config.tasks}: some get one class only, of the {source.num_classes} there are")
     return source, splits
 
 

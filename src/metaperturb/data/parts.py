@@ -2,18 +2,21 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.arrays import ImageArrays, subset
 from metaperturb.data.sources import load_source
 from metaperturb.data.splits import few_classes, few_per_class, holdout_split
 from metaperturb.data.targets import load_target
+from metaperturb.errors import UserError
 
 
 def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
     """What the network is trained on and what it is evaluated on; with `eval_split=holdout` no test image is read.
 
     Raises:
-        UserError: as `load_target`, `holdout_split` and `few_per_class`.
+        UserError: as `load_target` and `holdout_split`, or a class has fewer images than `train_per_class`.
     """
     hold_out = config.eval_split == "holdout"
     train, *rest = load_target(
@@ -28,7 +31,14 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
     if hold_out:
         kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
         train, rest = subset(train, kept, "rest"), [subset(train, held_out, "holdout")]
-    if config.train_per_class is not None:
+    if config.train_per_class is not None:  # of what is not held out: other images than without holdout
+        counts = np.bincount(train.labels)
+        if counts.min() < config.train_per_class:
+            left = ", without those held out," if hold_out else ""
+            raise UserError(
+                f"train_per_class {config.train_per_class}: class {train.classes[counts.argmin()]} has{left} "
+                f"{counts.min()} training images"
+            )
         chosen = few_per_class(train.labels, config.train_per_class)
         train = subset(train, chosen, f"{config.train_per_class}-a-class")
     return train, *rest
