@@ -1,4 +1,4 @@
-"""What is committed under results/: each number of a table's page is that of the JSONs beside it."""
+"""What is committed under results/: each number of a table's pages is that of the JSONs beside it."""
 
 import csv
 import json
@@ -7,38 +7,86 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import scipy.stats
+import yaml
 from conftest import ROOT
+from grid_files import tables
 
 PAGES = sorted(path for path in (ROOT / "results").glob("*/*.csv") if path.with_suffix("").is_dir())
 
 
-def trainings(folder: Path) -> dict[tuple[str, str], list[list[dict]]]:
-    """The JSONs of each row and column of a table, those of like settings together."""
-    groups = defaultdict(lambda: defaultdict(list))
-    for path in sorted(folder.glob("*--*.json")):
-        record = json.loads(path.read_text())
-        groups[record["row"], record["column"]][path.stem.rpartition("--")[2]].append(record)
-    return {place: [*by_settings.values()] for place, by_settings in groups.items()}
+@pytest.fixture(params=PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def page(request) -> Path:
+    return request.param
 
 
-def numbers(records: list[dict]) -> dict[str, float | None]:
-    found = {"seeds": float(len(records))}
-    for name, unit in (("accuracy", 100), ("nll", 1), ("ece", 100)):
-        values = [unit * record["result"]["metrics"][name] for record in records]
-        found[name] = statistics.mean(values)
-        found[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+def records(page: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(page.with_suffix("").glob("*--*.json"))]
+
+
+def lines(page: Path) -> list[dict[str, str]]:
+    return [*csv.DictReader(page.read_text().splitlines())]
+
+
+def accuracies(page: Path) -> dict[tuple[str, str], dict[int, float]]:
+    """Row and column → seed → accuracy in %."""
+    found = defaultdict(dict)
+    for record in records(page):
+        of_place = found[record["row"], record["column"]]
+        assert record["seed"] not in of_place, f"{page}: two records of {record['row']}, {record['column']}"
+        of_place[record["seed"]] = 100 * record["result"]["metrics"]["accuracy"]
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_pages_say_what_their_jsons_say(page):
-    known = trainings(page.with_suffix(""))
-    lines = [line for line in csv.DictReader(page.read_text().splitlines()) if line["accuracy"]]
-    assert lines
-    for line in lines:
-        candidates = [numbers(records) for records in known[line["row"], line["column"]]]
-        said = {name: float(line[name]) if line[name] else None for name in candidates[0]}
-        assert said in [pytest.approx(candidate, abs=1e-4) for candidate in candidates], line
+def test_every_record_has_a_line_and_every_line_its_records(page):
+    assert {(line["row"], line["column"]) for line in lines(page)} == accuracies(page).keys()
+    for line in lines(page):
+        of_place = [r for r in records(page) if (r["row"], r["column"]) == (line["row"], line["column"])]
+        assert int(line["seeds"]) == len(of_place)
+        for name, unit in (("accuracy", 100), ("nll", 1), ("ece", 100)):
+            values = [unit * record["result"]["metrics"][name] for record in of_place]
+            assert float(line[name]) == pytest.approx(statistics.mean(values), abs=1e-4)
+            assert (line[f"{name}_std"] == "") == (len(values) == 1)
+            if len(values) > 1:
+                assert float(line[f"{name}_std"]) == pytest.approx(statistics.stdev(values), abs=1e-4)
+
+
+def test_differences_are_of_paired_seeds(page):
+    known = accuracies(page)
+    for line in lines(page):
+        if not line["difference"]:
+            continue
+        ours, base = known[line["row"], line["column"]], known[line["baseline"], line["column"]]
+        pairs = [(ours[seed], base[seed]) for seed in sorted(ours.keys() & base.keys())]
+        assert int(line["pairs"]) == len(pairs)
+        assert float(line["difference"]) == pytest.approx(statistics.mean(a - b for a, b in pairs), abs=1e-4)
+        if len(pairs) > 1:
+            interval = scipy.stats.ttest_rel(*zip(*pairs, strict=True)).confidence_interval(0.95)
+            assert (float(line["low_95"]), float(line["high_95"])) == pytest.approx(tuple(interval), abs=1e-3)
+
+
+def test_what_is_said_of_the_paper_is_in_the_configuration(page):
+    known = yaml.safe_load((ROOT / "configs" / f"{page.parent.name}.yaml").read_text()).get("paper", {})
+    for line in lines(page):
+        if line["paper"]:
+            assert line["paper"] in known[line["row"]]
+            ours = float(line["paper"].partition("±")[0]) + float(line["ours_minus_paper"] or "nan")
+            assert not line["ours_minus_paper"] or ours == pytest.approx(float(line["accuracy"]), abs=1e-3)
+
+
+def test_the_markdown_says_what_the_csv_says(page):
+    details = {(cells[0], cells[1]): cells for cells in tables(page.with_suffix(".md").read_text())[1][1:]}
+    assert details.keys() == {(line["row"], line["column"]) for line in lines(page)}
+    for line in lines(page):
+        _, _, seeds, accuracy, paper, gap, difference, nll, ece, _ = details[line["row"], line["column"]]
+        assert seeds == line["seeds"] and paper.replace(" ", "") == (line["paper"] or "–")
+        for text, name in ((accuracy, "accuracy"), (nll, "nll"), (ece, "ece")):
+            mean, _, deviation = text.partition(" ± ")
+            assert float(mean) == pytest.approx(float(line[name]), abs=0.0051)
+            assert deviation == "" or float(deviation) == pytest.approx(float(line[f"{name}_std"]), abs=0.0051)
+        for text, name in ((gap, "ours_minus_paper"), (difference, "difference")):
+            assert (text == "–") == (line[name] == "")
+            assert text == "–" or float(text.split()[0]) == pytest.approx(float(line[name]), abs=0.0051)
 
 
 def test_each_page_names_its_command():
