@@ -234,6 +234,8 @@ def test_port_in_use(source_settings, tmp_path):
         (["threads=100000"], "threads: must be between 1 and 1024"),
         (["model=resnet21"], "model resnet21: unknown (near: resnet"),
         (["batch_size=1"], "batch_size: must be at least 2"),
+        (["steps=4", "keep_phi=3,4"], "keep_phi: step 4 is not before the last, 4"),
+        (["keep_phi=1", "anneal=0.4"], "keep_phi: with annealing, φ on the way is not the φ of a shorter run"),
     ],
 )
 def test_bad_settings_are_one_line(source_settings, tmp_path, capsys, settings, expected):
@@ -484,6 +486,17 @@ def test_lookahead_annealing_and_bfloat16_change_the_result(reference, source_se
         settings = [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}", "gpus=cpu", setting]
         assert program.main(["--set", *settings]) == 0
         assert not torch.equal(phi_bits(run_dir), phi_bits(reference))
+
+
+def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, source_settings, tmp_path):
+    settings = [*source_settings, "steps=9", f"keep_phi=1,{STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    assert program.main(["--set", *settings]) == 0
+    assert sorted(path.name for path in (tmp_path / "src").glob("phi*")) == ["phi-000001.pt", "phi-000006.pt", "phi.pt"]
+    kept, shorter = load_phi(tmp_path / "src" / f"phi-{STEPS:06}.pt"), load_phi(reference / "phi.pt")
+    for name, value in shorter.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], value)
+    assert kept.card["metrics"] == shorter.card["metrics"] and kept.card["config"]["steps"] == STEPS
+    assert load_phi(tmp_path / "src" / "phi.pt").card["config"]["steps"] == 9
 
 
 def test_split_file_reproduces_the_run(reference, source_settings, tmp_path):

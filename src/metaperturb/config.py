@@ -90,6 +90,9 @@ class MetaTrainConfig(CommonConfig):
     gpus: str = option("auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'", identity=False)
     port: int = option(0, "TCP port for the processes to meet; 0: any free one", low=0, high=65535, identity=False)
     checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
+    keep_phi: list[int] = option(
+        [], "also keep φ as it is after these steps: phi-000050.pt is the φ of a run of 50", low=1, identity=False
+    )
 
 
 @dataclass(frozen=True)

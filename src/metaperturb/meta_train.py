@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,10 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
         raise UserError(f"tasks: split paired needs an even number, got {config.tasks}")
     if config.split_file and not Path(config.split_file).is_file():
         raise UserError(f"split_file: {config.split_file} does not exist")
+    if late := [step for step in config.keep_phi if step >= config.steps]:
+        raise UserError(f"keep_phi: step {late[0]} is not before the last, {config.steps}")
+    if config.keep_phi and config.anneal > 0:
+        raise UserError("keep_phi: with annealing, φ on the way is not the φ of a shorter run")
     load_tasks(config)
     launch(work, (config,), devices, config.port, show_traceback)
 
@@ -233,7 +238,8 @@ def work(group: Group, config: MetaTrainConfig) -> None:
 
         done = step + 1
         last = done == config.steps
-        if done % config.log_every == 0 or done % config.checkpoint_every == 0 or last:
+        kept = done in config.keep_phi
+        if done % config.log_every == 0 or done % config.checkpoint_every == 0 or kept or last:
             tables = torch.stack(recent).cpu()  # the host waits for the device only here (and in gather_rows with gloo)
             recent.clear()
             check_finite(tables, done - len(tables), config.run_dir)
@@ -243,6 +249,8 @@ def work(group: Group, config: MetaTrainConfig) -> None:
                 seconds = round(run.seconds, 2)
                 run.log({"step": done, **metrics, "phi_norms": norms, "strength": strength, "seconds": seconds})
                 progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
+        if kept and run is not None:
+            save_phi(phi, run.dir / f"phi-{done:06}.pt", card=card(run, done, source, group))
         if done % config.checkpoint_every == 0 or last:
             checkpoints.save(done, tasks, phi, phi_optimizer, group, run)
 
@@ -362,8 +370,16 @@ class Checkpoints:
 
 
 def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPerturb, group: Group) -> None:
+    plot_meta_training(read_metrics(run.dir), run.dir / "curves.png")
+    content = card(run, config.steps, source, group)
+    save_phi(phi, run.dir / "phi.pt", card=content)
+    run.finish(content)
+    print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
+
+
+def card(run: Run, steps: int, source: ImageArrays, group: Group) -> dict[str, Any]:
+    """How φ came about, after the first `steps` of a run."""
     history = read_metrics(run.dir)
-    plot_meta_training(history, run.dir / "curves.png")
     metrics = {name: history[-1][name] for name in METRICS} if history else None
     description = {
         "name": source.name,
@@ -373,9 +389,7 @@ def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPert
     }
     result = {"source": description, "processes": group.size, "metrics": metrics}
     content = run.describe({**result, "kernel": kernels.kernel_name(group.device)}, group.device)
-    save_phi(phi, run.dir / "phi.pt", card=content)
-    run.finish(content)
-    print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
+    return {**content, "config": {**content["config"], "steps": steps}}
 
 
 if __name__ == "__main__":
