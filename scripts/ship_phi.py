@@ -68,7 +68,7 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
 
     Trainings that were evaluated on other images than the test set chose something, φ for instance, and test nothing.
     """
-    suffix = f"-{digest(phi):.8}"  # of the ids of given φ
+    suffix = f"{digest(phi):.8}"  # of the ids of given φ
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]

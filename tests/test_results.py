@@ -408,6 +408,17 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
     assert evidence["evaluated"] == "s_cifar100, val images, resnet20, 10000 steps, seeds 0, 1"
 
 
+def test_further_phi_do_not_rename_the_trainings_of_those_there(tmp_path, sources):
+    path = write_grid(tmp_path / "configs", SELECT, "select")
+    ids = []
+    for some in (sources[1:], sources):
+        grid = Grid(path)
+        for folder in some:
+            grid.add_phi(folder.name, folder / "phi.pt")
+        ids.append({cell.id for cell in grid.cells() if cell.row != "src-a"})
+    assert ids[0] == ids[1] and len(ids[0]) == 6
+
+
 def refused(tmp_path: Path, *more: str, text: str = SELECT) -> str:
     with pytest.raises(UserError) as error:
         select_phi.select(arguments(tmp_path, write_grid(tmp_path / "configs", text, "select"), *more))

@@ -186,7 +186,7 @@ class Grid:
         """A further row: MetaPerturb with the φ in a file."""
         if row in self.rows:
             raise UserError(f"{self.path}: has a row {row!r} already; rename the folder of this φ")
-        name = f"phi{len(self._needs)}"
+        name = f"phi_{digest(load_phi(path)):.8}"  # whichever others come before it, its cells keep their names
         self._needs = {**self._needs, name: {"program": "meta_train", "config": "src.yaml"}}
         self._given[name] = path
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
@@ -346,7 +346,8 @@ def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
         if isinstance(settings, Mapping) and settings:
             config = cls(**{key: settings[key] for key in settings if key in known})
     card = card if config is not None else {}
-    id_ = f"{name}-{sha256(file) if phi is None else digest(phi):.8}"
+    content = f"{sha256(file) if phi is None else digest(phi):.8}"
+    id_ = name if name.endswith(f"_{content}") else f"{name}-{content}"
     return Need(name, id_, config=config, file=path, card=card)
 
 

@@ -2,8 +2,8 @@
 
 >>> import metaperturb
 >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
->>> phi = metaperturb.load_phi("runs/src/phi.pt")  # doctest: +SKIP
->>> model = metaperturb.attach(model, phi, image_size=32)  # doctest: +SKIP
+>>> phi = metaperturb.load_phi("tiny_imagenet_resnet20")
+>>> model = metaperturb.attach(model, phi, image_size=32, verbose=False)
 """
 
 import signal
