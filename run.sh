@@ -44,7 +44,8 @@ TGT_MODEL=${TGT_MODEL:-resnet20}    # conv4 conv6 vgg9 resnet20 … wrn_28_2, or
 TGT_STEPS=${TGT_STEPS:-10000}
 METHOD=${METHOD:-metaperturb}       # base info_dropout dropblock manifold_mixup dropout mixup cutmix
                                     # label_smoothing trivial_augment; adversarial: training on attacks
-PHI=${PHI:-}                        # φ to use; empty: tgt takes that of src, tables make theirs
+PHI=${PHI:-}                        # φ to use, a file or shipped name; empty: tgt takes that of src if it is there, else
+SHIPPED_PHI=tiny_imagenet_resnet20  # this one, and tables make theirs
 INIT=${INIT:-}                      # finetuning: run of pretrain, or file of weights, to begin with
 TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED${INIT:+-ft}}
 PRE_RUN=${PRE_RUN:-$RUNS/pretrain-$SRC_DATA-$TGT_MODEL-seed$SEED} # pretrain: TGT_MODEL on SRC_DATA
@@ -142,7 +143,14 @@ tgt)
     options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "target=$TGT_DATA" "model=$TGT_MODEL" "steps=$TGT_STEPS"
         "method=$METHOD" "run_dir=$TGT_RUN")
     [ -n "$TGT_PATH" ] && options+=("target_path=$TGT_PATH")
-    [ "$METHOD" != metaperturb ] || options+=("phi=${PHI:-$(src_run "$SEED")/phi.pt}")
+    if [ "$METHOD" = metaperturb ]; then
+        phi=${PHI:-$(src_run "$SEED")/phi.pt}
+        if [ -z "$PHI" ] && [ ! -e "$phi" ]; then
+            echo "$phi is not there (./run.sh src makes it): taking the shipped φ, $SHIPPED_PHI" >&2
+            phi=$SHIPPED_PHI
+        fi
+        options+=("phi=$phi")
+    fi
     [ -z "$INIT" ] || options+=("init=$INIT")
     exec "$py" -m metaperturb.meta_test --config "$here/configs/tgt.yaml" --set "${options[@]}" "$@"
     ;;

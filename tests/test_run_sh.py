@@ -89,8 +89,14 @@ def test_src_then_tgt(tmp_path, tiny_imagenet):
 
     folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
     target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_MODEL": "conv4", "TGT_STEPS": "2", **environment}
-    completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", SRC_MODEL="resnet8", **target)
-    assert completed.returncode == 0, completed.stderr
+    for seed, taken in (("0", str(phi)), ("1", "tiny_imagenet_resnet20")):  # of the second seed there is no φ
+        completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", SRC_MODEL="resnet8", SEED=seed, **target)
+        assert completed.returncode == 0, completed.stderr
+        assert ("taking the shipped φ, tiny_imagenet_resnet20" in completed.stderr) == (seed == "1")
+        result = json.loads(
+            (tmp_path / "runs" / f"tgt-folder-conv4-metaperturb-seed{seed}" / "result.json").read_text()
+        )
+        assert result["config"]["phi"] == taken
     completed = run_sh("tgt", "cpu", "batch_size=4", METHOD="base", **target)
     assert completed.returncode == 0, completed.stderr
     for method in ("metaperturb", "base"):
