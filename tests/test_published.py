@@ -94,3 +94,21 @@ def test_each_page_names_its_command():
     for page in PAGES:
         table, preset = page.parent.name, page.stem
         assert f"./run.sh {table} --preset {preset}" in text and f"({table}/{preset}.md)" in text, page
+
+
+def test_the_readmes_results_are_those_of_the_page():
+    """Its table of results: each row's numbers, and the paper's beside them."""
+    text = (ROOT / "README.md").read_text().partition("## What is reproduced")[2].partition("\n## ")[0]
+    page = ROOT / "results" / "table1" / "cpu_full_length.csv"
+    assert f"({page.relative_to(ROOT).with_suffix('.md')})" in text
+    known = {(line["row"], line["column"]): line for line in lines(page)}
+    (_, *rows) = tables(text)[0]
+    assert [row[0] for row in rows] == [*dict.fromkeys(name for name, _ in known)]
+    for name, *cells in rows:
+        for column, paper, ours in zip(("s-CIFAR100", "CUB (50 classes)"), cells[::2], cells[1::2], strict=True):
+            if (line := known.get((name, column))) is None:
+                assert ours == "–"
+                continue
+            deviation = f" ± {float(line['accuracy_std']):.2f}" if line["accuracy_std"] else ""
+            assert ours == f"{float(line['accuracy']):.2f}{deviation} ({line['seeds']})"
+            assert paper.replace(" ", "") == line["paper"]
