@@ -186,6 +186,20 @@ def test_samples_are_averaged_as_probabilities(batch_size):
     assert result["ece"] == pytest.approx(abs(hits - mean.max()), abs=1e-5)
 
 
+def test_a_network_that_computes_in_bfloat16_is_averaged_as_exactly():
+    """Summed in bfloat16, a hundred predictions would stop to count once their sum is some hundred times each."""
+    logits = torch.randn(100, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model = Alternating(logits.tolist())
+    model.logits = logits
+    labels = [0, 1, 2, 3, 4]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = evaluate(model, data_set(5, 10, labels=labels), samples=100, batch_size=5)
+    p = np.exp(logits.double().numpy())
+    mean = (p / p.sum(axis=1, keepdims=True)).mean(axis=0)
+    assert result["nll"] == pytest.approx(-np.log(mean[labels]).mean(), rel=1e-5)
+    assert result["ece"] == pytest.approx(abs((mean.argmax() in labels) / 5 - mean.max()), abs=1e-5)
+
+
 def test_averaging_keeps_tiny_probabilities():
     """In float32 exp(−200) is 0: averaging of plain probabilities would report an infinite NLL."""
     model = Alternating([[200.0, 0.0], [300.0, 0.0]])

@@ -40,9 +40,10 @@ def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: i
         for chunk in torch.arange(len(images.arrays), device=images.device).split(batch_size):
             x, y = images.take(chunk)
             x = normalize(x)
-            log_p = model(x).log_softmax(dim=1)
+            # In float32 whatever the network computes in: a sum of a hundred bfloat16 numbers loses the last ones.
+            log_p = model(x).float().log_softmax(dim=1)
             for _ in range(samples - 1):
-                log_p = torch.logaddexp(log_p, model(x).log_softmax(dim=1))
+                log_p = torch.logaddexp(log_p, model(x).float().log_softmax(dim=1))
             log_probabilities.append(log_p - math.log(samples))
             labels.append(y)
     log_p = torch.cat(log_probabilities)
