@@ -19,6 +19,7 @@ import metaperturb.meta_test as program
 from metaperturb import kernels
 from metaperturb.data.parts import load_parts
 from metaperturb.perturbation import MetaPerturb
+from metaperturb.runs import StepProgress
 from metaperturb.storage import load_tensors
 from metaperturb.trained import load_run
 from metaperturb.training import annealed_strength
@@ -85,6 +86,27 @@ def test_bits_after_sigkill_and_resume(reference, settings, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     metrics = [json.loads((d / "result.json").read_text())["metrics"] for d in (run_dir, reference)]
     assert metrics[0] == metrics[1]
+
+
+def test_killed_in_the_last_evaluation_nothing_is_trained_again(settings, tmp_path):
+    settings = [*settings, "final_samples=500"]
+    run_dir = tmp_path / "tgt"
+    killed = start("meta_test", [*settings, f"run_dir={run_dir}"])
+    deadline = time.monotonic() + 90
+    checkpoint = run_dir / "checkpoints" / "latest.pt"
+    while not (checkpoint.exists() and load_tensors(checkpoint)["step"] == STEPS) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
+    resumed = run("meta_test", [*settings, f"run_dir={run_dir}"])
+    assert resumed.returncode == 0 and f"resuming after step {STEPS}" in resumed.stderr
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "test_accuracy" in line] == [4, STEPS]
+    never = tmp_path / "never"
+    assert program.main(["--set", *settings, f"run_dir={never}"]) == 0
+    results = [json.loads((d / "result.json").read_text()) for d in (run_dir, never)]
+    assert results[0]["metrics"] == results[1]["metrics"]
 
 
 def test_phi_is_frozen_and_saved_with_the_network(reference, phi_file):
@@ -257,3 +279,14 @@ def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, c
     assert half["train_loss"] == pytest.approx(full["train_loss"], rel=0.05)
     assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 1
     assert "precision: bfloat16 → float32" in capsys.readouterr().err
+
+
+def test_a_long_evaluation_tells_how_far_it_is_now_and_then(capsys):
+    progress = StepProgress("base on cub", 100, 40, interval=1000)
+    progress.update(50, loss=1.0)
+    capsys.readouterr()
+    progress.within(0.1)  # too soon after the line before
+    progress.last -= 1000
+    progress.within(0.25)
+    progress.within(0.26)
+    assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 25%\n"

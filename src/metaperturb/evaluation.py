@@ -4,6 +4,7 @@ Predictions are averages of softmax over Monte-Carlo samples of the noise (Algor
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,13 @@ class NotFinite(UserError):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: int) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    images: DeviceImages,
+    samples: int,
+    batch_size: int,
+    tell: Callable[[float], None] = lambda share: None,
+) -> dict[str, float]:
     """Evaluate on every image of the data set; the model's mode is restored afterwards.
 
     Args:
@@ -28,6 +35,7 @@ def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: i
         images: the test set.
         samples: Monte-Carlo samples; 1 for a deterministic model.
         batch_size: images a forward pass.
+        tell: called with the share of the work that is done, between two samples of the noise.
 
     Returns:
         `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`.
@@ -37,12 +45,14 @@ def evaluate(model: nn.Module, images: DeviceImages, samples: int, batch_size: i
     """
     log_probabilities, labels = [], []
     with eval_mode(model):
-        for chunk in torch.arange(len(images.arrays), device=images.device).split(batch_size):
+        chunks = torch.arange(len(images.arrays), device=images.device).split(batch_size)
+        for i, chunk in enumerate(chunks):
             x, y = images.take(chunk)
             x = normalize(x)
             # In float32 whatever the network computes in: a sum of a hundred bfloat16 numbers loses the last ones.
             log_p = model(x).float().log_softmax(dim=1)
-            for _ in range(samples - 1):
+            for drawn in range(1, samples):
+                tell((i + drawn / samples) / len(chunks))
                 log_p = torch.logaddexp(log_p, model(x).float().log_softmax(dim=1))
             log_probabilities.append(log_p - math.log(samples))
             labels.append(y)

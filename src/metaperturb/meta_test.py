@@ -132,6 +132,12 @@ def meta_test(config: MetaTestConfig) -> dict:
     run.rewind(start)
     progress = StepProgress(f"{config.method} on {config.target}", config.steps, start)
 
+    def evaluated(step: int, samples: int) -> dict[str, float]:
+        seed_torch(config.seed, 0, "evaluate", step)
+        samples = samples if method.stochastic else 1
+        with autocast(device, config.precision):
+            return evaluate(model, test_images, samples, config.eval_batch_size, progress.within)
+
     # Training
     recent: list[torch.Tensor] = []  # [loss, accuracy] of the steps since the last look, on the device
     metrics: dict[str, float] = {}
@@ -151,7 +157,8 @@ def meta_test(config: MetaTestConfig) -> dict:
 
         done = step + 1
         last = done == config.steps
-        evaluates, saves = done % config.eval_every == 0 or last, done % config.checkpoint_every == 0 or last
+        evaluates = done % config.eval_every == 0 and not last  # the trained network is evaluated below, at length
+        saves = done % config.checkpoint_every == 0 or last
         if done % config.log_every == 0 or evaluates or saves:
             values = torch.stack(recent).cpu()  # the only place where the host waits for the device
             recent.clear()
@@ -159,20 +166,12 @@ def meta_test(config: MetaTestConfig) -> dict:
             mean_loss, mean_accuracy = values.mean(dim=0).tolist()
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:
-                samples = 1 if not method.stochastic else config.final_samples if last else config.eval_samples
-                seed_torch(config.seed, 0, "evaluate", done)
                 try:
-                    with autocast(device, config.precision):
-                        metrics = evaluate(model, test_images, samples, config.eval_batch_size)
+                    metrics = evaluated(done, config.eval_samples)
                 except NotFinite as error:
-                    if last:
-                        raise UserError(
-                            f"{config.run_dir}: after the last step {error}: it has diverged (φ's clip acts in "
-                            "training only; a smaller lr or clip may help, in a new run_dir)"
-                        ) from error
                     progress.say(f"step {done}: {error}; not evaluated")  # training may yet bring it back
                     metrics = {}
-                line |= {f"test_{name}": round(value, 6) for name, value in metrics.items()}
+                line |= logged(metrics)
             run.log({**line, "seconds": round(run.seconds, 2)})
             shown = {"test_accuracy": metrics["accuracy"]} if metrics else {}
             progress.update(done, loss=mean_loss, accuracy=mean_accuracy, **shown)
@@ -184,12 +183,15 @@ def meta_test(config: MetaTestConfig) -> dict:
             save_tensors(state, checkpoint)
 
     # Result
+    try:
+        metrics = evaluated(config.steps, config.final_samples)
+    except NotFinite as error:
+        raise UserError(
+            f"{config.run_dir}: after the last step {error}: it has diverged (φ's clip acts in training only; a "
+            "smaller lr or clip may help, in a new run_dir)"
+        ) from error
+    run.log({"step": config.steps, **logged(metrics), "seconds": round(run.seconds, 2)})
     progress.close()
-    if not metrics:  # killed between the last checkpoint and the result
-        seed_torch(config.seed, 0, "evaluate", config.steps)
-        with autocast(device, config.precision):
-            samples = config.final_samples if method.stochastic else 1
-            metrics = evaluate(model, test_images, samples, config.eval_batch_size)
     plot_convergence(
         {config.method: [read_metrics(run.dir)]}, f"{config.target}, {config.model}", run.dir / "curves.png"
     )
@@ -206,6 +208,11 @@ def meta_test(config: MetaTestConfig) -> dict:
     run.finish(result)
     report(result)
     return result
+
+
+def logged(metrics: dict[str, float]) -> dict[str, float]:
+    """As `metrics.jsonl` has them."""
+    return {f"test_{name}": round(value, 6) for name, value in metrics.items()}
 
 
 def report(result: dict) -> None:

@@ -211,6 +211,17 @@ class StepProgress:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(f"{self.title}: step {done}/{self.total}  {text}  {clock(left)} left", file=sys.stderr, flush=True)
 
+    def within(self, share: float) -> None:
+        """How much is done of what takes its time between two steps or after the last: an evaluation."""
+        now = time.monotonic()
+        if now - self.last < (self.interval if self.bar is None else 1.0):
+            return
+        self.last = now
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"evaluating: {share:.0%}")
+        else:
+            print(f"{self.title}: step {self.done}/{self.total}  evaluating: {share:.0%}", file=sys.stderr, flush=True)
+
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
         tqdm.write(text, file=sys.stderr)
