@@ -161,7 +161,7 @@ class Alternating(nn.Module):
 
     def __init__(self, logits):
         super().__init__()
-        self.logits, self.calls = torch.tensor(logits), 0
+        self.logits, self.calls = torch.as_tensor(logits), 0
 
     def forward(self, x):
         logits = self.logits[self.calls % len(self.logits)]
@@ -195,8 +195,7 @@ def test_samples_are_averaged_as_probabilities(batch_size):
 def test_a_network_that_computes_in_bfloat16_is_averaged_as_exactly():
     """Summed in bfloat16, a hundred predictions would stop to count once their sum is some hundred times each."""
     logits = torch.randn(100, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
-    model = Alternating(logits.tolist())
-    model.logits = logits
+    model = Alternating(logits)
     labels = [0, 1, 2, 3, 4]
     with torch.autocast("cpu", torch.bfloat16):
         result = evaluate(model, data_set(5, 10, labels=labels), samples=100, batch_size=5)
