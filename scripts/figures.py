@@ -4,6 +4,7 @@
     ./run.sh fig6 runs/tgt-cub-*                          # robustness and calibration
     ./run.sh fig7 runs/                                   # learned scales, of any number of data sets
     ./run.sh fig8 runs/tgt-cub-*-seed0                    # loss surfaces, a panel a method
+    ./run.sh compare runs/table3/cpu/*cub*                # final accuracy, loss and calibration, a line a method
     ./run.sh lengths runs/schedule/cpu                    # final accuracy against the number of training steps
     ./run.sh amount runs/target_size/cpu                  # against the number of training images
     ./run.sh effort runs/meta_training/cpu                # against the steps, tasks and classes of φ's meta-training
@@ -321,6 +322,14 @@ def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     return by_method(runs)
 
 
+def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Final accuracy, loss and calibration of methods."""
+    results = {name: [run.result["metrics"] for run in same] for name, same in of_one_picture(runs).items()}
+    path = picture_path(arguments, f"compare-{slug(title(runs[0]))}")
+    plots.plot_comparison(results, title(runs[0]), path)
+    print(path.with_name(path.name + ".png"))
+
+
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the length of training."""
     check_alike(runs, data_of, "data set and network")
@@ -421,6 +430,7 @@ FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
     "fig6": figure6,
     "fig7": figure7,
     "fig8": figure8,
+    "compare": compare,
     "lengths": lengths,
     "amount": amount,
     "effort": effort,

@@ -86,6 +86,9 @@ FIGURES = (
         "MetaPerturb and Manifold Mixup lie in flatter surroundings than Base.",
     ),
     Figure(
+        "compare", "Methods side by side", "Final accuracy, loss and calibration error: points are seeds, bars means."
+    ),
+    Figure(
         "lengths",
         "Length of training",
         "Final accuracy against training steps; mean and standard deviation over seeds.",

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,28 @@ def test_convergence(runs, tmp_path):
     mine = [row for row in found if (row["method"], row["seed"]) == ("base", "1")]
     assert [float(row["test_accuracy"]) for row in mine] == expected
     assert {row["method"] for row in found} == {"base", "metaperturb", "base, finetuned"}
+
+
+def test_methods_side_by_side(runs, tmp_path):
+    completed = figures("compare", runs, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    stem = "compare-folder-12-px-resnet8-8-steps"
+    assert completed.stdout.strip() == str(tmp_path / f"{stem}.png")
+    found = {row["name"]: row for row in check_pictures(tmp_path, stem)}
+    folders = {"base": ["base-0", "base-1"], "metaperturb": ["meta"], "base, finetuned": ["tuned"]}
+    assert {name: int(row["seeds"]) for name, row in found.items()} == {name: len(of) for name, of in folders.items()}
+    for name, of_method in folders.items():
+        metrics = [json.loads((runs / folder / "result.json").read_text())["metrics"] for folder in of_method]
+        for column, key, factor in (
+            ("accuracy_percent", "accuracy", 100),
+            ("nll", "nll", 1),
+            ("ece_percent", "ece", 100),
+        ):
+            values = [factor * of_run[key] for of_run in metrics]
+            assert float(found[name][column]) == pytest.approx(statistics.mean(values))
+            spread = found[name][f"{column}_std"]
+            assert (spread == "") == (len(values) == 1)
+            assert not spread or float(spread) == pytest.approx(statistics.stdev(values))
 
 
 def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, capsys):
@@ -213,7 +236,7 @@ def test_all_figures(runs, tmp_path):
     shutil.copytree(runs, copies)
     completed = figures("figures", copies, "--out", tmp_path / "out", "--set", *FAST)
     assert completed.returncode == 0, completed.stderr
-    for stem in ("fig5", *FIGURE_6, "fig8"):
+    for stem in ("fig5", *FIGURE_6, "fig8", "compare"):
         check_pictures(tmp_path / "out", f"{stem}-folder-12-px-resnet8-8-steps")
     scales = check_pictures(tmp_path / "out", "fig7-scales-resnet8")
     assert len(scales) == 16 + 32 + 64 and all(0 <= float(row["s"]) <= 1 for row in scales)
@@ -331,10 +354,10 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
     completed = figures("figures", tmp_path / "runs", "--out", tmp_path / "all", *called, "--set", *small)
     assert completed.returncode == 1
     assert "fig5 not drawn: " in completed.stderr and "two runs of base with one seed" in completed.stderr
-    assert "3 pictures were not drawn, for the reasons above" in completed.stderr
+    assert "4 pictures were not drawn, for the reasons above" in completed.stderr
     drawn = sorted(path.stem for path in (tmp_path / "all").glob("*.png"))
     assert drawn == sorted(
-        [f"{figure}-folder-12-px-resnet8-8-steps-own" for figure in ("fig5", *FIGURE_6, "fig8")]
+        [f"{figure}-folder-12-px-resnet8-8-steps-own" for figure in ("fig5", *FIGURE_6, "fig8", "compare")]
         + ["fig7-scales-resnet8-own"]
     )
 

@@ -181,6 +181,39 @@ def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str,
     save_numbers(("name", unit.replace(" ", "_"), "accuracy_percent", "std", "seeds"), rows, path)
 
 
+def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title: str, path: Path) -> None:
+    """Final accuracy, loss and calibration of methods, one below the other: a point a seed, a bar their mean.
+
+    Args:
+        results: method → for each seed `accuracy` and `ece` in [0, 1], `nll` in nats.
+        title: of the picture.
+        path: without suffix: PNG, SVG, and the numbers as CSV.
+    """
+    panels = {"accuracy": (100, "test accuracy (%)"), "nll": (1, "test loss (NLL, nats)"), "ece": (100, "ECE (%)")}
+    rows: list[list[Any]] = [[method] for method in results]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(10, 1.3 + 0.32 * len(results)), sharey=True, layout="constrained"
+        )
+        for axis, (key, (factor, label)) in zip(axes, panels.items(), strict=True):
+            for place, (method, of_method) in enumerate(results.items()):
+                values = factor * np.array([metrics[key] for metrics in of_method])
+                color = COLORS.get(method.partition(",")[0])
+                axis.plot(values, np.full(len(values), place), "o", color=color, markersize=5, alpha=0.6)
+                axis.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2)
+                rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
+            axis.set(xlabel=label)
+            axis.grid(axis="y", visible=False)
+        labels = [_with_seeds(method, len(of_method)) for method, of_method in results.items()]
+        axes[0].set_yticks(range(len(results)), labels)
+        axes[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
+        figure.suptitle(title)
+        save_figure(figure, path)
+    names = [name for key in ("accuracy_percent", "nll", "ece_percent") for name in (key, f"{key}_std")]
+    counts = [len(of_method) for of_method in results.values()]
+    save_numbers(("name", *names, "seeds"), [[*row, n] for row, n in zip(rows, counts, strict=True)], path)
+
+
 def plot_effort(
     panels: Mapping[str, Mapping[int, Sequence[float]]], base: Sequence[float], title: str, path: Path
 ) -> None:
