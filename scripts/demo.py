@@ -1,6 +1,6 @@
 """The whole method on drawn images: meta-train φ, train a network with and without it, print what was measured.
 
-    ./run.sh demo                          # some seven minutes on two CPU cores, nothing to download
+    ./run.sh demo                          # some ten minutes on two CPU cores, nothing to download
     python scripts/demo.py --out runs/demo --seeds 5
 
 It starts the two training programs as anybody would, several at once; started again, it continues where it was.

@@ -414,7 +414,7 @@ def test_smoke_of_table_1(tmp_path):
     assert (ours["seeds"], ours["pairs"], ours["baseline"], ours["paper"]) == ("2", "2", "Base", "42.01±0.43")
     assert float(ours["low_95"]) <= float(ours["difference"]) <= float(ours["high_95"])
     assert lines["FT + MetaPerturb", "Drawn bugs"]["baseline"] == "Finetuning (FT)"
-    assert "8 of 20 cells have not run yet" in page
+    assert "8 of 20 cells have no result: not run yet, or failed" in page
 
 
 def test_smoke_of_table_2(tmp_path):

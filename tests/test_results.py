@@ -132,7 +132,8 @@ def test_the_page_has_ours_beside_the_papers(grid, folder, tmp_path):
     base = details[2]
     assert base[2:7] == ["2", "31.00 ± 1.41", "30.63 ± 0.66", "+0.37", "–"] and base[-1] == "paper"
     assert "to Base, n = 2" in details[3][6]
-    assert "21 of 30 cells have not run yet" in page
+    assert "their sources' defaults where nothing else stands here" in page
+    assert "21 of 30 cells have no result: not run yet, or failed" in page
 
 
 def test_reduced_cells_are_marked_and_explained(tmp_path):
@@ -307,6 +308,7 @@ def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_w
     values = dict(zip(rows, ([0.1, 0.5], [0.2, 0.3], [0.5, 0.7], [0.4, 0.4], [0.5, 0.3]), strict=True))
     fill(grid, tmp_path / "r", {(row, "CUB"): value for row, value in values.items()})
     fill(grid, tmp_path / "r", {(row, "STL10"): [0.5, 0.5 if row != rows[2] else None] for row in rows})
+    assert "sources' defaults" not in write_table(grid, tmp_path / "r", tmp_path / "runs").read_text()
     chosen, evidence = tune.choose(grid, Results(grid, tmp_path / "r"))
     assert chosen == {"CUB": {"dropout": {"dropout_prob": 0.3}, "mixup": {"mixup_alpha": 0.2}}}
     assert evidence["CUB"][rows[1]] == {"mean": 25.0, "std": pytest.approx(math.sqrt(50)), "seeds": 2}

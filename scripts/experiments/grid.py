@@ -131,6 +131,7 @@ class Grid:
         self.seeds: list[int] = chosen.get("seeds", content["seeds"])
         self.settings = {**content["set"], **chosen.get("set", {})}
         self.baselines: list[str] = content["baselines"]
+        self.tunes = bool(content["candidates"])  # what hyperparameters to take is what it asks
         rows = content["rows"] | candidate_rows(content["candidates"])
         picked = self._pick("row", rows, chosen.get("rows")) | chosen.get("also", {})
         self._versus = {name: row[VERSUS] for name, row in picked.items() if VERSUS in row}

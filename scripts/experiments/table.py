@@ -108,8 +108,11 @@ def _notes(
             f"- Hyperparameters tuned on held-out training images of {grid.tuned_as or ', '.join(columns)}: {values}"
             for values, columns in chosen.items()
         ]
-    else:
-        lines.append("- Hyperparameters of the regularizers: their sources' defaults, not tuned for these data.")
+    elif not grid.tunes:
+        lines.append(
+            "- Hyperparameters of the regularizers: their sources' defaults where nothing else stands here, not tuned "
+            "for these data."
+        )
     for name, column in grid.columns.items():
         if column.stands_for != name and any(grid.paper_value(row, name) for row in grid.rows):
             how = "" if column.comparable else "; other data, so no difference is given"
@@ -124,7 +127,7 @@ def _notes(
     lines += [f"- **{text}**." for text in results.several_makings()]
     missing = len(results.cells) - len(results.records)
     if missing:
-        lines.append(f"- {missing} of {len(results.cells)} cells have not run yet.")
+        lines.append(f"- {missing} of {len(results.cells)} cells have no result: not run yet, or failed.")
     return ["\n".join(lines)] if lines else []
 
 
