@@ -123,7 +123,7 @@ def test_a_preset_takes_some_rows_replaces_columns_and_adds_others(path):
     assert grid.seeds == [5] and list(grid.columns) == ["Birds"]
     assert grid.paper_value("Base", "Birds") == "30.63±0.66" and grid.paper_value("MetaPerturb", "Birds") is None
     found = {row: set(grid.cell(row, "Birds", 5).differences) for row in grid.rows}
-    common = {"steps: 100 → 10", "target: cub → embedded"}
+    common = {"steps: 100 → 10", "target: cub → embedded", "image_size: 84 → 32"}  # each data set's own size
     assert found["Base"] == found["Dropout"] == common
     assert found["MetaPerturb"] == found["No anneal"] == common | {"phi: steps: 750 → 7"}
 
@@ -252,9 +252,12 @@ def test_a_smoke_preset_says_all_in_which_it_departs():
     own = {"model: resnet20 → resnet8", "target: cub → embedded", "steps: 10000 → 20", "batch_size: 128 → 16"}
     phi = {"source: tiny_imagenet → embedded", "model: resnet20 → resnet8", "tasks: 10 → 2", "steps: 750 → 4"}
     phi |= {"batch_size: 128 → 16", "image_size: 32 → 16"}
-    assert set(cell.differences) == own | {"final_samples: 100 → 2", "image_size: None → 16"} | {
+    assert set(cell.differences) == own | {"final_samples: 100 → 2", "image_size: 84 → 16"} | {
         f"phi: {change}" for change in phi
     }
+    cell = Grid(CONFIGS / "table1.yaml", "cpu_paper_settings").cell("Base", "CUB (50 classes)", 0)
+    own = {"target: cub → folder", "batch_size: 128 → 32", "precision: float32 → bfloat16"}
+    assert set(cell.differences) == own  # image_size 84 is what CUB has anyway
     cell = Grid(CONFIGS / "table3.yaml", "quick").cell("(b) Only at top layers", "CUB", 0)
     assert set(cell.differences) == {"steps: 10000 → 2000", "final_samples: 100 → 20", "phi: steps: 750 → 150"}
 

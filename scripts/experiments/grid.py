@@ -37,6 +37,7 @@ from torch.nn.utils import parameters_to_vector
 
 from experiments.schema import PROGRAMS, read_grid, unknown
 from metaperturb.config import MetaTestConfig, default_of, differences, load_config, read_yaml
+from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_json
@@ -298,7 +299,7 @@ class Grid:
                 names[key] = match[1]
                 settings[key] = needs[key].id if key in needs else match[1]  # compared below, setting by setting
         paper = self._cell_config({**settings, **tuned}, f"{row}, {column}")
-        yield from changes(paper, config)
+        yield from changes(with_own_size(paper), with_own_size(config))
         for key, need in needs.items():
             name = names.get(key)
             if name is None:  # said above: the paper's setting has none
@@ -415,6 +416,11 @@ def fingerprint(program: str, config: Any) -> str:
 def fingerprint_of(content: Any) -> str:
     """8 hex digits of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def with_own_size(config: MetaTestConfig) -> MetaTestConfig:
+    """The same, with the number of pixels that a data set has when none is given."""
+    return dataclasses.replace(config, image_size=config.image_size or TARGETS[config.target].image_size)
 
 
 def changes(paper: Any, ours: Any) -> list[str]:
