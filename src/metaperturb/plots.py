@@ -191,10 +191,10 @@ def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title:
     """
     panels = {"accuracy": (100, "test accuracy (%)"), "nll": (1, "test loss (NLL, nats)"), "ece": (100, "ECE (%)")}
     rows: list[list[Any]] = [[method] for method in results]
+    labels = [_with_seeds(method, len(of_method)) for method, of_method in results.items()]
+    size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(10, 1.3 + 0.32 * len(results)), sharey=True, layout="constrained"
-        )
+        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
         for axis, (key, (factor, label)) in zip(axes, panels.items(), strict=True):
             for place, (method, of_method) in enumerate(results.items()):
                 values = factor * np.array([metrics[key] for metrics in of_method])
@@ -204,7 +204,6 @@ def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title:
                 rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
             axis.set(xlabel=label)
             axis.grid(axis="y", visible=False)
-        labels = [_with_seeds(method, len(of_method)) for method, of_method in results.items()]
         axes[0].set_yticks(range(len(results)), labels)
         axes[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
         figure.suptitle(title)
@@ -460,9 +459,8 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: P
 
 
 def name_of(method: str) -> str:
-    """What a picture calls a method: `metaperturb` or, on top of finetuning, `metaperturb, finetuned`."""
-    base, comma, rest = method.partition(",")
-    return LABELS.get(base, base) + comma + rest
+    """What a picture calls a method: `metaperturb`, `metaperturb, finetuned`, `base, mixup`."""
+    return ", ".join(LABELS.get(part, part) for part in method.split(", "))
 
 
 def _lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
