@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Grid, digest
-from experiments.results import shortened
+from experiments.grid import Grid, digest, fingerprint_of
+from experiments.results import PATHS, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
@@ -67,7 +67,17 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
     """A row of the card for each place of a table with trainings that used this φ, and what it is compared with.
 
     Trainings that were evaluated on other images than the test set chose something, φ for instance, and test nothing.
+    Those that stand in several tables count once, where most seeds stand beside them.
     """
+    found = [*places_with(phi, results)]
+    for i, (row, trainings) in enumerate(found):
+        others = [(other, j) for j, (_, other) in enumerate(found) if j != i]
+        if not any(trainings < other or (trainings == other and j < i) for other, j in others):
+            yield row
+
+
+def places_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[list[str], set[str]]]:
+    """Row of the card, and what identifies each of its trainings."""
     suffix = f"{digest(phi):.8}"  # of the ids of given φ
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
@@ -80,7 +90,8 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
         except UserError as error:  # the folder of a run with --set, or of a preset that is no more
             print(f"{folder}: left out ({error})", file=sys.stderr)
             continue
-        others = by_place(folder, [record for record in records if record["row"] in grid.baselines])
+        baselines = {*grid.baselines, *(grid.baseline(row) for row, _ in ours)}
+        others = by_place(folder, [record for record in records if record["row"] in baselines])
         for (row, column), with_phi in ours.items():
             baseline = grid.baseline(row) or next(iter(grid.baselines), None)  # of a row that --phi added: the first
             config = next(iter(with_phi.values()))["result"]["config"]
@@ -88,7 +99,7 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
                 {seed: 100 * some[seed]["result"]["metrics"]["accuracy"] for seed in with_phi if seed in some}
                 for some in (with_phi, others.get((baseline, column), {}))
             )
-            yield [
+            row_of_card = [
                 f"{folder.parent.name}, preset {folder.name}",
                 row,
                 column,
@@ -98,6 +109,13 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
                 str(summarize([*accuracies.values()])),
                 str(paired_difference(accuracies, without) or ""),
             ]
+            yield row_of_card, {training(record["result"]) for record in with_phi.values()}
+
+
+def training(result: Mapping[str, Any]) -> str:
+    """Identifies a finished run: equal for its copies in several tables."""
+    config = {key: value for key, value in result["config"].items() if key not in PATHS}
+    return fingerprint_of({**result, "config": config})
 
 
 def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:

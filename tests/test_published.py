@@ -90,7 +90,7 @@ def test_the_markdown_says_what_the_csv_says(page):
 
 
 def test_each_page_names_its_command():
-    text = (ROOT / "results" / "README.md").read_text()
+    text = "".join(path.read_text() for path in (ROOT / "results").glob("*.md"))
     for page in PAGES:
         table, preset = page.parent.name, page.stem
         assert f"./run.sh {table} --preset {preset}" in text and f"({table}/{preset}.md)" in text, page

@@ -1,6 +1,7 @@
 """φ in the package: how it gets there, what its card says, and that the one we ship is what it claims to be."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -83,8 +84,12 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
         record(results / "table1" / "cpu", "Base", seed, base, None)
         record(results / "table1" / "cpu", "Finetuning (FT)", seed, base + 0.1, None)
         record(results / "table1" / "cpu", "FT + MetaPerturb", seed, accuracy + 0.1, ours)
+    record(results / "recipe" / "cpu", "Recipe", 0, 0.4, None)
+    record(results / "recipe" / "cpu", "Recipe + MetaPerturb", 0, 0.405, ours)
     assert ship("mine", "--results", results, "--out", out) == 0
     text = (out / "mine.md").read_text()
+    (recipe,) = (line for line in text.splitlines() if line.startswith("| recipe"))
+    assert recipe.endswith("| 0 | Recipe: 40.00 | 40.50 | +0.50 |")  # what the row says that it is compared with
     lines = [line for line in text.splitlines() if line.startswith("| schedule")]
     expected = "| 0, 1 | Base: 31.00 ± 1.41 | 33.50 ± 0.71 | +2.50 [-3.85, +8.85] |"  # t = 12.706
     assert len(lines) == 1 and lines[0].endswith(expected) and "4,000 steps of 32" in lines[0]
@@ -124,6 +129,12 @@ def test_what_counts_as_tested(phi, tmp_path, capsys):
     assert "cpu-1a2b3c4d: left out (" in capsys.readouterr().err
     lines = (tmp_path / "out" / "mine.md").read_text().partition("## Tested on")[2].strip().splitlines()
     assert len(lines) == 3 and lines[2].endswith("| 1 | Base: 20.00 | 50.00 | +30.00 |")
+    for seed, accuracy in ((1, 0.5), (2, 0.7)):  # the same training, in a table with another one
+        record(results / "table1" / "cpu", "MetaPerturb", seed, accuracy, ours)
+    assert ship("mine", "--results", results, "--out", tmp_path / "out") == 0
+    lines = (tmp_path / "out" / "mine.md").read_text().partition("## Tested on")[2].strip().splitlines()
+    assert len(lines) == 3 and lines[2].startswith("| table1") and "| 1, 2 |" in lines[2]
+    shutil.rmtree(results / "table1")
     (results / "schedule" / "cpu" / "damaged--x--seed0--1.json").write_text("{}")
     assert ship("mine", "--results", results, "--out", tmp_path / "out") == 1
     assert "damaged--x--seed0--1.json: is no record of a training run; remove it" in capsys.readouterr().err
