@@ -13,8 +13,8 @@
 #                              images (amount draws it); meta_training: what φ needs (effort draws it)
 #   ./run.sh tune              choose the regularizers' hyperparameters on held-out training images
 #   ./run.sh select            choose the best of several φ on validation images
-#   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces, compare: methods side
-#                              by side, figures: all
+#   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces,
+#                              compare: methods side by side, figures: all
 #   ./run.sh diagrams          the method drawn; with PHI=… the 82 numbers of that φ, too
 #   ./run.sh report            every table and figure on one page, results/report.html
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)

@@ -71,8 +71,7 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
     """
     found = [*places_with(phi, results)]
     for i, (row, trainings) in enumerate(found):
-        others = [(other, j) for j, (_, other) in enumerate(found) if j != i]
-        if not any(trainings < other or (trainings == other and j < i) for other, j in others):
+        if not any(trainings < other or (trainings == other and j < i) for j, (_, other) in enumerate(found)):
             yield row
 
 
@@ -90,10 +89,12 @@ def places_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[list[str], se
         except UserError as error:  # the folder of a run with --set, or of a preset that is no more
             print(f"{folder}: left out ({error})", file=sys.stderr)
             continue
-        baselines = {*grid.baselines, *(grid.baseline(row) for row, _ in ours)}
+        first = next(iter(grid.baselines), None)  # that of a row that --phi added
+        versus = {row: grid.baseline(row) or first for row, _ in ours}
+        baselines = {*grid.baselines, *versus.values()}
         others = by_place(folder, [record for record in records if record["row"] in baselines])
         for (row, column), with_phi in ours.items():
-            baseline = grid.baseline(row) or next(iter(grid.baselines), None)  # of a row that --phi added: the first
+            baseline = versus[row]
             config = next(iter(with_phi.values()))["result"]["config"]
             accuracies, without = (
                 {seed: 100 * some[seed]["result"]["metrics"]["accuracy"] for seed in with_phi if seed in some}

@@ -189,16 +189,21 @@ def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title:
         title: of the picture.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
-    panels = {"accuracy": (100, "test accuracy (%)"), "nll": (1, "test loss (NLL, nats)"), "ece": (100, "ECE (%)")}
+    panels = {
+        "accuracy_percent": ("accuracy", 100, "test accuracy (%)"),
+        "nll": ("nll", 1, "test loss (NLL, nats)"),
+        "ece_percent": ("ece", 100, "ECE (%)"),
+    }
     rows: list[list[Any]] = [[method] for method in results]
+    lines = _lines(results)
     labels = [_with_seeds(method, len(of_method)) for method, of_method in results.items()]
     size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
-        for axis, (key, (factor, label)) in zip(axes, panels.items(), strict=True):
+        for axis, (key, factor, label) in zip(axes, panels.values(), strict=True):
             for place, (method, of_method) in enumerate(results.items()):
                 values = factor * np.array([metrics[key] for metrics in of_method])
-                color = COLORS.get(method.partition(",")[0])
+                color = lines[method]["color"]
                 axis.plot(values, np.full(len(values), place), "o", color=color, markersize=5, alpha=0.6)
                 axis.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2)
                 rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
@@ -208,7 +213,7 @@ def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title:
         axes[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
         figure.suptitle(title)
         save_figure(figure, path)
-    names = [name for key in ("accuracy_percent", "nll", "ece_percent") for name in (key, f"{key}_std")]
+    names = [name for column in panels for name in (column, f"{column}_std")]
     counts = [len(of_method) for of_method in results.values()]
     save_numbers(("name", *names, "seeds"), [[*row, n] for row, n in zip(rows, counts, strict=True)], path)
 
