@@ -260,26 +260,26 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _pictures(figures: Path) -> Iterator[str]:
-    left = sorted(figures.glob("*.png"))
+    left = sorted(figures.rglob("*.png"))
     for figure in (*FIGURES, Figure("", "Others", "Further pictures.")):
         paths = [path for path in left if path.name.startswith(figure.stem)]
         left = [path for path in left if path not in paths]
         if not paths:
             continue
         paper = f'<p class="note">Paper: {escape(figure.paper)}</p>' if figure.paper else ""
-        first, *others = map(_picture, paths)
+        first, *others = (_picture(path, figures) for path in paths)
         head = f"<h3>{escape(figure.title)}</h3><p>{escape(figure.shows)}</p>{paper}"
         yield f"<section>{head}{first}</section>" + "".join(others)  # printed, a title stays with its first picture
 
 
-def _picture(path: Path) -> str:
+def _picture(path: Path, figures: Path) -> str:
     try:
         with Image.open(path) as image:
             image.verify()
         content = base64.b64encode(path.read_bytes()).decode()
     except (OSError, SyntaxError) as error:  # what Pillow raises on a broken file
         raise UserError(f"{path}: cannot be read as a picture ({reason(error)}); draw it again") from error
-    name = escape(path.stem)
+    name = escape(path.relative_to(figures).with_suffix("").as_posix())  # folders tell equal names apart
     numbers = f", numbers in {name}.csv" if path.with_suffix(".csv").exists() else ""
     return (
         f'<figure><img src="data:image/png;base64,{content}" alt="{name}">'

@@ -139,7 +139,9 @@ def test_every_picture_and_table_that_is_committed_is_on_the_page(tmp_path):
     assert make(ROOT / "results", ROOT / "figures", "--out", str(tmp_path / "page.html")).returncode == 0
     content = (tmp_path / "page.html").read_text()
     names = {image["alt"] for image in Texts(content).images}
-    assert names == {path.stem for path in (ROOT / "figures").glob("*.png")}
+    pictures = [path.relative_to(ROOT / "figures") for path in (ROOT / "figures").rglob("*.png")]
+    assert names == {path.with_suffix("").as_posix() for path in pictures}
+    assert any(len(path.parts) > 1 for path in pictures)
     assert content.count(", preset ") == len([*(ROOT / "results").glob("*/*.csv")])
 
 
