@@ -176,6 +176,7 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
         "paper": ({}, 200),
         "again": ({"seed": 1}, 200),
         "short": ({"steps": 50}, 200),
+        "none": ({"steps": 0}, 200),  # an axis of logarithms that begins at 0
         "few": ({"classes": 20}, 20),
         "other": ({"steps": 20, "batch_size": 32}, 200),
         "small": ({"steps": 20}, 200),  # of fewer images of each class
@@ -202,6 +203,7 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
     paper = accuracy(more / "paper", more / "again"), "2"
     expected = {
         ("", ""): (accuracy(runs / "base-0", runs / "base-1"), "2"),
+        ("meta-training steps", "0"): (accuracy(more / "none"), "1"),
         ("meta-training steps", "50"): (accuracy(more / "short"), "1"),
         ("meta-training steps", "750"): paper,
         ("classes of the source", "20"): (accuracy(more / "few"), "1"),

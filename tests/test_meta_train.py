@@ -499,6 +499,17 @@ def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, source_
     assert load_phi(tmp_path / "src" / "phi.pt").card["config"]["steps"] == 9
 
 
+def test_no_step_at_all_is_phi_as_it_is_drawn(source_settings, tmp_path):
+    """The control of what meta-training brings: no kernel or weight has left N(0, 0.01²)."""
+    settings = [*source_settings, "steps=0", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    assert program.main(["--set", *settings]) == 0
+    phi = load_phi(tmp_path / "src" / "phi.pt")
+    values = phi_bits(tmp_path / "src")
+    assert 0.007 < values.std() < 0.013 and values.abs().max() < 0.05
+    assert phi.card["config"]["steps"] == 0 and phi.card["metrics"] is None
+    assert (tmp_path / "src" / "result.json").exists() and not (tmp_path / "src" / "curves.png").exists()
+
+
 def test_split_file_reproduces_the_run(reference, source_settings, tmp_path):
     settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
     assert program.main(["--set", *settings, f"split_file={reference / 'split.json'}"]) == 0

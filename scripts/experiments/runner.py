@@ -225,7 +225,7 @@ class _Progress:
 
 def _remaining(job: Job) -> float:
     """Share of its steps that a job has before it."""
-    return 0.0 if job.done else 1.0 - min(1.0, last_step(job.run_dir) / job.steps)
+    return 0.0 if job.done or not job.steps else 1.0 - min(1.0, last_step(job.run_dir) / job.steps)
 
 
 def _lock(job: Job) -> IO | None:

@@ -144,7 +144,7 @@ def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
                 result["need"],
                 f"{result['source']['images']:,}",
                 str(config["steps"]),
-                f"{result['seconds'] / config['steps']:.2f}",
+                f"{result['seconds'] / config['steps']:.2f}" if config["steps"] else "–",
                 *(f"{m[key]:.3f}" if key in m else "–" for key in ("train_loss", "test_loss")),
                 f"{hardware['device']}, {result['processes']} process{'es' * (result['processes'] > 1)}"
                 f" ({hardware['cpu']}, {hardware['cores']} cores)",

@@ -78,7 +78,7 @@ class MetaTrainConfig(CommonConfig):
     tasks: int = option(10, "T, the number of tasks", low=1)
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
     split_file: str = option("", "read the split from this file instead of drawing it")
-    steps: int = option(750, "meta-training steps", low=1)
+    steps: int = option(750, "meta-training steps; 0: φ as it is drawn, the control", low=0)
     phi_lr: float | None = option(None, "learning rate of φ; null: lr, as in the paper", low=0.0)
     anneal: float = option(
         0.0, "strength rises linearly over this share of the steps; 0: full from the start", low=0, high=1

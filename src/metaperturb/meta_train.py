@@ -370,7 +370,8 @@ class Checkpoints:
 
 
 def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPerturb, group: Group) -> None:
-    plot_meta_training(read_metrics(run.dir), run.dir / "curves.png")
+    if config.steps:
+        plot_meta_training(read_metrics(run.dir), run.dir / "curves.png")
     content = card(run, config.steps, source, group)
     save_phi(phi, run.dir / "phi.pt", card=content)
     run.finish(content)

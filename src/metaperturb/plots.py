@@ -267,8 +267,13 @@ def _mean_std(accuracies: Sequence[float]) -> tuple[float, float]:
 
 
 def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
-    axes.set(xscale="log", xlabel=unit)
+    """A logarithmic axis, which begins at 0 where there is none of it: a φ of no meta-training step."""
     ticks = sorted(amounts)
+    if ticks[0] > 0:
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.5)
+    axes.set_xlabel(unit)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
 
