@@ -4,15 +4,16 @@
     ./run.sh fig6 runs/tgt-cub-*                          # robustness and calibration
     ./run.sh fig7 runs/                                   # learned scales, of any number of data sets
     ./run.sh fig8 runs/tgt-cub-*-seed0                    # loss surfaces, a panel a method
-    ./run.sh compare runs/table3/cpu/*cub*                # final accuracy, loss and calibration, a line a method
-    ./run.sh lengths runs/schedule/cpu                    # final accuracy against the number of training steps
-    ./run.sh amount runs/target_size/cpu                  # against the number of training images
-    ./run.sh effort runs/meta_training/cpu                # against the steps, tasks and classes of φ's meta-training
+    ./run.sh compare results/table3/cpu/*cub*             # final accuracy, loss and calibration, a line a method
+    ./run.sh lengths results/schedule/cpu                 # final accuracy against the number of training steps
+    ./run.sh amount results/target_size/cpu               # against the number of training images
+    ./run.sh effort results/meta_training/cpu             # against the steps, tasks and classes of φ's meta-training
     ./run.sh figures                                      # all that can be drawn, of each folder of runs under runs/
 
-A folder that holds runs stands for all of them. Runs of a method that differ in their seed alone are averaged; those of
-MetaPerturb with several φ are told apart by the φ's file, and averaged if --call gives these one name. What takes long
-(attacks, Monte-Carlo samples, surfaces) says its cost first, is kept in the run's folder, and continues from there.
+A folder that holds runs stands for all of them. The last four need only what came out, so a table's records under
+results/ will do. Runs of a method that differ in their seed alone are averaged; those of MetaPerturb with several φ are
+told apart by the φ's file, and averaged if --call gives these one name. What takes long (attacks, Monte-Carlo samples,
+surfaces) says its cost first, is kept in the run's folder, and continues from there.
 --set gives other settings of its analysis: fig6 --set steps=50 images=1000 linf=0,2/255,8/255, fig8 --set points=31.
 """
 
@@ -60,7 +61,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "figures"])
-    parser.add_argument("sources", type=Path, nargs="*", help="run folders, or folders that hold some [all of --runs]")
+    parser.add_argument(
+        "sources", type=Path, nargs="*", help="run folders, records, or folders that hold some [all of --runs]"
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where runs are looked for")
     parser.add_argument("--out", type=Path, default=ROOT / "figures", help="folder of the pictures")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
@@ -98,7 +101,7 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
         UserError: some could not; what each lacks was told before.
     """
     refused = 0
-    by_folder = grouped(runs, lambda run: run.dir.resolve().parent)
+    by_folder = grouped(runs, lambda run: run.path.resolve().parent)
     common = os.path.commonpath(by_folder)
     for folder, of_folder in by_folder.items():
         if len(by_folder) > 1:
@@ -394,14 +397,14 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
             raise UserError(f"this picture shows one use of {method}, but the runs are of {' and of '.join(names[:2])}")
         for (_, seed), twice in grouped(same, lambda run: (run.config["phi"], run.config["seed"])).items():
             if len(twice) > 1:
-                raise UserError(f"{twice[1].dir}: there are two runs of {method} with seed {seed} and the same φ")
+                raise UserError(f"{twice[1].path}: there are two runs of {method} with seed {seed} and the same φ")
     panels, left_out = effort_panels(runs)
     if not panels:
         raise UserError(
             "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
         )
     for run in left_out:
-        print(f"{run.dir}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
+        print(f"{run.path}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
     path = picture_path(arguments, f"effort-{slug(title(runs[0]))}")
     plots.plot_effort(panels, [run.accuracy for run in runs if run.method == "base"], title(runs[0]), path)
     print(path.with_name(path.name + ".png"))
@@ -421,8 +424,8 @@ def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[fl
         widest = max(by_number, key=len, default={})
         if len(widest) > 1:
             panels[label] = {number: [run.accuracy for run, _ in same] for number, same in sorted(widest.items())}
-            shown |= {run.dir for same in widest.values() for run, _ in same}
-    return panels, [run for run, _ in trained if run.dir not in shown]
+            shown |= {run.path for same in widest.values() for run, _ in same}
+    return panels, [run for run, _ in trained if run.path not in shown]
 
 
 FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {

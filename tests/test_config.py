@@ -67,7 +67,7 @@ def test_file_then_assignments(tmp_path):
         ("steps: 1.5", "steps: expected a whole number, got 1.5"),
         ("steps: true", "steps: expected a whole number, got True"),
         ("steps: '5'", "steps: expected a whole number, got '5'"),
-        ("steps: 0", "steps: must be at least 1, got 0"),
+        ("tasks: 0", "tasks: must be at least 1, got 0"),
         ("steps:", "steps: expected a whole number, got nothing"),
         ("lr: fast", "lr: expected a number, got 'fast'"),
         ("lr: .nan", "lr: must be finite"),

@@ -20,6 +20,8 @@ from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
+from experiments.results import write_record
+
 import figures as scripts_figures
 
 FIGURE_6 = ("fig6-robustness", "fig6-calibration", "fig6-samples")
@@ -106,6 +108,33 @@ def test_methods_side_by_side(runs, tmp_path):
             spread = found[name][f"{column}_std"]
             assert (spread == "") == (len(values) == 1)
             assert not spread or float(spread) == pytest.approx(statistics.stdev(values))
+
+
+def test_records_stand_for_runs(runs, tmp_path, capsys):
+    """What a table keeps of its cells is enough for pictures of what came out, and not for others."""
+    folder = tmp_path / "results" / "small" / "paper"
+    for name, phi in {"base-0": None, "base-1": None, "meta": "phi-1234"}.items():
+        place = {"table": "small", "row": name, "column": "Bugs", "seed": 0, "needs": {"phi": phi} if phi else {}}
+        write_record(place, runs / name, folder / f"{name}.json")
+    (folder / "needs").mkdir()
+    (folder / "needs" / "phi-1234.json").write_text('{"need": "phi", "program": "meta_train"}')
+
+    def drawn(name: str, *arguments) -> list[dict[str, str]]:
+        assert scripts_figures.main(["compare", *map(str, arguments), "--out", str(tmp_path / name)]) == 0
+        return check_pictures(tmp_path / name, "compare-folder-12-px-resnet8-8-steps")
+
+    some = [runs / name for name in ("base-0", "base-1", "meta")]
+    assert drawn("a", *some) == drawn("b", folder) == drawn("c", *folder.glob("*.json"))
+    # Another φ, whose file has the same name.
+    place["needs"]["phi"] = "phi-5678"
+    write_record(place, runs / "meta", folder / "other.json")
+    assert [row["name"] for row in drawn("d", folder)][1:] == ["metaperturb, φ phi-1234", "metaperturb, φ phi-5678"]
+    for figure in ("fig5", "fig6", "fig7", "fig8"):
+        capsys.readouterr()
+        line = [figure, str(folder / "meta.json"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        assert scripts_figures.main(line) == 1
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "meta.json: is a record of a run; this picture needs the run's folder" in said
 
 
 def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, capsys):

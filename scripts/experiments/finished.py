@@ -1,4 +1,7 @@
-"""Finished runs of meta-testing for pictures: found, named, grouped, and refused where they do not go together."""
+"""Finished runs of meta-testing for pictures: found, named, grouped, and refused where they do not go together.
+
+A run is its folder, or its record under `results/`, which tells what came out but has neither curves nor network.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,11 +24,22 @@ OF_A_METHOD = {*OF_A_RUN, *OF_PHI, "recipe", "init", "init_batch_norm"}
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, as far as its `result.json` tells."""
+    """A finished run, as far as its `result.json` or its record tells."""
 
-    dir: Path
+    path: Path  # its folder, or the record's file
     result: Mapping[str, Any]
     phi: str = ""  # tells its φ apart, where runs have several
+
+    @property
+    def dir(self) -> Path:
+        """Its folder.
+
+        Raises:
+            UserError: there is a record only.
+        """
+        if self.path.is_file():
+            raise UserError(f"{self.path}: is a record of a run; this picture needs the run's folder")
+        return self.path
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -71,30 +85,44 @@ class Finished:
 def find_runs(sources: Iterable[Path]) -> list[Finished]:
     """The finished runs of meta-testing among folders and below them, in the order of their names.
 
+    Args:
+        sources: run folders, files of records, or folders that hold either; one that holds runs stands for those alone.
+
     Raises:
-        UserError: a folder that is not there, holds no finished run, or is a run that is not finished.
+        UserError: a folder or file that is not there, holds no finished run, or is a run that is not finished.
     """
     found: dict[Path, Finished] = {}
     for source in sources:
-        if not source.is_dir():
-            raise UserError(f"{source}: no such folder")
+        if not source.exists():
+            raise UserError(f"{source}: no such folder or record")
         if (source / "config.yaml").exists() and not (source / "result.json").exists():
             raise UserError(f"{source}: this run is not finished (the command that began it continues it)")
-        results = [source / "result.json"] if (source / "result.json").exists() else sorted(source.rglob("result.json"))
-        runs = [run for path in results if (run := _read(path))]
+        runs = [run for path in _results(source) if (run := _read(path))]
         if not runs:
             raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
-        found |= {run.dir.resolve(): run for run in runs}
+        found |= {run.path.resolve(): run for run in runs}
     return [*found.values()]
 
 
+def _results(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if (source / "result.json").exists():
+        return [source / "result.json"]
+    return sorted(source.rglob("result.json")) or sorted(source.rglob("*.json"))
+
+
 def _read(path: Path) -> Finished | None:
-    result = load_json(path)
+    result, needs = load_json(path), {}
+    if isinstance(result, dict) and {"row", "column", "result"} <= result.keys():
+        result, needs = result["result"], result["needs"]
     if not isinstance(result, dict) or result.get("program") != "meta_test":
         return None
     if not {"config", "metrics", "target"} <= result.keys():
-        raise UserError(f"{path}: is no whole result of meta-testing; remove the folder and run it again")
-    return Finished(path.parent, result)
+        raise UserError(f"{path}: is no whole result of meta-testing; remove it and run it again")
+    if "phi" in needs:  # a record has the name of φ's file alone, which several share
+        result = {**result, "config": {**result["config"], "phi": f"{needs['phi']}/{result['config']['phi']}"}}
+    return Finished(path.parent if path.name == "result.json" else path, result)
 
 
 def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list[Finished]:
@@ -155,7 +183,7 @@ def check_alike(runs: Sequence[Finished], key: Callable[[Finished], Any], what: 
     for run in runs[1:]:
         if key(run) != key(runs[0]):
             raise UserError(
-                f"{run.dir}: is about {title(run)}, {runs[0].dir.name} about {title(runs[0])}, and one picture shows "
+                f"{run.path}: is about {title(run)}, {runs[0].path.name} about {title(runs[0])}, and one picture shows "
                 f"one {what} (./run.sh figures draws each)"
             )
 
@@ -170,7 +198,7 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     methods = grouped(runs, lambda run: run.name)
     for name, same in methods.items():
         if len({run.config["seed"] for run in same}) < len(same):
-            raise UserError(f"{same[-1].dir}: there are two runs of {name} with one seed; name those that are meant")
+            raise UserError(f"{same[-1].path}: there are two runs of {name} with one seed; name those that are meant")
     order = [*plots.LABELS]
     return dict(
         sorted(
@@ -202,7 +230,7 @@ def tell_apart(first: Finished, other: Finished, expected: set[str], what: str) 
     keys = [key for key in FIELDS if key not in expected and first.setting(key) != other.setting(key)]
     if keys:
         changed = "; ".join(f"{key}: {first.setting(key)} → {other.setting(key)}" for key in keys)
-        raise UserError(f"{other.dir}: {what} are averaged or compared, but this one has {changed}")
+        raise UserError(f"{other.path}: {what} are averaged or compared, but this one has {changed}")
 
 
 def meta_training(run: Finished) -> dict[str, Any] | None:
