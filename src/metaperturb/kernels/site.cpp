@@ -6,9 +6,10 @@
 // Plain C++17 behind a C interface (no PyTorch headers): builds in seconds and fits every version of PyTorch.
 // Images are independent and sums over images run in a fixed order: the result does not depend on the thread count.
 //
-// A plane is one channel of one image, kept with a border of zeros: [H + 2][W + 2] in a row. A 3×3 convolution is then a
-// loop over consecutive values, nine loads at fixed offsets, without a special case. The two border values a row
-// that such a loop spoils are set to zero again, or masked.
+// A plane is one channel of one image. A sheet is a plane, or several small ones side by side, with zeros around each: rows
+// of planes · (W + 1) values, a zero behind each plane's part, and a row of zeros above and below. A 3×3 convolution is then
+// a loop over consecutive values, nine loads at fixed offsets, without a special case, and its vectors are full however
+// small the planes are. What such a loop leaves between the planes is masked.
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +22,7 @@
 namespace {
 
 constexpr int TAPS = 9, FEATURES = 4, LANES = 16;
+constexpr int SHEET = 512;  // values that a sheet of several planes has at most: enough for vectors, few enough for the cache
 constexpr int SELF1 = 0, ALL1 = 9, SELF2 = 18, ALL2 = 27, SCALE_KERNELS = 36, SCALE_AFFINE = 72, PARAMETERS = 82;
 constexpr float TWO_PI_4 = 1.57079632679489662f;
 
@@ -136,71 +138,182 @@ inline void normal_pair(uint32_t first, uint32_t second, float &n0, float &n1) {
 }
 
 // Philox4x32-10 (Salmon et al. 2011). Counter (j, plane, 0, 0) gives the values j, q + j, 2q + j and 3q + j of a plane of
-// n, q = ⌈n/4⌉: vectors of counters give vectors of neighbours. Writes 4q values.
+// n, q = ⌈n/4⌉. One loop runs over the counters of several planes, so that those of small ones fill vectors, too.
 template <typename T>
-void draw_plane(uint64_t seed, uint32_t plane, int64_t n, T *__restrict out) {
-    const int64_t quarter = (n + 3) / 4;
-    T *__restrict out1 = out + quarter, *__restrict out2 = out + 2 * quarter, *__restrict out3 = out + 3 * quarter;
-#pragma omp simd
-    for (int64_t j = 0; j < quarter; ++j) {
-        uint32_t c0 = uint32_t(j), c1 = plane, c2 = 0, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma GCC unroll 10
-        for (int round = 0; round < 10; ++round) {
-            const uint64_t a = uint64_t(c0) * 0xD2511F53u, b = uint64_t(c2) * 0xCD9E8D57u;
-            c0 = uint32_t(b >> 32) ^ c1 ^ k0;
-            c1 = uint32_t(b);
-            c2 = uint32_t(a >> 32) ^ c3 ^ k1;
-            c3 = uint32_t(a);
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
+class Draw {
+   public:
+    Draw(int64_t pixels, int64_t planes)
+        : pixels_(pixels),
+          quarter_((pixels + 3) / 4),
+          counter_(planes * quarter_),
+          plane_(planes * quarter_),
+          normal_(4 * planes * quarter_),
+          out_(planes > 1 ? planes * pixels : 0) {
+        for (int64_t i = 0; i < planes * quarter_; ++i) {
+            counter_[i] = uint32_t(i % quarter_);
+            plane_[i] = uint32_t(i / quarter_);
         }
-        float n0, n1, n2, n3;
-        normal_pair(c0, c1, n0, n1);
-        normal_pair(c2, c3, n2, n3);
-        out[j] = T(n0);
-        out1[j] = T(n1);
-        out2[j] = T(n2);
-        out3[j] = T(n3);
     }
-}
 
-// --- planes
+    // The noise of planes `first`, `first` + 1, …: [planes, pixels], until the next call.
+    const T *operator()(uint64_t seed, uint32_t first, int64_t planes) {
+        const uint32_t *__restrict counter = counter_.data(), *__restrict plane = plane_.data();
+        const int64_t counters = planes * quarter_;
+        T *__restrict n0 = normal_.data(), *__restrict n1 = n0 + counters, *__restrict n2 = n1 + counters,
+                    *__restrict n3 = n2 + counters;
+#pragma omp simd
+        for (int64_t i = 0; i < counters; ++i) {
+            uint32_t c0 = counter[i], c1 = first + plane[i], c2 = 0, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
+            for (int round = 0; round < 10; ++round) {
+                const uint64_t a = uint64_t(c0) * 0xD2511F53u, b = uint64_t(c2) * 0xCD9E8D57u;
+                c0 = uint32_t(b >> 32) ^ c1 ^ k0;
+                c1 = uint32_t(b);
+                c2 = uint32_t(a >> 32) ^ c3 ^ k1;
+                c3 = uint32_t(a);
+                k0 += 0x9E3779B9u;
+                k1 += 0xBB67AE85u;
+            }
+            float m0, m1, m2, m3;
+            normal_pair(c0, c1, m0, m1);
+            normal_pair(c2, c3, m2, m3);
+            n0[i] = T(m0);
+            n1[i] = T(m1);
+            n2[i] = T(m2);
+            n3[i] = T(m3);
+        }
+        if (out_.empty()) return n0;  // one plane lies there as it should
+        for (int64_t c = 0; c < planes; ++c)
+            for (int k = 0; k < 4; ++k) {
+                const T *__restrict from = n0 + k * counters + c * quarter_;
+                T *__restrict to = out_.data() + c * pixels_ + k * quarter_;
+                for (int64_t i = 0, n = std::min(quarter_, pixels_ - k * quarter_); i < n; ++i) to[i] = from[i];
+            }
+        return out_.data();
+    }
 
-struct Plane {
-    int64_t height, width, pitch, first, count, size;
+   private:
+    int64_t pixels_, quarter_;
+    std::vector<uint32_t> counter_, plane_;
+    std::vector<T> normal_, out_;
+};
 
-    Plane(int64_t height, int64_t width) : height(height), width(width), pitch(width + 2), first(pitch + 1) {
-        count = (height * pitch - 2 + LANES - 1) / LANES * LANES;  // what loops run over, from `first`: whole vectors
-        size = (first + count + pitch + 1 + LANES - 1) / LANES * LANES;
+// --- sheets
+
+template <typename T>
+struct Sheet {
+    int64_t height, width, channels;
+    int64_t planes, groups;      // planes side by side in a sheet, and sheets an image
+    int64_t pitch, row_size;     // values of a row, and that in whole vectors
+    int64_t first, count, size;  // where the first plane begins, what loops run over from there, values in all
+
+    explicit Sheet(const Site<T> &site) : height(site.height), width(site.width), channels(site.channels) {
+        planes = std::clamp<int64_t>(SHEET / (height * (width + 1)), 1, channels);
+        groups = (channels + planes - 1) / planes;
+        planes = (channels + groups - 1) / groups;  // even shares
+        pitch = planes * (width + 1);
+        row_size = (pitch + LANES - 1) / LANES * LANES;
+        first = pitch + 1;
+        count = (height * pitch - 1 + LANES - 1) / LANES * LANES;
+        size = (first + count + row_size + 1 + LANES - 1) / LANES * LANES;
+        for (int64_t c = 0; c < planes; ++c)
+            for (int64_t y = 0; y < height; ++y)
+                for (int64_t x = 0; x < width; ++x) places_.push_back(int32_t(first + y * pitch + c * (width + 1) + x));
+        inside_.assign(size, T(0));
+        inside_last_.assign(size, T(0));
+        for (int64_t i = 0; i < planes * pixels(); ++i) inside_[places_[i]] = T(1);
+        for (int64_t i = 0; i < planes_of(groups - 1) * pixels(); ++i) inside_last_[places_[i]] = T(1);
     }
 
     int64_t pixels() const { return height * width; }
 
-    template <typename T>
-    void expand(const T *__restrict values, T *__restrict plane) const {
-        for (int64_t y = 0; y < height; ++y) std::copy_n(values + y * width, width, plane + (y + 1) * pitch + 1);
+    // How many channels a sheet holds: all hold `planes`, but for the last.
+    int64_t planes_of(int64_t group) const { return std::min(planes, channels - group * planes); }
+
+    // 1 where a sheet has values, 0 elsewhere, from `first`.
+    const T *inside(int64_t group) const { return (group + 1 < groups ? inside_ : inside_last_).data() + first; }
+
+    // From values [planes, H, W] into a sheet.
+    void expand(int64_t group, const T *__restrict values, T *__restrict sheet) const {
+        if (planes == 1) {
+            for (int64_t y = 0; y < height; ++y) std::copy_n(values + y * width, width, sheet + first + y * pitch);
+            return;
+        }
+        const int32_t *__restrict place = places_.data();
+        for (int64_t i = 0, n = planes_of(group) * pixels(); i < n; ++i) sheet[place[i]] = values[i];
     }
 
-    template <typename T>
-    void compact(const T *__restrict plane, T *__restrict values) const {
-        for (int64_t y = 0; y < height; ++y) std::copy_n(plane + (y + 1) * pitch + 1, width, values + y * width);
+    // And back.
+    void compact(int64_t group, const T *__restrict sheet, T *__restrict values) const {
+        if (planes == 1) {
+            for (int64_t y = 0; y < height; ++y) std::copy_n(sheet + first + y * pitch, width, values + y * width);
+            return;
+        }
+        const int32_t *__restrict place = places_.data();
+        for (int64_t i = 0, n = planes_of(group) * pixels(); i < n; ++i) values[i] = sheet[place[i]];
     }
 
-    template <typename T>
-    void add_to(const T *__restrict plane, T *__restrict values) const {
-        for (int64_t y = 0; y < height; ++y) {
-            const T *__restrict row = plane + (y + 1) * pitch + 1;
-            T *__restrict target = values + y * width;
+    void add_to(int64_t group, const T *__restrict sheet, T *__restrict values) const {
+        if (planes == 1) {
+            for (int64_t y = 0; y < height; ++y) {
+                const T *__restrict row = sheet + first + y * pitch;
+                T *__restrict target = values + y * width;
 #pragma omp simd
-            for (int64_t x = 0; x < width; ++x) target[x] += row[x];
+                for (int64_t x = 0; x < width; ++x) target[x] += row[x];
+            }
+            return;
+        }
+        const int32_t *__restrict place = places_.data();
+        for (int64_t i = 0, n = planes_of(group) * pixels(); i < n; ++i) values[i] += sheet[place[i]];
+    }
+
+    // Replaces each plane of a sheet by `factor` times the sum of all.
+    void share_sum(T *sheet, T factor) const {
+        if (planes == 1) {
+            for (int64_t i = 0; i < size; ++i) sheet[i] *= factor;
+            return;
+        }
+        const int32_t *place = places_.data();
+        for (int64_t i = 0; i < pixels(); ++i) {
+            T sum = 0;
+            for (int64_t c = 0; c < planes; ++c) sum += sheet[place[c * pixels() + i]];
+            sum *= factor;
+            for (int64_t c = 0; c < planes; ++c) sheet[place[c * pixels() + i]] = sum;
         }
     }
 
-    template <typename T>
-    void clear_border(T *plane) const {
-        for (int64_t y = 1; y <= height; ++y) plane[y * pitch + width + 1] = plane[(y + 1) * pitch] = T(0);
-        for (int64_t i = (height + 1) * pitch; i < first + count; ++i) plane[i] = T(0);
+    // One value a plane, everywhere in it; zeros elsewhere.
+    void fill(int64_t group, const T *values, T *sheet) const {
+        std::fill_n(sheet + first, pitch, T(0));
+        for (int64_t c = 0; c < planes_of(group); ++c) std::fill_n(sheet + first + c * (width + 1), width, values[c]);
+        for (int64_t y = 1; y < height; ++y) std::copy_n(sheet + first, pitch, sheet + first + y * pitch);
     }
+
+    // The sum of each plane. `row` has room for `row_size` values.
+    void sums(int64_t group, const T *__restrict sheet, T *__restrict row, T *values) const {
+        if (planes == 1) {
+            T sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < count; ++i) sum += sheet[first + i];
+            *values = sum;
+            return;
+        }
+        std::fill_n(row, row_size, T(0));
+        for (int64_t y = 0; y < height; ++y) {
+            const T *__restrict next = sheet + first + y * pitch;
+#pragma omp simd
+            for (int64_t x = 0; x < row_size; ++x) row[x] += next[x];
+        }
+        for (int64_t c = 0; c < planes_of(group); ++c) {
+            T sum = 0;
+            for (int64_t x = 0; x < width; ++x) sum += row[c * (width + 1) + x];
+            values[c] = sum;
+        }
+    }
+
+   private:
+    std::vector<int32_t> places_;  // of each value [planes, H, W] its place in a sheet
+    std::vector<T> inside_, inside_last_;
 };
 
 template <typename T>
@@ -229,7 +342,7 @@ struct Kernel {
 };
 
 template <typename T>
-void convolve(const Plane &p, const Kernel<T> &kernel, const T *__restrict in, T *__restrict out) {
+void convolve(const Sheet<T> &p, const Kernel<T> &kernel, const T *__restrict in, T *__restrict out) {
     const T *__restrict x = in + p.first;
     T *__restrict y = out + p.first;
 #pragma omp simd
@@ -238,7 +351,7 @@ void convolve(const Plane &p, const Kernel<T> &kernel, const T *__restrict in, T
 
 // gradient[tap] += Σ of d · x shifted by the tap: what a 3×3 kernel gets when its output gets d.
 template <typename T>
-void correlate(const Plane &p, const T *__restrict d, const T *__restrict in, double *gradient) {
+void correlate(const Sheet<T> &p, const T *__restrict d, const T *__restrict in, double *gradient) {
     const T *__restrict g = d + p.first;
     for (int dy = -1; dy <= 1; ++dy) {
         const T *__restrict x = in + p.first + dy * p.pitch;
@@ -274,73 +387,76 @@ class Buffer {
 
 template <typename T>
 struct Workspace {
-    Plane p;
-    Buffer<T> h, hidden, mean, hidden_mean, shared, plane, mu, noise;
+    Sheet<T> p;
+    Buffer<T> h, hidden, mean, hidden_mean, shared, sheet, mu, scale;
+    Draw<T> draw;
 
     explicit Workspace(const Site<T> &site)
-        : p(site.height, site.width),
-          h(site.channels * p.size),
-          hidden(site.channels * p.size),
+        : p(site),
+          h(p.groups * p.size),
+          hidden(p.groups * p.size),
           mean(p.size),
           hidden_mean(p.size),
           shared(p.size),
-          plane(p.size),
-          mu(p.pixels()),
-          noise((p.pixels() + 3) / 4 * 4) {}
+          sheet(p.size),
+          mu(p.planes * p.pixels()),
+          scale(p.planes * p.pixels()),
+          draw(p.pixels(), p.planes) {}
 
-    // First layer of μ for one image: fills h, mean, hidden and hidden_mean, and `shared`, the all-kernel's part of layer two.
+    // First layer of μ for one image: fills h, mean, hidden, hidden_mean, and `shared`, the all-kernel's part of layer two.
     void first_layer(const Site<T> &site, const T *image) {
-        const int64_t pixels = p.pixels(), channels = site.channels;
         const Kernel<T> self(site.phi + SELF1), all(site.phi + ALL1), all2(site.phi + ALL2);
+        const T share = T(1) / T(site.channels);
         std::fill_n(mean(), p.size, T(0));
         std::fill_n(hidden_mean(), p.size, T(0));
-        for (int64_t c = 0; c < channels; ++c) {
-            p.expand(image + c * pixels, h(c * p.size));
-            accumulate(h(c * p.size), mean());
+        for (int64_t g = 0; g < p.groups; ++g) {
+            p.expand(g, image + g * p.planes * p.pixels(), h(g * p.size));
+            accumulate(h(g * p.size), mean());
         }
-        finish_mean(mean(), channels);
+        p.share_sum(mean(), share);
         convolve(p, all, mean(), shared());
-        for (int64_t c = 0; c < channels; ++c) {
-            const T *__restrict x = h(c * p.size) + p.first, *__restrict add = shared() + p.first;
-            T *__restrict y = hidden(c * p.size) + p.first, *__restrict sum = hidden_mean() + p.first;
+        for (int64_t g = 0; g < p.groups; ++g) {
+            const T *__restrict x = h(g * p.size) + p.first, *__restrict add = shared() + p.first,
+                                *__restrict inside = p.inside(g);
+            T *__restrict y = hidden(g * p.size) + p.first, *__restrict sum = hidden_mean() + p.first;
 #pragma omp simd
             for (int64_t i = 0; i < p.count; ++i) {
-                const T value = relu(self.at(x + i, p.pitch) + add[i]);
+                const T outcome = relu(self.at(x + i, p.pitch) + add[i]);
+                const T value = inside[i] != T(0) ? outcome : T(0);
                 y[i] = value;
                 sum[i] += value;
             }
-            p.clear_border(hidden(c * p.size));
         }
-        finish_mean(hidden_mean(), channels);
+        p.share_sum(hidden_mean(), share);
         convolve(p, all2, hidden_mean(), shared());
     }
 
-    // μ of one channel, pixel by pixel, after first_layer.
-    void second_layer(const Site<T> &site, int64_t c) {
+    // μ of a sheet's channels, [planes, H, W], after first_layer.
+    void second_layer(const Site<T> &site, int64_t group) {
         const Kernel<T> self(site.phi + SELF2);
-        const T *__restrict x = hidden(c * p.size) + p.first, *__restrict add = shared() + p.first;
-        T *__restrict y = plane() + p.first;
+        const T *__restrict x = hidden(group * p.size) + p.first, *__restrict add = shared() + p.first;
+        T *__restrict y = sheet() + p.first;
 #pragma omp simd
         for (int64_t i = 0; i < p.count; ++i) y[i] = self.at(x + i, p.pitch) + add[i];
-        p.compact(plane(), mu());
+        p.compact(group, sheet(), mu());
     }
 
-    // ε of one plane: drawn, or the caller's.
-    const T *noise_of(const Site<T> &site, int64_t index) {
-        if (site.noise == GIVEN) return site.given_noise + index * p.pixels();
-        draw_plane(site.seed, uint32_t(index), p.pixels(), noise());
-        return noise();
+    // ε of a sheet's channels: drawn, or the caller's. `first` counts the planes of all images.
+    const T *noise_of(const Site<T> &site, int64_t first, int64_t planes) {
+        if (site.noise == GIVEN) return site.given_noise + first * p.pixels();
+        return draw(site.seed, uint32_t(first), planes);
+    }
+
+    // s of a sheet's channels, for each of their pixels.
+    const T *scale_of(const Site<T> &site, int64_t group) {
+        for (int64_t c = 0; c < p.planes_of(group); ++c)
+            std::fill_n(scale(c * p.pixels()), p.pixels(), site.scale[group * p.planes + c]);
+        return scale();
     }
 
     void accumulate(const T *__restrict x, T *__restrict sum) const {
 #pragma omp simd
         for (int64_t i = 0; i < p.size; ++i) sum[i] += x[i];
-    }
-
-    void finish_mean(T *sum, int64_t channels) const {
-        const T factor = T(1) / T(channels);
-        for (int64_t i = 0; i < p.size; ++i) sum[i] *= factor;
-        p.clear_border(sum);
     }
 };
 
@@ -348,31 +464,37 @@ struct Workspace {
 
 template <typename T>
 void compute_features(const Site<T> &site) {
-    const Plane p(site.height, site.width);
-    const Kernel<T> k0(site.phi + SCALE_KERNELS), k1(site.phi + SCALE_KERNELS + TAPS),
-        k2(site.phi + SCALE_KERNELS + 2 * TAPS), k3(site.phi + SCALE_KERNELS + 3 * TAPS);
-    std::vector<T> ones(p.pixels(), T(1));
+    const Sheet<T> p(site);
+    const T *weight = site.phi + SCALE_KERNELS;
+    const Kernel<T> k0(weight), k1(weight + TAPS), k2(weight + 2 * TAPS), k3(weight + 3 * TAPS);
 #pragma omp parallel num_threads(site.threads)
     {
-        Buffer<T> plane(p.size), inside(p.size);
-        p.expand(ones.data(), inside());
+        Buffer<T> sheet(p.size), outcome0(p.size), outcome1(p.size), outcome2(p.size), outcome3(p.size), row(p.row_size),
+            sums(p.planes);
 #pragma omp for schedule(static)
-        for (int64_t index = 0; index < site.batch * site.channels; ++index) {
-            p.expand(site.h + index * p.pixels(), plane());
-            const T *__restrict x = plane() + p.first, *__restrict mask = inside() + p.first;
-            T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (int64_t index = 0; index < site.batch * p.groups; ++index) {
+            const int64_t group = index % p.groups, channel = index / p.groups * site.channels + group * p.planes;
+            p.expand(group, site.h + channel * p.pixels(), sheet());
+            const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(group);
+            T *__restrict y0 = outcome0() + p.first, *__restrict y1 = outcome1() + p.first,
+                          *__restrict y2 = outcome2() + p.first, *__restrict y3 = outcome3() + p.first;
+#pragma omp simd
             for (int64_t i = 0; i < p.count; ++i) {
-                s0 += mask[i] * relu(k0.at(x + i, p.pitch));
-                s1 += mask[i] * relu(k1.at(x + i, p.pitch));
-                s2 += mask[i] * relu(k2.at(x + i, p.pitch));
-                s3 += mask[i] * relu(k3.at(x + i, p.pitch));
+                const bool in = inside[i] != T(0);
+                const T v0 = relu(k0.at(x + i, p.pitch)), v1 = relu(k1.at(x + i, p.pitch));
+                const T v2 = relu(k2.at(x + i, p.pitch)), v3 = relu(k3.at(x + i, p.pitch));
+                y0[i] = in ? v0 : T(0);
+                y1[i] = in ? v1 : T(0);
+                y2[i] = in ? v2 : T(0);
+                y3[i] = in ? v3 : T(0);
             }
-            T *feature = site.features + index * FEATURES;
-            feature[0] = s0 / T(p.pixels());
-            feature[1] = s1 / T(p.pixels());
-            feature[2] = s2 / T(p.pixels());
-            feature[3] = s3 / T(p.pixels());
+            int k = 0;
+            for (const T *outcome : {outcome0(), outcome1(), outcome2(), outcome3()}) {
+                p.sums(group, outcome, row(), sums());
+                for (int64_t c = 0; c < p.planes_of(group); ++c)
+                    site.features[(channel + c) * FEATURES + k] = *sums(c) / T(p.pixels());
+                ++k;
+            }
         }
     }
 }
@@ -421,60 +543,62 @@ void scale_backward(const Site<T> &site, const std::vector<double> &grad_scale, 
     const int64_t values = site.channels * FEATURES;
     const T *weight = site.phi + SCALE_AFFINE;
     double *grad_affine = site.grad_phi + SCALE_AFFINE;
+    std::vector<double> grad_mean(values), grad_var(values);  // by way of one image's features
     for (int64_t c = 0; c < site.channels; ++c) {
         const double s = site.scale[c], grad_logit = grad_scale[c] * s * (1.0 - s);
         for (int k = 0; k < FEATURES; ++k) {
             const int64_t i = c * FEATURES + k;
-            const double mean = site.statistics[i];
-            grad_affine[k] += grad_logit * mean;
+            grad_affine[k] += grad_logit * site.statistics[i];
             grad_affine[FEATURES + k] += grad_logit * site.statistics[values + i];
-            if (!site.training) continue;
-            const double grad_mean = grad_logit * weight[k] / double(site.batch);
-            const double grad_var = grad_logit * weight[FEATURES + k] * 2.0 / double(site.batch - 1);
-            for (int64_t b = 0; b < site.batch; ++b)
-                grad_features[b * values + i] = grad_mean + grad_var * (site.features[b * values + i] - mean);
+            grad_mean[i] = grad_logit * weight[k] / double(site.batch);
+            grad_var[i] = grad_logit * weight[FEATURES + k] * 2.0 / double(site.batch - 1);
         }
         grad_affine[2 * FEATURES] += grad_logit * site.channel_ratio;
         grad_affine[2 * FEATURES + 1] += grad_logit * site.size_ratio;
     }
+    if (!site.training) return;
+    for (int64_t b = 0; b < site.batch; ++b)
+        for (int64_t i = 0; i < values; ++i)
+            grad_features[b * values + i] =
+                grad_mean[i] + grad_var[i] * (double(site.features[b * values + i]) - double(site.statistics[i]));
 }
 
 // Adds what reaches h (and the scale kernels) by way of the features.
 template <typename T>
 void features_backward(const Site<T> &site, const std::vector<double> &grad_features, std::vector<double> &grad_phi) {
-    const Plane p(site.height, site.width);
+    const Sheet<T> p(site);
     const T *weight = site.phi + SCALE_KERNELS;
     const Kernel<T> k0(weight), k1(weight + TAPS), k2(weight + 2 * TAPS), k3(weight + 3 * TAPS);
     const Kernel<T> t0(weight, true), t1(weight + TAPS, true), t2(weight + 2 * TAPS, true), t3(weight + 3 * TAPS, true);
 #pragma omp parallel num_threads(site.threads)
     {
-        Buffer<T> plane(p.size), d0(p.size), d1(p.size), d2(p.size), d3(p.size), row0(p.size), row1(p.size), row2(p.size),
-            sum(p.size);
+        Buffer<T> sheet(p.size), d0(p.size), d1(p.size), d2(p.size), d3(p.size), row0(p.size), row1(p.size), row2(p.size),
+            sum(p.size), shares(p.planes);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
-            for (int64_t c = 0; c < site.channels; ++c) {
-                const int64_t index = b * site.channels + c;
-                p.expand(site.h + index * p.pixels(), plane());
-                const double *grad = &grad_features[index * FEATURES];
-                const T share = T(1) / T(p.pixels());
-                const T f0 = T(grad[0]) * share, f1 = T(grad[1]) * share, f2 = T(grad[2]) * share,
-                        f3 = T(grad[3]) * share;
-                const T *__restrict x = plane() + p.first;
-                T *__restrict y0 = d0() + p.first, *__restrict y1 = d1() + p.first, *__restrict y2 = d2() + p.first,
-                              *__restrict y3 = d3() + p.first;
+            for (int64_t g = 0; g < p.groups; ++g) {
+                const int64_t channel = b * site.channels + g * p.planes;
+                p.expand(g, site.h + channel * p.pixels(), sheet());
+                int k = 0;
+                for (T *d : {d0(), d1(), d2(), d3()}) {
+                    for (int64_t c = 0; c < p.planes_of(g); ++c)
+                        *shares(c) = T(grad_features[(channel + c) * FEATURES + k]) / T(p.pixels());
+                    p.fill(g, shares(), d);
+                    ++k;
+                }
+                const T *__restrict x = sheet() + p.first;
+                T *__restrict z0 = d0() + p.first, *__restrict z1 = d1() + p.first, *__restrict z2 = d2() + p.first,
+                              *__restrict z3 = d3() + p.first;
 #pragma omp simd
                 for (int64_t i = 0; i < p.count; ++i) {
-                    y0[i] = k0.at(x + i, p.pitch) > T(0) ? f0 : T(0);
-                    y1[i] = k1.at(x + i, p.pitch) > T(0) ? f1 : T(0);
-                    y2[i] = k2.at(x + i, p.pitch) > T(0) ? f2 : T(0);
-                    y3[i] = k3.at(x + i, p.pitch) > T(0) ? f3 : T(0);
+                    z0[i] = k0.at(x + i, p.pitch) > T(0) ? z0[i] : T(0);
+                    z1[i] = k1.at(x + i, p.pitch) > T(0) ? z1[i] : T(0);
+                    z2[i] = k2.at(x + i, p.pitch) > T(0) ? z2[i] : T(0);
+                    z3[i] = k3.at(x + i, p.pitch) > T(0) ? z3[i] : T(0);
                 }
-                for (T *d : {d0(), d1(), d2(), d3()}) p.clear_border(d);
                 // All three rows of the four transposed kernels at once, then the rows are put together: 15 loads, not 36.
                 T *__restrict up = row0() + p.first, *__restrict middle = row1() + p.first,
                               *__restrict down = row2() + p.first, *__restrict total = sum() + p.first;
-                const T *__restrict z0 = d0() + p.first, *__restrict z1 = d1() + p.first, *__restrict z2 = d2() + p.first,
-                                    *__restrict z3 = d3() + p.first;
 #pragma omp simd
                 for (int64_t i = 0; i < p.count; ++i) {
                     up[i] = t0.row(0, z0 + i) + t1.row(0, z1 + i) + t2.row(0, z2 + i) + t3.row(0, z3 + i);
@@ -483,11 +607,11 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
                 }
 #pragma omp simd
                 for (int64_t i = 0; i < p.count; ++i) total[i] = up[i - p.pitch] + middle[i] + down[i + p.pitch];
-                p.add_to(sum(), site.grad_h + index * p.pixels());
+                p.add_to(g, sum(), site.grad_h + channel * p.pixels());
                 if (site.phi_gradient) {
                     double *gradient = &grad_phi[b * SCALE_AFFINE + SCALE_KERNELS];
                     for (T *d : {d0(), d1(), d2(), d3()}) {
-                        correlate(p, d, plane(), gradient);
+                        correlate(p, d, sheet(), gradient);
                         gradient += TAPS;
                     }
                 }
@@ -515,23 +639,25 @@ void forward(const Site<T> &site) {
         for (int64_t b = 0; b < site.batch; ++b) {
             const int64_t image = b * site.channels;
             if (w) w->first_layer(site, site.h + image * pixels);
-            for (int64_t c = 0; c < site.channels; ++c) {
+            for (int64_t c = 0; c < site.channels && !w; ++c) {
                 const T *__restrict h = site.h + (image + c) * pixels;
                 T *__restrict out = site.out + (image + c) * pixels;
-                const T s = site.scale[c];
-                if (!w) {
-                    const T factor = (s - T(1)) * strength + T(1);
+                const T factor = (site.scale[c] - T(1)) * strength + T(1);
 #pragma omp simd
-                    for (int64_t i = 0; i < pixels; ++i) out[i] = h[i] * factor > clip ? clip : h[i] * factor;
-                    continue;
-                }
-                w->second_layer(site, c);
-                const T *__restrict mu = w->mu(), *__restrict noise = w->noise_of(site, image + c);
+                for (int64_t i = 0; i < pixels; ++i) out[i] = h[i] * factor > clip ? clip : h[i] * factor;
+            }
+            for (int64_t g = 0; w && g < w->p.groups; ++g) {
+                const int64_t channel = image + g * w->p.planes, planes = w->p.planes_of(g);
+                const T *__restrict h = site.h + channel * pixels;
+                T *__restrict out = site.out + channel * pixels;
+                w->second_layer(site, g);
+                const T *__restrict mu = w->mu(), *__restrict noise = w->noise_of(site, channel, planes),
+                                    *__restrict s = w->scale_of(site, g);
 #pragma omp simd
-                for (int64_t i = 0; i < pixels; ++i) {
+                for (int64_t i = 0; i < planes * pixels; ++i) {
                     const T a = mu[i] + noise[i];
                     const T z = relu(a) + log1p_unit(exp_negative(a < T(0) ? a : -a));
-                    const T x = h[i] * ((z * s - T(1)) * strength + T(1));
+                    const T x = h[i] * ((z * s[i] - T(1)) * strength + T(1));
                     out[i] = x > clip ? clip : x;
                 }
             }
@@ -539,44 +665,45 @@ void forward(const Site<T> &site) {
     }
 }
 
-// Through μ of one image: from grad_mu [C] planes to grad_h, added, and to φ's four kernels. Ends first_layer's results.
+// Through μ of one image: from grad_mu, all its sheets, to grad_h, added, and to φ's four kernels. Ends first_layer's results.
 template <typename T>
 void mu_backward(const Site<T> &site, Workspace<T> &w, Buffer<T> &grad_mu, T *image_grad_h, double *grad_phi) {
-    const Plane &p = w.p;
-    const int64_t channels = site.channels;
-    const T share = T(1) / T(channels);
+    const Sheet<T> &p = w.p;
+    const T share = T(1) / T(site.channels);
     const Kernel<T> self1(site.phi + SELF1, true), all1(site.phi + ALL1, true, share), self2(site.phi + SELF2, true),
         all2(site.phi + ALL2, true, share);
-    T *sum = w.plane();
+    T *sum = w.sheet();
 
     std::fill_n(sum, p.size, T(0));
-    for (int64_t c = 0; c < channels; ++c) w.accumulate(grad_mu(c * p.size), sum);
+    for (int64_t g = 0; g < p.groups; ++g) w.accumulate(grad_mu(g * p.size), sum);
     if (grad_phi) correlate(p, sum, w.hidden_mean(), grad_phi + ALL2);
+    p.share_sum(sum, T(1));
     convolve(p, all2, sum, w.shared());
 
     std::fill_n(sum, p.size, T(0));
-    for (int64_t c = 0; c < channels; ++c) {
-        if (grad_phi) correlate(p, grad_mu(c * p.size), w.hidden(c * p.size), grad_phi + SELF2);
-        const T *__restrict x = grad_mu(c * p.size) + p.first, *__restrict add = w.shared() + p.first;
-        T *__restrict y = w.hidden(c * p.size) + p.first, *__restrict total = sum + p.first;
+    for (int64_t g = 0; g < p.groups; ++g) {
+        if (grad_phi) correlate(p, grad_mu(g * p.size), w.hidden(g * p.size), grad_phi + SELF2);
+        const T *__restrict x = grad_mu(g * p.size) + p.first, *__restrict add = w.shared() + p.first;
+        T *__restrict y = w.hidden(g * p.size) + p.first, *__restrict total = sum + p.first;
 #pragma omp simd
         for (int64_t i = 0; i < p.count; ++i) {
             const T through = self2.at(x + i, p.pitch) + add[i];
-            const T value = y[i] > T(0) ? through : T(0);  // `hidden` is 0 on the border, and so is this
+            const T value = y[i] > T(0) ? through : T(0);  // `hidden` is 0 outside the planes, and so is this
             y[i] = value;
             total[i] += value;
         }
-        if (grad_phi) correlate(p, w.hidden(c * p.size), w.h(c * p.size), grad_phi + SELF1);
+        if (grad_phi) correlate(p, w.hidden(g * p.size), w.h(g * p.size), grad_phi + SELF1);
     }
     if (grad_phi) correlate(p, sum, w.mean(), grad_phi + ALL1);
+    p.share_sum(sum, T(1));
     convolve(p, all1, sum, w.shared());
 
-    for (int64_t c = 0; c < channels; ++c) {
-        const T *__restrict x = w.hidden(c * p.size) + p.first, *__restrict add = w.shared() + p.first;
-        T *__restrict y = w.plane() + p.first;
+    for (int64_t g = 0; g < p.groups; ++g) {
+        const T *__restrict x = w.hidden(g * p.size) + p.first, *__restrict add = w.shared() + p.first;
+        T *__restrict y = w.sheet() + p.first;
 #pragma omp simd
         for (int64_t i = 0; i < p.count; ++i) y[i] = self1.at(x + i, p.pitch) + add[i];
-        p.add_to(w.plane(), image_grad_h + c * p.pixels());
+        p.add_to(g, w.sheet(), image_grad_h + g * p.planes * p.pixels());
     }
 }
 
@@ -589,52 +716,60 @@ void backward(const Site<T> &site) {
 #pragma omp parallel num_threads(site.threads)
     {
         std::unique_ptr<Workspace<T>> w;
-        std::unique_ptr<Buffer<T>> grad_mu;
+        std::unique_ptr<Buffer<T>> grad_mu, grad_scale;
         if (site.noise != NO_NOISE) {
             w.reset(new Workspace<T>(site));
-            grad_mu.reset(new Buffer<T>(channels * w->p.size));
+            grad_mu.reset(new Buffer<T>(w->p.groups * w->p.size));
+            grad_scale.reset(new Buffer<T>(w->p.planes * pixels));
         }
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
             const int64_t image = b * channels;
             if (w) w->first_layer(site, site.h + image * pixels);
-            for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t c = 0; c < channels && !w; ++c) {
                 const T *__restrict h = site.h + (image + c) * pixels;
                 const T *__restrict grad_out = site.grad_out + (image + c) * pixels;
                 T *__restrict grad_h = site.grad_h + (image + c) * pixels;
-                const T s = site.scale[c];
-                T grad_scale = 0;
-                if (!w) {
-                    const T factor = (s - T(1)) * strength + T(1);
-#pragma omp simd reduction(+ : grad_scale)
-                    for (int64_t i = 0; i < pixels; ++i) {
-                        const T incoming = grad_out[i];
-                        const T d = h[i] * factor > clip ? T(0) : incoming;
-                        grad_h[i] = d * factor;
-                        grad_scale += d * h[i] * strength;
-                    }
-                    image_grad_scale[image + c] = grad_scale;
-                    continue;
-                }
-                w->second_layer(site, c);
-                T *__restrict mu = w->mu();
-                const T *__restrict noise = w->noise_of(site, image + c);
-#pragma omp simd reduction(+ : grad_scale)
+                const T factor = (site.scale[c] - T(1)) * strength + T(1);
+                T sum = 0;
+#pragma omp simd reduction(+ : sum)
                 for (int64_t i = 0; i < pixels; ++i) {
+                    const T incoming = grad_out[i];
+                    const T d = h[i] * factor > clip ? T(0) : incoming;
+                    grad_h[i] = d * factor;
+                    sum += d * h[i] * strength;
+                }
+                image_grad_scale[image + c] = sum;
+            }
+            for (int64_t g = 0; w && g < w->p.groups; ++g) {
+                const int64_t channel = image + g * w->p.planes, planes = w->p.planes_of(g);
+                const T *__restrict h = site.h + channel * pixels;
+                const T *__restrict grad_out = site.grad_out + channel * pixels;
+                T *__restrict grad_h = site.grad_h + channel * pixels, *__restrict grad_s = (*grad_scale)();
+                w->second_layer(site, g);
+                T *__restrict mu = w->mu();
+                const T *__restrict noise = w->noise_of(site, channel, planes), *__restrict s = w->scale_of(site, g);
+#pragma omp simd
+                for (int64_t i = 0; i < planes * pixels; ++i) {
                     const T a = mu[i] + noise[i];
                     const T e = exp_negative(a < T(0) ? a : -a);
                     const T z = relu(a) + log1p_unit(e);
                     const T sigmoid = (a < T(0) ? e : T(1)) / (T(1) + e);
-                    const T factor = (z * s - T(1)) * strength + T(1);
+                    const T factor = (z * s[i] - T(1)) * strength + T(1);
                     const T incoming = grad_out[i];  // loaded in any case: a load under a condition is no vector code
                     const T d = h[i] * factor > clip ? T(0) : incoming;
                     const T grad_g = d * h[i] * strength;
                     grad_h[i] = d * factor;
-                    grad_scale += grad_g * z;
-                    mu[i] = grad_g * s * sigmoid;  // from here on the gradient of μ
+                    grad_s[i] = grad_g * z;
+                    mu[i] = grad_g * s[i] * sigmoid;  // from here on the gradient of μ
                 }
-                image_grad_scale[image + c] = grad_scale;
-                w->p.expand(w->mu(), (*grad_mu)(c * w->p.size));
+                for (int64_t c = 0; c < planes; ++c) {
+                    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t i = 0; i < pixels; ++i) sum += grad_s[c * pixels + i];
+                    image_grad_scale[channel + c] = sum;
+                }
+                w->p.expand(g, w->mu(), (*grad_mu)(g * w->p.size));
             }
             if (w) {
                 double *grad_phi = site.phi_gradient ? &image_grad_phi[b * SCALE_AFFINE] : nullptr;
@@ -660,12 +795,10 @@ template <typename T>
 void draw(uint64_t seed, int64_t planes, int64_t pixels, int32_t threads, T *out) {
 #pragma omp parallel num_threads(threads)
     {
-        Buffer<T> plane((pixels + 3) / 4 * 4);
+        Draw<T> plane(pixels, 1);
 #pragma omp for schedule(static)
-        for (int64_t index = 0; index < planes; ++index) {
-            draw_plane(seed, uint32_t(index), pixels, plane());
-            std::copy_n(plane(), pixels, out + index * pixels);
-        }
+        for (int64_t index = 0; index < planes; ++index)
+            std::copy_n(plane(seed, uint32_t(index), 1), pixels, out + index * pixels);
     }
 }
 
