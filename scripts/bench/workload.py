@@ -34,7 +34,10 @@ class Sizes:
     eval_batch: int = 500  # the program's default
     loader_images: int = 5000
     loader_batches: int = 20  # a turn
-    site_maps: tuple[tuple[int, int, int, int], ...] = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))
+    site_maps: tuple[tuple[int, int, int, int], ...] = (
+        *((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)),  # of ResNet20
+        *((128, 128, 4, 4), (128, 512, 2, 2)),  # as small as those of networks that halve the image five times
+    )
     tasks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     tasks_batch: int = 128
     channels: tuple[int, ...] = (1, 4, 16, 64, 256, 512)

@@ -291,13 +291,6 @@ struct Sheet {
 
     // The sum of each plane. `row` has room for `row_size` values.
     void sums(int64_t group, const T *__restrict sheet, T *__restrict row, T *values) const {
-        if (planes == 1) {
-            T sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < count; ++i) sum += sheet[first + i];
-            *values = sum;
-            return;
-        }
         std::fill_n(row, row_size, T(0));
         for (int64_t y = 0; y < height; ++y) {
             const T *__restrict next = sheet + first + y * pitch;
@@ -476,6 +469,22 @@ void compute_features(const Site<T> &site) {
             const int64_t group = index % p.groups, channel = index / p.groups * site.channels + group * p.planes;
             p.expand(group, site.h + channel * p.pixels(), sheet());
             const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(group);
+            T *feature = site.features + channel * FEATURES;
+            if (p.planes == 1) {  // the sums stay in registers
+                T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+                for (int64_t i = 0; i < p.count; ++i) {
+                    s0 += inside[i] * relu(k0.at(x + i, p.pitch));
+                    s1 += inside[i] * relu(k1.at(x + i, p.pitch));
+                    s2 += inside[i] * relu(k2.at(x + i, p.pitch));
+                    s3 += inside[i] * relu(k3.at(x + i, p.pitch));
+                }
+                feature[0] = s0 / T(p.pixels());
+                feature[1] = s1 / T(p.pixels());
+                feature[2] = s2 / T(p.pixels());
+                feature[3] = s3 / T(p.pixels());
+                continue;
+            }
             T *__restrict y0 = outcome0() + p.first, *__restrict y1 = outcome1() + p.first,
                           *__restrict y2 = outcome2() + p.first, *__restrict y3 = outcome3() + p.first;
 #pragma omp simd
@@ -491,8 +500,7 @@ void compute_features(const Site<T> &site) {
             int k = 0;
             for (const T *outcome : {outcome0(), outcome1(), outcome2(), outcome3()}) {
                 p.sums(group, outcome, row(), sums());
-                for (int64_t c = 0; c < p.planes_of(group); ++c)
-                    site.features[(channel + c) * FEATURES + k] = *sums(c) / T(p.pixels());
+                for (int64_t c = 0; c < p.planes_of(group); ++c) feature[c * FEATURES + k] = *sums(c) / T(p.pixels());
                 ++k;
             }
         }
@@ -569,6 +577,7 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
     const Sheet<T> p(site);
     const T *weight = site.phi + SCALE_KERNELS;
     const Kernel<T> k0(weight), k1(weight + TAPS), k2(weight + 2 * TAPS), k3(weight + 3 * TAPS);
+    const T share = T(1) / T(p.pixels());
     const Kernel<T> t0(weight, true), t1(weight + TAPS, true), t2(weight + 2 * TAPS, true), t3(weight + 3 * TAPS, true);
 #pragma omp parallel num_threads(site.threads)
     {
@@ -579,22 +588,34 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
             for (int64_t g = 0; g < p.groups; ++g) {
                 const int64_t channel = b * site.channels + g * p.planes;
                 p.expand(g, site.h + channel * p.pixels(), sheet());
-                int k = 0;
-                for (T *d : {d0(), d1(), d2(), d3()}) {
-                    for (int64_t c = 0; c < p.planes_of(g); ++c)
-                        *shares(c) = T(grad_features[(channel + c) * FEATURES + k]) / T(p.pixels());
-                    p.fill(g, shares(), d);
-                    ++k;
-                }
-                const T *__restrict x = sheet() + p.first;
+                const double *grad = &grad_features[channel * FEATURES];
+                const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(g);
                 T *__restrict z0 = d0() + p.first, *__restrict z1 = d1() + p.first, *__restrict z2 = d2() + p.first,
                               *__restrict z3 = d3() + p.first;
+                if (p.planes == 1) {
+                    const T f0 = T(grad[0]) * share, f1 = T(grad[1]) * share, f2 = T(grad[2]) * share,
+                            f3 = T(grad[3]) * share;
 #pragma omp simd
-                for (int64_t i = 0; i < p.count; ++i) {
-                    z0[i] = k0.at(x + i, p.pitch) > T(0) ? z0[i] : T(0);
-                    z1[i] = k1.at(x + i, p.pitch) > T(0) ? z1[i] : T(0);
-                    z2[i] = k2.at(x + i, p.pitch) > T(0) ? z2[i] : T(0);
-                    z3[i] = k3.at(x + i, p.pitch) > T(0) ? z3[i] : T(0);
+                    for (int64_t i = 0; i < p.count; ++i) {
+                        z0[i] = inside[i] * (k0.at(x + i, p.pitch) > T(0) ? f0 : T(0));
+                        z1[i] = inside[i] * (k1.at(x + i, p.pitch) > T(0) ? f1 : T(0));
+                        z2[i] = inside[i] * (k2.at(x + i, p.pitch) > T(0) ? f2 : T(0));
+                        z3[i] = inside[i] * (k3.at(x + i, p.pitch) > T(0) ? f3 : T(0));
+                    }
+                } else {
+                    int k = 0;
+                    for (T *d : {d0(), d1(), d2(), d3()}) {
+                        for (int64_t c = 0; c < p.planes_of(g); ++c) *shares(c) = T(grad[c * FEATURES + k]) * share;
+                        p.fill(g, shares(), d);
+                        ++k;
+                    }
+#pragma omp simd
+                    for (int64_t i = 0; i < p.count; ++i) {
+                        z0[i] = k0.at(x + i, p.pitch) > T(0) ? z0[i] : T(0);
+                        z1[i] = k1.at(x + i, p.pitch) > T(0) ? z1[i] : T(0);
+                        z2[i] = k2.at(x + i, p.pitch) > T(0) ? z2[i] : T(0);
+                        z3[i] = k3.at(x + i, p.pitch) > T(0) ? z3[i] : T(0);
+                    }
                 }
                 // All three rows of the four transposed kernels at once, then the rows are put together: 15 loads, not 36.
                 T *__restrict up = row0() + p.first, *__restrict middle = row1() + p.first,
