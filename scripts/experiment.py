@@ -7,19 +7,28 @@
 
 Data that are missing are named before anything runs. Finished cells (a JSON each, under --results) are skipped, cells
 that failed are tried again, and what was interrupted resumes: give the same command again, on this or another machine.
-Several runners may share the folders. The table says for each cell whether it ran at the paper's setting.
+Several runners may share the folders. With --reuse, a training that another table has (its Base, for instance) is not
+run again: its record is taken over and says from where. The table says for each cell whether it ran at the paper's
+setting.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from experiments.grid import Cell, Grid, Need, Overrides, fingerprint_of, sha256, unknown
-from experiments.results import Results, cell_place, keep_need_records, write_record
+from experiments.results import (
+    Results,
+    cell_place,
+    keep_need_records,
+    training_of,
+    trainings_elsewhere,
+    write_record,
+)
 from experiments.runner import LOG, Job, Outcome, run_jobs
 from experiments.table import csv_text, markdown
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +41,7 @@ from metaperturb.data.parts import load_parts, load_source_images
 from metaperturb.distributed import choose_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import code_digest
-from metaperturb.storage import write_atomically
+from metaperturb.storage import load_json, save_json, write_atomically
 from metaperturb.weights import load_phi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +92,9 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the JSONs and tables")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     parser.add_argument("--data-root", default=str(ROOT / "data"), help="downloads and cached image arrays")
+    parser.add_argument(
+        "--reuse", action="store_true", help="take over what another table under --results has trained alike"
+    )
     parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--list", action="store_true", help="name the cells and what is done of them, run nothing")
@@ -162,6 +174,10 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
         )
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
+    if arguments.reuse:
+        todo = [*take_over(results, todo, arguments.results)]
+        if not todo:
+            return []
     devices = [str(d.index) if d.type == "cuda" else "cpu" for d in choose_devices(arguments.devices, 1024)]
     at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, os.cpu_count() // threads(todo)))
     needs = {need.id: need for cell in todo for need in cell.needs.values()}
@@ -177,6 +193,26 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     outcome = run_jobs(title, jobs, devices, at_once, arguments.retries)
     tell(outcome, jobs)
     return outcome.elsewhere
+
+
+def take_over(results: Results, cells: Iterable[Cell], root: Path) -> Iterator[Cell]:
+    """Give cells the records that other tables under `root` have of the same trainings; yields the cells left.
+
+    Raises:
+        UserError: a cell's data are missing.
+    """
+    known, seen = trainings_elsewhere(root, results.folder), {}
+    for cell in cells:
+        place = cell_place(results.grid, cell)
+        check_images(results, cell, seen)
+        path = known.get(training_of(cell.config, place["needs"], fingerprints(cell.config, seen)))
+        if path is None:
+            yield cell
+            continue
+        record = load_json(path)
+        origin = record.get("taken_from", path.relative_to(root).as_posix())
+        save_json({**place, "taken_from": origin, "result": record["result"]}, results.path(cell))
+        print(f"{cell.id}: is {origin}", file=sys.stderr)
 
 
 def threads(cells: Sequence[Cell]) -> int:

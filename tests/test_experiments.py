@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, alive, error_line
 from grid_files import read_csv, tables, write_grid, write_record
 from test_run_sh import run_sh
 
 from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.weights import save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from experiment import argument_parser, check, fingerprints, overrides, run_grid
+from experiment import argument_parser, check, fingerprints, overrides, run_grid, take_over
 from experiment import experiment as run_experiment
 from experiments.grid import Grid, Overrides
 from experiments.results import Results
@@ -287,6 +291,53 @@ def test_a_training_that_is_killed_is_tried_again_and_one_that_cannot_succeed_is
     assert [p.name.partition("--")[0] for p in folder.glob("*.json")] == ["base"]
     run_experiment(parsed(path, tmp_path, *more, "--report"))
     assert tables(capsys.readouterr().out)[0][2] == ["Dropout", "–"]
+
+
+def test_what_another_table_has_trained_alike_is_taken_over(path, tmp_path, capsys):
+    """Whatever rows, columns and φ are called there; not with another seed, setting, φ or image."""
+    torch.manual_seed(0)
+    for name in ("phi", "another"):
+        save_phi(MetaPerturb(), tmp_path / f"{name}.pt")
+    some = ("--seeds", "0", "--rows", "Base", "MetaPerturb", "--use", f"phi={tmp_path / 'phi.pt'}")
+    completed = experiment(path, tmp_path, *some)
+    assert completed.returncode == 0, completed.stderr
+    text = path.read_text().replace("phi:", "learned:", 1).replace("${phi}", "${learned}")
+    text = text.replace(
+        "Bugs: {target: embedded}", "Insects: {target: embedded}, Few: {target: embedded, train_per_class: 3}"
+    )
+    other = write_grid(path.parent, text.replace("  Base:", "  Nothing:").replace("[Base]", "[Nothing]"), "other")
+    rows = ("--seeds", "0", "--columns", "Insects", "--rows", "Nothing", "MetaPerturb", "--reuse")
+    capsys.readouterr()
+    run_experiment(parsed(other, tmp_path, *rows, "--use", f"learned={tmp_path / 'phi.pt'}"))
+    assert not (tmp_path / "runs" / "other").exists()
+    assert "2 of these trainings were run for another table" in capsys.readouterr().out
+    trained = {record["row"]: (name, record) for name, record in records(tmp_path).items()}
+    taken = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results" / "other" / "paper").glob("*.json")}
+    assert sorted((record["row"], record["column"]) for record in taken.values()) == [
+        ("MetaPerturb", "Insects"),
+        ("Nothing", "Insects"),
+    ]
+    for record in taken.values():
+        name, origin = trained[record["row"].replace("Nothing", "Base")]
+        assert record["result"] == origin["result"] and record["taken_from"] == f"small/paper/{name}"
+
+    def left(phi: str, *texts: str) -> set[tuple[str, str, int]]:
+        files = {"learned": tmp_path / f"{phi}.pt"}
+        grid = Grid(other, "paper", Overrides(texts, files, data_root=str(tmp_path / "data")))
+        results = Results(grid, tmp_path / "results" / "third" / "paper")
+        cells = [cell for cell in grid.cells() if cell.row != "Dropout"]
+        return {(c.row, c.column, c.seed) for c in take_over(results, cells, tmp_path / "results")}
+
+    every = {
+        (row, column, seed) for row in ("Nothing", "MetaPerturb") for column in ("Insects", "Few") for seed in (0, 1)
+    }
+    assert left("another", "steps=3") == every
+    assert left("another") == every - {("Nothing", "Insects", 0)}
+    shutil.rmtree(tmp_path / "results" / "third")
+    assert left("phi") == every - {("Nothing", "Insects", 0), ("MetaPerturb", "Insects", 0)}
+    (tmp_path / "results" / "small" / "paper" / "a--b.json").write_text("[]")
+    left("phi")
+    assert "a--b.json: passed over, is no record of a training" in capsys.readouterr().err
 
 
 def refused(path: Path, folder: Path, *more: str) -> str:

@@ -1,15 +1,17 @@
 """One JSON a cell under `results/`: writing it, and reading back those that belong to a grid."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Cell, Grid, Need, changes, fingerprint_of
+from experiments.grid import Cell, Grid, Need, changes, fingerprint, fingerprint_of
 from experiments.statistics import Difference, Summary, paired_difference, summarize
+from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
-from metaperturb.storage import load_json, save_json
+from metaperturb.storage import load_json, reason, save_json
 
 METRICS = {
     "accuracy": 100,
@@ -28,6 +30,35 @@ def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
 def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
     needs = {key: need.id for key, need in cell.needs.items()}
     return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": needs}
+
+
+def training_of(config: MetaTestConfig, needs: Mapping[str, str], images: Sequence[str]) -> tuple[Any, ...]:
+    """Identifies a training, in whatever table it stands: settings, seed, images, and what it starts from.
+
+    Args:
+        config: its settings.
+        needs: setting → id of what it refers to, whose first part is what a table calls it.
+        images: fingerprints of those it trains and is evaluated on.
+    """
+    started = {key: id_.partition("-")[2] for key, id_ in needs.items()}
+    return fingerprint("meta_test", dataclasses.replace(config, **started)), config.seed, tuple(images)
+
+
+def trainings_elsewhere(root: Path, folder: Path) -> dict[tuple[Any, ...], Path]:
+    """The records of all tables under `root` but for those in `folder`, by `training_of`."""
+    found: dict[tuple[Any, ...], Path] = {}
+    known = {field.name for field in dataclasses.fields(MetaTestConfig)}
+    for path in sorted(root.glob("*/*/*--*.json")):
+        if path.parent.resolve() == folder.resolve():
+            continue
+        try:
+            record = load_json(path)
+            settings = {key: value for key, value in record["result"]["config"].items() if key in known}
+            images = record["result"]["target"]["fingerprints"]
+            found.setdefault(training_of(MetaTestConfig(**settings), record["needs"], images), path)
+        except (AttributeError, KeyError, TypeError, UserError) as error:
+            print(f"{path}: passed over, is no record of a training ({reason(error)})", file=sys.stderr)
+    return found
 
 
 def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
