@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Grid, digest, fingerprint_of
-from experiments.results import PATHS, shortened
+from experiments.grid import Grid, digest
+from experiments.results import shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
@@ -67,21 +67,14 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
     """A row of the card for each place of a table with trainings that used this φ, and what it is compared with.
 
     Trainings that were evaluated on other images than the test set chose something, φ for instance, and test nothing.
-    Those that stand in several tables count once, where most seeds stand beside them.
+    Those that a table took over from another count there.
     """
-    found = [*places_with(phi, results)]
-    for i, (row, trainings) in enumerate(found):
-        if not any(trainings < other or (trainings == other and j < i) for j, (_, other) in enumerate(found)):
-            yield row
-
-
-def places_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[list[str], set[str]]]:
-    """Row of the card, and what identifies each of its trainings."""
     suffix = f"{digest(phi):.8}"  # of the ids of given φ
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]
-        ours = by_place(folder, [record for record in records if record["needs"].get("phi", "").endswith(suffix)])
+        with_it = [record for record in records if record["needs"].get("phi", "").endswith(suffix)]
+        ours = by_place(folder, [record for record in with_it if "taken_from" not in record])
         if not ours:
             continue
         try:
@@ -100,7 +93,7 @@ def places_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[list[str], se
                 {seed: 100 * some[seed]["result"]["metrics"]["accuracy"] for seed in with_phi if seed in some}
                 for some in (with_phi, others.get((baseline, column), {}))
             )
-            row_of_card = [
+            yield [
                 f"{folder.parent.name}, preset {folder.name}",
                 row,
                 column,
@@ -110,13 +103,6 @@ def places_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[list[str], se
                 str(summarize([*accuracies.values()])),
                 str(paired_difference(accuracies, without) or ""),
             ]
-            yield row_of_card, {training(record["result"]) for record in with_phi.values()}
-
-
-def training(result: Mapping[str, Any]) -> str:
-    """Identifies a finished run: equal for its copies in several tables."""
-    config = {key: value for key, value in result["config"].items() if key not in PATHS}
-    return fingerprint_of({**result, "config": config})
 
 
 def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:

@@ -252,11 +252,16 @@ def plot_effort(
 def _draw_growth(
     axes: plt.Axes, label: str, by_amount: Mapping[int, Sequence[float]], **line: Any
 ) -> list[tuple[int, float, float, int]]:
-    """Mean and band against the amount; returns what was drawn: amount, mean and standard deviation in %, count."""
+    """Mean against the amount, a bar of one standard deviation where there are several runs.
+
+    Returns:
+        What was drawn: amount, mean and standard deviation in %, count.
+    """
     amounts = sorted(by_amount)
     spread = [_mean_std(by_amount[n]) for n in amounts]
     mean, std = np.array(spread).T
-    _draw_mean(axes, label, amounts, mean, std, **line, **POINTS)
+    std = np.where([len(by_amount[n]) > 1 for n in amounts], std, np.nan)  # a band would taper to points of one run
+    axes.errorbar(amounts, mean, yerr=std, label=label, capsize=3, **line, **POINTS)
     return [(n, *of_n, len(by_amount[n])) for n, of_n in zip(amounts, spread, strict=True)]
 
 
