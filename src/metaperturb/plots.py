@@ -160,7 +160,7 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
 
 
 def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str, title: str, path: Path) -> None:
-    """Final test accuracy against how much there was of something: mean over seeds, band of one standard deviation.
+    """Final test accuracy against how much there was of something: mean over seeds, a bar of one standard deviation.
 
     Args:
         results: method → how much → accuracy in [0, 1] of each seed; all seeds for each amount.
