@@ -13,6 +13,7 @@ setting.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,7 +94,7 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     parser.add_argument("--data-root", default=str(ROOT / "data"), help="downloads and cached image arrays")
     parser.add_argument(
-        "--reuse", action="store_true", help="take over what another table under --results has trained alike"
+        "--reuse", action="store_true", help="take over what another table or preset under --results has trained alike"
     )
     parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -174,8 +175,9 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
         )
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
+    seen: dict[tuple, list[str]] = {}  # fingerprints of data sets, each of which is loaded once
     if arguments.reuse:
-        todo = [*take_over(results, todo, arguments.results)]
+        todo = [*take_over(results, todo, arguments.results, seen)]
         if not todo:
             return []
     devices = [str(d.index) if d.type == "cuda" else "cpu" for d in choose_devices(arguments.devices, 1024)]
@@ -183,7 +185,7 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     needs = {need.id: need for cell in todo for need in cell.needs.values()}
     need_jobs = {need.id: need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None}
     made = {id_ for id_, job in need_jobs.items() if job.done}
-    check(results, todo, [need for need in needs.values() if need.id not in made])
+    check(results, todo, [need for need in needs.values() if need.id not in made], seen)
     jobs = [*need_jobs.values(), *(cell_job(results, cell, arguments.runs) for cell in todo)]
     title = f"{grid.name} {grid.preset}"
     print(
@@ -195,22 +197,27 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     return outcome.elsewhere
 
 
-def take_over(results: Results, cells: Iterable[Cell], root: Path) -> Iterator[Cell]:
+def take_over(results: Results, cells: Iterable[Cell], root: Path, seen: dict[tuple, list[str]]) -> Iterator[Cell]:
     """Give cells the records that other tables under `root` have of the same trainings; yields the cells left.
 
-    Raises:
-        UserError: a cell's data are missing.
+    `seen`: as of `fingerprints`.
     """
-    known, seen = trainings_elsewhere(root, results.folder), {}
+    known = trainings_elsewhere(root, results.folder)
     for cell in cells:
-        place = cell_place(results.grid, cell)
-        check_images(results, cell, seen)
-        path = known.get(training_of(cell.config, place["needs"], fingerprints(cell.config, seen)))
+        place, path = cell_place(results.grid, cell), None
+        with contextlib.suppress(UserError):  # data that are missing are named with all others, by `check`
+            check_images(results, cell, seen)
+            sources = {key: fingerprints(need.config, seen) for key, need in cell.needs.items() if need.file is None}
+            path = known.get(training_of(cell.config, place["needs"], fingerprints(cell.config, seen), sources))
         if path is None:
             yield cell
             continue
-        record = load_json(path)
-        origin = record.get("taken_from", path.relative_to(root).as_posix())
+        record, origin = load_json(path), path.relative_to(root).as_posix()
+        for key, need in cell.needs.items():
+            made, kept = (p / "needs" for p in (path.parent, results.folder))
+            made, kept = made / f"{record['needs'][key]}.json", kept / f"{need.id}.json"
+            if made.exists() and not kept.exists():
+                save_json({**load_json(made), "need": need.name}, kept)
         save_json({**place, "taken_from": origin, "result": record["result"]}, results.path(cell))
         print(f"{cell.id}: is {origin}", file=sys.stderr)
 
@@ -254,7 +261,7 @@ def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
 # --- before anything runs
 
 
-def check(results: Results, cells: Sequence[Cell], needs: Iterable[Need]) -> None:
+def check(results: Results, cells: Sequence[Cell], needs: Iterable[Need], seen: dict[tuple, list[str]]) -> None:
     """Whatever would stop a run in hours is said now: data, other ones than those of finished cells, files, networks.
 
     Data are fetched and decoded here, once, not by several runs at the same time.
@@ -270,7 +277,6 @@ def check(results: Results, cells: Sequence[Cell], needs: Iterable[Need]) -> Non
         except UserError as error:
             wrong.append(f"  {what}: {error}")
 
-    seen: dict[tuple, list[str]] = {}
     for cell in {cell.column: cell for cell in cells}.values():
         attempt(f"column {cell.column}", lambda cell=cell: check_images(results, cell, seen))
     for need in needs:

@@ -7,7 +7,7 @@
     ./run.sh compare results/table3/cpu/*cub*             # final accuracy, loss and calibration, a line a method
     ./run.sh lengths results/schedule/cpu                 # final accuracy against the number of training steps
     ./run.sh amount results/target_size/cpu               # against the number of training images
-    ./run.sh effort results/meta_training/cpu             # against the steps, tasks and classes of φ's meta-training
+    ./run.sh effort results/meta_training/cpu/*cub*       # against the steps, tasks and classes of φ's meta-training
     ./run.sh figures                                      # all that can be drawn, of each folder of runs under runs/
 
 A folder that holds runs stands for all of them. The last four need only what came out, so a table's records under
@@ -119,6 +119,8 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
 
 def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
     """The runs of each picture of this kind."""
+    if figure.startswith("fig"):  # these need more than a record has
+        runs = [run for run in runs if run.path.is_dir()]
     if figure == "fig7":
         runs = [run for run in runs if run.method == "metaperturb" and run.setting("gate")]
         return grouped(runs, lambda run: run.config["model"]).values()
@@ -147,8 +149,9 @@ def picture_path(arguments: argparse.Namespace, stem: str) -> Path:
 def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
     device = choose_devices(arguments.device, 1)[0]
     places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
+    folder = run.dir
     try:
-        return load_run(run.dir, device, **{key: value for key, value in places.items() if value is not None})
+        return load_run(folder, device, **{key: value for key, value in places.items() if value is not None})
     except UserError as error:
         path = arguments.target_path or run.config["target_path"]
         hint = "" if path is None or Path(path).exists() else " (--target-path says where they are now)"
@@ -395,7 +398,7 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     for method, same in grouped(runs, lambda run: run.method).items():
         if len(names := [*grouped(same, lambda run: run.name)]) > 1:
             raise UserError(f"this picture shows one use of {method}, but the runs are of {' and of '.join(names[:2])}")
-        for (_, seed), twice in grouped(same, lambda run: (run.config["phi"], run.config["seed"])).items():
+        for (_, seed), twice in grouped(same, lambda run: (run.phi_key, run.config["seed"])).items():
             if len(twice) > 1:
                 raise UserError(f"{twice[1].path}: there are two runs of {method} with seed {seed} and the same φ")
     panels, left_out = effort_panels(runs)

@@ -53,6 +53,8 @@ def ship(name: str, source: Path | None, results: Path, out: Path) -> None:
     if source is None and not path.exists():
         raise UserError(f"{path}: no such φ yet; name the file to ship")
     phi = load_phi(source or path)
+    if isinstance(config := phi.card.get("config"), Mapping) and config.get("steps") == 0:
+        raise UserError(f"{source or path}: was not meta-trained (0 steps)")
     if missing := [key for key, kind in NEEDED.items() if not isinstance(phi.card.get(key), kind)]:
         raise UserError(f"{source or path}: its card does not say how it was meta-trained: no {', '.join(missing)}")
     tested = [*trainings_with(phi, results)]
@@ -74,7 +76,8 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]
         with_it = [record for record in records if record["needs"].get("phi", "").endswith(suffix)]
-        ours = by_place(folder, [record for record in with_it if "taken_from" not in record])
+        own = [record for record in with_it if not (results / record.get("taken_from", "nowhere")).is_file()]
+        ours = by_place(folder, own)
         if not ours:
             continue
         try:

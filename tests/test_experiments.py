@@ -19,6 +19,7 @@ from conftest import ROOT, alive, error_line
 from grid_files import read_csv, tables, write_grid, write_record
 from test_run_sh import run_sh
 
+from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import save_phi
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from experiment import argument_parser, check, fingerprints, overrides, run_grid, take_over
 from experiment import experiment as run_experiment
 from experiments.grid import Grid, Overrides
-from experiments.results import Results
+from experiments.results import Results, content_of, training_of
 from experiments.runner import Job, last_step, run_jobs
 
 CPU = ("--devices", "cpu")
@@ -326,7 +327,7 @@ def test_what_another_table_has_trained_alike_is_taken_over(path, tmp_path, caps
         grid = Grid(other, "paper", Overrides(texts, files, data_root=str(tmp_path / "data")))
         results = Results(grid, tmp_path / "results" / "third" / "paper")
         cells = [cell for cell in grid.cells() if cell.row != "Dropout"]
-        return {(c.row, c.column, c.seed) for c in take_over(results, cells, tmp_path / "results")}
+        return {(c.row, c.column, c.seed) for c in take_over(results, cells, tmp_path / "results", {})}
 
     every = {
         (row, column, seed) for row in ("Nothing", "MetaPerturb") for column in ("Insects", "Few") for seed in (0, 1)
@@ -335,9 +336,48 @@ def test_what_another_table_has_trained_alike_is_taken_over(path, tmp_path, caps
     assert left("another") == every - {("Nothing", "Insects", 0)}
     shutil.rmtree(tmp_path / "results" / "third")
     assert left("phi") == every - {("Nothing", "Insects", 0), ("MetaPerturb", "Insects", 0)}
+    shutil.rmtree(tmp_path / "results" / "small")  # what was taken over is not passed on
+    assert left("phi") == every
+    (tmp_path / "results" / "small" / "paper").mkdir(parents=True)
     (tmp_path / "results" / "small" / "paper" / "a--b.json").write_text("[]")
     left("phi")
     assert "a--b.json: passed over, is no record of a training" in capsys.readouterr().err
+
+
+CONTENTS = {
+    "phi-780ebaa8": "780ebaa8",
+    "phi_780ebaa8": "780ebaa8",
+    "phi_0_steps-seed0-3a263404": "seed0-3a263404",
+    "phi_of_another_name-780ebaa8": "780ebaa8",
+    "pretrained-seed12-06332678": "seed12-06332678",
+    "phi": None,
+}
+
+
+@pytest.mark.parametrize("id_", CONTENTS)
+def test_what_a_need_is_apart_from_its_name(id_):
+    assert content_of(id_) == CONTENTS[id_]
+
+
+def test_a_training_is_another_if_what_it_starts_from_is(image_folder, tmp_path):
+    """Another φ; one that was made of other images; a file of which only the name is known."""
+    config = MetaTestConfig(method="metaperturb", phi="phi.pt")
+    images, sources = ("a", "b"), {"phi": ["source"]}
+    made = training_of(config, {"phi": "phi-seed0-3a263404"}, images, sources)
+    assert made == training_of(config, {"phi": "learned-seed0-3a263404"}, images, sources) is not None
+    given = training_of(config, {"phi": "phi-780ebaa8"}, images, sources)
+    assert given == training_of(config, {"phi": "phi_780ebaa8"}, images, {}) is not None
+    others = [
+        given,
+        training_of(config, {"phi": "phi-seed1-3a263404"}, images, sources),
+        training_of(config, {"phi": "phi-seed0-3a263404"}, images, {"phi": ["other"]}),
+        training_of(config, {"phi": "phi-seed0-3a263404"}, ("a", "c"), sources),
+        training_of(dataclasses.replace(config, steps=5), {"phi": "phi-seed0-3a263404"}, images, sources),
+        training_of(dataclasses.replace(config, seed=5), {"phi": "phi-seed0-3a263404"}, images, sources),
+    ]
+    assert made not in others and len({*others}) == len(others)
+    assert training_of(config, {}, images, sources) is None
+    assert training_of(config, {"phi": "phi-seed0-3a263404"}, images, {}) is None
 
 
 def refused(path: Path, folder: Path, *more: str) -> str:
@@ -389,12 +429,12 @@ def test_parts_of_one_data_set_are_continued(tmp_path):
     first, second = of_column.values()
     assert first[0] != second[0] and first[1] == second[1]
     results = Results(sizes, folder)
-    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], [])
+    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], [], {})
     overrides = Overrides(("phi_20_classes.classes=999",), data_root=str(tmp_path))
     grid = Grid(ROOT / "configs" / "meta_training.yaml", "smoke", overrides)
     needs = [grid.cell(row, "Drawn bugs", 0).needs["phi"] for row in ("50 steps", "20 classes")]
     with pytest.raises(UserError) as error:
-        check(Results(grid, tmp_path / "none"), [], needs)
+        check(Results(grid, tmp_path / "none"), [], needs, {})
     assert "need phi_20_classes: 999 classes are asked for, the data has 40" in str(error.value)
 
 

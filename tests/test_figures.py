@@ -110,14 +110,14 @@ def test_methods_side_by_side(runs, tmp_path):
             assert not spread or float(spread) == pytest.approx(statistics.stdev(values))
 
 
-def test_records_stand_for_runs(runs, tmp_path, capsys):
+def test_records_stand_for_runs(runs, target_settings, tmp_path, capsys):
     """What a table keeps of its cells is enough for pictures of what came out, and not for others."""
     folder = tmp_path / "results" / "small" / "paper"
-    for name, phi in {"base-0": None, "base-1": None, "meta": "phi-1234"}.items():
+    for name, phi in {"base-0": None, "base-1": None, "meta": "phi-00001234"}.items():
         place = {"table": "small", "row": name, "column": "Bugs", "seed": 0, "needs": {"phi": phi} if phi else {}}
-        write_record(place, runs / name, folder / f"{name}.json")
+        write_record(place, runs / name, folder / f"{name}--bugs.json")
     (folder / "needs").mkdir()
-    (folder / "needs" / "phi-1234.json").write_text('{"need": "phi", "program": "meta_train"}')
+    (folder / "needs" / "phi-00001234.json").write_text('{"need": "phi", "program": "meta_train"}')
 
     def drawn(name: str, *arguments) -> list[dict[str, str]]:
         assert scripts_figures.main(["compare", *map(str, arguments), "--out", str(tmp_path / name)]) == 0
@@ -125,16 +125,26 @@ def test_records_stand_for_runs(runs, tmp_path, capsys):
 
     some = [runs / name for name in ("base-0", "base-1", "meta")]
     assert drawn("a", *some) == drawn("b", folder) == drawn("c", *folder.glob("*.json"))
+    # The same training in another table: once.
+    again = tmp_path / "results" / "other" / "paper"
+    write_record({**place, "table": "other", "needs": {"phi": "learned-00001234"}}, runs / "meta", again / "m--b.json")
+    assert drawn("a2", folder, again) == drawn("a", *some)
     # Another φ, whose file has the same name.
-    place["needs"]["phi"] = "phi-5678"
-    write_record(place, runs / "meta", folder / "other.json")
-    assert [row["name"] for row in drawn("d", folder)][1:] == ["metaperturb, φ phi-1234", "metaperturb, φ phi-5678"]
+    save_phi(MetaPerturb(), tmp_path / "another" / "phi.pt")
+    settings = [*target_settings, f"phi={tmp_path / 'another' / 'phi.pt'}", "steps=8", f"run_dir={tmp_path / 'more'}"]
+    assert program.main(["--set", *settings]) == 0
+    place["needs"]["phi"] = "phi-00005678"
+    write_record(place, tmp_path / "more", folder / "other--bugs.json")
+    assert [row["name"] for row in drawn("d", folder)][1:] == [
+        "metaperturb, φ phi-00001234",
+        "metaperturb, φ phi-00005678",
+    ]
     for figure in ("fig5", "fig6", "fig7", "fig8"):
         capsys.readouterr()
-        line = [figure, str(folder / "meta.json"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        line = [figure, str(folder / "meta--bugs.json"), "--out", str(tmp_path / "out"), "--device", "cpu"]
         assert scripts_figures.main(line) == 1
         (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert "meta.json: is a record of a run; this picture needs the run's folder" in said
+        assert "meta--bugs.json: is a record of a run; this picture needs the run's folder" in said
 
 
 def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, capsys):

@@ -92,6 +92,11 @@ def test_equals_the_plain_operators(shape, strength, clip, training):
     assert_equal_to_plain(h, noise, grad_out, strength=strength, clip=clip, training=training)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0)])
+def test_a_map_without_pixels_stays_one(shape):
+    assert PerturbSite(make_phi(torch.float32), 3).eval()(torch.zeros(shape)).shape == shape
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("noise", [True, False])
 @pytest.mark.parametrize("gate", [True, False])
@@ -309,8 +314,9 @@ def test_noise_is_not_correlated():
             assert abs(r) < 4.5 / x.numel() ** 0.5, name
 
 
-def test_noise_does_not_depend_on_the_number_of_threads():
-    site, h = PerturbSite(make_phi(torch.float32), 5), maps(7, 5, 6, 6).float().requires_grad_()
+@pytest.mark.parametrize("shape", [(7, 5, 6, 6), (5, 300, 2, 2)])
+def test_nothing_depends_on_the_number_of_threads(shape):
+    site, h = PerturbSite(make_phi(torch.float32), shape[1]), maps(*shape).float().requires_grad_()
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):

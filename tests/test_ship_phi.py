@@ -106,7 +106,9 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
 def test_what_is_not_shipped(phi, tmp_path, capsys):
     save_phi(MetaPerturb(), tmp_path / "bare.pt")
     save_phi(MetaPerturb(), tmp_path / "less.pt", CARD | {"metrics": None})
+    save_phi(MetaPerturb(), tmp_path / "drawn.pt", CARD | {"metrics": None, "config": CARD["config"] | {"steps": 0}})
     for arguments, said in (
+        (("mine", tmp_path / "drawn.pt"), "drawn.pt: was not meta-trained (0 steps)"),
         (("a-b", phi), "a-b: a name has letters, digits and underscores only"),
         (("mine", tmp_path / "bare.pt"), "bare.pt: its card does not say how it was meta-trained: no config, source,"),
         (("mine", tmp_path / "less.pt"), "less.pt: its card does not say how it was meta-trained: no metrics"),
@@ -133,7 +135,8 @@ def test_what_counts_as_tested(phi, tmp_path, capsys):
     lines = (tmp_path / "out" / "mine.md").read_text().partition("## Tested on")[2].strip().splitlines()
     assert len(lines) == 3 and lines[2].endswith("| 1 | Base: 20.00 | 50.00 | +30.00 |")
     # A training that a table took over counts where it was run.
-    record(results / "table1" / "cpu", "MetaPerturb", 1, 0.5, ours, "schedule/cpu/metaperturb--cub--seed1.json")
+    (origin,) = (results / "schedule" / "cpu").glob("metaperturb--*")
+    record(results / "table1" / "cpu", "MetaPerturb", 1, 0.5, ours, f"schedule/cpu/{origin.name}")
     record(results / "table1" / "cpu", "MetaPerturb", 2, 0.7, ours)
     assert ship("mine", "--results", results, "--out", tmp_path / "out") == 0
     lines = (tmp_path / "out" / "mine.md").read_text().partition("## Tested on")[2].strip().splitlines()

@@ -4,12 +4,14 @@ A run is its folder, or its record under `results/`, which tells what came out b
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import INCIDENTAL
+from experiments.grid import INCIDENTAL, fingerprint_of
+from experiments.results import PATHS, content_of
 from metaperturb import plots
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
 from metaperturb.errors import UserError
@@ -28,6 +30,7 @@ class Finished:
 
     path: Path  # its folder, or the record's file
     result: Mapping[str, Any]
+    need: str | None = None  # of a record: the id of its φ in that table
     phi: str = ""  # tells its φ apart, where runs have several
 
     @property
@@ -40,6 +43,17 @@ class Finished:
         if self.path.is_file():
             raise UserError(f"{self.path}: is a record of a run; this picture needs the run's folder")
         return self.path
+
+    @property
+    def phi_key(self) -> str:
+        """Equal for runs with the same φ: its file, or of a record, which has only the file's name, its content."""
+        return (self.need and content_of(self.need)) or self.need or self.config.get("phi") or ""
+
+    @property
+    def phi_names(self) -> tuple[str, ...]:
+        """What its φ may be called: by its file, the folder of that or the table, and in full."""
+        file = Path(self.config["phi"])
+        return file.stem, self.need or file.parent.name, self.phi_key
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -92,6 +106,7 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
         UserError: a folder or file that is not there, holds no finished run, or is a run that is not finished.
     """
     found: dict[Path, Finished] = {}
+    known: dict[str, Finished] = {}
     for source in sources:
         if not source.exists():
             raise UserError(f"{source}: no such folder or record")
@@ -100,7 +115,12 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
         runs = [run for path in _results(source) if (run := _read(path))]
         if not runs:
             raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
-        found |= {run.path.resolve(): run for run in runs}
+        for run in runs:
+            first = known.setdefault(_identity(run), run)
+            if first is not run and run.path.is_file() and first.path.resolve() != run.path.resolve():
+                print(f"{run.path}: left out, is the same training as {first.path}", file=sys.stderr)
+            else:
+                found[run.path.resolve()] = run
     return [*found.values()]
 
 
@@ -109,20 +129,24 @@ def _results(source: Path) -> list[Path]:
         return [source]
     if (source / "result.json").exists():
         return [source / "result.json"]
-    return sorted(source.rglob("result.json")) or sorted(source.rglob("*.json"))
+    return sorted(source.rglob("result.json")) or sorted(source.rglob("*--*.json"))
 
 
 def _read(path: Path) -> Finished | None:
-    result, needs = load_json(path), {}
-    if isinstance(result, dict) and {"row", "column", "result"} <= result.keys():
-        result, needs = result["result"], result["needs"]
+    result, made_from = load_json(path), None
+    if isinstance(result, dict) and {"row", "column", "needs", "result"} <= result.keys():
+        result, made_from = result["result"], result["needs"].get("phi")
     if not isinstance(result, dict) or result.get("program") != "meta_test":
         return None
     if not {"config", "metrics", "target"} <= result.keys():
         raise UserError(f"{path}: is no whole result of meta-testing; remove it and run it again")
-    if "phi" in needs:  # a record has the name of φ's file alone, which several share
-        result = {**result, "config": {**result["config"], "phi": f"{needs['phi']}/{result['config']['phi']}"}}
-    return Finished(path.parent if path.name == "result.json" else path, result)
+    return Finished(path.parent if path.name == "result.json" else path, result, made_from)
+
+
+def _identity(run: Finished) -> str:
+    """Equal for the records of a run in whatever tables."""
+    config = {key: value for key, value in run.config.items() if key not in PATHS}
+    return fingerprint_of([config, *(run.result.get(key) for key in ("metrics", "target", "seconds", "commit"))])
 
 
 def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list[Finished]:
@@ -136,19 +160,22 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list
     Raises:
         UserError: `called` names a φ that no run has.
     """
-    paths = sorted({run.config["phi"] for run in runs if run.config["phi"]})
-    aliases = {path: (Path(path).stem, Path(path).parent.name, path) for path in paths}
-    kind = next((i for i in range(3) if len({of_path[i] for of_path in aliases.values()}) == len(paths)), 0)
-    if unknown := [name for name in called if not any(name in of_path for of_path in aliases.values())]:
-        known = ", ".join(of_path[kind] for of_path in aliases.values())
-        raise UserError(f"--call {unknown[0]}: no run has a φ of this name ({known or 'none at all'})")
-    if len(paths) < 2 and not called:
+    names: dict[str, list[tuple[str, ...]]] = {}
+    for run in runs:
+        if run.phi_key and run.phi_names not in names.setdefault(run.phi_key, []):
+            names[run.phi_key].append(run.phi_names)
+    kind = next((i for i in range(3) if len({of_phi[0][i] for of_phi in names.values()}) == len(names)), 0)
+    known = {key: {name for some in of_phi for name in some} for key, of_phi in names.items()}
+    if unknown := [name for name in called if not any(name in of_phi for of_phi in known.values())]:
+        given = ", ".join(of_phi[0][kind] for of_phi in names.values())
+        raise UserError(f"--call {unknown[0]}: no run has a φ of this name ({given or 'none at all'})")
+    if len(names) < 2 and not called:
         return [*runs]
-    names = {
-        path: next((called[alias] for alias in of_path if alias in called), f"φ {of_path[kind]}")
-        for path, of_path in aliases.items()
+    chosen = {
+        key: next((called[name] for name in called if name in known[key]), f"φ {of_phi[0][kind]}")
+        for key, of_phi in names.items()
     }
-    return [dataclasses.replace(run, phi=names.get(run.config["phi"], "")) for run in runs]
+    return [dataclasses.replace(run, phi=chosen.get(run.phi_key, "")) for run in runs]
 
 
 def grouped(runs: Iterable[Finished], key: Callable[[Finished], Any]) -> dict[Any, list[Finished]]:

@@ -1,8 +1,10 @@
 """One JSON a cell under `results/`: writing it, and reading back those that belong to a grid."""
 
+import contextlib
 import dataclasses
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from experiments.grid import Cell, Grid, Need, changes, fingerprint, fingerprint
 from experiments.statistics import Difference, Summary, paired_difference, summarize
 from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
-from metaperturb.storage import load_json, reason, save_json
+from metaperturb.storage import load_json, save_json
 
 METRICS = {
     "accuracy": 100,
@@ -19,6 +21,8 @@ METRICS = {
     "ece": 100,
 }  # as the programs write them → what they are multiplied with to be read
 CLASSES, IMAGES_A_CLASS = 200, 500  # of Tiny ImageNet's training set
+STARTS = ("phi", "init")  # settings that say what a training starts from
+SETTINGS = {field.name for field in dataclasses.fields(MetaTestConfig)}
 PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "from", "split_file", "source_paths")
 
 
@@ -32,33 +36,84 @@ def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
     return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": needs}
 
 
-def training_of(config: MetaTestConfig, needs: Mapping[str, str], images: Sequence[str]) -> tuple[Any, ...]:
-    """Identifies a training, in whatever table it stands: settings, seed, images, and what it starts from.
+def content_of(id_: str) -> str | None:
+    """What the id of a need says of its content, without what a table calls it: a digest, or a run's settings."""
+    found = re.fullmatch(r".*?[-_]((seed\d+-)?[0-9a-f]{8})", id_)
+    return found and found[1]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What makes two trainings of meta-testing one, in whatever table they stand.
+
+    Attributes:
+        settings: fingerprint of the settings, without what the training starts from.
+        seed: of the training.
+        images: fingerprints of those it trains and is evaluated on.
+        started: what it starts from: setting, content, and for one that was made, not given, its images.
+    """
+
+    settings: str
+    seed: int
+    images: tuple[str, ...]
+    started: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+
+def training_of(
+    config: MetaTestConfig, needs: Mapping[str, str], images: Iterable[str], sources: Mapping[str, Iterable[str]]
+) -> Training | None:
+    """Of settings, of needs (setting → id), and of fingerprints of images; None where too little is known.
 
     Args:
-        config: its settings.
-        needs: setting → id of what it refers to, whose first part is what a table calls it.
-        images: fingerprints of those it trains and is evaluated on.
+        config: the settings.
+        needs: setting → id of what it refers to.
+        images: those it trains and is evaluated on.
+        sources: setting → those that what it refers to was made of.
     """
-    started = {key: id_.partition("-")[2] for key, id_ in needs.items()}
-    return fingerprint("meta_test", dataclasses.replace(config, **started)), config.seed, tuple(images)
+    contents = {key: content_of(id_) for key, id_ in needs.items()}
+    unknown = None in contents.values() or any(getattr(config, key) and key not in needs for key in STARTS)
+    made = {key: tuple(sources.get(key, ())) for key, content in contents.items() if str(content).startswith("seed")}
+    if unknown or not all(made.values()):
+        return None
+    settings = fingerprint("meta_test", dataclasses.replace(config, **dict.fromkeys(needs)))
+    started = tuple((key, content, made.get(key, ())) for key, content in sorted(contents.items()))
+    return Training(settings, config.seed, tuple(images), started)
 
 
-def trainings_elsewhere(root: Path, folder: Path) -> dict[tuple[Any, ...], Path]:
-    """The records of all tables under `root` but for those in `folder`, by `training_of`."""
-    found: dict[tuple[Any, ...], Path] = {}
-    known = {field.name for field in dataclasses.fields(MetaTestConfig)}
+def trainings_elsewhere(root: Path, folder: Path) -> dict[Training, Path]:
+    """The records under `root` of trainings that were run for another folder of it than this one."""
+    found: dict[Training, Path] = {}
     for path in sorted(root.glob("*/*/*--*.json")):
         if path.parent.resolve() == folder.resolve():
             continue
         try:
             record = load_json(path)
-            settings = {key: value for key, value in record["result"]["config"].items() if key in known}
-            images = record["result"]["target"]["fingerprints"]
-            found.setdefault(training_of(MetaTestConfig(**settings), record["needs"], images), path)
-        except (AttributeError, KeyError, TypeError, UserError) as error:
-            print(f"{path}: passed over, is no record of a training ({reason(error)})", file=sys.stderr)
+            check_record(record)
+            result = record["result"]
+            settings = {key: value for key, value in result["config"].items() if key in SETTINGS}
+            sources = {"phi": [], "init": []}
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                sources["phi"] = [result["phi_card"]["source"]["fingerprint"]]
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                sources["init"] = result["init"]["run"]["data"]["fingerprints"]
+            images = result["target"]["fingerprints"]
+            training = training_of(MetaTestConfig(**settings), record["needs"], images, sources)
+        except (AttributeError, KeyError, TypeError, UserError, RecursionError):
+            print(f"{path}: passed over, is no record of a training", file=sys.stderr)
+            continue
+        if training is not None and "taken_from" not in record:
+            found.setdefault(training, path)
     return found
+
+
+def check_record(record: Any) -> None:
+    """Raises KeyError or TypeError if this is no record of a training run."""
+    metrics = record["result"]["metrics"]
+    if not all(isinstance(metrics[key], int | float) for key in METRICS):
+        raise TypeError
+    _ = record["row"], record["column"], record["seed"], record["result"]["config"]["seed"]
+    if not isinstance(record["needs"], Mapping) or len(record["result"]["target"]["fingerprints"]) != 2:
+        raise TypeError
 
 
 def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,14 +253,11 @@ class Results:
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
         record = load_json(path)
         try:
-            recorded, metrics = record["result"]["config"], record["result"]["metrics"]
-            if not all(isinstance(metrics[key], int | float) for key in METRICS):
-                raise TypeError
-            own, needs = (record["row"], record["column"], record["seed"]), record["needs"]
-            if not isinstance(needs, Mapping) or len(record["result"]["target"]["fingerprints"]) != 2:
-                raise TypeError
+            check_record(record)
         except (KeyError, TypeError):
             raise UserError(f"{path}: is no record of a training run; remove it") from None
+        recorded, needs = record["result"]["config"], record["needs"]
+        own = record["row"], record["column"], record["seed"]
         known = {f.name: f for f in dataclasses.fields(cell.config)}
         # Settings that a later version added were at their defaults; references to needs are compared by id, below.
         before = dataclasses.replace(

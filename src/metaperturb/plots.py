@@ -278,6 +278,7 @@ def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
         axes.set_xscale("log")
     else:
         axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.5)
+        axes.autoscale_view(scaley=False)  # limits are kept from before, of a linear axis
     axes.set_xlabel(unit)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()

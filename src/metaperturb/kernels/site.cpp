@@ -1,6 +1,6 @@
 // One perturbation site on the CPU, forward and backward, one image at a time so that it stays in cache.
 //
-// Mirrors the operators in perturbation.py, which are the reference, and saves none of their intermediate feature maps:
+// Mirrors the operators in plain.py, which are the reference, and saves none of their intermediate feature maps:
 // the backward pass computes them again, and draws the same noise again from the same seed.
 //
 // Plain C++17 behind a C interface (no PyTorch headers): builds in seconds and fits every version of PyTorch.
@@ -22,9 +22,11 @@
 namespace {
 
 constexpr int TAPS = 9, FEATURES = 4, LANES = 16;
-constexpr int SHEET = 512;  // values that a sheet of several planes has at most: enough for vectors, few enough for the cache
+constexpr int64_t SHEET = 512;  // values that a sheet of several planes has at most: enough for vectors, few enough for the cache
 constexpr int SELF1 = 0, ALL1 = 9, SELF2 = 18, ALL2 = 27, SCALE_KERNELS = 36, SCALE_AFFINE = 72, PARAMETERS = 82;
 constexpr float TWO_PI_4 = 1.57079632679489662f;
+
+inline int64_t whole_vectors(int64_t values) { return (values + LANES - 1) / LANES * LANES; }
 
 enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2 };
 
@@ -145,11 +147,11 @@ class Draw {
     Draw(int64_t pixels, int64_t planes)
         : pixels_(pixels),
           quarter_((pixels + 3) / 4),
-          counter_(planes * quarter_),
-          plane_(planes * quarter_),
-          normal_(4 * planes * quarter_),
-          out_(planes > 1 ? planes * pixels : 0) {
-        for (int64_t i = 0; i < planes * quarter_; ++i) {
+          counter_(whole_vectors(planes * quarter_)),
+          plane_(counter_.size()),
+          normal_(4 * counter_.size()),
+          out_(planes * pixels) {
+        for (size_t i = 0; i < counter_.size(); ++i) {
             counter_[i] = uint32_t(i % quarter_);
             plane_[i] = uint32_t(i / quarter_);
         }
@@ -158,7 +160,7 @@ class Draw {
     // The noise of planes `first`, `first` + 1, …: [planes, pixels], until the next call.
     const T *operator()(uint64_t seed, uint32_t first, int64_t planes) {
         const uint32_t *__restrict counter = counter_.data(), *__restrict plane = plane_.data();
-        const int64_t counters = planes * quarter_;
+        const int64_t counters = whole_vectors(planes * quarter_);
         T *__restrict n0 = normal_.data(), *__restrict n1 = n0 + counters, *__restrict n2 = n1 + counters,
                     *__restrict n3 = n2 + counters;
 #pragma omp simd
@@ -182,7 +184,6 @@ class Draw {
             n2[i] = T(m2);
             n3[i] = T(m3);
         }
-        if (out_.empty()) return n0;  // one plane lies there as it should
         for (int64_t c = 0; c < planes; ++c)
             for (int k = 0; k < 4; ++k) {
                 const T *__restrict from = n0 + k * counters + c * quarter_;
@@ -208,14 +209,15 @@ struct Sheet {
     int64_t first, count, size;  // where the first plane begins, what loops run over from there, values in all
 
     explicit Sheet(const Site<T> &site) : height(site.height), width(site.width), channels(site.channels) {
-        planes = std::clamp<int64_t>(SHEET / (height * (width + 1)), 1, channels);
+        planes = std::min(SHEET / std::max<int64_t>(1, height * (width + 1)), channels);
+        if (planes < 4) planes = 1;  // so few fill vectors little better, and cost more to put together
         groups = (channels + planes - 1) / planes;
         planes = (channels + groups - 1) / groups;  // even shares
         pitch = planes * (width + 1);
-        row_size = (pitch + LANES - 1) / LANES * LANES;
+        row_size = whole_vectors(pitch);
         first = pitch + 1;
-        count = (height * pitch - 1 + LANES - 1) / LANES * LANES;
-        size = (first + count + row_size + 1 + LANES - 1) / LANES * LANES;
+        count = whole_vectors(height * pitch - 1);
+        size = whole_vectors(first + count + row_size + 1);
         for (int64_t c = 0; c < planes; ++c)
             for (int64_t y = 0; y < height; ++y)
                 for (int64_t x = 0; x < width; ++x) places_.push_back(int32_t(first + y * pitch + c * (width + 1) + x));
@@ -474,10 +476,13 @@ void compute_features(const Site<T> &site) {
                 T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
                 for (int64_t i = 0; i < p.count; ++i) {
-                    s0 += inside[i] * relu(k0.at(x + i, p.pitch));
-                    s1 += inside[i] * relu(k1.at(x + i, p.pitch));
-                    s2 += inside[i] * relu(k2.at(x + i, p.pitch));
-                    s3 += inside[i] * relu(k3.at(x + i, p.pitch));
+                    const bool in = inside[i] != T(0);
+                    const T v0 = relu(k0.at(x + i, p.pitch)), v1 = relu(k1.at(x + i, p.pitch));
+                    const T v2 = relu(k2.at(x + i, p.pitch)), v3 = relu(k3.at(x + i, p.pitch));
+                    s0 += in ? v0 : T(0);
+                    s1 += in ? v1 : T(0);
+                    s2 += in ? v2 : T(0);
+                    s3 += in ? v3 : T(0);
                 }
                 feature[0] = s0 / T(p.pixels());
                 feature[1] = s1 / T(p.pixels());
@@ -597,10 +602,11 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
                             f3 = T(grad[3]) * share;
 #pragma omp simd
                     for (int64_t i = 0; i < p.count; ++i) {
-                        z0[i] = inside[i] * (k0.at(x + i, p.pitch) > T(0) ? f0 : T(0));
-                        z1[i] = inside[i] * (k1.at(x + i, p.pitch) > T(0) ? f1 : T(0));
-                        z2[i] = inside[i] * (k2.at(x + i, p.pitch) > T(0) ? f2 : T(0));
-                        z3[i] = inside[i] * (k3.at(x + i, p.pitch) > T(0) ? f3 : T(0));
+                        const bool in = inside[i] != T(0);
+                        z0[i] = in & (k0.at(x + i, p.pitch) > T(0)) ? f0 : T(0);
+                        z1[i] = in & (k1.at(x + i, p.pitch) > T(0)) ? f1 : T(0);
+                        z2[i] = in & (k2.at(x + i, p.pitch) > T(0)) ? f2 : T(0);
+                        z3[i] = in & (k3.at(x + i, p.pitch) > T(0)) ? f3 : T(0);
                     }
                 } else {
                     int k = 0;
