@@ -25,7 +25,7 @@ from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from experiment import argument_parser, check, fingerprints, overrides, run_grid, take_over
+from experiment import argument_parser, check, cost, fingerprints, overrides, run_grid, take_over
 from experiment import experiment as run_experiment
 from experiments.grid import Grid, Overrides
 from experiments.results import Results, content_of, training_of
@@ -342,6 +342,16 @@ def test_what_another_table_has_trained_alike_is_taken_over(path, tmp_path, caps
     (tmp_path / "results" / "small" / "paper" / "a--b.json").write_text("[]")
     left("phi")
     assert "a--b.json: passed over, is no record of a training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", Grid(ROOT / "configs" / "networks.yaml").columns)
+def test_what_a_network_of_another_family_costs_is_known_before_it_runs(column):
+    """Of an image of 224 pixels, in the 10⁹ multiplications with additions that torchvision says of its weights."""
+    grid = Grid(ROOT / "configs" / "networks.yaml")
+    config = dataclasses.replace(grid.cell("Base", column, 0).config, steps=1, batch_size=1, image_size=224)
+    billions = {"MobileNetV3-small": 0.06, "ShuffleNetV2": 0.14, "RegNetX-400MF": 0.41, "EfficientNet-B0": 0.39}
+    expected = billions.get(column, 2.83)  # DenseNet-121
+    assert cost(config) / 2e9 == pytest.approx(expected, rel=0.1)
 
 
 CONTENTS = {
