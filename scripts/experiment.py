@@ -214,8 +214,8 @@ def take_over(results: Results, cells: Iterable[Cell], root: Path, seen: dict[tu
             continue
         record, origin = load_json(path), path.relative_to(root).as_posix()
         for key, need in cell.needs.items():
-            made, kept = (p / "needs" for p in (path.parent, results.folder))
-            made, kept = made / f"{record['needs'][key]}.json", kept / f"{need.id}.json"
+            made = path.parent / "needs" / f"{record['needs'][key]}.json"
+            kept = results.folder / "needs" / f"{need.id}.json"
             if made.exists() and not kept.exists():
                 save_json({**load_json(made), "need": need.name}, kept)
         save_json({**place, "taken_from": origin, "result": record["result"]}, results.path(cell))

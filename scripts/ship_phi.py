@@ -76,7 +76,7 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]
         with_it = [record for record in records if record["needs"].get("phi", "").endswith(suffix)]
-        own = [record for record in with_it if not (results / record.get("taken_from", "nowhere")).is_file()]
+        own = [r for r in with_it if "taken_from" not in r or not (results / r["taken_from"]).is_file()]
         ours = by_place(folder, own)
         if not ours:
             continue

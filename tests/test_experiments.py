@@ -369,7 +369,7 @@ def test_what_a_need_is_apart_from_its_name(id_):
     assert content_of(id_) == CONTENTS[id_]
 
 
-def test_a_training_is_another_if_what_it_starts_from_is(image_folder, tmp_path):
+def test_a_training_is_another_if_what_it_starts_from_is():
     """Another φ; one that was made of other images; a file of which only the name is known."""
     config = MetaTestConfig(method="metaperturb", phi="phi.pt")
     images, sources = ("a", "b"), {"phi": ["source"]}

@@ -258,10 +258,9 @@ class Results:
             raise UserError(f"{path}: is no record of a training run; remove it") from None
         recorded, needs = record["result"]["config"], record["needs"]
         own = record["row"], record["column"], record["seed"]
-        known = {f.name: f for f in dataclasses.fields(cell.config)}
         # Settings that a later version added were at their defaults; references to needs are compared by id, below.
         before = dataclasses.replace(
-            cell.config, **{k: v for k, v in recorded.items() if k in known and k not in cell.needs}
+            cell.config, **{k: v for k, v in recorded.items() if k in SETTINGS and k not in cell.needs}
         )
         differing = changes(before, cell.config)
         if own != (cell.row, cell.column, cell.seed) or recorded.get("seed") != cell.seed:

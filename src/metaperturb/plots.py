@@ -500,17 +500,12 @@ def _with_seeds(method: str, seeds: int) -> str:
 def _draw_band(
     axis: plt.Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (0 of one seed) of `values` `[seeds, points]` against `x`; returns them."""
+    """Mean of `values` `[seeds, points]` against `x`, in a band of a standard deviation (0 of one seed); both."""
     mean = values.mean(axis=0)
     std = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
-    _draw_mean(axis, _with_seeds(name, len(values)), x, mean, std, **line)
-    return mean, std
-
-
-def _draw_mean(axis: plt.Axes, label: str, x: Sequence[float], mean: np.ndarray, std: np.ndarray, **line: Any) -> None:
-    """A line, and the band of one standard deviation about it."""
-    (drawn,) = axis.plot(x, mean, label=label, **line)
+    (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **line)
     axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
+    return mean, std
 
 
 def _legend_below(figure: plt.Figure, axis: plt.Axes, columns: int = 4) -> None:
