@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.grid import Grid, digest
-from experiments.results import shortened
+from experiments.results import read_record, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
 from metaperturb.cli import run_program
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.storage import load_json, write_atomically
+from metaperturb.storage import write_atomically
 from metaperturb.weights import SHIPPED, load_phi, save_phi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,16 +116,6 @@ def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str,
         if places.setdefault((row, column), {}).setdefault(seed, record) is not record:
             raise UserError(f"{folder}: there are two records of {row}, {column}, seed {seed}; remove one")
     return places
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    record = load_json(path)
-    try:
-        float(record["result"]["metrics"]["accuracy"])
-        _ = record["row"], record["column"], record["seed"], record["needs"], record["result"]["config"]["steps"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: is no record of a training run; remove it") from None
-    return record
 
 
 def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]) -> str:

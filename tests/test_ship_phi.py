@@ -52,8 +52,9 @@ def record(
     folder: Path, row: str, seed: int, accuracy: float, phi: str | None, taken_from: str | None = None, **settings
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": "resnet20", "steps": 4000, "batch_size": 32, **settings}
-    result = {"metrics": {"accuracy": accuracy}, "config": config}
+    config = {"model": "resnet20", "steps": 4000, "batch_size": 32, "seed": seed, **settings}
+    metrics = {"accuracy": accuracy, "nll": 1.0, "ece": 0.1}
+    result = {"metrics": metrics, "config": config, "target": {"fingerprints": ["train", "test"]}}
     content = {
         "row": row,
         "column": "CUB",

@@ -87,8 +87,7 @@ def trainings_elsewhere(root: Path, folder: Path) -> dict[Training, Path]:
         if path.parent.resolve() == folder.resolve():
             continue
         try:
-            record = load_json(path)
-            check_record(record)
+            record = read_record(path)
             result = record["result"]
             settings = {key: value for key, value in result["config"].items() if key in SETTINGS}
             sources = {"phi": [], "init": []}
@@ -106,14 +105,23 @@ def trainings_elsewhere(root: Path, folder: Path) -> dict[Training, Path]:
     return found
 
 
-def check_record(record: Any) -> None:
-    """Raises KeyError or TypeError if this is no record of a training run."""
-    metrics = record["result"]["metrics"]
-    if not all(isinstance(metrics[key], int | float) for key in METRICS):
-        raise TypeError
-    _ = record["row"], record["column"], record["seed"], record["result"]["config"]["seed"]
-    if not isinstance(record["needs"], Mapping) or len(record["result"]["target"]["fingerprints"]) != 2:
-        raise TypeError
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a training run.
+
+    Raises:
+        UserError: the file cannot be read or is none.
+    """
+    record = load_json(path)
+    try:
+        result, metrics = record["result"], record["result"]["metrics"]
+        _ = record["row"], record["column"], record["seed"], result["config"]["seed"]
+        whole = all(isinstance(metrics[key], int | float) for key in METRICS) and isinstance(record["needs"], Mapping)
+        whole = whole and len(result["target"]["fingerprints"]) == 2
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: is no record of a training run; remove it")
+    return record
 
 
 def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,11 +259,7 @@ class Results:
         return tuple(dict.fromkeys([*cells[0].differences, *(text for texts in parts for text in texts)]))
 
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
-        record = load_json(path)
-        try:
-            check_record(record)
-        except (KeyError, TypeError):
-            raise UserError(f"{path}: is no record of a training run; remove it") from None
+        record = read_record(path)
         recorded, needs = record["result"]["config"], record["needs"]
         own = record["row"], record["column"], record["seed"]
         # Settings that a later version added were at their defaults; references to needs are compared by id, below.
