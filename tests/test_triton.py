@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from metaperturb import MetaPerturb, PerturbSite, kernels
-from metaperturb.kernels import cpp, fused, plain, triton_kernels
+from metaperturb.kernels import cpp, fused, plain, triton_site
 from metaperturb.kernels.backend import draw_seed
 from metaperturb.kernels.plain import Phi, Settings
 
@@ -39,7 +39,7 @@ def small_tiles(monkeypatch):
     """Several programs along each axis, and ragged edges, in small maps."""
     sizes = {"TILE": 32, "PIXELS": 16, "QUARTER_PIXELS": 4, "VALUES": 32, "SCALE_CHANNELS": 2, "SCALE_ROWS": 2}
     for name, size in {**sizes, "SUM_BLOCK": 32, "WARPS": 1, "QUARTER_WARPS": 1}.items():
-        monkeypatch.setattr(triton_kernels, name, size)
+        monkeypatch.setattr(triton_site, name, size)
 
 
 def make_phi(dtype):
@@ -75,7 +75,7 @@ def by_kernels(h, noise, grad_out, site, dtype=torch.float32, phi_gradient=True)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     phi, running = make_phi(wide), [s.contiguous() for s in statistics(h.shape[1], wide)]
     h = torch.empty_strided(h.shape, h.stride(), dtype=dtype, device=DEVICE).copy_(h).requires_grad_()
-    out = fused.apply(triton_kernels, h, phi, noise.to(dtype), None, *running, site)
+    out = fused.apply(triton_site, h, phi, noise.to(dtype), None, *running, site)
     assert out.dtype == dtype
     return tensors(out, h, phi, grad_out.to(dtype), running, phi_gradient)
 
@@ -179,7 +179,7 @@ def test_equals_the_plain_operators_whatever_the_memory_layout(layout, small_til
 @executed
 def test_the_memory_format_is_kept(small_tiles):
     h, running = maps(2, 3, 2, 2).float().to(memory_format=torch.channels_last), statistics(3, torch.float32)
-    out = fused.apply(triton_kernels, h, make_phi(torch.float32), h, None, *running, settings(training=False))
+    out = fused.apply(triton_site, h, make_phi(torch.float32), h, None, *running, settings(training=False))
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -188,7 +188,7 @@ def test_strength_0_only_moves_the_running_statistics(small_tiles):
     shape = (3, 5, 3, 2)
     h, phi, running = maps(*shape), make_phi(torch.float32), statistics(5, torch.float32)
     expected = by_plain_operators(h, h, h, settings())[-2:]
-    assert fused.perturb(triton_kernels, h.float(), phi, None, *running, settings(strength=0.0)).equal(h.float())
+    assert fused.perturb(triton_site, h.float(), phi, None, *running, settings(strength=0.0)).equal(h.float())
     assert_equal([s.double() for s in running], expected)
 
 
@@ -198,11 +198,11 @@ def test_large_arguments_and_values_that_are_not_finite(small_tiles):
     noise[0, 0, 0] = torch.tensor([-300.0, 300.0, 1e30])
     phi, site = make_phi(torch.float32), settings(training=False)
     expected = plain.perturb(h, phi, *running, noise, site)
-    out = fused.apply(triton_kernels, h, phi, noise, None, *running, site)
+    out = fused.apply(triton_site, h, phi, noise, None, *running, site)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     h[1, 0, 1, 1] = torch.nan
     for training in (True, False):
-        out = fused.apply(triton_kernels, h, phi, noise, None, *running, settings(training, gate=False))
+        out = fused.apply(triton_site, h, phi, noise, None, *running, settings(training, gate=False))
         assert out[1, 0, 1, 1].isnan() and not out[0].isnan().any()
 
 
@@ -214,7 +214,7 @@ def test_large_arguments_and_values_that_are_not_finite(small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_noise_is_that_of_the_cpu(shape, dtype, small_tiles):
     seed = torch.tensor(0xFEDCBA9876543210 - (1 << 64))
-    noise = triton_kernels.draw_noise(seed.to(DEVICE), torch.empty(shape, dtype=dtype, device=DEVICE))
+    noise = triton_site.draw_noise(seed.to(DEVICE), torch.empty(shape, dtype=dtype, device=DEVICE))
     assert noise.dtype == dtype
     torch.testing.assert_close(noise.cpu(), cpp.draw_noise(seed, torch.empty(shape, dtype=dtype)), rtol=1e-5, atol=1e-6)
 
@@ -226,9 +226,9 @@ def test_a_site_draws_this_noise(channels_last, small_tiles):
     h = h.to(memory_format=torch.channels_last) if channels_last else h
     seed = draw_seed(DEVICE)
     results = []
-    for given in (None, triton_kernels.draw_noise(seed, h)):
+    for given in (None, triton_site.draw_noise(seed, h)):
         x, running = h.clone().requires_grad_(), statistics(3, torch.float32)
-        out = fused.apply(triton_kernels, x, phi, given, seed if given is None else None, *running, settings())
+        out = fused.apply(triton_site, x, phi, given, seed if given is None else None, *running, settings())
         results.append(tensors(out, x, phi, h, running, phi_gradient=True))
     assert_equal(*results, tolerance=1e-6)
 
@@ -251,9 +251,9 @@ def test_without_triton_it_says_so():
     code = """
         import sys, torch
         sys.modules["triton"] = None
-        from metaperturb.kernels import Unavailable, triton_kernels
+        from metaperturb.kernels import Unavailable, triton_site
         try:
-            triton_kernels.draw_noise(torch.tensor(1), torch.empty(1, 1, 2, 2))
+            triton_site.draw_noise(torch.tensor(1), torch.empty(1, 1, 2, 2))
         except Unavailable as unavailable:
             print(unavailable)
     """
@@ -272,7 +272,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu_and_keeps_its_values_in_register
 
     launches = {}
 
-    def record(kernel, programs, *args, warps=triton_kernels.WARPS, **constants):
+    def record(kernel, programs, *args, warps=triton_site.WARPS, **constants):
         signature, constexprs, alignment = {}, {}, {}
         for i, (parameter, value) in enumerate(zip(kernel.params, [*args, *constants.values()], strict=True)):
             assert parameter.name in constants or i < len(args)
@@ -287,13 +287,13 @@ def test_every_kernel_compiles_for_a_hopper_gpu_and_keeps_its_values_in_register
         source = ASTSource(kernel, signature, constexprs, alignment)
         launches[kernel.fn.__name__, str(signature)] = (source, {"num_warps": warps, "enable_fp_fusion": True})
 
-    monkeypatch.setattr(triton_kernels, "_launch", record)
-    monkeypatch.setattr(triton_kernels, "_check", lambda device: None)
+    monkeypatch.setattr(triton_site, "_launch", record)
+    monkeypatch.setattr(triton_site, "_check", lambda device: None)
     phi, running, seed = make_phi(torch.float32), statistics(16, torch.float32), torch.tensor(1, device=DEVICE)
     h = torch.zeros(2, 16, 32, 32, device=DEVICE, dtype=dtype)
-    _, *scratch = triton_kernels.forward(h, phi, None, seed, *running, settings())
+    _, *scratch = triton_site.forward(h, phi, None, seed, *running, settings())
     for phi_gradient in (False, True):
-        triton_kernels.backward(h, h, phi, None, seed, tuple(scratch), settings(), phi_gradient)
+        triton_site.backward(h, h, phi, None, seed, tuple(scratch), settings(), phi_gradient)
     assert len(launches) == 10 and len({name for name, _ in launches}) == 8
     for (name, _), (source, options) in launches.items():
         path = tmp_path / "kernel.cubin"

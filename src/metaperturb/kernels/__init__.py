@@ -4,7 +4,7 @@
 |---|---|---|
 | `plain` | everywhere | PyTorch operators: the reference (`plain.py`) |
 | `cpp` | CPU, with a C++ compiler | one pass an image in cache, compiled on first use (`cpp.py`, `site.cpp`) |
-| `triton` | CUDA | a few launches a site (`triton_kernels.py`) |
+| `triton` | CUDA | a few launches a site (`triton_site.py`) |
 
 All equal the plain operators up to rounding. The noise is another draw: the plain operators take ε from `torch.randn`,
 the fused kernels from their own counter-based generator, seeded by PyTorch's; a run should stay with one kernel.
@@ -27,7 +27,7 @@ from metaperturb.kernels.backend import Unavailable
 from metaperturb.kernels.plain import HALF_PRECISION
 
 CHOICES = ("auto", "fused", "plain")
-_BACKENDS = {"cpu": "cpp", "cuda": "triton_kernels"}
+_BACKENDS = {"cpu": "cpp", "cuda": "triton_site"}
 _choice = "auto"
 
 

@@ -1,4 +1,4 @@
-"""What the fused backends, `cpp` and `triton_kernels`, share."""
+"""What the fused backends, `cpp` and `triton_site`, share."""
 
 import math
 

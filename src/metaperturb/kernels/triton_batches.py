@@ -6,7 +6,7 @@ Equal to the tensor code in data/batches.py to the bit, given the same draws.
 import torch
 from torch import Tensor
 
-from metaperturb.kernels.triton_kernels import jit, tl, triton
+from metaperturb.kernels.triton_blocks import jit, tl, triton
 
 BLOCK = 1024  # values a program
 

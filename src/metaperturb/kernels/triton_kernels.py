@@ -1,268 +1,44 @@
-"""The fused site on a GPU, in Triton: the same function, gradients and noise as `site.cpp`.
+"""The fused site on a GPU: its Triton kernels, which `triton_site.py` launches.
 
-| pass | launch | a program has | computes |
+| pass | kernel | a program has | computes |
 |---|---|---|---|
-| forward | `_summarize` | some channels, or some pixels | scale features; mean over channels |
-| | `_first_layer` | some channels, or some pixels | statistics and scale; hidden map and its mean |
-| | `_perturb` | some channels and pixels | noise, perturbed map |
-| backward | `_first_layer_again` | some pixels | hidden map, signs of the four feature maps |
-| | `_perturb_backward` | some pixels | gradient of μ, direct part of that of h, shares in that of the scale |
-| | `_second_layer_backward` | some channels, or some pixels | gradient of the scale; gradient of the hidden map |
-| | `_input_backward` | some channels and pixels | gradient of h, shares in that of φ |
-| | `_sum_parts` | a parameter | gradient of φ |
+| forward | `summarize` | some channels, or some pixels | scale features; mean over channels |
+| | `first_layer` | some channels, or some pixels | statistics and scale; hidden map and its mean |
+| | `perturb` | some channels and pixels | noise, perturbed map |
+| backward | `first_layer_again` | some pixels | hidden map, signs of the four feature maps |
+| | `perturb_backward` | some pixels | gradient of μ, direct part of that of h, shares in that of the scale |
+| | `second_layer_backward` | some channels, or some pixels | gradient of the scale; gradient of the hidden map |
+| | `input_backward` | some channels and pixels | gradient of h, shares in that of φ |
+| | `sum_parts` | a parameter | gradient of φ |
 
-That is 3 launches a site forward and 4 backward, 5 with the gradient of φ; strength 0 takes 2. What the settings make
-needless is not launched. No launch waits for the host and none adds atomically: sums are taken in parts, the parts in a
-fixed order. So equal inputs give equal bits, and a CUDA graph can hold a whole step.
-
-What is convolved a second time (the hidden map; backward the gradients of μ and of the hidden map) goes through memory,
-in maps that end with the call and for usual sizes stay in the GPU's L2 cache. From forward to backward two maps of
-means over channels are kept, `[B, H, W]` each.
+No kernel adds atomically: sums are taken in parts, the parts in a fixed order, so equal inputs give equal bits.
 
 A tile of a map is `[channels, pixels]`, pixels row by row. A 3×3 convolution loads it nine times, at nine offsets,
 eight of them from the cache of the multiprocessor. Sizes of maps are constants of the compiler, which makes the offsets
 immediate operands. Half-precision maps are read and written as they are; all arithmetic is in the dtype of φ.
 """
 
-import functools
-
-import torch
-from torch import Tensor
-
-from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, upper_bound
-from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # `_check` says so
-    triton = None
-
-    class tl:
-        constexpr = float64 = None  # what signatures name
-
-
-NAME = "triton"
-UNSUPPORTED = ()
-PARAMETERS, AFFINE = 82, 72  # all parameters of φ; where the affine map of the scale begins among them
-
-# Sizes of tiles. A few values a thread: all nine neighbours of each are on their way at once, and registers are left
-# for many warps.
-TILE, WARPS = 512, 4
-PIXELS = 128  # at most
-QUARTER_PIXELS, QUARTER_WARPS = 32, 8  # where a program has the same piece of all four quarters of an image
-VALUES = 2048  # a program of `_input_backward` goes through
-SCALE_CHANNELS, SCALE_ROWS = 4, 128
-SUM_BLOCK = 512
-
-
-def jit(function):
-    counts = ["batch", "rows", "columns", "second_layer_parts", "input_parts"]  # of any size, with one compiled kernel
-    return function if triton is None else triton.jit(function, do_not_specialize=counts)
-
-
-# --- a tile and its neighbourhood
-
-
-@jit
-def offsets(c, pixel, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LAST: tl.constexpr):
-    """Where channels c and pixels lie inside an image, `[channels, pixels]`; `LAST`: channels last."""
-    # Without channels last, hides how rows are aligned: else a thread takes four pixels of a row, for the sake of wide
-    # loads, and the loads at shifted places, which cannot be wide, touch four times as many cache lines each.
-    return pixel * C + c if LAST else tl.multiple_of(c * (H * W) + pixel, [1, 1])
-
-
-@jit
-def neighbour(p, y, x, inside, DY: tl.constexpr, DX: tl.constexpr, H: tl.constexpr, W: tl.constexpr, STEP):
-    mask = inside
-    if DY != 0:
-        mask = mask & (y + DY >= 0) & (y + DY < H)
-    if DX != 0:
-        mask = mask & (x + DX >= 0) & (x + DX < W)
-    return tl.load(p + (DY * W + DX) * STEP, mask=mask, other=0)
-
-
-@jit
-def neighbours(p, pixel, inside, H: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr):
-    """The 3×3 neighbourhood of each place that `p` points to, zeros around the map: nine tiles, row by row."""
-    y, x = pixel // W, pixel % W
-    return (
-        neighbour(p, y, x, inside, -1, -1, H, W, STEP),
-        neighbour(p, y, x, inside, -1, 0, H, W, STEP),
-        neighbour(p, y, x, inside, -1, 1, H, W, STEP),
-        neighbour(p, y, x, inside, 0, -1, H, W, STEP),
-        neighbour(p, y, x, inside, 0, 0, H, W, STEP),
-        neighbour(p, y, x, inside, 0, 1, H, W, STEP),
-        neighbour(p, y, x, inside, 1, -1, H, W, STEP),
-        neighbour(p, y, x, inside, 1, 0, H, W, STEP),
-        neighbour(p, y, x, inside, 1, 1, H, W, STEP),
-    )
-
-
-@jit
-def kernel3x3(p, k):
-    """The k-th kernel of φ at `p`: nine numbers."""
-    p += 9 * k
-    return (
-        tl.load(p),
-        tl.load(p + 1),
-        tl.load(p + 2),
-        tl.load(p + 3),
-        tl.load(p + 4),
-        tl.load(p + 5),
-        tl.load(p + 6),
-        tl.load(p + 7),
-        tl.load(p + 8),
-    )
-
-
-@jit
-def convolve(near, w, DTYPE: tl.constexpr):
-    total = near[0].to(DTYPE) * w[0]
-    for i in tl.static_range(1, 9):
-        total += near[i].to(DTYPE) * w[i]
-    return total
-
-
-@jit
-def convolve_transposed(near, w, DTYPE: tl.constexpr):
-    """What `convolve` does, backward: from the gradient of its result to that of its input."""
-    total = near[8].to(DTYPE) * w[0]
-    for i in tl.static_range(1, 9):
-        total += near[8 - i].to(DTYPE) * w[i]
-    return total
-
-
-@jit
-def nine_zeros(CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):
-    zero = tl.zeros([CHANNELS, PIXELS], DTYPE)
-    return (zero, zero, zero, zero, zero, zero, zero, zero, zero)
-
-
-@jit
-def correlate(sums, near, x):
-    """Adds a tile's share of the gradient of a 3×3 kernel: `near`, the gradient around what it reads, times that."""
-    return (
-        sums[0] + near[8] * x,
-        sums[1] + near[7] * x,
-        sums[2] + near[6] * x,
-        sums[3] + near[5] * x,
-        sums[4] + near[4] * x,
-        sums[5] + near[3] * x,
-        sums[6] + near[2] * x,
-        sums[7] + near[1] * x,
-        sums[8] + near[0] * x,
-    )
-
-
-@jit
-def store_sums(sums, p, stride):
-    for i in tl.static_range(9):
-        tl.store(p + i * stride, tl.sum(sums[i]))
-
-
-# --- elementary functions
-
-
-@jit
-def relu(x):
-    return tl.where(x < 0, 0.0, x)  # keeps a NaN
-
-
-@jit
-def softplus(a):
-    """log(1 + eᵃ) and its derivative, stable for every a."""
-    e = tl.exp(-tl.abs(a))
-    if a.dtype == tl.float64:
-        u = 1.0 + e  # log(u) · e / (u − 1): the rounding of u cancels
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    else:
-        # 2 artanh(e / (2 + e)), accurate to the last digits for small e too.
-        w = e / (2.0 + e)
-        w2 = w * w
-        p = 1.0 / 15
-        p = p * w2 + 1.0 / 13
-        p = p * w2 + 1.0 / 11
-        p = p * w2 + 1.0 / 9
-        p = p * w2 + 1.0 / 7
-        p = p * w2 + 1.0 / 5
-        p = p * w2 + 1.0 / 3
-        log1p = 2.0 * w + 2.0 * w * w2 * p
-    return relu(a) + log1p, tl.where(a < 0, e, 1.0) / (1.0 + e)
-
-
-# --- noise: a pure function of (seed, plane, position in the plane), the same in every backend
-
-
-@jit
-def normal_pair(first, second):
-    """Two standard normals from two random words (Box and Muller 1958), by the formulas of site.cpp."""
-    u = ((first >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
-    # log u: u = 2ⁿ m, sqrt(1/2) <= m < sqrt(2), log m = 2 artanh((m − 1) / (m + 1)).
-    bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3
-    m = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
-    w = (m - 1.0) / (m + 1.0)
-    w2 = w * w
-    p = 1.0 / 9
-    p = p * w2 + 1.0 / 7
-    p = p * w2 + 1.0 / 5
-    p = p * w2 + 1.0 / 3
-    log_u = (bits >> 23).to(tl.float32) * 0.693147180559945309 + (2.0 * w + 2.0 * w * w2 * p)
-    radius = tl.sqrt(-2.0 * log_u)
-    # The low 30 bits of the second word are an angle in [−π/4, π/4), the high two say which quarter.
-    angle = ((second & 0x3FFFFFFF).to(tl.int32).to(tl.float32) * 9.313225746154785e-10 - 0.5) * 1.57079632679489662
-    a2 = angle * angle
-    sine = angle * (1.0 + a2 * (-1.0 / 6 + a2 * (1.0 / 120 + a2 * (-1.0 / 5040 + a2 * (1.0 / 362880)))))
-    cosine = 1.0 + a2 * (-0.5 + a2 * (1.0 / 24 + a2 * (-1.0 / 720 + a2 * (1.0 / 40320))))
-    swap = (second & 0x40000000) != 0
-    signed = tl.where((second >> 31) != 0, -radius, radius)
-    return signed * tl.where(swap, sine, cosine), signed * tl.where(swap, cosine, sine)
-
-
-@jit
-def normals(seed, plane, j):
-    """ε of the positions j, q + j, 2q + j and 3q + j, q a quarter of a plane: four tiles in float32.
-
-    `plane` `[channels, 1]`, `j` `[1, pixels]`. Philox4x32-10 (Salmon et al. 2011) of the counter (j, plane, 0, 0).
-    """
-    zero = tl.zeros([1, 1], tl.int32)
-    c0, c1, c2, c3 = tl.philox(tl.load(seed), j, plane, zero, zero)
-    n0, n1 = normal_pair(c0, c1)
-    n2, n3 = normal_pair(c2, c3)
-    return n0, n1, n2, n3
-
-
-@jit
-def _draw(
-    seed,
-    noise,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    """The noise of a site as a tensor: `[B, C, H, W]`."""
-    QUARTER: tl.constexpr = (H * W + 3) // 4
-    TILES: tl.constexpr = (QUARTER + PIXELS - 1) // PIXELS
-    CHANNEL_TILES: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    tile = tl.program_id(0) % TILES
-    first = tl.program_id(0) // TILES % CHANNEL_TILES * CHANNELS
-    image = tl.program_id(0) // TILES // CHANNEL_TILES
-    c = first + tl.arange(0, CHANNELS)[:, None]
-    j = tile * PIXELS + tl.arange(0, PIXELS)[None, :]
-    noise += image.to(tl.int64) * (C * H * W) + c * (H * W)
-    values = normals(seed, image * C + c, j)
-    for i in tl.static_range(4):
-        pixel = i * QUARTER + j
-        tl.store(noise + pixel, values[i].to(noise.dtype.element_ty), mask=(c < C) & (j < QUARTER) & (pixel < H * W))
-
+from metaperturb.kernels.triton_blocks import (
+    convolve,
+    convolve_transposed,
+    correlate,
+    jit,
+    kernel3x3,
+    neighbours,
+    nine_zeros,
+    normals,
+    offsets,
+    relu,
+    softplus,
+    store_sums,
+    tl,
+)
 
 # --- forward
 
 
 @jit
-def _summarize(
+def summarize(
     h,
     scale_kernels,
     features,
@@ -345,7 +121,7 @@ def _channel_mean(
 
 
 @jit
-def _first_layer(
+def first_layer(
     h,
     mean,
     self1,
@@ -521,7 +297,7 @@ def _noise_mean(
 
 
 @jit
-def _perturb(
+def perturb(
     h,
     hidden,
     hidden_mean,
@@ -585,7 +361,7 @@ def _perturb(
 
 
 @jit
-def _first_layer_again(
+def first_layer_again(
     h,
     mean,
     self1,
@@ -606,7 +382,7 @@ def _first_layer_again(
 
 
 @jit
-def _perturb_backward(
+def perturb_backward(
     h,
     grad_out,
     hidden,
@@ -704,7 +480,7 @@ def _perturb_backward(
 
 
 @jit
-def _second_layer_backward(
+def second_layer_backward(
     grad_mu,
     grad_mu_mean,
     hidden,
@@ -828,7 +604,7 @@ def _hidden_backward(
 
 
 @jit
-def _input_backward(
+def input_backward(
     h,
     mean,
     grad_hidden,
@@ -965,7 +741,7 @@ def _add_where(sums, bits, BIT: tl.constexpr, x):
 
 
 @jit
-def _sum_parts(
+def sum_parts(
     parts,
     statistics,
     grad_logit,
@@ -1011,292 +787,30 @@ def _sum_parts(
     tl.store(grad_phi + parameter, tl.sum(total, 0))
 
 
-# --- the host's side
+# --- the noise as a tensor
 
 
-class _Map:
-    """A feature map `[B, C, H, W]` as the kernels take it."""
-
-    def __init__(self, h: Tensor) -> None:
-        self.batch, self.channels, height, width = h.shape
-        self.pixels = height * width
-        self.last = not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
-        self.sizes = {"C": self.channels, "H": height, "W": width, "LAST": self.last}
-        self.tensor = self.laid_out(h)
-
-    def laid_out(self, other: Tensor) -> Tensor:
-        """Another map of this shape, in the memory format of this one."""
-        return other.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
-
-    def tile(self, size: int, most_pixels: int, warps: int, pixels: int | None = None) -> dict[str, int]:
-        """The tile of a program that has room for `size` values."""
-        return _tile(self.channels, pixels or self.pixels, size, most_pixels, warps, self.last)
-
-    def quarter_tile(self) -> tuple[dict[str, int], int]:
-        """The tile of a program that does all four quarters of an image, and how many of them make a quarter."""
-        quarter = _ceil(self.pixels, 4)
-        tile = self.tile(TILE, QUARTER_PIXELS, QUARTER_WARPS, quarter)
-        return tile, _ceil(quarter, tile["PIXELS"])
-
-
-@functools.cache
-def _tile(channels: int, pixels: int, size: int, most_pixels: int, warps: int, channels_last: bool) -> dict[str, int]:
-    channels, pixels = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
-    if channels_last:
-        c = min(channels, 8)  # a sector of the cache in float32
-        p = min(pixels, max(size // c, 1))
-    else:
-        p = min(pixels, most_pixels)
-        c = min(channels, max(size // p, 1))
-    # No more threads than values: two that have the same one, one of them late, must not meet in a map that is updated.
-    return {"CHANNELS": c, "PIXELS": p, "warps": max(1, min(warps, c * p // 32))}
-
-
-@functools.cache
-def _group(channels: int, pixels: int, tile_channels: int, tile_pixels: int, size: int) -> tuple[int, int]:
-    """Channels and pixels of a program that goes through `size` values, tile by tile; small planes it takes whole."""
-    channels, pixels = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
-    group = max(tile_channels, min(channels, size // pixels))
-    return group, max(tile_pixels, min(pixels, size // group))
-
-
-def _ceil(count: int, block: int) -> int:
-    return -(-count // block)
-
-
-def _launch(kernel, programs: int, *args, warps: int = WARPS, **constants) -> None:
-    # Multiplications and additions may be contracted, as in C++ compilers and in PyTorch's own kernels.
-    kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=True)
-
-
-@functools.cache
-def _check(device: torch.device) -> None:
-    """Compile and launch something.
-
-    Raises:
-        Unavailable: Triton is missing, or does not work here.
-    """
-    if triton is None:
-        raise Unavailable("Triton cannot be imported (install the package triton)")
-    seed, noise = torch.zeros((), dtype=torch.int64, device=device), torch.empty(4, device=device)
-    try:
-        with torch.cuda.device_of(noise):
-            _launch(_draw, 1, seed, noise, C=1, H=2, W=2, CHANNELS=1, PIXELS=1)
-    except Exception as error:  # whatever a compiler, a linker or a driver has to say
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"Triton does not work here ({lines[0]})") from None
-
-
-def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
-    """The ε that the kernels draw from `seed` for a feature map: `[B, C, H, W]`."""
-    _check(like.device)
-    noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    with torch.cuda.device_of(like):
-        x = _Map(noise)
-        tile, pieces = x.quarter_tile()
-        sizes = {name: x.sizes[name] for name in ("C", "H", "W")}
-        _launch(_draw, x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]), seed, noise, **sizes, **tile)
-    return noise
-
-
-def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> None:
-    """Only the statistics of a training step, which is what strength 0 leaves to do."""
-    _check(h.device)
-    with torch.cuda.device_of(h):
-        _prepare(_Map(h), phi, running_mean, running_var, TRACKING)
-
-
-def forward(
-    h: Tensor,
-    phi: Phi,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    settings: Settings,
-) -> tuple[Tensor | None, ...]:
-    """One site; moves the running statistics in training.
-
-    Returns:
-        The perturbed map `[B, C, H, W]`, in the memory format of `h`, and what `backward` needs beside its inputs:
-        features `[B, C, 4]` (None in evaluation), the statistics that made the scale `[2, C, 4]` (second in every
-        backend), the scale `[C]`, the means over channels of h and of the hidden map `[B, H, W]` (None without noise).
-    """
-    _check(h.device)
-    with torch.cuda.device_of(h):
-        x = _Map(h)
-        hidden, scratch = _prepare(x, phi, running_mean, running_var, settings)
-        _, _, scale, _, hidden_mean = scratch
-        out = torch.empty_like(x.tensor)
-        tile, pieces = x.quarter_tile()
-        _launch(
-            _perturb,
-            x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]),
-            *(x.tensor, hidden, hidden_mean, phi.self2, phi.all2, scale),
-            *(None if noise is None else x.laid_out(noise), seed, out),
-            *(settings.strength, upper_bound(settings)),
-            **x.sizes,
-            NOISE=noise_source(settings, noise),
-            GATE=settings.gate,
-            **tile,
-        )
-    return out, *scratch
-
-
-def _prepare(
-    x: _Map, phi: Phi, running_mean: Tensor, running_var: Tensor, settings: Settings
-) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """What comes before the noise: the hidden map of μ `[B, C, H, W]`, and what `forward` returns for `backward`."""
-    new = functools.partial(torch.empty, dtype=phi.self1.dtype, device=x.tensor.device)
-    features = new(x.batch, x.channels, NUM_SCALE_FEATURES) if settings.training else None
-    statistics, scale = new(2, x.channels, NUM_SCALE_FEATURES), new(x.channels)
-    hidden = mean = hidden_mean = None
-    if settings.noise:
-        hidden = torch.empty_like(x.tensor, dtype=phi.self1.dtype)
-        mean, hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
-    tile = x.tile(TILE, PIXELS, WARPS)
-    groups = _ceil(x.channels, tile["CHANNELS"]) if settings.training else 0
-    pieces = _ceil(x.pixels, tile["PIXELS"]) if settings.noise else 0
-    if groups or pieces:
-        _launch(
-            _summarize,
-            x.batch * (groups + pieces),
-            *(x.tensor, phi.scale_kernels, features, mean),
-            **x.sizes,
-            **tile,
-        )
-    _launch(
-        _first_layer,
-        _ceil(x.channels, SCALE_CHANNELS) + x.batch * pieces,
-        *(x.tensor, mean, phi.self1, phi.all1, hidden, hidden_mean),
-        *(features, phi.scale_affine, running_mean, running_var, statistics, scale),
-        *(x.batch, settings.channel_ratio, settings.size_ratio, MOMENTUM),
-        **x.sizes,
-        TRAINING=settings.training,
-        NOISE=settings.noise,
-        **tile,
-        SCALE_CHANNELS=SCALE_CHANNELS,
-        SCALE_ROWS=SCALE_ROWS,
-    )
-    return hidden, (features, statistics, scale, mean, hidden_mean)
-
-
-def backward(
-    grad_out: Tensor,
-    h: Tensor,
-    phi: Phi,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    scratch: tuple[Tensor | None, ...],
-    settings: Settings,
-    phi_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h `[B, C, H, W]` and of φ `[82]` (None unless asked for).
-
-    `scratch` is what `forward` returned after the perturbed map.
-    """
-    with torch.cuda.device_of(h):
-        return _backward(_Map(h), grad_out, phi, noise, seed, *scratch, settings, phi_gradient)
-
-
-def _backward(
-    x: _Map,
-    grad_out: Tensor,
-    phi: Phi,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    features: Tensor | None,
-    statistics: Tensor,
-    scale: Tensor,
-    mean: Tensor | None,
-    hidden_mean: Tensor | None,
-    settings: Settings,
-    phi_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    h, dtype = x.tensor, phi.self1.dtype
-    new = functools.partial(torch.empty, dtype=dtype, device=h.device)
-    new_map = functools.partial(torch.empty_like, h, dtype=dtype)
-    gradient_of_features = settings.training and settings.gate
-    through_maps = settings.noise or gradient_of_features  # as well as directly
-    hidden = grad_mu = grad_mu_mean = grad_hidden_mean = signs = grad_scale = grad_logit = parts = None
-
-    if settings.noise:
-        hidden, grad_mu = new_map(), new_map()
-        grad_mu_mean, grad_hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
-    if gradient_of_features:
-        signs = torch.empty_like(h, dtype=torch.uint8)
-    tile = x.tile(TILE, PIXELS, WARPS)
-    pieces = x.batch * _ceil(x.pixels, tile["PIXELS"])
-    if through_maps:
-        _launch(
-            _first_layer_again,
-            pieces,
-            *(h, mean, phi.self1, phi.all1, phi.scale_kernels, hidden, signs),
-            **x.sizes,
-            **tile,
-        )
-
-    grad_h = torch.empty_like(h)
-    # A part of a sum is not rounded to half precision.
-    direct = new_map() if through_maps and h.dtype != dtype else grad_h
-    quarter_tile, quarter_pieces = x.quarter_tile()
-    rows = x.batch * quarter_pieces
-    if settings.gate:
-        grad_scale, grad_logit = new(rows, x.channels), new(x.channels)
-    _launch(
-        _perturb_backward,
-        rows,
-        *(h, x.laid_out(grad_out), hidden, hidden_mean, phi.self2, phi.all2, scale),
-        *(None if noise is None else x.laid_out(noise), seed, direct, grad_mu, grad_mu_mean, grad_scale),
-        *(settings.strength, upper_bound(settings)),
-        **x.sizes,
-        NOISE=noise_source(settings, noise),
-        GATE=settings.gate,
-        **quarter_tile,
-    )
-
-    # A value a thread where the gradient of φ takes 54 sums along.
-    group_tile = x.tile(32 * WARPS, PIXELS, WARPS) if phi_gradient else tile
-    group, run = _group(x.channels, x.pixels, group_tile["CHANNELS"], group_tile["PIXELS"], VALUES)
-    groups = x.batch * _ceil(x.channels, group) * _ceil(x.pixels, run)
-    columns = max(pieces, groups)
-    if phi_gradient:
-        parts = new(AFFINE, columns)
-    if settings.noise or settings.gate:
-        _launch(
-            _second_layer_backward,
-            (pieces if settings.noise else 0) + (_ceil(x.channels, SCALE_CHANNELS) if settings.gate else 0),
-            *(grad_mu, grad_mu_mean, hidden, hidden_mean, phi.self2, phi.all2, grad_hidden_mean),
-            *(grad_scale, scale, grad_logit, rows, parts, columns),
-            **x.sizes,
-            **tile,
-            SCALE_CHANNELS=SCALE_CHANNELS,
-            SCALE_ROWS=SCALE_ROWS,
-        )
-    del grad_mu
-    if through_maps:
-        _launch(
-            _input_backward,
-            groups,
-            *(h, mean, hidden, grad_hidden_mean, phi.self1, phi.all1, phi.scale_kernels, phi.scale_affine),
-            *(signs, features, statistics, grad_logit, direct, grad_h, parts, x.batch, columns),
-            **x.sizes,
-            **group_tile,
-            GROUP=group,
-            RUN=run,
-        )
-    if not phi_gradient:
-        return grad_h, None
-    grad_phi = new(PARAMETERS)
-    _launch(
-        _sum_parts,
-        PARAMETERS,
-        *(parts, statistics, grad_logit, grad_phi, pieces, groups, columns),
-        *(settings.channel_ratio, settings.size_ratio),
-        C=x.channels,
-        NOISE=settings.noise,
-        FEATURES=gradient_of_features,
-        GATE=settings.gate,
-        BLOCK=SUM_BLOCK,
-    )
-    return grad_h, grad_phi
+@jit
+def draw(
+    seed,
+    noise,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """The noise of a site as a tensor: `[B, C, H, W]`."""
+    QUARTER: tl.constexpr = (H * W + 3) // 4
+    TILES: tl.constexpr = (QUARTER + PIXELS - 1) // PIXELS
+    CHANNEL_TILES: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0) % TILES
+    first = tl.program_id(0) // TILES % CHANNEL_TILES * CHANNELS
+    image = tl.program_id(0) // TILES // CHANNEL_TILES
+    c = first + tl.arange(0, CHANNELS)[:, None]
+    j = tile * PIXELS + tl.arange(0, PIXELS)[None, :]
+    noise += image.to(tl.int64) * (C * H * W) + c * (H * W)
+    values = normals(seed, image * C + c, j)
+    for i in tl.static_range(4):
+        pixel = i * QUARTER + j
+        tl.store(noise + pixel, values[i].to(noise.dtype.element_ty), mask=(c < C) & (j < QUARTER) & (pixel < H * W))
