@@ -657,6 +657,44 @@ def test_state_dict_round_trip_gives_the_same_logits(make, through_file, tmp_pat
     assert not torch.equal(seeded(fresh, x, seed=6), expected)  # the noise is still drawn
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reloaded_network_has_the_strength_of_the_saved_one(dtype):
+    torch.manual_seed(0)
+    model = quiet(models.create("resnet8", 5, 16).to(dtype), MetaPerturb().to(dtype), image_size=16).eval()
+    fresh = quiet(models.create("resnet8", 5, 16).to(dtype), MetaPerturb().to(dtype), image_size=16).eval()
+    x = images(3, 16).to(dtype)
+    for strength in (0.3, 0.0, 1.0):
+        model.metaperturb.strength = strength
+        fresh.load_state_dict(model.state_dict())
+        assert fresh.metaperturb.strength == pytest.approx(strength)
+        assert torch.equal(seeded(fresh, x), seeded(model, x))
+
+
+def test_a_state_of_φ_alone_leaves_the_strength():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16)
+    state = model.state_dict()
+    state["metaperturb._extra_state"] = torch.arange(82.0)
+    model.metaperturb.strength = 0.4
+    model.load_state_dict(state)
+    assert model.metaperturb.strength == 0.4
+    assert torch.cat([p.flatten() for p in model.metaperturb.phi.parameters()]).tolist() == [*range(82)]
+
+
+@pytest.mark.parametrize("part", ["noise", "gate"])
+def test_a_state_with_another_part_of_φ_is_refused(part):
+    state = quiet(models.create("resnet8", 5, 16), image_size=16, **{part: False}).state_dict()
+    with pytest.raises(UserError, match=f"saved with {part}=False, the network was attached with True"):
+        quiet(models.create("resnet8", 5, 16), image_size=16).load_state_dict(state)
+
+
+def test_a_child_of_the_networks_own_is_not_replaced():
+    model = models.create("resnet8", 5, 16)
+    model.metaperturb = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="ResNet has a 'metaperturb' of its own"):
+        quiet(model, image_size=16)
+    assert isinstance(model.metaperturb, torch.nn.Linear) and not any(m._forward_hooks for m in model.modules())
+
+
 def test_state_dict_does_not_alias_phi():
     model = quiet(models.create("resnet8", 5, 16), image_size=16)
     state = model.state_dict()

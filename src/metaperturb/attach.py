@@ -28,6 +28,8 @@ from metaperturb.dry_run import NORMALIZATIONS, Watched, summed_maps, watch
 from metaperturb.errors import UserError
 from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite, Slot
 
+# What methods add to a network: its children of these names.
+PERTURBATION, REGULARIZER = "metaperturb", "regularizer"
 PLACES = ("all", "before_pooling", "top", "bottom")  # what `choose_sites` knows
 
 
@@ -86,8 +88,11 @@ class Sites(nn.Module):
 class Attachment(Sites):
     """The perturbation's sites in one network, as its last child, `metaperturb`.
 
-    `strength` and `clip` set those of all sites. The state dict holds the running statistics of every site and the 82
-    values of φ, so that a reloaded network evaluates identically; loading it sets φ to the saved values.
+    `strength` and `clip` set those of all sites. The state dict holds the running statistics of every site, the 82
+    values of φ and the strength, so that a reloaded network evaluates identically: loading it sets both.
+
+    Raises:
+        UserError: a state dict is loaded that was saved with other `noise` or `gate`.
     """
 
     def __init__(self, phi: MetaPerturb, specs: list[SiteSpec], sites: list[PerturbSite]) -> None:
@@ -108,13 +113,24 @@ class Attachment(Sites):
             site.clip = value
 
     def get_extra_state(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self.phi.parameters()])
+        """φ, strength, noise and gate: `[85]`, in the dtype of φ, in which sites compute."""
+        site = self.sites[0]
+        values = [p.detach().reshape(-1) for p in self.phi.parameters()]
+        return torch.cat([*values, values[0].new_tensor([site.strength, site.noise, site.gate])])
 
     def set_extra_state(self, state: Tensor) -> None:
         parameters = list(self.phi.parameters())
+        sizes = [p.numel() for p in parameters]
+        *values, usage = state.split([*sizes, len(state) - sum(sizes)])
+        if len(usage):  # else it was saved when φ alone was
+            strength, noise, gate = usage.tolist()
+            for name, saved in (("noise", bool(noise)), ("gate", bool(gate))):
+                if (own := getattr(self.sites[0], name)) != saved:
+                    raise UserError(f"this state was saved with {name}={saved}, the network was attached with {own}")
+            self.strength = strength
         with torch.no_grad():
-            for p, values in zip(parameters, state.split([p.numel() for p in parameters]), strict=True):
-                p.copy_(values.view_as(p))
+            for p, saved in zip(parameters, values, strict=True):
+                p.copy_(saved.view_as(p))
 
 
 def attach(
@@ -145,7 +161,8 @@ def attach(
     found ones, the widest found: a site computes the same whether or not the others are there.
 
     Raises:
-        UserError: already attached, no site found, unknown site name, or the network does not run on such images.
+        UserError: already attached, a module of the network's own is called `metaperturb`, no site found, unknown site
+            name, or the network does not run on such images.
 
     Example:
         >>> import torchvision
@@ -153,7 +170,7 @@ def attach(
         >>> len(model.metaperturb.sites)
         8
     """
-    if isinstance(getattr(model, "metaperturb", None), Attachment):
+    if isinstance(getattr(model, PERTURBATION, None), Attachment):
         raise UserError("this network has a perturbation attached already (detach(model) removes it)")
     if sites is None or sites in PLACES:
         found = find_sites(model, image_size)
@@ -164,7 +181,7 @@ def attach(
     made = [PerturbSite(phi, s.channels, widest, image_size, noise=noise, gate=gate) for s in specs]
     attachment = Attachment(phi, specs, made)
     attachment.clip = clip
-    place(model, attachment, "metaperturb", verbose=verbose)
+    place(model, attachment, PERTURBATION, verbose=verbose)
     return model
 
 
@@ -175,9 +192,14 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
         model: the network that `find_sites` found the sites in.
         sites: takes the network's mode and device and becomes its child `name`, so that the modules' parameters and
             buffers are among the network's.
-        name: unused in the network so far.
+        name: of this child.
         verbose: say on stderr, in one line, where the sites are.
+
+    Raises:
+        UserError: the network has something of this name already.
     """
+    if hasattr(model, name):
+        raise UserError(f"{type(model).__name__} has a {name!r} of its own; rename that")
     parameter = next(model.parameters(), None)
     sites.train(model.training)
     if parameter is not None:

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaperturb.attach import PERTURBATION, REGULARIZER
 from metaperturb.dry_run import watch
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms
 from metaperturb.runs import finished_result
 from metaperturb.storage import load_tensors
 
-# What a method adds to a network: the children of this name (`attach`, `methods.SiteMethod`).
-METHOD_CHILDREN = ("metaperturb", "regularizer")
 RECORDED = ("target", "model", "image_size", "method", "steps", "batch_size", "lr", "weight_decay", "seed", "init")
 
 
@@ -98,7 +97,8 @@ def initialize(
     classifier = classifier_name(model, image_size)
     own = model.state_dict()  # tensors that share the network's memory
     fresh = (f"{classifier}.", *(f"{name}." for name in _batch_norm_names(model) if batch_norm == "drop"))
-    given = {name: value for name, value in weights.state.items() if name.split(".")[0] not in METHOD_CHILDREN}
+    added = (f"{PERTURBATION}.", f"{REGULARIZER}.")
+    given = {name: value for name, value in weights.state.items() if name in own or not name.startswith(added)}
     taken = [name for name in own if not name.startswith(fresh) and not _may_be_absent(name, given)]
     _check_same_network(taken, own, given, weights.source)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.attach import Sites, find_sites, place
+from metaperturb.attach import REGULARIZER, Sites, find_sites, place
 from metaperturb.data.arrays import ImageArrays
 
 
@@ -60,4 +60,4 @@ class SiteMethod(Method, ABC):
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         specs = find_sites(model, train.image_size)
         self.sites = Sites(specs, [self.site(spec.channels) for spec in specs])
-        place(model, self.sites, "regularizer")
+        place(model, self.sites, REGULARIZER)
