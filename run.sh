@@ -13,6 +13,7 @@
 #                              images (amount draws it); meta_training: what φ needs (effort draws it)
 #   ./run.sh tune              choose the regularizers' hyperparameters on held-out training images
 #   ./run.sh select            choose the best of several φ on validation images
+#   ./run.sh ship <name> [φ]   put a φ into the package, and write down what it was tested on
 #   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces,
 #                              compare: methods side by side, figures: all
 #   ./run.sh diagrams          the method drawn; with PHI=… the 82 numbers of that φ, too
@@ -73,10 +74,11 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
     export PYTHONPATH="$here/src${PYTHONPATH:+:$PYTHONPATH}"
     if [ "$VENV" = none ]; then
         py=$(find_python)
+        [[ $py = /* ]] || py=$PWD/$py
         return
     fi
-    py=$VENV/bin/python
     mkdir -p "$VENV"
+    py=$(cd "$VENV" && pwd)/bin/python
     exec 9>"$VENV/.lock" # two commands started at once install one after the other
     flock 9 2>/dev/null || true
     if ! "$py" -m pip --version >/dev/null 2>&1; then
@@ -93,7 +95,7 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
         echo "installing into $VENV (PyTorch is large: some minutes)" >&2
         "$py" -m pip install --quiet --disable-pip-version-check "${missing[@]}" ||
             die "pip could not install the packages (network?); the same command tries again"
-        for file in "$@"; do echo "${file#"$here"/} $(cksum <"$file")"; done >>"$VENV/.installed"
+        for file in "$@"; do echo "${file#"$here"/} $(cksum <"$file")"; done >"$VENV/.installed"
     fi
     exec 9>&-
 }
@@ -118,7 +120,6 @@ test)
     setup "$here/requirements.txt" "$here/tests/requirements.txt"
     browser
     cd "$here"
-    [[ $py = /* ]] || py=.venv/bin/python
     PYTHONPATH=src exec "$py" -m pytest "$@"
     ;;
 bench)
@@ -190,6 +191,10 @@ diagrams)
 report)
     setup "$here/requirements.txt"
     exec "$py" "$here/scripts/report.py" "$@"
+    ;;
+ship)
+    setup "$here/requirements.txt"
+    exec "$py" "$here/scripts/ship_phi.py" "$@"
     ;;
 data)
     setup "$here/requirements.txt"

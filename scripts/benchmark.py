@@ -32,9 +32,9 @@ from bench.training import training
 from bench.workload import Bench
 
 from metaperturb import kernels
-from metaperturb.cli import Stopped, run_program
+from metaperturb.cli import Stopped, argument_parser, run_program
 from metaperturb.errors import UserError
-from metaperturb.runs import provenance
+from metaperturb.provenance import available_cores, provenance
 from metaperturb.storage import load_json, save_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--only", metavar="SUITE[,SUITE]", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--device", metavar="cpu|cuda", help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 2; on a GPU one a core; smoke 1)")
@@ -64,7 +64,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: results/benchmark/<device>.json")
     parser.add_argument("--page", type=Path, metavar="FILE", help="default: README.md beside the JSON")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default: figures; beside the page if smoke")
-    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser.parse_args(argv)
 
 
@@ -120,7 +119,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here; --device cpu works")
     smoke = arguments.smoke
-    default = 1 if smoke else 2 if name == "cpu" else os.cpu_count()
+    default = 1 if smoke else 2 if name == "cpu" else available_cores()
     threads = default if arguments.threads is None else arguments.threads
     rounds = (2 if smoke else ROUNDS[name]) if arguments.rounds is None else arguments.rounds
     if threads < 1:

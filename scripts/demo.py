@@ -19,8 +19,8 @@ from experiments.runner import Job, run_jobs
 from experiments.statistics import summarize
 from experiments.table import markdown_table
 
-from metaperturb.cli import PARENT, run_program
-from metaperturb.config import MetaTestConfig, load_config
+from metaperturb.cli import PARENT, argument_parser, run_program
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, load_config
 from metaperturb.errors import UserError
 from metaperturb.plots import LABELS, plot_convergence
 from metaperturb.runs import finished_result, read_metrics
@@ -55,7 +55,7 @@ class Cell:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for runs, table and picture")
     parser.add_argument("--seeds", type=int, default=3, help="target trainings a method")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
@@ -65,18 +65,19 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seeds < 1 or arguments.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
-    return run_program(lambda: demo(arguments), show_traceback=False)
+    return run_program(lambda: demo(arguments), show_traceback=arguments.traceback)
 
 
 def demo(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     out: Path = arguments.out
-    devices = ",".join([arguments.device] * arguments.jobs)
     source_run = out / "src"
-    config = str(ROOT / "configs" / "demo_src.yaml")
+    config = ROOT / "configs" / "demo_src.yaml"
+    tasks = load_config(MetaTrainConfig, config, arguments.src).tasks
+    devices = ",".join([arguments.device] * min(arguments.jobs, tasks))
     own = [f"run_dir={source_run}", f"gpus={devices}"]
     print("1. meta-train φ on the source: drawn shapes, 40 classes in 4 tasks", flush=True)
-    command = [sys.executable, "-m", "metaperturb.meta_train", "--config", config, "--set", *own, *arguments.src]
+    command = [sys.executable, "-m", "metaperturb.meta_train", "--config", str(config), "--set", *own, *arguments.src]
     environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when the demo is gone
     if subprocess.run(command, check=False, env=environment).returncode:
         raise UserError("the meta-training did not finish (see above); the same command resumes")

@@ -6,7 +6,6 @@
 Without a φ the picture of the 82 numbers is left out: fresh weights show nothing.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from metaperturb.cli import run_program
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.plots import COLORS, STYLE, save_figure
 from metaperturb.weights import load_phi
@@ -25,7 +24,7 @@ PHI, THETA, DATA, PLAIN = COLORS["metaperturb"], COLORS["base"], COLORS["info_dr
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--phi", help="file or shipped name of φ")
     parser.add_argument("--out", type=Path, default=ROOT / "figures", help="folder of the pictures")
     arguments = parser.parse_args()
@@ -44,7 +43,7 @@ def main() -> int:
             save_figure(numbers(phi), arguments.out / "phi-82-numbers")
         print(arguments.out / "phi-82-numbers.png")
 
-    return run_program(draw, show_traceback=False)
+    return run_program(draw, show_traceback=arguments.traceback)
 
 
 # --- figure 1

@@ -14,7 +14,6 @@ setting.
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -35,13 +34,13 @@ from experiments.table import csv_text, markdown
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaperturb import models
-from metaperturb.cli import pairs, run_program
+from metaperturb.cli import argument_parser, pairs, run_program
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, to_assignments
 from metaperturb.data import TARGETS
 from metaperturb.data.parts import load_parts, load_source_images
-from metaperturb.distributed import choose_devices
+from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
-from metaperturb.runs import code_digest
+from metaperturb.provenance import available_cores, code_digest
 from metaperturb.storage import load_json, save_json, write_atomically
 from metaperturb.weights import load_phi
 
@@ -62,15 +61,15 @@ DATA_SETTINGS = (
 
 
 def main() -> int:
-    parser = argument_parser(__doc__)
+    parser = grid_parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file of the table")
     arguments = parser.parse_args()
     return run_program(lambda: experiment(arguments), show_traceback=arguments.traceback)
 
 
-def argument_parser(doc: str) -> argparse.ArgumentParser:
+def grid_parser(doc: str) -> argparse.ArgumentParser:
     """The options that everything that runs a grid has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(doc)
     parser.add_argument("--preset", default="paper", help="which of the grid's settings: paper, quick, smoke, …")
     parser.add_argument("--jobs", type=int, help="trainings at a time [one a device; on a CPU one a core]")
     parser.add_argument("--devices", default="auto", help="'0,1,…', 'cpu' or 'auto'")
@@ -99,7 +98,6 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--list", action="store_true", help="name the cells and what is done of them, run nothing")
-    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
 
 
@@ -180,8 +178,9 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
         todo = [*take_over(results, todo, arguments.results, seen)]
         if not todo:
             return []
-    devices = [str(d.index) if d.type == "cuda" else "cpu" for d in choose_devices(arguments.devices, 1024)]
-    at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, os.cpu_count() // threads(todo)))
+    devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
+    devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
+    at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads(todo)))
     needs = {need.id: need for cell in todo for need in cell.needs.values()}
     need_jobs = {need.id: need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None}
     made = {id_ for id_, job in need_jobs.items() if job.done}
@@ -223,7 +222,7 @@ def take_over(results: Results, cells: Iterable[Cell], root: Path, seen: dict[tu
 
 
 def threads(cells: Sequence[Cell]) -> int:
-    return max(cell.config.threads or os.cpu_count() for cell in cells)
+    return max(cell.config.threads or available_cores() for cell in cells)
 
 
 def chosen_cells(results: Results, arguments: argparse.Namespace) -> list[Cell]:

@@ -49,8 +49,8 @@ from metaperturb.analyses.extras import extra
 from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure_robustness, robustness_curves
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
-from metaperturb.cli import pairs, run_program
-from metaperturb.distributed import choose_devices
+from metaperturb.cli import argument_parser, pairs, run_program
+from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import read_metrics
 from metaperturb.trained import TrainedRun, load_run
@@ -59,7 +59,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("figure", choices=[*FIGURES, "figures"])
     parser.add_argument(
         "sources", type=Path, nargs="*", help="run folders, records, or folders that hold some [all of --runs]"
@@ -74,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", help="where the data are, if elsewhere than when the runs ran")
     parser.add_argument("--target-path", help="likewise, of an image folder")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the analysis")
-    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     arguments = parser.parse_intermixed_args(argv)  # options may stand before, between and behind the folders
     return run_program(lambda: figures(arguments), show_traceback=arguments.traceback)
 
@@ -147,7 +146,7 @@ def picture_path(arguments: argparse.Namespace, stem: str) -> Path:
 
 
 def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
-    device = choose_devices(arguments.device, 1)[0]
+    device = parse_devices(arguments.device, "--device")[0]
     places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
     folder = run.dir
     try:

@@ -4,11 +4,10 @@
 python scripts/prepare_data.py --data-root data s_cifar100
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from metaperturb.cli import run_program
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.data import TARGETS, load_target
 from metaperturb.errors import UserError
 
@@ -16,7 +15,7 @@ NEED_NO_PREPARATION = {"embedded", "embedded_source", "folder"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     names = [name for name in TARGETS if name not in NEED_NO_PREPARATION]
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"of: {', '.join(names)}, all")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
@@ -31,7 +30,7 @@ def main() -> int:
                 size = part.image_size
                 print(f"{part.name}: {len(part):,} images of {part.num_classes} classes, {size}×{size}")
 
-    return run_program(prepare, show_traceback=False)
+    return run_program(prepare, show_traceback=arguments.traceback)
 
 
 if __name__ == "__main__":

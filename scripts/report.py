@@ -5,7 +5,6 @@
 The page needs nothing but itself: pictures are inside, and it asks no server for anything.
 """
 
-import argparse
 import base64
 import csv
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from metaperturb.cli import run_program
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.errors import UserError
 from metaperturb.storage import reason, write_atomically
 
@@ -134,7 +133,7 @@ figcaption { color: var(--faint); }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the tables")
     parser.add_argument("--figures", type=Path, default=ROOT / "figures", help="folder of the pictures")
     parser.add_argument("--out", type=Path, help="the page [<results>/report.html]")
@@ -146,7 +145,7 @@ def main() -> int:
         write_atomically(out, lambda file: file.write(page.encode()))
         print(out)
 
-    return run_program(report, show_traceback=False)
+    return run_program(report, show_traceback=arguments.traceback)
 
 
 def render(results: Path, figures: Path) -> str:
@@ -186,7 +185,7 @@ def _table(title: str, path: Path) -> str:
     """One CSV of `./run.sh table…`: rows × columns as in the paper, then every number."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            lines = [*csv.DictReader(file)]
+            lines = [*csv.DictReader(file, restval="")]
         rows, columns = (list(dict.fromkeys(line[key] for line in lines)) for key in ("row", "column"))
         by_place = {(line["row"], line["column"]): line for line in lines}
         overview = [[_text(row), *(_cell(by_place.get((row, column))) for column in columns)] for row in rows]

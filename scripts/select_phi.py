@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiment import ROOT, argument_parser, overrides, results_folder, run_grid, write_table
+from experiment import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
 from experiments.grid import Grid
 from experiments.results import Results
 from experiments.statistics import summarize
@@ -27,7 +27,7 @@ from metaperturb.weights import load_phi, save_phi
 
 
 def main() -> int:
-    parser = argument_parser(__doc__)
+    parser = grid_parser(__doc__)
     parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
     parser.add_argument("--out", type=Path, help="where the chosen φ goes [<runs>/selected/phi.pt]")
     parser.add_argument("--grid", type=Path, default=ROOT / "configs" / "select.yaml", help="how each φ is tried")

@@ -1,14 +1,13 @@
 """Put a meta-trained φ into the package, and write down what it was tested on.
 
-    python scripts/ship_phi.py tiny_imagenet_resnet20 runs/selected/phi.pt     # into src/metaperturb/shipped
-    python scripts/ship_phi.py tiny_imagenet_resnet20                          # again, after more tables
+    ./run.sh ship tiny_imagenet_resnet20 runs/selected/phi.pt     # into src/metaperturb/shipped
+    ./run.sh ship tiny_imagenet_resnet20                          # again, after more tables
 
 The file keeps what its card says of source, settings, seed, code and selection, without this machine's folders. The
 Markdown file beside it says the same to people, and what the φ was tested on: every training in results/ that used it
 (`PHI=tiny_imagenet_resnet20 ./run.sh table1 …`).
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from experiments.results import read_record, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
-from metaperturb.cli import run_program
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import write_atomically
@@ -35,14 +34,15 @@ NEEDED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("name", help="what load_phi will know it by")
     parser.add_argument("phi", type=Path, nargs="?", help="phi.pt of a meta-training or of ./run.sh select")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the tables' JSONs")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the shipped φ")
     arguments = parser.parse_args(argv)
     return run_program(
-        lambda: ship(arguments.name, arguments.phi, arguments.results, arguments.out), show_traceback=False
+        lambda: ship(arguments.name, arguments.phi, arguments.results, arguments.out),
+        show_traceback=arguments.traceback,
     )
 
 
@@ -126,7 +126,7 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     facts = {
         "source": f"{source['name']}: {source['images']:,} images of {source['classes']} classes at "
         f"{config['image_size']}×{config['image_size']} pixels (fingerprint `{source['fingerprint'][:12]}`)",
-        "class split": f"{config['split']}, {config['tasks']} tasks, seed {config['seed']}",
+        "class split": f"{config['split']}, {config['tasks']} tasks, seed {card.get('split_seed', config['seed'])}",
         "meta-training": f"{config['model']}, {config['steps']} steps, batches of {config['batch_size']}, "
         f"Adam {config['lr']:g}, weight decay {config['weight_decay']:g}, {config.get('precision', 'float32')}, "
         f"annealing {config['anneal']:g}",
@@ -139,7 +139,7 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
             f"{run} {evidence['mean']:.2f} % ({evidence['seeds']})" for run, evidence in selection["accuracy"].items()
         ]
         facts["selection"] = f"{selection['chosen']}, of {', '.join(found)}; {selection['evaluated']}"
-    lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `scripts/ship_phi.py`.', ""]
+    lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `./run.sh ship`.', ""]
     lines += [f"- **{what}**: {text}" for what, text in facts.items()]
     lines += ["", "## Tested on", ""]
     head = ["table", "row", "data", "training", "seeds", "without φ %", "with φ %", "difference [95 %]"]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiment import ROOT, argument_parser, overrides, results_folder, run_grid, write_table
+from experiment import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
 from experiments.grid import Grid
 from experiments.results import Results
 from experiments.statistics import Summary, summarize
@@ -24,7 +24,7 @@ from metaperturb.storage import save_json
 
 
 def main() -> int:
-    parser = argument_parser(__doc__)
+    parser = grid_parser(__doc__)
     parser.add_argument("--grid", type=Path, default=ROOT / "configs" / "tune.yaml", help="YAML file of the values")
     arguments = parser.parse_args()
     return run_program(lambda: tune(arguments), show_traceback=arguments.traceback)

@@ -6,8 +6,12 @@ hand the feature map that a site should receive.
 
 import copy
 import io
+import os
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from image_files import one_line
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
+import metaperturb
 from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
 from metaperturb.attach import choose_sites
 
@@ -963,3 +968,20 @@ def test_layers_declared_in_another_order_than_called():
             return self.fc(self.body(self.stem(x).relu()).relu().mean((2, 3)))
 
     assert [spec.name for spec in find_sites(Reversed(), 16)] == ["stem", "body"]
+
+
+# --- importing
+
+
+def test_importing_the_library_leaves_signals_as_they_are(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import metaperturb\n")
+    (tmp_path / "mine" / "train.py").write_text(
+        "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    source = str(Path(metaperturb.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), source])}
+    for arguments in (["mine.train"], ["mine.train", "metaperturb.meta_train"]):
+        command = [sys.executable, "-m", *arguments]
+        completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert completed.stdout == "True\n"

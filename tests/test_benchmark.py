@@ -20,6 +20,7 @@ from bench.training import steps_together  # noqa: E402
 from benchmark import checked, parse  # noqa: E402
 
 from metaperturb.errors import UserError  # noqa: E402
+from metaperturb.provenance import available_cores  # noqa: E402
 
 CPU = torch.device("cpu")
 SUITES = ("bars", "site", "scaling", "exchange", "training")
@@ -49,7 +50,7 @@ def document(folder: Path) -> dict:
 
 def test_every_suite_is_there_with_its_circumstances(smoke):
     content = document(smoke)
-    assert content["smoke"] and content["device"] == "cpu" and content["hardware"]["cores"] == os.cpu_count()
+    assert content["smoke"] and content["device"] == "cpu" and content["hardware"]["cores"] == available_cores()
     assert content["versions"]["torch"] == torch.__version__
     assert tuple(content["suites"]) == SUITES
     for suite in content["suites"].values():

@@ -124,7 +124,7 @@ def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
     run_jobs("title", jobs, ["cpu"], 2, retries=0)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("title: ")]
     assert lines[0].startswith("title: 0/3 done, ") and "-" not in "".join(lines)
-    assert lines[-1].startswith("title: 2/3 done, 0 running, 1 failed, about 0:00:00 left")
+    assert lines[-1].startswith("title: 2/3 done, 0 running, 1 failed, about 0:00 left")
     assert any("1/3 done, 1 running, 1 failed, about 0:00:0" in line for line in lines)  # no hours for what failed
 
 

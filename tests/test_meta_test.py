@@ -187,12 +187,26 @@ def test_bad_settings_are_one_line(settings, tmp_path, capsys, changes, expected
     assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
 
 
+def without_seconds(line: str) -> dict:
+    return {key: value for key, value in json.loads(line).items() if key != "seconds"}
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path):
     run_dir = tmp_path / "tgt"
     line = error_line(run("meta_test", [*settings, "lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"]))
     assert "step" in line and "not finite" in line
-    if (run_dir / "checkpoints" / "latest.pt").exists():
-        assert all(torch.isfinite(v).all() for v in model_state(run_dir).values())
+    assert load_tensors(run_dir / "checkpoints" / "latest.pt")["step"] == 1
+    assert all(torch.isfinite(v).all() for v in model_state(run_dir).values())
+
+
+def test_the_final_evaluation_is_logged_once_however_often_it_is_made(settings, tmp_path):
+    arguments = ["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(arguments) == 0
+    metrics = (tmp_path / "tgt" / "metrics.jsonl").read_text()
+    (tmp_path / "tgt" / "result.json").unlink()  # as if killed before it was written
+    assert program.main(arguments) == 0
+    again = (tmp_path / "tgt" / "metrics.jsonl").read_text()
+    assert [without_seconds(line) for line in again.splitlines()] == [without_seconds(x) for x in metrics.splitlines()]
 
 
 def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp_path, capsys):

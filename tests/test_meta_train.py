@@ -21,7 +21,7 @@ import metaperturb.meta_train as program
 from metaperturb import kernels
 from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.data.batches import DeviceImages
-from metaperturb.distributed import Group, backend_for, launch
+from metaperturb.distributed import Group, backend_for, choose_devices, launch, parse_devices
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.storage import load_tensors
 from metaperturb.weights import load_phi
@@ -245,6 +245,23 @@ def test_bad_settings_are_one_line(source_settings, tmp_path, capsys, settings, 
     assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "0"), (4, "0,1,2,3"), (8, "0,1,2,3,4")])
+def test_auto_is_every_gpu_that_has_something_to_do(gpus, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    devices = choose_devices("auto", tasks=5)
+    assert ",".join("cpu" if device.type == "cpu" else str(device.index) for device in devices) == expected
+    assert capsys.readouterr().err == f"gpus=auto: running on {'the CPU' if expected == 'cpu' else f'GPU {expected}'}\n"
+    assert len(parse_devices("auto", "gpu")) == 1
+
+
+def test_half_of_torchruns_variables_is_one_line(source_settings, tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    line = error_line(run("meta_train", [*source_settings, f"run_dir={tmp_path / 'src'}", "gpus=cpu"]))
+    assert "torchrun: LOCAL_WORLD_SIZE is not set" in line
+
+
 def test_run_folder_in_use(source_settings, tmp_path, capsys):
     settings = [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
     first = start("meta_train", settings)
@@ -284,7 +301,7 @@ def setting(source_settings, tmp_path):
 
     def build(*settings: str):
         config = load_config(MetaTrainConfig, None, [*source_settings, f"run_dir={tmp_path}", *settings])
-        source, splits = program.load_tasks(config)
+        source, splits, _ = program.load_tasks(config)
         images = DeviceImages(source, torch.device("cpu"))
         program.seed_torch(config.seed, 0, "phi")
         phi = MetaPerturb()
@@ -499,6 +516,18 @@ def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, source_
     assert load_phi(tmp_path / "src" / "phi.pt").card["config"]["steps"] == 9
 
 
+def test_phi_of_a_step_that_is_past_cannot_be_kept(source_settings, tmp_path, capsys):
+    settings = ["--set", *source_settings, "steps=6", f"run_dir={tmp_path / 'src'}", "gpus=cpu", "checkpoint_every=2"]
+    assert program.main([*settings, "keep_phi=2"]) == 0
+    kept = tmp_path / "src" / "phi-000002.pt"
+    for finished in (True, False):
+        if not finished:  # as if killed before its end
+            (tmp_path / "src" / "result.json").unlink()
+        assert program.main([*settings, "keep_phi=2,5"]) == 1
+        assert f"error: keep_phi: {tmp_path / 'src'} is past step 5, its φ is gone" in capsys.readouterr().err
+        assert program.main([*settings, "keep_phi=2"]) == 0 and kept.exists()
+
+
 def test_no_step_at_all_is_phi_as_it_is_drawn(source_settings, tmp_path):
     """The control of what meta-training brings: no kernel or weight has left N(0, 0.01²)."""
     settings = [*source_settings, "steps=0", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
@@ -514,6 +543,19 @@ def test_split_file_reproduces_the_run(reference, source_settings, tmp_path):
     settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
     assert program.main(["--set", *settings, f"split_file={reference / 'split.json'}"]) == 0
     assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+
+
+def test_a_split_from_a_file_is_recorded_as_it_was_made(source_settings, tmp_path, capsys):
+    drawn, read = (tmp_path / name for name in ("drawn", "read"))
+    settings = ["--set", *source_settings, "steps=1", "tasks=4", "gpus=cpu"]
+    assert program.main([*settings, "split=paired", "seed=7", f"run_dir={drawn}"]) == 0
+    given = [*settings, f"split_file={drawn / 'split.json'}", f"run_dir={read}"]
+    assert program.main(given) == 1
+    assert "split.json: has split=paired, the settings ask for split=disjoint" in capsys.readouterr().err
+    assert program.main([*given, "split=paired"]) == 0
+    assert (read / "split.json").read_bytes() == (drawn / "split.json").read_bytes()
+    card = load_phi(read / "phi.pt").card
+    assert (card["split_seed"], card["seed"], card["config"]["split"]) == (7, 0, "paired")
 
 
 def test_some_classes(reference, source_settings, tmp_path):
@@ -569,7 +611,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 def test_steps_never_wait_for_the_gpu(source_settings, tmp_path):
     config = load_config(MetaTrainConfig, None, [*source_settings, f"run_dir={tmp_path}"])
-    source, splits = program.load_tasks(config)
+    source, splits, _ = program.load_tasks(config)
     device = torch.device("cuda", 0)
     images, phi = DeviceImages(source, device), MetaPerturb().to(device)
     task = program.Task(0, splits[0], images, phi, config)

@@ -123,7 +123,8 @@ def test_nothing_yet_and_broken_tables_are_said(folders, tmp_path):
     assert completed.returncode == 1 and "no picture yet" in completed.stderr and "Traceback" not in completed.stderr
     broken = tmp_path / "results" / "table2"
     broken.mkdir(parents=True)
-    for content in ("row,column\nBase,CUB\n", ",".join(CSV_COLUMNS) + "\n" + ",".join(["x"] * len(CSV_COLUMNS)) + "\n"):
+    header = ",".join(CSV_COLUMNS) + "\n"
+    for content in ("row,column\nBase,CUB\n", header + ",".join(["x"] * len(CSV_COLUMNS)) + "\n", header + "a,b,1\n"):
         (broken / "paper.csv").write_text(content)
         completed = make(tmp_path / "results", folders[1], "--out", str(tmp_path / "page.html"))
         assert completed.returncode == 1 and "paper.csv: cannot be read as a table" in completed.stderr

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,73 @@ def test_no_suitable_python():
     assert completed.stderr.strip() == (
         "error: needs Python 3.11 or later (looked for: /bin/false; PYTHON=/path/to/python names one)"
     )
+
+
+STUB = """#!/bin/sh
+echo "$0 $*" >>"$LOG"
+[ "$2" != venv ] || { mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; }
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """`run.sh` and its requirements in a folder of their own, with a Python that only writes down what it is told."""
+    folder = tmp_path / "project"
+    (folder / "tests").mkdir(parents=True)
+    for name in ("run.sh", "requirements.txt", "tests/requirements.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def told(*arguments: str, **environment: str) -> list[str]:
+        log = tmp_path / "log"
+        log.write_text("")
+        env = {**os.environ, "PYTHON": str(stub), "LOG": str(log), **environment}
+        command = [str(folder / "run.sh"), *arguments]
+        completed = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert completed.returncode == 0, completed.stderr
+        return log.read_text().splitlines()
+
+    return folder, told
+
+
+@pytest.mark.parametrize("venv", [None, "environment", "a/b"])
+def test_the_environment_is_made_once_wherever_it_is(project, tmp_path, venv):
+    folder, told = project
+    environment = {} if venv is None else {"VENV": venv}
+    python = (folder / ".venv" if venv is None else tmp_path / venv) / "bin" / "python"
+    first = told("test", "-k", "some", **environment)
+    assert any(line.startswith(f"{tmp_path / 'python'} -m venv --clear ") for line in first)
+    assert next(line for line in first if "pip install" in line).count(" -r ") == 2
+    again = told("test", "-k", "some", **environment)
+    assert first[-1] == again[-1] == f"{python} -m pytest -k some"
+    assert not any("venv" in line.split()[1:3] or "pip install" in line for line in again)
+
+
+def test_packages_are_installed_whenever_their_list_has_changed(project):
+    folder, told = project
+    requirements = folder / "requirements.txt"
+    first, other = requirements.read_text(), "another\n"
+    installs = []
+    for text in (first, first, other, first, first):
+        requirements.write_text(text)
+        installs.append(sum("pip install" in line for line in told("report")))
+    assert installs == [1, 0, 1, 1, 0]
+
+
+def test_several_seeds_are_a_run_each(project):
+    _, told = project
+    runs = [line for line in told("src", "steps=1", SEED="3 1") if "metaperturb.meta_train" in line]
+    assert [re.search(r" seed=(\d) ", line)[1] for line in runs] == ["3", "1"]
+    assert all(line.endswith(f"-seed{seed} steps=1") for line, seed in zip(runs, "31", strict=True))
+
+
+def test_demo_with_more_jobs_than_tasks(tmp_path):
+    src = ["steps=1", "tasks=2", "batch_size=4"]
+    tgt = ["steps=1", "batch_size=4", "final_samples=1"]
+    completed = run_sh("demo", "--seeds", "1", "--jobs", "3", "--src", *src, "--tgt", *tgt, RUNS=str(tmp_path))
+    assert completed.returncode == 0, completed.stderr
 
 
 def test_demo(tmp_path):

@@ -138,7 +138,9 @@ def test_round_trip(tmp_path, kind):
     tasks = class_split(_labels(), 4, kind, seed=9)
     path = tmp_path / "new" / "split.json"
     save_split(path, tasks, "abc123", kind, 9)
-    for a, b in zip(tasks, load_split(path, "abc123", _labels()), strict=True):
+    read, *made = load_split(path, "abc123", _labels())
+    assert made == [kind, 9]
+    for a, b in zip(tasks, read, strict=True):
         for field in ("classes", "train", "test"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
             assert getattr(b, field).dtype == np.int64
@@ -167,6 +169,8 @@ BAD_FILES = [
     json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [-1], "test": [2]}]}),
     json.dumps({**GOOD, "tasks": [{"classes": [0], "train": ["a"], "test": [2]}]}),
     json.dumps({**GOOD, "tasks": 7}),
+    json.dumps({**GOOD, "kind": "odd", "tasks": [{"classes": [0], "train": [0], "test": [1]}]}),
+    json.dumps({**GOOD, "seed": None, "tasks": [{"classes": [0], "train": [0], "test": [1]}]}),
 ]
 
 

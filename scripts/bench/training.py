@@ -1,11 +1,12 @@
 """Suite `training`: whole trainings on one GPU, by the programs themselves."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from bench.timing import rounded
 from bench.workload import Bench
 from metaperturb.cli import PARENT
 from metaperturb.errors import UserError
-from metaperturb.runs import read_metrics
+from metaperturb.provenance import available_cores
+from metaperturb.runs import finished_result, read_metrics
 
 GOALS = {"meta-training": 120.0, "meta-test, 32 px": 90.0, "meta-test, 84 px": 300.0}  # seconds
 THROUGHPUT_GOAL = 2.0  # several trainings at once on one GPU, relative to one
@@ -82,7 +84,7 @@ def training(bench: Bench) -> dict[str, Any]:
             "final_samples=1",
             f"log_every={max(1, lengths.at_once_steps // 20)}",
             f"checkpoint_every={lengths.at_once_steps}",
-            f"threads={max(1, (os.cpu_count() or 1) // max(lengths.at_once))}",
+            f"threads={max(1, available_cores() // max(lengths.at_once))}",
         ]
         for count in lengths.at_once:
             run_dirs = [folder / f"at-once-{count}-{i}" for i in range(count)]
@@ -112,27 +114,33 @@ def training(bench: Bench) -> dict[str, Any]:
 def run_all(programs: list[tuple[str, list[str]]]) -> None:
     """Run the programs with these settings, all at once, and wait; the first failure stops the others."""
     environment = {**os.environ, PARENT: str(os.getpid())}
-    processes = []
-    try:
+    with ExitStack() as stack:
+        running = []
         for program, settings in programs:
+            said = stack.enter_context(tempfile.TemporaryFile("w+"))
             command = [sys.executable, "-m", f"metaperturb.{program}", "--set", *settings]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            )
-        for process, (program, _) in zip(processes, programs, strict=True):
-            lines = process.communicate()[1].strip().splitlines() or ["no output"]
-            if process.returncode:
-                raise UserError(f"training: {program} failed: {lines[-1].removeprefix('error: ')}")
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+            stack.callback(_end, process)
+            running.append((process, program, said))
+        while running:
+            time.sleep(0.1)
+            for process, program, said in [each for each in running if each[0].poll() is not None]:
+                running = [each for each in running if each[0] is not process]
+                if process.returncode:
+                    said.seek(0)
+                    lines = said.read().strip().splitlines() or ["no output"]
+                    raise UserError(f"training: {program} failed: {lines[-1].removeprefix('error: ')}")
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.terminate()
+        process.wait()
 
 
 def finished(run_dir: Path, steps: int, wanted: int) -> dict[str, Any]:
     """Wall seconds of the run, from settings to result; of fewer steps than wanted, extrapolated by its later half."""
-    seconds = json.loads((run_dir / "result.json").read_text())["seconds"]
+    seconds = finished_result(run_dir)["seconds"]
     found = {"steps": steps, "measured_seconds": seconds, "wanted_steps": wanted, "extrapolated": steps < wanted}
     if steps < wanted:
         seconds += (wanted - steps) / steps_a_second(run_dir)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from metaperturb.data.batches import DeviceImages
 from metaperturb.data.splits import TaskSplit
 from metaperturb.meta_train import Task
 from metaperturb.perturbation import MetaPerturb
+from metaperturb.provenance import available_cores
 
 CLASSES = 20  # of a task: 200 classes of Tiny ImageNet in 10 tasks (section 4.1)
 BUSY_SECONDS = {"cpu": 0.02, "cuda": 0.1}  # a turn takes at least this long, for the sake of the clock
@@ -76,8 +76,7 @@ def sizes_for(device: torch.device, smoke: bool) -> Sizes:
             exchange_tasks=(2, 40),
             exchange_calls=2,
         )
-    cores = os.cpu_count() or 1
-    most = min(cores, 16) if device.type == "cpu" else 8
+    most = min(available_cores(), 16) if device.type == "cpu" else 8
     processes = tuple(2**i for i in range(5) if 2**i <= most)
     sizes = Sizes(processes=processes, processes_tasks=max(4, processes[-1]))
     if device.type == "cuda":

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from metaperturb.cli import PARENT
 from metaperturb.errors import UserError
+from metaperturb.runs import clock
 from metaperturb.storage import reason
 
 LOG = "log.txt"
@@ -211,8 +212,7 @@ class _Progress:
         left = sum(work for id_, work in remaining.items() if id_ not in self.runner.outcome.failed)
         if done <= 0:
             return "time left not known yet"
-        seconds = round((now - self.started) * left / done)
-        return f"about {seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02} left"
+        return f"about {clock((now - self.started) * left / done)} left"
 
     def write(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)

@@ -9,9 +9,8 @@
 import signal
 import sys
 
-if (
-    sys.argv[0] == "-m"
-):  # as a program: until `run_program` has taken over, Ctrl-C ends the long import of PyTorch quietly
+# `python -m metaperturb.…`: until `run_program` has taken over, Ctrl-C ends the long import of PyTorch quietly.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith(f"{__name__}."):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from metaperturb import kernels, models

@@ -1,5 +1,6 @@
 """How the programs start, fail and stop: one line instead of a traceback, and a meaningful exit code."""
 
+import argparse
 import os
 import signal
 import sys
@@ -38,6 +39,13 @@ def run_program(main: Callable[[], None], *, show_traceback: bool) -> int:
         print(f"error: {describe_unexpected(error)}", file=sys.stderr)
         return EXIT_ERROR
     return 0
+
+
+def argument_parser(doc: str) -> argparse.ArgumentParser:
+    """Of a program whose docstring is its help, with what an unexpected error points to."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser
 
 
 class Stopped(BaseException):

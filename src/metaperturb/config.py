@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from metaperturb.cli import argument_parser
 from metaperturb.errors import UserError
 
 Config = TypeVar("Config")
@@ -87,7 +88,9 @@ class MetaTrainConfig(CommonConfig):
         None, "inner step size of the one-step lookahead (Ren et al. 2018); null: joint training", low=1e-9
     )
     threads: int = option(1, "CPU threads a process; other numbers may change the last bits", low=1, high=1024)
-    gpus: str = option("auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'", identity=False)
+    gpus: str = option(
+        "auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'; auto: all GPUs, else the CPU", identity=False
+    )
     port: int = option(0, "TCP port for the processes to meet; 0: any free one", low=0, high=65535, identity=False)
     checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
     keep_phi: list[int] = option(
@@ -161,7 +164,7 @@ class MetaTestConfig(CommonConfig):
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
     eval_batch_size: int = option(500, "images a batch in evaluation", low=1)
     threads: int = option(0, "CPU threads, 0: one a core; other numbers may change the last bits", low=0, high=1024)
-    gpu: str = option("auto", "GPU number or 'cpu'", identity=False)
+    gpu: str = option("auto", "GPU number or 'cpu'; auto: GPU 0, else the CPU", identity=False)
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1, identity=False)
 
     def __post_init__(self) -> None:
@@ -223,13 +226,12 @@ def parse_arguments(cls: type, doc: str, argv: list[str] | None = None) -> argpa
 
     `load_config(cls, arguments.config, arguments.set)` reads the settings.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(doc)
     parser.epilog = "settings (--set key=value):\n" + "\n".join(
         f"  {field.name:<24}{field.metadata['doc']} [{_show(field)}]" for field in dataclasses.fields(cls)
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
-    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser.parse_args(argv)
 
 

@@ -85,15 +85,20 @@ def peer_errors() -> Iterator[None]:
         raise PeerLost(str(error).strip().split("\n")[0]) from error
 
 
-def parse_devices(text: str, key: str = "gpus") -> list[torch.device]:
-    """`"0,1"`, `"cpu"`, `"cpu,cpu"` or `"auto"` (the first GPU, else the CPU; said on stderr) → devices.
+def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
+    """`"0,1"`, `"cpu"`, `"cpu,cpu"` or `"auto"` (the GPUs, else the CPU; said on stderr) → devices.
+
+    Args:
+        text: the list.
+        key: what it is the value of, for messages.
+        most: how many GPUs `"auto"` takes.
 
     Raises:
         UserError: not such a list, or a GPU that is not there.
     """
     if text == "auto":
-        text = "0" if torch.cuda.is_available() else "cpu"
-        print(f"{key}=auto: running on {'GPU 0' if text == '0' else 'the CPU'}", file=sys.stderr)
+        text = ",".join(map(str, range(min(torch.cuda.device_count(), most)))) or "cpu"
+        print(f"{key}=auto: running on {'the CPU' if text == 'cpu' else f'GPU {text}'}", file=sys.stderr)
     devices = []
     for item in (item.strip() for item in text.split(",")):
         if item == "cpu":
@@ -110,7 +115,17 @@ def parse_devices(text: str, key: str = "gpus") -> list[torch.device]:
 
 
 def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+    """Whether `torchrun`, or what sets the same variables, started this process.
+
+    Raises:
+        UserError: it is so, but a variable is missing.
+    """
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" not in os.environ and not os.environ.keys() >= {*variables[:3]}:
+        return False
+    if missing := [name for name in variables if name not in os.environ]:
+        raise UserError(f"torchrun: {missing[0]} is not set (without torchrun, unset RANK, WORLD_SIZE, LOCAL_RANK)")
+    return True
 
 
 def launch(
@@ -142,7 +157,7 @@ def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
         UserError: a device that is not there, or more processes than tasks: some would have nothing to do.
     """
     if not under_torchrun():
-        devices = parse_devices(gpus)
+        devices = parse_devices(gpus, "gpus", most=tasks)
         if len(devices) > tasks:
             raise UserError(f"gpus: {len(devices)} processes for {tasks} tasks; list at most {tasks} devices")
         return devices
@@ -152,7 +167,7 @@ def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
     if gpus == "auto":
         count = torch.cuda.device_count()
         return [torch.device("cuda", i % count) if count else torch.device("cpu") for i in range(local_size)]
-    devices = parse_devices(gpus)
+    devices = parse_devices(gpus, "gpus")
     if len(devices) != local_size:
         raise UserError(f"gpus: lists {len(devices)} devices for {local_size} processes on this machine")
     return devices

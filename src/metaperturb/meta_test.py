@@ -10,7 +10,6 @@
 checkpoint with the trained network.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
 from metaperturb.evaluation import NotFinite, evaluate
 from metaperturb.plots import plot_convergence
+from metaperturb.provenance import available_cores
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
@@ -74,7 +74,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     ablated = [key for key in ABLATION if getattr(config, key) != getattr(MetaTestConfig, key)]
     if ablated and not perturbed:
         raise UserError(f"{ablated[0]}: only method metaperturb uses it, this is {config.method}")
-    devices = parse_devices(config.gpu, key="gpu")
+    devices = parse_devices(config.gpu, "gpu")
     if len(devices) != 1:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     device = devices[0]
@@ -91,7 +91,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     if config.init is not None and not checkpoint.exists():  # whether they fit is told before data is prepared
         weights = finetuning.read_weights(config.init)
         finetuning.initialize(model, image_size, weights, config.init_batch_norm, verbose=False)
-    torch.set_num_threads(config.threads or os.cpu_count())
+    torch.set_num_threads(config.threads or available_cores())
     run = Run(config, "meta_test")
 
     # Data

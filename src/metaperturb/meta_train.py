@@ -68,6 +68,7 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     """One meta-training run in as many processes as `config.gpus` lists."""
     check_same_run(config, "meta_train")
     if finished_result(config.run_dir):
+        check_kept(config, config.steps)
         print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
         return
     # Whatever is wrong is said now, the quick checks first, before any process starts.
@@ -90,18 +91,31 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     launch(work, (config,), devices, config.port, show_traceback)
 
 
-def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit]]:
-    """The source and its split into tasks, the same in every process."""
+def check_kept(config: MetaTrainConfig, done: int) -> None:
+    """Refuse to keep a φ that a run has passed without keeping it."""
+    for step in config.keep_phi:
+        if step <= done and not kept_phi(config.run_dir, step).exists():
+            raise UserError(f"keep_phi: {config.run_dir} is past step {step}, its φ is gone; choose another run_dir")
+
+
+def kept_phi(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / f"phi-{step:06}.pt"
+
+
+def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit], int]:
+    """The source, its split into tasks and the seed of that, the same in every process."""
     source = load_source_images(config)
     if config.split_file:
-        splits = load_split(Path(config.split_file), source.fingerprint, source.labels)
-        if len(splits) != config.tasks:
-            raise UserError(f"{config.split_file}: has {len(splits)} tasks, the settings ask for {config.tasks}")
+        splits, kind, seed = load_split(config.split_file, source.fingerprint, source.labels)
+        for name, found, asked in (("tasks", len(splits), config.tasks), ("split", kind, config.split)):
+            if found != asked:
+                raise UserError(f"{config.split_file}: has {name}={found}, the settings ask for {name}={asked}")
     else:
-        splits = class_split(source.labels, config.tasks, config.split, config.seed)
+        splits, seed = class_split(source.labels, config.tasks, config.split, config.seed), config.seed
     if any(len(split.classes) < 2 for split in splits):
-        raise UserError(f"tasks {config.tasks}: some get one class only, of the {source.num_classes} there are")
-    return source, splits
+        count = len(np.unique(source.labels))
+        raise UserError(f"tasks {config.tasks}: some get one class only, of the {count} there are")
+    return source, splits, seed
 
 
 def data_digest(source: ImageArrays, splits: list[TaskSplit]) -> str:
@@ -209,7 +223,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     run = Run(config, "meta_train") if group.rank == 0 else None
 
     # Data, φ and the tasks of this process
-    source, splits = load_tasks(config)
+    source, splits, split_seed = load_tasks(config)
     images = DeviceImages(source, group.device)
     seed_torch(config.seed, 0, "phi")
     phi = MetaPerturb().to(group.device)
@@ -220,9 +234,10 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     # Resume
     checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", data_digest(source, splits), kernel)
     start = checkpoints.restore(tasks, phi, phi_optimizer, run)
+    check_kept(config, start)
     if run is not None:
         run.rewind(start)
-        save_split(run.dir / "split.json", splits, source.fingerprint, config.split, config.seed)
+        save_split(run.dir / "split.json", splits, source.fingerprint, config.split, split_seed)
         if start:
             print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
         progress = StepProgress("meta-train", config.steps, start)
@@ -250,14 +265,14 @@ def work(group: Group, config: MetaTrainConfig) -> None:
                 run.log({"step": done, **metrics, "phi_norms": norms, "strength": strength, "seconds": seconds})
                 progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
         if kept and run is not None:
-            save_phi(phi, run.dir / f"phi-{done:06}.pt", card=card(run, done, source, group))
+            save_phi(phi, kept_phi(run.dir, done), card=card(run, done, source, split_seed, group))
         if done % config.checkpoint_every == 0 or last:
             checkpoints.save(done, tasks, phi, phi_optimizer, group, run)
 
     # Result
     if run is not None:
         progress.close()
-        finish(run, config, source, phi, group)
+        finish(run, config, source, split_seed, phi, group)
 
 
 def joint_step(
@@ -369,16 +384,18 @@ class Checkpoints:
         return self.folder / f"step-{step:06}"
 
 
-def finish(run: Run, config: MetaTrainConfig, source: ImageArrays, phi: MetaPerturb, group: Group) -> None:
+def finish(
+    run: Run, config: MetaTrainConfig, source: ImageArrays, split_seed: int, phi: MetaPerturb, group: Group
+) -> None:
     if config.steps:
         plot_meta_training(read_metrics(run.dir), run.dir / "curves.png")
-    content = card(run, config.steps, source, group)
+    content = card(run, config.steps, source, split_seed, group)
     save_phi(phi, run.dir / "phi.pt", card=content)
     run.finish(content)
     print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
 
 
-def card(run: Run, steps: int, source: ImageArrays, group: Group) -> dict[str, Any]:
+def card(run: Run, steps: int, source: ImageArrays, split_seed: int, group: Group) -> dict[str, Any]:
     """How φ came about, after the first `steps` of a run."""
     history = read_metrics(run.dir)
     metrics = {name: history[-1][name] for name in METRICS} if history else None
@@ -388,7 +405,7 @@ def card(run: Run, steps: int, source: ImageArrays, group: Group) -> dict[str, A
         "classes": len(np.unique(source.labels)),
         "fingerprint": source.fingerprint,
     }
-    result = {"source": description, "processes": group.size, "metrics": metrics}
+    result = {"source": description, "split_seed": split_seed, "processes": group.size, "metrics": metrics}
     content = run.describe({**result, "kernel": kernels.kernel_name(group.device)}, group.device)
     return {**content, "config": {**content["config"], "steps": steps}}
 

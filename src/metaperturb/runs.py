@@ -2,24 +2,20 @@
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 import yaml
 from tqdm import tqdm
 
 from metaperturb.config import differences
 from metaperturb.errors import UserError
+from metaperturb.provenance import provenance
 from metaperturb.storage import load_json, reason, remove_leftovers, save_json, write_atomically
 
 
@@ -59,8 +55,9 @@ class Run:
         return self.seconds_before + time.monotonic() - self._started
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, which a resumed run computes again, and a half-written last line."""
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self.dir) if line["step"] <= step]
+        """Drop what a resumed run does again, steps after `step` and the final evaluation, and a half-written line."""
+        lines = [line for line in read_metrics(self.dir) if line["step"] <= step and "train_loss" in line]
+        kept = [json.dumps(line) + "\n" for line in lines]
         write_atomically(self.metrics_path, lambda file: file.write("".join(kept).encode()))
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -134,58 +131,6 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return lines
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and hardware."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),  # a subclass of str otherwise, which weights_only refuses
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
-        "commit": _commit(),
-        "code": code_digest(),
-        "hardware": {"device": gpu or "cpu", "cpu": _cpu_name(), "cores": os.cpu_count()},
-    }
-
-
-def code_digest() -> str:
-    """Identifies this version of the package, in a checkout or installed: of all its source files, 12 hex digits."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(p for p in here.rglob("*") if p.suffix in (".py", ".cpp")):
-        digest.update(f"{path.relative_to(here)} {path.stat().st_size}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _commit() -> str | None:
-    """The commit of this source tree, `+` appended if it has uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here)]
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
-        if tracked.returncode:
-            return None
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", str(here)], capture_output=True, check=True
-        )
-        return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 class StepProgress:

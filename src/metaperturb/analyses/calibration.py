@@ -21,8 +21,9 @@ from metaperturb.analyses.records import begun, check_comparable, describe
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
 from metaperturb.evaluation import ECE_BINS, metrics, reliability_bins
+from metaperturb.provenance import provenance
 from metaperturb.randomness import seed_torch
-from metaperturb.runs import StepProgress, provenance
+from metaperturb.runs import StepProgress
 from metaperturb.storage import load_tensors, save_json, save_tensors
 from metaperturb.trained import TrainedRun
 from metaperturb.training import autocast

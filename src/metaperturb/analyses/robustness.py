@@ -45,8 +45,9 @@ from metaperturb.data.batches import DeviceImages
 from metaperturb.data.splits import shuffled
 from metaperturb.errors import UserError
 from metaperturb.modes import eval_mode
+from metaperturb.provenance import provenance
 from metaperturb.randomness import seed_torch
-from metaperturb.runs import StepProgress, clock, provenance
+from metaperturb.runs import StepProgress, clock
 from metaperturb.storage import save_json
 from metaperturb.trained import TrainedRun
 

@@ -26,6 +26,7 @@ from PIL import Image
 from metaperturb.data.archives import Archive
 from metaperturb.data.disk import Progress, disk_errors, file_lock
 from metaperturb.errors import UserError
+from metaperturb.provenance import available_cores
 
 # Part of every cache key: raise it when the pixels written for the same input change.
 _CACHE_FORMAT = 1
@@ -298,7 +299,7 @@ def _decode(
                 raise UserError(f"{unreadable[index]}; {_SKIP_HINT}") from error
         progress.add(size)
 
-    workers = min(8, len(os.sched_getaffinity(0)))
+    workers = min(8, available_cores())
     pending: deque[tuple[int, Future[list[tuple[int, Exception]]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

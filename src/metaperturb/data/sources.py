@@ -21,7 +21,6 @@ def load_source(
     image_size: int = 32,
     download: bool = True,
     skip_unreadable: bool = False,
-    seed: int = 0,
 ) -> ImageArrays:
     """Load the training images of a source data set.
 
@@ -34,7 +33,6 @@ def load_source(
         image_size: height = width in pixels.
         download: fetch what is absent.
         skip_unreadable: leave broken images out and say how many, instead of raising.
-        seed: of the drawing, for ``embedded``.
 
     Raises:
         UserError: an unknown name, or anything wrong with the data.
@@ -52,7 +50,7 @@ def load_source(
     if name == "embedded":
         from metaperturb.data.embedded import embedded_source
 
-        return from_memory("embedded-source", *embedded_source(seed, image_size=image_size))
+        return from_memory("embedded-source", *embedded_source(image_size=image_size))
     if name == "folder":
         if len(paths) != 1:
             raise UserError(f"source folder: needs the path of one image folder or archive, got {len(paths)}")

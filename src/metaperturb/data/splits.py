@@ -195,7 +195,7 @@ def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, 
         path: the file.
         splits: the tasks.
         fingerprint: of the data set whose indices these are (``ImageArrays.fingerprint``).
-        kind, seed: how the split was made, for the reader.
+        kind, seed: how the split was made.
 
     Raises:
         UserError: the file cannot be written.
@@ -206,8 +206,8 @@ def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, 
     write_atomically(Path(path).expanduser(), lambda file: file.write(text.encode()))
 
 
-def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> list[TaskSplit]:
-    """Read what :func:`save_split` wrote.
+def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> tuple[list[TaskSplit], str, int]:
+    """Read what :func:`save_split` wrote: the tasks, and the kind and seed that they were made with.
 
     Args:
         path: the file.
@@ -222,7 +222,9 @@ def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> list[T
     try:
         if document["format"] != _FORMAT:
             raise ValueError(f"format {document['format']}, not {_FORMAT}")
-        written_for = document["fingerprint"]
+        written_for, kind, seed = document["fingerprint"], document["kind"], document["seed"]
+        if kind not in KINDS or type(seed) is not int:
+            raise ValueError(f"kind {kind!r}, seed {seed!r}")
         tasks = [_parse_task(task) for task in document["tasks"]]
         if not tasks:
             raise ValueError("no tasks")
@@ -237,7 +239,7 @@ def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> list[T
         images = np.concatenate([task.train, task.test])
         if images.max() >= len(labels) or not np.isin(labels[images], task.classes).all():
             raise UserError(f"{path}: task {number} names images that the data set lacks or that are of other classes")
-    return tasks
+    return tasks, kind, seed
 
 
 def _parse_task(task: dict[str, Any]) -> TaskSplit:

@@ -26,7 +26,6 @@ from metaperturb.data.arrays import (
     cached,
     from_memory,
     plan_from_samples,
-    to_pixels,
 )
 from metaperturb.data.disk import disk_errors, file_lock, is_disk_error
 from metaperturb.data.image_folder import load_image_folder
@@ -99,7 +98,6 @@ def load_target(
     image_size: int | None = None,
     download: bool = True,
     skip_unreadable: bool = False,
-    seed: int = 0,
     splits: tuple[str, ...] = ("train", "test"),
 ) -> tuple[ImageArrays, ...]:
     """Load the splits of a target data set.
@@ -113,7 +111,6 @@ def load_target(
         image_size: height = width in pixels; the set's own default if ``None``.
         download: fetch what is absent, where it can be fetched.
         skip_unreadable: leave broken images out and say how many, instead of raising.
-        seed: of the drawing, for ``embedded`` and ``embedded_source``.
         splits: which of the set's splits, in this order; ``"val"`` is offered by ``s_cifar100`` (25 training
             images a class of CIFAR-100 that are not in its ``train``, to choose among several φ) and by
             ``folder``. ``"test"`` of ``tiny_imagenet``: its official validation images, as its test images have
@@ -135,9 +132,9 @@ def load_target(
     data_root = Path(data_root).expanduser()
     size = spec.image_size if image_size is None else image_size
     if name == "embedded":
-        return _embedded(seed, size, splits)
+        return _embedded(size, splits)
     if name == "embedded_source":
-        source = load_source("embedded", data_root=data_root, image_size=size, seed=seed)
+        source = load_source("embedded", data_root=data_root, image_size=size)
         return tuple(source for _ in splits)
     if name == "tiny_imagenet":
         paths = [] if path is None else [part.strip() for part in str(path).split(",") if part.strip()]
@@ -175,17 +172,11 @@ def _check_counts(plan: Plan, spec: TargetSpec, split: str) -> None:
         )
 
 
-def _embedded(seed: int, image_size: int, splits: Sequence[str]) -> tuple[ImageArrays, ...]:
+def _embedded(image_size: int, splits: Sequence[str]) -> tuple[ImageArrays, ...]:
     from metaperturb.data.embedded import embedded_target
 
-    found = dict(zip(("train", "test"), embedded_target(seed), strict=True))
-    arrays = []
-    for split in splits:
-        images, labels, classes = found[split]
-        if images.shape[-1] != image_size:
-            images = np.stack([to_pixels(image.transpose(1, 2, 0), image_size) for image in images])
-        arrays.append(from_memory(f"embedded-{split}", images, labels, classes))
-    return tuple(arrays)
+    found = dict(zip(("train", "test"), embedded_target(image_size=image_size), strict=True))
+    return tuple(from_memory(f"embedded-{split}", *found[split]) for split in splits)
 
 
 # --- Official archives --------------------------------------------------------------------------------------

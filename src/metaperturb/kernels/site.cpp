@@ -32,7 +32,7 @@ enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2 };
 
 }  // namespace
 
-// Fields and order as in cpu.py.
+// Fields and order as in cpp.py.
 template <typename T>
 struct Site {
     int64_t batch, channels, height, width;

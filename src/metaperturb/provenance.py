@@ -1,0 +1,70 @@
+"""Where a result comes from: versions, code and hardware."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and hardware."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # a subclass of str otherwise, which weights_only refuses
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        "commit": _commit(),
+        "code": code_digest(),
+        "hardware": {"device": gpu or "cpu", "cpu": _cpu_name(), "cores": available_cores()},
+    }
+
+
+def code_digest() -> str:
+    """Identifies this version of the package, in a checkout or installed: of all its source files, 12 hex digits."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for p in here.rglob("*") if p.suffix in (".py", ".cpp")):
+        digest.update(f"{path.relative_to(here)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, `+` appended if it has uncommitted changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        if tracked.returncode:
+            return None
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", str(here)], capture_output=True, check=True
+        )
+        return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """How many cores this process may run on: all of the machine's, or those that a scheduler has left it."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
