@@ -78,7 +78,7 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
         return
     fi
     mkdir -p "$VENV"
-    py=$(cd "$VENV" && pwd)/bin/python
+    py=$(cd "$VENV" >/dev/null && pwd)/bin/python
     exec 9>"$VENV/.lock" # two commands started at once install one after the other
     flock 9 2>/dev/null || true
     if ! "$py" -m pip --version >/dev/null 2>&1; then

@@ -25,7 +25,7 @@ from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from experiment import argument_parser, check, cost, fingerprints, overrides, run_grid, take_over
+from experiment import check, cost, fingerprints, grid_parser, overrides, run_grid, take_over
 from experiment import experiment as run_experiment
 from experiments.grid import Grid, Overrides
 from experiments.results import Results, content_of, training_of
@@ -125,7 +125,7 @@ def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("title: ")]
     assert lines[0].startswith("title: 0/3 done, ") and "-" not in "".join(lines)
     assert lines[-1].startswith("title: 2/3 done, 0 running, 1 failed, about 0:00 left")
-    assert any("1/3 done, 1 running, 1 failed, about 0:00:0" in line for line in lines)  # no hours for what failed
+    assert any("1/3 done, 1 running, 1 failed, about 0:0" in line for line in lines)  # no hours for what failed
 
 
 def test_the_last_whole_line_says_the_step(tmp_path):
@@ -173,7 +173,7 @@ def command(path: Path, folder: Path, *more: str, results: Path | None = None) -
 
 def parsed(*arguments, **options) -> Namespace:
     """The same command line, for what ends before anything runs: in this process."""
-    parser = argument_parser("")
+    parser = grid_parser("")
     parser.add_argument("grid", type=Path)
     return parser.parse_args(command(*arguments, **options)[2:])
 

@@ -22,7 +22,7 @@ from metaperturb.weights import load_phi, save_phi
 sys.path.insert(0, str(ROOT / "scripts"))
 import select_phi
 import tune
-from experiment import argument_parser, write_table
+from experiment import grid_parser, write_table
 from experiments.grid import Grid, Overrides
 from experiments.results import Results
 from experiments.results import write_record as write_own_record
@@ -326,7 +326,7 @@ def test_without_a_complete_column_nothing_is_chosen(tmp_path):
 
 
 def arguments(tmp_path: Path, grid: Path, *more: str) -> Namespace:
-    parser = argument_parser("")
+    parser = grid_parser("")
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sources", type=Path, nargs="*", default=[])
