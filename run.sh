@@ -86,16 +86,17 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
         base=$(find_python)
         "$base" -m venv --clear "$VENV" || die "$base cannot make virtual environments (on Debian: apt install python3-venv)"
     fi
-    local file sum missing=()
+    local file sum sums=() missing=()
     for file in "$@"; do
         sum="${file#"$here"/} $(cksum <"$file")"
+        sums+=("$sum")
         grep -qxF "$sum" "$VENV/.installed" 2>/dev/null || missing+=(-r "$file")
     done
     if [ ${#missing[@]} -gt 0 ]; then
         echo "installing into $VENV (PyTorch is large: some minutes)" >&2
         "$py" -m pip install --quiet --disable-pip-version-check "${missing[@]}" ||
             die "pip could not install the packages (network?); the same command tries again"
-        for file in "$@"; do echo "${file#"$here"/} $(cksum <"$file")"; done >"$VENV/.installed"
+        printf '%s\n' "${sums[@]}" >"$VENV/.installed"
     fi
     exec 9>&-
 }
