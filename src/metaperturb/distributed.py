@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from metaperturb.cli import EXIT_ERROR, describe_unexpected
+from metaperturb.cli import EXIT_ERROR, describe_unexpected, keep_freed_memory
 from metaperturb.errors import UserError
 
 EXIT_PEER_LOST = 75  # this process is well, but another one is gone
@@ -272,6 +272,7 @@ def _worker(
     show_traceback: bool,
 ) -> None:
     _end_with_parent()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     device = devices[rank]
