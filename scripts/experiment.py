@@ -15,7 +15,7 @@ setting.
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from metaperturb.data import TARGETS
 from metaperturb.data.parts import load_parts, load_source_images
 from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
+from metaperturb.finetuning import read_weights
 from metaperturb.provenance import available_cores, code_digest
 from metaperturb.storage import load_json, save_json, write_atomically
 from metaperturb.weights import load_phi
@@ -171,6 +172,8 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
             f"{old} finished cells are of another version of the code; without their JSONs they run again",
             file=sys.stderr,
         )
+    if untuned := [column for column in grid.untuned if any(cell.column == column for cell in todo)]:
+        raise UserError(f"{grid.tuned_path}: nothing was tuned for {', '.join(untuned)}; --columns names others")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
     seen: dict[tuple, list[str]] = {}  # fingerprints of data sets, each of which is loaded once
@@ -183,8 +186,8 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads(todo)))
     needs = {need.id: need for cell in todo for need in cell.needs.values()}
     need_jobs = {need.id: need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None}
-    made = {id_ for id_, job in need_jobs.items() if job.done}
-    check(results, todo, [need for need in needs.values() if need.id not in made], seen)
+    made = {id_: job.record for id_, job in need_jobs.items() if job.done}
+    check(results, todo, needs.values(), made, seen)
     jobs = [*need_jobs.values(), *(cell_job(results, cell, arguments.runs) for cell in todo)]
     title = f"{grid.name} {grid.preset}"
     print(
@@ -260,10 +263,23 @@ def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
 # --- before anything runs
 
 
-def check(results: Results, cells: Sequence[Cell], needs: Iterable[Need], seen: dict[tuple, list[str]]) -> None:
+def check(
+    results: Results,
+    cells: Sequence[Cell],
+    needs: Iterable[Need],
+    made: Mapping[str, Path],
+    seen: dict[tuple, list[str]],
+) -> None:
     """Whatever would stop a run in hours is said now: data, other ones than those of finished cells, files, networks.
 
     Data are fetched and decoded here, once, not by several runs at the same time.
+
+    Args:
+        results: of the table.
+        cells: that are to run.
+        needs: what they start from.
+        made: id of a need whose run is finished → its result.
+        seen: as of `fingerprints`.
 
     Raises:
         UserError: all that is wrong, a line each.
@@ -278,24 +294,39 @@ def check(results: Results, cells: Sequence[Cell], needs: Iterable[Need], seen: 
 
     for cell in {cell.column: cell for cell in cells}.values():
         attempt(f"column {cell.column}", lambda cell=cell: check_images(results, cell, seen))
+    readers = {
+        need.id: load_phi if key == "phi" else read_weights for cell in cells for key, need in cell.needs.items()
+    }
     for need in needs:
         if need.file is not None:
-            attempt(f"need {need.name}", lambda need=need: check_file(need))
-        else:
+            attempt(f"need {need.name}", lambda need=need: check_file(need, readers[need.id]))
+        elif need.id not in made:
             attempt(f"need {need.name}", lambda need=need: fingerprints(need.config, seen))
+        elif need.name in results.grid.overrides.paths:
+            attempt(f"need {need.name}", lambda need=need: check_made(need, made[need.id], seen))
     for cell in {(cell.row, cell.column): cell for cell in cells}.values():
         attempt(f"row {cell.row}, column {cell.column}", lambda cell=cell: cost(cell.config))
     if wrong:
         raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
 
 
-def check_file(need: Need) -> None:
+def check_file(need: Need, read: Callable[[Path], object]) -> None:
     if not need.file.exists():
         raise UserError(f"{need.file} does not exist ({need.hint})")
     if need.sha256 and sha256(need.file) != need.sha256:
         raise UserError(f"{need.file} is another file than the one meant (sha256 {need.sha256[:12]}…)")
-    if need.file.is_file() and need.file.suffix in (".pt", ".pth") and need.name != "pretrained":
-        load_phi(need.file)
+    read(need.file)
+
+
+def check_made(need: Need, result: Path, seen: dict[tuple, list[str]]) -> None:
+    """What is there was made from the images that `--path` names."""
+    content = load_json(result)
+    meta_trained = need.program == "meta_train"
+    before = [content["source"]["fingerprint"]] if meta_trained else content["target"]["fingerprints"]
+    if fingerprints(need.config, seen) != before:
+        raise UserError(
+            f"{result.parent}: was made from other images than --path names; remove it or give other --runs"
+        )
 
 
 def check_images(results: Results, cell: Cell, seen: dict[tuple, list[str]]) -> None:

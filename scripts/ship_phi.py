@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Grid, digest
+from experiments.grid import Grid
 from experiments.results import read_record, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
@@ -22,7 +22,7 @@ from metaperturb.cli import argument_parser, run_program
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import write_atomically
-from metaperturb.weights import SHIPPED, load_phi, save_phi
+from metaperturb.weights import SHIPPED, load_phi, phi_digest, save_phi
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -71,7 +71,7 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
     Trainings that were evaluated on other images than the test set chose something, φ for instance, and test nothing.
     Those that a table took over from another count there.
     """
-    suffix = f"{digest(phi):.8}"  # of the ids of given φ
+    suffix = f"{phi_digest(phi):.8}"  # of the ids of given φ
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]

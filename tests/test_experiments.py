@@ -19,6 +19,7 @@ from conftest import ROOT, alive, error_line
 from grid_files import read_csv, tables, write_grid, write_record
 from test_run_sh import run_sh
 
+from metaperturb import models
 from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
@@ -420,6 +421,49 @@ def test_what_a_finished_need_was_made_of_may_be_absent(path, tmp_path):
     assert "column Bugs" in str(error.value) and "need phi" not in str(error.value)
 
 
+def test_a_finished_need_of_other_images_than_those_that_are_named_is_refused(path, tmp_path, image_folder):
+    more = ("--rows", "MetaPerturb", "--path")
+    assert "need phi" in refused(path, tmp_path, *more, f"phi={tmp_path / 'none'}")
+    cell = Grid(path, overrides=Overrides(paths={"phi": str(image_folder)})).cell("MetaPerturb", "Bugs", 0)
+    made = tmp_path / "needs" / cell.needs["phi"].id / "result.json"
+    made.parent.mkdir(parents=True)
+    made.write_text(json.dumps({"source": {"fingerprint": "of other images"}}))
+    arguments = parsed(path, tmp_path, *more, f"phi={image_folder}")
+    arguments.runs = tmp_path
+    with pytest.raises(UserError) as error:
+        run_experiment(arguments)
+    assert f"need phi: {made.parent}: was made from other images than --path names" in str(error.value)
+
+
+def test_a_network_may_come_from_a_file_under_any_name(path, tmp_path, capsys):
+    text = path.read_text().replace("needs:", "needs:\n  start: {program: meta_test, config: pretrain.yaml}")
+    text = text.replace("  Dropout: {method: dropout}", '  Dropout: {method: dropout, init: "${start}"}')
+    path.write_text(text)
+    weights = tmp_path / "start.pt"
+    torch.save(models.create("resnet8", num_classes=3, image_size=16).state_dict(), weights)
+    more = ("--rows", "Base", "Dropout", "--seeds", "0", "--use", f"start={weights}")
+    run_experiment(parsed(path, tmp_path, *more))
+    page = capsys.readouterr().out
+    assert len(records(tmp_path)) == 2 and "start: start.pt, of which nothing is recorded" in page
+    weights.write_bytes(b"no weights")
+    shutil.rmtree(tmp_path / "runs")
+    assert "need start: " in refused(path, tmp_path, *more)
+
+
+def test_columns_that_were_not_tuned_are_left_out_or_named(path, tmp_path, capsys):
+    path.write_text(path.read_text().replace("columns: {", "columns: {Birds: {target: embedded}, "))
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text(json.dumps({"chosen": {"Bugs": {"dropout": {"dropout_prob": 0.02}}}}))
+    more = ("--rows", "Dropout", "--seeds", "0", "--tuned", str(tuned))
+    said = refused(path, tmp_path, *more)
+    assert said == f"{tuned}: nothing was tuned for Birds; --columns names others"
+    run_experiment(parsed(path, tmp_path, *more, "--columns", "Bugs"))
+    page = capsys.readouterr().out
+    assert "held-out training images of Bugs: dropout" in page and "sources' defaults, on Birds." in page
+    (record,) = records(tmp_path).values()
+    assert record["result"]["config"]["dropout_prob"] == 0.02
+
+
 def test_other_images_than_those_of_finished_cells_are_refused_before_anything_runs(tmp_path, image_folder):
     path = write_grid(tmp_path / "configs", CELLS.replace("embedded", "folder"))
     more = ("--path", f"Bugs={image_folder}", "--rows", "Base")
@@ -439,12 +483,12 @@ def test_parts_of_one_data_set_are_continued(tmp_path):
     first, second = of_column.values()
     assert first[0] != second[0] and first[1] == second[1]
     results = Results(sizes, folder)
-    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], [], {})
+    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], [], {}, {})
     overrides = Overrides(("phi_20_classes.classes=999",), data_root=str(tmp_path))
     grid = Grid(ROOT / "configs" / "meta_training.yaml", "smoke", overrides)
     needs = [grid.cell(row, "Drawn bugs", 0).needs["phi"] for row in ("50 steps", "20 classes")]
     with pytest.raises(UserError) as error:
-        check(Results(grid, tmp_path / "none"), [], needs, {})
+        check(Results(grid, tmp_path / "none"), [], needs, {}, {})
     assert "need phi_20_classes: 999 classes are asked for, the data has 40" in str(error.value)
 
 

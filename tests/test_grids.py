@@ -389,7 +389,10 @@ def test_wrong_options_are_one_line(path, overrides, said):
 
 def test_a_choice_of_hyperparameters_that_is_none_is_named(path, tmp_path):
     tuned = tmp_path / "tuned.json"
-    for content, said in [([], "holds no choice"), ({"chosen": {"STL10": {}}}, "nothing was tuned for CUB")]:
+    for content, said in [
+        ([], "holds no choice"),
+        ({"chosen": {"Cars": {}}}, "nothing was tuned for STL10, CUB (tuned"),
+    ]:
         tuned.write_text(json.dumps(content))
         assert said in message(path, overrides=Overrides(tuned=tuned))
 

@@ -249,14 +249,36 @@ def test_unreadable_image(image_folder, target_settings, tmp_path, capsys):
     assert program.main(["--set", *target_settings, *changes, "skip_unreadable=true"]) == 0
 
 
-def test_changed_phi_is_refused_on_resume(settings, phi_file, tmp_path, capsys):
+def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file, image_folder, tmp_path, capsys):
+    """By a run that is finished and by one that goes on; what is gone is said, and the result told again."""
     phi = shutil.copy(phi_file, tmp_path / "phi.pt")
-    settings = [*settings, f"phi={phi}", f"run_dir={tmp_path / 'tgt'}"]
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    run_dir = tmp_path / "tgt"
+    settings = [*settings, f"phi={phi}", f"target_path={images}", f"run_dir={run_dir}"]
     assert program.main(["--set", *settings]) == 0
-    (tmp_path / "tgt" / "result.json").unlink()
+    result = capsys.readouterr().out
+    moved = images.rename(tmp_path / "moved")
+    assert program.main(["--set", *settings]) == 0
+    told = capsys.readouterr()
+    assert told.out == result and f"{run_dir}: not compared with what it saw: " in told.err and "images" in told.err
+    assert program.main(["--set", *settings, f"target_path={moved}"]) == 0
+    told = capsys.readouterr()
+    assert told.out == result and "not compared" not in told.err
+    other = shutil.copytree(moved, images)
+    shutil.copy(other / "test/class00/0.png", other / "test/class01/0.png")
+
+    def refused(changed: str) -> None:
+        assert program.main(["--set", *settings]) == 1
+        assert f"error: {run_dir}: {changed} changed since this run began; choose another" in capsys.readouterr().err
+
+    refused("the target")
+    (run_dir / "result.json").rename(tmp_path / "result.json")
+    refused("the target")
+    settings[-2] = f"target_path={moved}"
     save_phi(MetaPerturb(), phi)
-    assert program.main(["--set", *settings]) == 1
-    assert "changed since this run began" in capsys.readouterr().err
+    refused(f"φ in {phi}")
+    (tmp_path / "result.json").rename(run_dir / "result.json")
+    refused(f"φ in {phi}")
 
 
 @pytest.mark.skipif(kernels.kernel_name() == "plain", reason="needs a C++ compiler")

@@ -125,14 +125,20 @@ def test_other_settings_are_refused(reference, source_settings):
     assert "steps: 6 → 7" in line and "seed: 0 → 1" in line
 
 
-def test_changed_images_are_refused_on_resume(source_settings, image_folder, tmp_path, capsys):
+def test_changed_images_are_refused(source_settings, image_folder, tmp_path, capsys):
+    """By a run that is finished and by one that goes on; what is gone is said."""
     images = shutil.copytree(image_folder, tmp_path / "images")
     settings = [*source_settings, f"source_paths={images}", f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
     assert program.main(["--set", *settings]) == 0
-    (tmp_path / "src" / "result.json").unlink()  # as if it had been killed just before
+    assert program.main(["--set", *settings, f"source_paths={tmp_path / 'gone'}"]) == 0
+    told = capsys.readouterr().err
+    assert "not compared with what it saw: " in told and "gone" in told and "already finished" in told
     shutil.copy(images / "train/class00/0.png", images / "train/class01/0.png")
-    assert program.main(["--set", *settings]) == 1
-    assert "the source or its split changed" in capsys.readouterr().err
+    for finished in (True, False):
+        if not finished:
+            (tmp_path / "src" / "result.json").unlink()  # as if it had been killed just before
+        assert program.main(["--set", *settings]) == 1
+        assert "src: the source or its split changed" in capsys.readouterr().err
 
 
 def test_worker_killed_ends_all_within_seconds(source_settings, tmp_path):

@@ -12,11 +12,10 @@ from image_files import one_line
 
 from metaperturb import UserError, load_phi, weights
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.weights import SHIPPED, save_phi
+from metaperturb.weights import SHIPPED, phi_digest, save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import ship_phi
-from experiments.grid import digest
 
 CARD = {
     "source": {"name": "tiny_imagenet-train", "images": 40000, "classes": 200, "fingerprint": "44bdec7ca5ee700a"},
@@ -79,7 +78,7 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
     assert "/home" not in json.dumps(shipped.card) and shipped.card["config"]["source_paths"] == ["one.zip"]
     assert "Nothing yet." in (out / "mine.md").read_text()
 
-    ours = f"phi_of_seed_3-{digest(original):.8}"
+    ours = f"phi_of_seed_3-{phi_digest(original):.8}"
     for seed, base, accuracy in ((0, 0.30, 0.33), (1, 0.32, 0.34)):
         record(results / "schedule" / "cpu", "Base", seed, base, None)
         record(results / "schedule" / "cpu", "MetaPerturb", seed, accuracy, ours)
@@ -124,7 +123,7 @@ def test_what_is_not_shipped(phi, tmp_path, capsys):
 
 def test_what_counts_as_tested(phi, tmp_path, capsys):
     """On test images; without φ, of the seeds that φ has; folders of other settings and damaged records are said."""
-    results, ours = tmp_path / "results", f"phi-{digest(load_phi(phi)):.8}"
+    results, ours = tmp_path / "results", f"phi-{phi_digest(load_phi(phi)):.8}"
     record(results / "select" / "cpu", "Base", 0, 0.3, None, eval_split="val")
     record(results / "select" / "cpu", "src-3", 0, 0.4, ours, eval_split="val")
     record(results / "schedule" / "cpu", "MetaPerturb", 1, 0.5, ours)
@@ -148,7 +147,7 @@ def test_what_counts_as_tested(phi, tmp_path, capsys):
     assert ship("mine", "--results", results, "--out", tmp_path / "out") == 1
     assert "damaged--x--seed0--1.json: is no record of a training run; remove it" in capsys.readouterr().err
     (results / "schedule" / "cpu" / "damaged--x--seed0--1.json").unlink()
-    record(results / "schedule" / "cpu", "MetaPerturb", 1, 0.6, f"phi_of_another_name-{digest(load_phi(phi)):.8}")
+    record(results / "schedule" / "cpu", "MetaPerturb", 1, 0.6, f"phi_of_another_name-{phi_digest(load_phi(phi)):.8}")
     assert ship("mine", "--results", results, "--out", tmp_path / "out") == 1
     assert "there are two records of MetaPerturb, CUB, seed 1" in capsys.readouterr().err
 
@@ -156,7 +155,7 @@ def test_what_counts_as_tested(phi, tmp_path, capsys):
 def test_a_shipped_phi_is_known_by_its_name(phi, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHIPPED", tmp_path / "out")
     assert ship("mine", phi, "--results", tmp_path, "--out", tmp_path / "out") == 0
-    assert digest(load_phi("mine")) == digest(load_phi(phi))
+    assert phi_digest(load_phi("mine")) == phi_digest(load_phi(phi))
     with pytest.raises(UserError) as error:
         load_phi("yours")
     assert "yours: no such φ file (shipped names: mine)" in one_line(error)

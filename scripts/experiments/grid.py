@@ -28,20 +28,17 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch.nn.utils import parameters_to_vector
 
 from experiments.schema import PROGRAMS, read_grid, unknown
 from metaperturb.config import MetaTestConfig, default_of, differences, load_config, read_yaml
 from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
-from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_json
-from metaperturb.weights import find_phi, load_phi
+from metaperturb.weights import find_phi, load_phi, phi_digest
 
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 # Settings that neither tell two cells of a table apart nor keep one from being at the paper's setting.
@@ -167,6 +164,7 @@ class Grid:
         self.tuned_path = tuned
         self.tuned_as: str | None = chosen.get("tuned_as")
         self.tuned = read_tuned(tuned, self.columns, self.tuned_as) if tuned else {}
+        self.untuned = [column for column in self.columns if tuned and column not in self.tuned]
         self._apply_command_line()
 
     def cells(self) -> list[Cell]:
@@ -188,7 +186,7 @@ class Grid:
         """A further row: MetaPerturb with the φ in a file."""
         if row in self.rows:
             raise UserError(f"{self.path}: has a row {row!r} already; rename the folder of this φ")
-        name = f"phi_{digest(load_phi(path)):.8}"  # whichever others come before it, its cells keep their names
+        name = f"phi_{phi_digest(load_phi(path)):.8}"  # whichever others come before it, its cells keep their names
         self._needs = {**self._needs, name: {"program": "meta_train", "config": "src.yaml"}}
         self._given[name] = path
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
@@ -348,15 +346,9 @@ def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
         if isinstance(settings, Mapping) and settings:
             config = cls(**{key: settings[key] for key in settings if key in known})
     card = card if config is not None else {}
-    content = f"{sha256(file) if phi is None else digest(phi):.8}"
+    content = f"{sha256(file) if phi is None else phi_digest(phi):.8}"
     id_ = name if name.endswith(f"_{content}") else f"{name}-{content}"
     return Need(name, id_, config=config, file=path, card=card)
-
-
-def digest(phi: MetaPerturb) -> str:
-    """Identifies a φ by its 82 numbers: its file changes with what its card says."""
-    values = parameters_to_vector(phi.parameters()).numpy().astype("<f4")
-    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -379,11 +371,14 @@ def candidate_rows(candidates: Mapping[str, Mapping[str, Sequence[Any]]]) -> dic
     return rows
 
 
-def read_tuned(path: Path, columns: Iterable[str], tuned_as: str | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Hyperparameters that tuning chose: column → method → settings.
+def read_tuned(path: Path, columns: Collection[str], tuned_as: str | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Hyperparameters that tuning chose: column → method → settings, of the columns that were tuned.
+
+    Args:
+        tuned_as: the tuned column whose values all `columns` take; None: each its own.
 
     Raises:
-        UserError: no such file, or it lacks a column.
+        UserError: no such file, or it has none of the columns.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; ./run.sh tune writes it")
@@ -391,12 +386,9 @@ def read_tuned(path: Path, columns: Iterable[str], tuned_as: str | None) -> dict
     chosen = content.get("chosen") if isinstance(content, dict) else None
     if not isinstance(chosen, dict):
         raise UserError(f"{path}: holds no choice of hyperparameters; ./run.sh tune writes one")
-    tuned = {}
-    for column in columns:
-        name = tuned_as or column
-        if name not in chosen:
-            raise UserError(f"{path}: nothing was tuned for {name} (tuned: {', '.join(chosen)})")
-        tuned[column] = chosen[name]
+    tuned = {column: chosen[tuned_as or column] for column in columns if (tuned_as or column) in chosen}
+    if not tuned:
+        raise UserError(f"{path}: nothing was tuned for {tuned_as or ', '.join(columns)} (tuned: {', '.join(chosen)})")
     return tuned
 
 

@@ -262,7 +262,8 @@ class Results:
         record = read_record(path)
         recorded, needs = record["result"]["config"], record["needs"]
         own = record["row"], record["column"], record["seed"]
-        # Settings that a later version added were at their defaults; references to needs are compared by id, below.
+        # A setting that the record's version did not know: the file's name says that the cell has it at its default.
+        # References to needs are compared by id, below.
         before = dataclasses.replace(
             cell.config, **{k: v for k, v in recorded.items() if k in SETTINGS and k not in cell.needs}
         )
@@ -292,7 +293,7 @@ def _part_of_source(cell: Cell, result: Mapping[str, Any]) -> Iterator[str]:
     """For each φ or network that a cell started from and that saw a part of Tiny ImageNet only: how many images."""
     for key, need in cell.needs.items():
         made = result.get("phi_card" if key == "phi" else "init") or {}
-        data = made.get("source") if key == "phi" else made.get("run", {}).get("data")
+        data = made.get("source") if key == "phi" else (made.get("run") or {}).get("data")
         if not data or not str(data.get("name")).startswith("tiny_imagenet"):
             continue
         images, all_ = data.get("images", data.get("train")), IMAGES_A_CLASS * data.get("classes", CLASSES)

@@ -101,13 +101,15 @@ def _notes(
         lines.append(f"- ({mark}) {'; '.join(own) or 'only what is common to all'}")
     if grid.tuned_path is not None:
         chosen: dict[str, list[str]] = {}  # values → columns
-        for column in grid.columns:
+        for column in grid.tuned:
             values = "; ".join(f"{method} {_settings(s)}" for method, s in grid.tuned[column].items() if s)
             chosen.setdefault(values, []).append(column)
         lines += [
             f"- Hyperparameters tuned on held-out training images of {grid.tuned_as or ', '.join(columns)}: {values}"
             for values, columns in chosen.items()
         ]
+        if grid.untuned:
+            lines.append(f"- Hyperparameters not tuned, but their sources' defaults, on {', '.join(grid.untuned)}.")
     elif not grid.tunes:
         lines.append(
             "- Hyperparameters of the regularizers: their sources' defaults where nothing else stands here, not tuned "

@@ -10,8 +10,10 @@
 checkpoint with the trained network.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ from metaperturb.training import (
     check_finite_parameters,
     tell_other_ablation,
 )
-from metaperturb.weights import load_phi
+from metaperturb.weights import load_phi, phi_digest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +57,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     """One training run on a target; returns the content of `result.json`."""
     check_same_run(config, "meta_test")
     if finished := finished_result(config.run_dir):
+        check_unchanged(config, finished)
         print(f"{config.run_dir}: already finished", file=sys.stderr)
         report(finished)
         return finished
@@ -120,8 +123,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     if checkpoint.exists():
         state = load_tensors(checkpoint)
         if state["data"] != data or not torch.equal(state["phi"], phi_values):
-            changed = "the target" if state["data"] != data else f"φ in {config.phi}"
-            raise UserError(f"{run.dir}: {changed} changed since this run began; choose another run_dir")
+            raise changed(config, "the target" if state["data"] != data else f"φ in {config.phi}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -202,12 +204,35 @@ def meta_test(config: MetaTestConfig) -> dict:
         "init": origin,
         "sites": [spec.name for spec in method.sites.specs] if perturbed else None,
         "phi_card": phi.card if perturbed else None,
+        "phi_digest": phi_digest(phi) if perturbed else None,
         "kernel": kernel,
     }
     result = run.describe(result, device)
     run.finish(result)
     report(result)
     return result
+
+
+def check_unchanged(config: MetaTestConfig, result: dict[str, Any]) -> None:
+    """Refuse to answer from a finished run for images or a φ that it did not see, whatever their files are called.
+
+    Raises:
+        UserError: they are others now.
+    """
+    try:
+        phi = load_phi(config.phi) if config.method == "metaperturb" else None
+        parts = load_parts(dataclasses.replace(config, download=False))
+    except UserError as error:
+        print(f"{config.run_dir}: not compared with what it saw: {error}", file=sys.stderr)
+        return
+    if phi is not None and result.get("phi_digest") not in (None, phi_digest(phi)):
+        raise changed(config, f"φ in {config.phi}")
+    if [part.fingerprint for part in parts] != result["target"]["fingerprints"]:
+        raise changed(config, "the target")
+
+
+def changed(config: MetaTestConfig, what: str) -> UserError:
+    return UserError(f"{config.run_dir}: {what} changed since this run began; choose another run_dir")
 
 
 def logged(metrics: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ checkpoint, with any number of processes; on CPUs the result is the same to the 
 The run folder gets `phi.pt` (the result: `metaperturb.load_phi`), `metrics.jsonl`, `result.json`, `curves.png`.
 """
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -69,6 +70,7 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     check_same_run(config, "meta_train")
     if finished_result(config.run_dir):
         check_kept(config, config.steps)
+        check_unchanged(config)
         print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
         return
     # Whatever is wrong is said now, the quick checks first, before any process starts.
@@ -96,6 +98,20 @@ def check_kept(config: MetaTrainConfig, done: int) -> None:
     for step in config.keep_phi:
         if step <= done and not kept_phi(config.run_dir, step).exists():
             raise UserError(f"keep_phi: {config.run_dir} is past step {step}, its φ is gone; choose another run_dir")
+
+
+def check_unchanged(config: MetaTrainConfig) -> None:
+    """Refuse to answer from a finished run for images or a split that it did not see, whatever their files are called.
+
+    Raises:
+        UserError: they are others now.
+    """
+    try:
+        source, splits, _ = load_tasks(dataclasses.replace(config, download=False))
+    except UserError as error:
+        print(f"{config.run_dir}: not compared with what it saw: {error}", file=sys.stderr)
+        return
+    Checkpoints(config.run_dir, data_digest(source, splits)).read_latest()
 
 
 def kept_phi(run_dir: str | Path, step: int) -> Path:
@@ -232,7 +248,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     tasks = [Task(t, splits[t], images, phi, config) for t in group.owned(config.tasks)]
 
     # Resume
-    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", data_digest(source, splits), kernel)
+    checkpoints = Checkpoints(config.run_dir, data_digest(source, splits), kernel)
     start = checkpoints.restore(tasks, phi, phi_optimizer, run)
     check_kept(config, start)
     if run is not None:
@@ -328,21 +344,31 @@ class Checkpoints:
     once `latest.json` names it, when all its files are on disk: a kill at any moment leaves a good checkpoint.
     """
 
-    def __init__(self, folder: Path, data: str, kernel: str) -> None:
-        self.folder, self.data, self.kernel = folder, data, kernel
-        self.latest = folder / "latest.json"
+    def __init__(self, run_dir: str, data: str, kernel: str = "") -> None:
+        self.run_dir, self.data, self.kernel = run_dir, data, kernel
+        self.folder = Path(run_dir) / "checkpoints"
+        self.latest = self.folder / "latest.json"
+
+    def read_latest(self) -> dict[str, Any] | None:
+        """Step, data and kernel of the latest checkpoint; None if there is none.
+
+        Raises:
+            UserError: it is of other data.
+        """
+        latest = load_json(self.latest) if self.latest.exists() else None
+        if latest is not None and latest["data"] != self.data:
+            raise UserError(
+                f"{self.run_dir}: the source or its split changed since this run began; choose another run_dir"
+            )
+        return latest
 
     def restore(
         self, tasks: list[Task], phi: MetaPerturb, phi_optimizer: torch.optim.Optimizer, run: Run | None
     ) -> int:
         """Load the latest checkpoint; returns how many steps it has behind it, 0 if there is none."""
-        if not self.latest.exists():
+        latest = self.read_latest()
+        if latest is None:
             return 0
-        latest = load_json(self.latest)
-        if latest["data"] != self.data:
-            raise UserError(
-                f"{self.folder.parent}: the source or its split changed since this run began; choose another run_dir"
-            )
         step = latest["step"]
         folder = self.step_folder(step)
         for task in tasks:
@@ -352,7 +378,7 @@ class Checkpoints:
         phi_optimizer.load_state_dict(shared["optimizer"])
         if run is not None:
             run.seconds_before = shared["seconds"]
-            kernels.tell_change(latest["kernel"], self.kernel, str(self.folder.parent))
+            kernels.tell_change(latest["kernel"], self.kernel, self.run_dir)
         return step
 
     def save(
@@ -365,10 +391,9 @@ class Checkpoints:
         run: Run | None,
     ) -> None:
         folder = self.step_folder(step)
-        run_dir = str(self.folder.parent)
-        check_finite_parameters(phi.parameters(), "φ", step, run_dir)
+        check_finite_parameters(phi.parameters(), "φ", step, self.run_dir)
         for task in tasks:
-            check_finite_parameters(task.theta, f"task {task.index}", step, run_dir)
+            check_finite_parameters(task.theta, f"task {task.index}", step, self.run_dir)
             save_tensors(task.state(), folder / f"task-{task.index:02}.pt")
         if run is not None:
             shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict(), "seconds": run.seconds}

@@ -4,6 +4,7 @@ Our format is a dict of plain values, loadable with `weights_only=True`:
 `{"format": "metaperturb-phi", "version": 1, "state": {name: tensor}, "card": {…}}`. The card says how φ came about.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
@@ -35,6 +37,12 @@ def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] 
     state = {name: p.detach().cpu().clone() for name, p in phi.state_dict().items()}
     plain_card = json.loads(json.dumps(card or {}))  # whatever JSON can hold, weights_only=True can load
     save_tensors({"format": FORMAT, "version": 1, "state": state, "card": plain_card}, Path(path))
+
+
+def phi_digest(phi: MetaPerturb) -> str:
+    """Identifies φ by its 82 numbers, as a file changes with what its card says: 64 hex digits."""
+    values = parameters_to_vector(phi.parameters()).detach().cpu().numpy().astype("<f4")
+    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def load_phi(source: str | os.PathLike) -> MetaPerturb:
