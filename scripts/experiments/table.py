@@ -128,7 +128,8 @@ def _notes(
         lines.append(f"- `{id_}` is of another version of the code: {version}.")
     lines += [f"- **{text}**." for text in results.several_makings()]
     if taken := sum("taken_from" in record for record in results.records.values()):
-        lines.append(f"- {taken} of these trainings were run for another table or preset; their records say for which.")
+        were = "was" if taken == 1 else "were"
+        lines.append(f"- {taken} of these trainings {were} run for another table or preset; the records say for which.")
     missing = len(results.cells) - len(results.records)
     if missing:
         lines.append(f"- {missing} of {len(results.cells)} cells have no result: not run yet, or failed.")
