@@ -187,7 +187,7 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     needs = {need.id: need for cell in todo for need in cell.needs.values()}
     need_jobs = {need.id: need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None}
     made = {id_: job.record for id_, job in need_jobs.items() if job.done}
-    check(results, todo, needs.values(), made, seen)
+    check(results, todo, made, seen)
     jobs = [*need_jobs.values(), *(cell_job(results, cell, arguments.runs) for cell in todo)]
     title = f"{grid.name} {grid.preset}"
     print(
@@ -263,13 +263,7 @@ def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
 # --- before anything runs
 
 
-def check(
-    results: Results,
-    cells: Sequence[Cell],
-    needs: Iterable[Need],
-    made: Mapping[str, Path],
-    seen: dict[tuple, list[str]],
-) -> None:
+def check(results: Results, cells: Sequence[Cell], made: Mapping[str, Path], seen: dict[tuple, list[str]]) -> None:
     """Whatever would stop a run in hours is said now: data, other ones than those of finished cells, files, networks.
 
     Data are fetched and decoded here, once, not by several runs at the same time.
@@ -277,8 +271,7 @@ def check(
     Args:
         results: of the table.
         cells: that are to run.
-        needs: what they start from.
-        made: id of a need whose run is finished → its result.
+        made: id of a need of theirs whose run is finished → its result.
         seen: as of `fingerprints`.
 
     Raises:
@@ -294,12 +287,11 @@ def check(
 
     for cell in {cell.column: cell for cell in cells}.values():
         attempt(f"column {cell.column}", lambda cell=cell: check_images(results, cell, seen))
-    readers = {
-        need.id: load_phi if key == "phi" else read_weights for cell in cells for key, need in cell.needs.items()
-    }
-    for need in needs:
+    needs = {need.id: (key, need) for cell in cells for key, need in cell.needs.items()}
+    for key, need in needs.values():
         if need.file is not None:
-            attempt(f"need {need.name}", lambda need=need: check_file(need, readers[need.id]))
+            read = load_phi if key == "phi" else read_weights
+            attempt(f"need {need.name}", lambda need=need, read=read: check_file(need, read))
         elif need.id not in made:
             attempt(f"need {need.name}", lambda need=need: fingerprints(need.config, seen))
         elif need.name in results.grid.overrides.paths:

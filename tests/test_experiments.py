@@ -483,12 +483,12 @@ def test_parts_of_one_data_set_are_continued(tmp_path):
     first, second = of_column.values()
     assert first[0] != second[0] and first[1] == second[1]
     results = Results(sizes, folder)
-    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], [], {}, {})
+    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], {}, {})
     overrides = Overrides(("phi_20_classes.classes=999",), data_root=str(tmp_path))
     grid = Grid(ROOT / "configs" / "meta_training.yaml", "smoke", overrides)
-    needs = [grid.cell(row, "Drawn bugs", 0).needs["phi"] for row in ("50 steps", "20 classes")]
+    cells = [grid.cell(row, "Drawn bugs", 0) for row in ("50 steps", "20 classes")]
     with pytest.raises(UserError) as error:
-        check(Results(grid, tmp_path / "none"), [], needs, {}, {})
+        check(Results(grid, tmp_path / "none"), cells, {}, {})
     assert "need phi_20_classes: 999 classes are asked for, the data has 40" in str(error.value)
 
 

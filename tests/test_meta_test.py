@@ -267,18 +267,17 @@ def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file
     other = shutil.copytree(moved, images)
     shutil.copy(other / "test/class00/0.png", other / "test/class01/0.png")
 
-    def refused(changed: str) -> None:
-        assert program.main(["--set", *settings]) == 1
+    def refused(changed: str, *more: str) -> None:
+        assert program.main(["--set", *settings, *more]) == 1
         assert f"error: {run_dir}: {changed} changed since this run began; choose another" in capsys.readouterr().err
 
     refused("the target")
     (run_dir / "result.json").rename(tmp_path / "result.json")
     refused("the target")
-    settings[-2] = f"target_path={moved}"
     save_phi(MetaPerturb(), phi)
-    refused(f"φ in {phi}")
+    refused(f"φ in {phi}", f"target_path={moved}")
     (tmp_path / "result.json").rename(run_dir / "result.json")
-    refused(f"φ in {phi}")
+    refused(f"φ in {phi}", f"target_path={moved}")
 
 
 @pytest.mark.skipif(kernels.kernel_name() == "plain", reason="needs a C++ compiler")

@@ -101,8 +101,8 @@ def _notes(
         lines.append(f"- ({mark}) {'; '.join(own) or 'only what is common to all'}")
     if grid.tuned_path is not None:
         chosen: dict[str, list[str]] = {}  # values → columns
-        for column in grid.tuned:
-            values = "; ".join(f"{method} {_settings(s)}" for method, s in grid.tuned[column].items() if s)
+        for column, methods in grid.tuned.items():
+            values = "; ".join(f"{method} {_settings(s)}" for method, s in methods.items() if s)
             chosen.setdefault(values, []).append(column)
         lines += [
             f"- Hyperparameters tuned on held-out training images of {grid.tuned_as or ', '.join(columns)}: {values}"

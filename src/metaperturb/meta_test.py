@@ -122,8 +122,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     start = 0
     if checkpoint.exists():
         state = load_tensors(checkpoint)
-        if state["data"] != data or not torch.equal(state["phi"], phi_values):
-            raise changed(config, "the target" if state["data"] != data else f"φ in {config.phi}")
+        check_inputs(config, state["data"] == data, torch.equal(state["phi"], phi_values))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -225,14 +224,15 @@ def check_unchanged(config: MetaTestConfig, result: dict[str, Any]) -> None:
     except UserError as error:
         print(f"{config.run_dir}: not compared with what it saw: {error}", file=sys.stderr)
         return
-    if phi is not None and result.get("phi_digest") not in (None, phi_digest(phi)):
-        raise changed(config, f"φ in {config.phi}")
-    if [part.fingerprint for part in parts] != result["target"]["fingerprints"]:
-        raise changed(config, "the target")
+    same_target = [part.fingerprint for part in parts] == result["target"]["fingerprints"]
+    check_inputs(config, same_target, phi is None or result.get("phi_digest") in (None, phi_digest(phi)))
 
 
-def changed(config: MetaTestConfig, what: str) -> UserError:
-    return UserError(f"{config.run_dir}: {what} changed since this run began; choose another run_dir")
+def check_inputs(config: MetaTestConfig, same_target: bool, same_phi: bool) -> None:
+    """Refuse a run folder that had another target or φ; what settings call them tells neither."""
+    if not (same_target and same_phi):
+        what = f"φ in {config.phi}" if same_target else "the target"
+        raise UserError(f"{config.run_dir}: {what} changed since this run began; choose another run_dir")
 
 
 def logged(metrics: dict[str, float]) -> dict[str, float]:
