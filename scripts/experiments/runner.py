@@ -9,10 +9,11 @@ import fcntl
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -77,6 +78,7 @@ class _Running:
     process: subprocess.Popen
     slot: int
     lock: IO
+    said_before: int  # bytes in its log when it began
 
 
 def run_jobs(title: str, jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries: int = 1) -> Outcome:
@@ -142,18 +144,21 @@ class _Runner:
 
     def _launch(self, job: Job, slot: int, lock: IO) -> _Running:
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        with open(job.run_dir / LOG, "w") as log:
+        with open(job.run_dir / LOG, "ab") as log:  # behind what earlier attempts said
             environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when we are gone
             command = job.command(self.slots[slot])
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            said_before = log.tell()
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        return _Running(job, process, slot, lock)
+        return _Running(job, process, slot, lock, said_before)
 
     def _collect(self) -> None:
         """See which processes have ended, and how."""
         for each in [each for each in self.running if each.process.poll() is not None]:
             self.running.remove(each)
             job = each.job
-            said = last_line(job.run_dir / LOG)
+            said = last_line(job.run_dir / LOG, each.said_before)
             if each.process.returncode == 0:
                 try:
                     job.finish()
@@ -257,9 +262,9 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def last_line(log: Path) -> str:
-    """What a program said last."""
-    lines: Iterable[str] = []
+def last_line(log: Path, begin: int) -> str:
+    """What a program said last behind the first `begin` bytes of its log."""
+    said = ""
     with contextlib.suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return next((line.removeprefix("error: ") for line in reversed([*lines])), "said nothing")
+        said = log.read_bytes()[begin:].decode(errors="replace").strip()
+    return said.splitlines()[-1].removeprefix("error: ") if said else "said nothing"
