@@ -15,7 +15,7 @@
 #   ./run.sh select            choose the best of several φ on validation images
 #   ./run.sh ship <name> [φ]   put a φ into the package, and write down what it was tested on
 #   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces,
-#                              compare: methods side by side, figures: all
+#                              compare: methods side by side, learning: what φ learns in meta-training, figures: all
 #   ./run.sh diagrams          the method drawn; with PHI=… the 82 numbers of that φ, too
 #   ./run.sh report            every table and figure on one page, results/report.html
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
@@ -180,7 +180,7 @@ table1 | table2 | table3 | schedule | networks | recipe | target_size | meta_tra
     [[ -z $PHI || ${script[0]} != experiment.py ]] || options+=(--use "phi=$PHI")
     exec "$py" "$here/scripts/${script[0]}" "${script[@]:1}" "${options[@]}" "$@"
     ;;
-fig5 | fig6 | fig7 | fig8 | compare | lengths | amount | effort | figures)
+fig5 | fig6 | fig7 | fig8 | compare | lengths | amount | effort | learning | figures)
     setup "$here/requirements.txt"
     exec "$py" "$here/scripts/figures.py" "$command" --runs "$RUNS" "$@"
     ;;

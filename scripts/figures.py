@@ -8,12 +8,13 @@
     ./run.sh lengths results/schedule/cpu                 # final accuracy against the number of training steps
     ./run.sh amount results/target_size/cpu               # against the number of training images
     ./run.sh effort results/meta_training/cpu/*cub*       # against the steps, tasks and classes of φ's meta-training
+    ./run.sh learning runs/src-*                          # meta-training: what φ learns, a line a setting
     ./run.sh figures                                      # all that can be drawn, of each folder of runs under runs/
 
-A folder that holds runs stands for all of them. The last four need only what came out, so a table's records under
-results/ will do. Runs of a method that differ in their seed alone are averaged; those of MetaPerturb with several φ are
-told apart by the φ's file, and averaged if --call gives these one name. What takes long (attacks, Monte-Carlo samples,
-surfaces) says its cost first, is kept in the run's folder, and continues from there.
+A folder that holds runs stands for all of them. What came out is enough for compare, lengths, amount and effort, so a
+table's records under results/ will do. Runs of a method that differ in their seed alone are averaged; those of
+MetaPerturb with several φ are told apart by the φ's file, and averaged if --call gives these one name. What takes long
+(attacks, Monte-Carlo samples, surfaces) says its cost first, is kept in the run's folder, and continues from there.
 --set gives other settings of its analysis: fig6 --set steps=50 images=1000 linf=0,2/255,8/255, fig8 --set points=31.
 """
 
@@ -30,10 +31,12 @@ from typing import Any
 
 from experiments.finished import (
     Finished,
+    by_making,
     by_method,
     check_alike,
     check_settings,
     data_of,
+    find_meta_trainings,
     find_runs,
     grouped,
     meta_training,
@@ -81,14 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def figures(arguments: argparse.Namespace) -> None:
     arguments.analyses = read_settings(arguments.figure, arguments.set)
     arguments.where, arguments.drawn = "", set()  # see `picture_path`
-    runs = find_runs(arguments.sources or [arguments.runs])
+    sources = arguments.sources or [arguments.runs]
+    meta_trainings = find_meta_trainings(sources) if arguments.figure in ("learning", "figures") else []
+    if arguments.figure == "learning":
+        learning(meta_trainings, arguments)
+        return
+    runs = find_runs(sources)
     if arguments.methods:
         runs = [run for run in runs if run.method in arguments.methods]
     if not runs:
         raise UserError("no finished run of these methods")
     runs = tell_phis_apart(runs, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
     if arguments.figure == "figures":
-        every_figure(runs, arguments)
+        every_figure([*runs, *meta_trainings], arguments)
     else:
         FIGURES[arguments.figure](runs, arguments)
 
@@ -118,6 +126,10 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
 
 def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
     """The runs of each picture of this kind."""
+    meta_trainings = [run for run in runs if run.result["program"] == "meta_train"]
+    if figure == "learning":
+        return grouped(meta_trainings, source_of).values()
+    runs = [run for run in runs if run not in meta_trainings]
     if figure.startswith("fig"):  # these need more than a record has
         runs = [run for run in runs if run.path.is_dir()]
     if figure == "fig7":
@@ -430,6 +442,29 @@ def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[fl
     return panels, [run for run, _ in trained if run.path not in shown]
 
 
+def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Loss, accuracy and the size of φ's parts during meta-training, of several settings and seeds."""
+    if not runs:
+        raise UserError("no finished run of meta-training there (./run.sh src)")
+    for run in runs[1:]:
+        if source_of(run) != source_of(runs[0]):
+            raise UserError(f"{run.path}: learned from other images than {runs[0].path}; one picture shows one source")
+    histories = {name: [read_metrics(run.dir) for run in same] for name, same in by_making(runs).items()}
+    models = {run.config["model"]: None for run in runs}
+    name = ", ".join([runs[0].result["source"]["name"], *models])
+    path = picture_path(arguments, f"learning-{slug(name)}")
+    try:
+        plots.plot_learning(histories, name, path)
+    except ValueError as error:
+        raise UserError(f"metrics.jsonl of {error}") from error
+    print(path.with_name(path.name + ".png"))
+
+
+def source_of(run: Finished) -> str:
+    """Identifies the images of a meta-training."""
+    return run.result["source"]["fingerprint"]
+
+
 FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
     "fig5": figure5,
     "fig6": figure6,
@@ -439,6 +474,7 @@ FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
     "lengths": lengths,
     "amount": amount,
     "effort": effort,
+    "learning": learning,
 }
 
 

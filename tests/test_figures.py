@@ -15,9 +15,10 @@ from conftest import ROOT
 from PIL import Image
 
 import metaperturb.meta_test as program
+import metaperturb.meta_train as meta_training
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors, save_tensors
-from metaperturb.weights import save_phi
+from metaperturb.weights import load_phi, save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from experiments.results import write_record
@@ -270,13 +271,64 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_all_figures(runs, tmp_path):
+@pytest.fixture(scope="module")
+def meta_trainings(source_settings, tmp_path_factory) -> Path:
+    """Of one setting two seeds, of another one."""
+    folder = tmp_path_factory.mktemp("src")
+    for name, changes in {"0": [], "1": ["seed=1"], "fast": ["phi_lr=0.1"], "none": ["steps=0"]}.items():
+        settings = [*source_settings, "gpus=cpu", "threads=1", "steps=6", *changes, f"run_dir={folder / name}"]
+        assert meta_training.main(["--set", *settings]) == 0
+    return folder
+
+
+def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path, capsys):
+    """Each setting is a line; a number is the mean over its seeds, and μ's norm that of all its kernels."""
+    completed = figures("learning", meta_trainings, runs, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    found = {(row["name"], row["step"]): row for row in check_pictures(tmp_path, "learning-folder-train-resnet8")}
+    assert [*found] == [(name, step) for name in ("phi_lr None", "phi_lr 0.1") for step in "246"]
+    for name, folders in {"phi_lr None": "01", "phi_lr 0.1": ["fast"]}.items():
+        logged = [json.loads((meta_trainings / x / "metrics.jsonl").read_text().splitlines()[-1]) for x in folders]
+        state = [load_phi(meta_trainings / x / "phi.pt").state_dict() for x in folders]
+        row = {key: float(value) for key, value in found[name, "6"].items() if key != "name"}
+        assert row["seeds"] == len(folders) and row["step"] == 6
+        assert row["test_loss"] == pytest.approx(statistics.mean(line["test_loss"] for line in logged))
+        assert row["test_accuracy_percent"] == pytest.approx(
+            100 * statistics.mean(line["test_accuracy"] for line in logged)
+        )
+        if len(folders) > 1:
+            assert row["test_loss_std"] == pytest.approx(statistics.stdev(line["test_loss"] for line in logged))
+        for part, column in ((False, "norm_of_mu"), (True, "norm_of_scale")):
+            norms = [sum(v.square().sum() for k, v in s.items() if ("scale" in k) is part).sqrt().item() for s in state]
+            assert row[column] == pytest.approx(statistics.mean(norms), abs=2e-5)  # metrics have five digits
+
+    def message(*sources: Path) -> str:
+        assert scripts_figures.main(["learning", *map(str, sources), "--out", str(tmp_path / "refused")]) == 1
+        return capsys.readouterr().err
+
+    shutil.copytree(meta_trainings / "0", tmp_path / "twin")
+    assert "two meta-trainings with these settings and one seed" in message(meta_trainings / "0", tmp_path / "twin")
+    result = tmp_path / "twin" / "result.json"
+    content = json.loads(result.read_text())
+    content["source"]["fingerprint"] = "other"
+    result.write_text(json.dumps(content))
+    assert "learned from other images" in message(meta_trainings / "0", tmp_path / "twin")
+    (tmp_path / "twin" / "metrics.jsonl").unlink()
+    assert "metrics.jsonl of MetaPerturb: no step that all seeds have" in message(tmp_path / "twin")
+    assert "no finished run of meta-training" in message(runs, meta_trainings / "none")
+    assert "no such folder" in message(tmp_path / "nowhere")
+
+
+def test_all_figures(runs, meta_trainings, tmp_path):
     pytest.importorskip("foolbox", reason="foolbox is not installed")
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     copies = tmp_path / "runs"
     shutil.copytree(runs, copies)
+    for name in ("0", "1"):
+        shutil.copytree(meta_trainings / name, copies / f"src-{name}")
     completed = figures("figures", copies, "--out", tmp_path / "out", "--set", *FAST)
     assert completed.returncode == 0, completed.stderr
+    assert {row["seeds"] for row in check_pictures(tmp_path / "out", "learning-folder-train-resnet8")} == {"2"}
     for stem in ("fig5", *FIGURE_6, "fig8", "compare"):
         check_pictures(tmp_path / "out", f"{stem}-folder-12-px-resnet8-8-steps")
     scales = check_pictures(tmp_path / "out", "fig7-scales-resnet8")

@@ -1,6 +1,7 @@
-"""Finished runs of meta-testing for pictures: found, named, grouped, and refused where they do not go together.
+"""Finished runs for pictures: found, named, grouped, and refused where they do not go together.
 
-A run is its folder, or its record under `results/`, which tells what came out but has neither curves nor network.
+A run of meta-testing is its folder, or its record under `results/`, which tells what came out but has neither curves
+nor network; one of meta-training is its folder.
 """
 
 import dataclasses
@@ -122,6 +123,46 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
             else:
                 found[run.path.resolve()] = run
     return [*found.values()]
+
+
+def find_meta_trainings(sources: Iterable[Path]) -> list[Finished]:
+    """The finished runs of meta-training, of a step or more, among folders and below them, in the order of their names.
+
+    Args:
+        sources: run folders, or folders that hold some.
+
+    Raises:
+        UserError: a folder that is not there, or a result that cannot be read.
+    """
+    found = {}
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source}: no such folder")
+        for path in _results(source):
+            result = load_json(path) if path.name == "result.json" else None
+            if isinstance(result, dict) and result.get("program") == "meta_train" and result["config"]["steps"] > 0:
+                found[path.parent.resolve()] = Finished(path.parent, result)
+    return [*found.values()]
+
+
+def by_making(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
+    """Runs of meta-training that differ in their seed alone, under the settings in which they differ from the others.
+
+    Raises:
+        UserError: two runs have one seed and the same settings.
+    """
+    fields = {field.name: field for field in dataclasses.fields(MetaTrainConfig)}
+    keys = [name for name, field in fields.items() if field.metadata["identity"] and name not in INCIDENTAL]
+
+    def setting(run: Finished, key: str) -> str:
+        return str(run.config.get(key, default_of(fields[key])))
+
+    differ = [key for key in keys if len({setting(run, key) for run in runs}) > 1]
+    groups = grouped(runs, lambda run: ", ".join(f"{key} {setting(run, key)}" for key in differ) or "MetaPerturb")
+    for same in groups.values():
+        if len({run.config["seed"] for run in same}) < len(same):
+            raise UserError(f"{same[-1].path}: there are two meta-trainings with these settings and one seed; name one")
+    return groups
 
 
 def _results(source: Path) -> list[Path]:

@@ -123,6 +123,61 @@ def plot_meta_training(history: Sequence[Mapping[str, Any]], path: Path) -> None
         save_figure(figure, path)
 
 
+def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
+    """What several meta-trainings learn, against their steps: mean over seeds, band of one standard deviation.
+
+    Loss and accuracy on D_te, mean over tasks, and the norms of φ's two parts: the kernels of μ, and the scale's.
+
+    Args:
+        runs: name → for each seed, the lines of `metrics.jsonl`; the steps that all seeds have are drawn.
+        title: of the picture.
+        path: without suffix: PNG, SVG, and the numbers as CSV.
+
+    Raises:
+        ValueError: seeds of a name have no step in common, or lines lack a number.
+    """
+    quantities = {
+        "test_loss": r"cross-entropy on $D^{te}$ (nats)",
+        "test_accuracy_percent": r"accuracy on $D^{te}$ (%)",
+        "norm_of_mu": "norm of μ's kernels",
+        "norm_of_scale": "norm of the scale's parameters",
+    }
+    rows: list[tuple[Any, ...]] = []
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+        for i, (name, histories) in enumerate(runs.items()):
+            by_step = [{line["step"]: _learned(line) for line in history} for history in histories]
+            steps = sorted(set.intersection(*map(set, by_step)))
+            if not steps:
+                raise ValueError(f"{name}: no step that all seeds have")
+            values = np.array([[of_run[step] for step in steps] for of_run in by_step])  # [seeds, steps, quantities]
+            drawn = [
+                _draw_band(axes, name, steps, values[:, :, k], color=SERIES[i % len(SERIES)])
+                for k, axes in enumerate(grid.flat)
+            ]
+            for k, step in enumerate(steps):
+                rows.append((name, step, *(spread[k] for both in drawn for spread in both), len(histories)))
+        for axes, label in zip(grid.flat, quantities.values(), strict=True):
+            axes.set(ylabel=label)
+        for axes in grid[1]:
+            axes.set(xlabel="meta-training step", ylim=(0, None))
+        _legend_below(figure, grid[0, 0], columns=2)
+        figure.suptitle(title)
+        save_figure(figure, path)
+    names = [column for quantity in quantities for column in (quantity, f"{quantity}_std")]
+    save_numbers(("name", "step", *names, "seeds"), rows, path)
+
+
+def _learned(line: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """Of a line of a meta-training's metrics: loss, accuracy in %, norm of μ's kernels, of the scale's parameters."""
+    if missing := {"test_loss", "test_accuracy", "phi_norms"} - line.keys():
+        raise ValueError(f"step {line['step']} lacks {', '.join(sorted(missing))}")
+    parts = {"mu": 0.0, "scale": 0.0}
+    for part, norm in line["phi_norms"].items():
+        parts["scale" if part.startswith("scale") else "mu"] += norm**2
+    return line["test_loss"], 100 * line["test_accuracy"], parts["mu"] ** 0.5, parts["scale"] ** 0.5
+
+
 def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
     """Test loss and accuracy against steps: mean over seeds, band of one standard deviation (figure 5).
 
