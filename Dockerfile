@@ -14,6 +14,7 @@ COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt
 COPY . .
 
-ENV VENV=none PYTHON=python
+# Kernels are compiled once and kept beside the data.
+ENV VENV=none PYTHON=python XDG_CACHE_HOME=/metaperturb/data/compiled TRITON_CACHE_DIR=/metaperturb/data/compiled/triton
 ENTRYPOINT ["./run.sh"]
 CMD ["help"]

@@ -53,7 +53,7 @@ from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import argument_parser, pairs, run_program
-from metaperturb.distributed import parse_devices
+from metaperturb.distributed import make_current, parse_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import read_metrics
 from metaperturb.trained import TrainedRun, load_run
@@ -159,6 +159,7 @@ def picture_path(arguments: argparse.Namespace, stem: str) -> Path:
 
 def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
     device = parse_devices(arguments.device, "--device")[0]
+    make_current(device)
     places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
     folder = run.dir
     try:

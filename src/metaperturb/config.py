@@ -54,7 +54,9 @@ class CommonConfig:
     )
     seed: int = option(0, "of initial weights, data order, augmentation and noise", low=0)
     precision: Literal["float32", "bfloat16"] = option(
-        "float32", "of convolutions and maps; bfloat16: autocast, faster where the processor has it, coarser"
+        "float32",
+        "of convolutions and maps (on a GPU PyTorch lets convolutions multiply in TF32); bfloat16: autocast, faster "
+        "where the processor has it, coarser",
     )
     kernel: Literal["auto", "fused", "plain"] = option(
         "auto", "how φ computes: fused where it can be, fused or an error, plain PyTorch operators", identity=False

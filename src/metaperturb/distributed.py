@@ -114,6 +114,12 @@ def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
     return devices
 
 
+def make_current(device: torch.device) -> None:
+    """What names no GPU, pinned memory for one, then uses this one: each other would lose half a gigabyte to it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def under_torchrun() -> bool:
     """Whether `torchrun`, or what sets the same variables, started this process.
 
@@ -145,6 +151,7 @@ def launch(
     if under_torchrun():
         _run_as_torchrun_worker(work, arguments, devices)
     elif len(devices) == 1:
+        make_current(devices[0])
         work(Group(0, 1, devices[0]), *arguments)
     else:
         _spawn(work, arguments, devices, port, traceback)
@@ -182,11 +189,16 @@ def backend_for(devices: list[torch.device]) -> str:
     return "nccl" if own_gpu else "gloo"
 
 
+def _meeting(devices: list[torch.device], local: int) -> dict[str, Any]:
+    """How the process of the machine's device number `local` meets the others; NCCL would guess which GPU it has."""
+    backend = backend_for(devices)
+    return {"backend": backend, "device_id": devices[local] if backend == "nccl" else None}
+
+
 def _run_as_torchrun_worker(work: Callable[..., None], arguments: tuple, devices: list[torch.device]) -> None:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if devices[local].type == "cuda":
-        torch.cuda.set_device(devices[local])
-    dist.init_process_group(backend_for(devices), timeout=TIMEOUT)
+    make_current(devices[local])
+    dist.init_process_group(**_meeting(devices, local), timeout=TIMEOUT)
     try:
         work(Group(rank, size, devices[local]), *arguments)
     except PeerLost as error:
@@ -278,10 +290,10 @@ def _worker(
     device = devices[rank]
     code, message = EXIT_ERROR, None
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        make_current(device)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
-        dist.init_process_group(backend_for(devices), store=store, rank=rank, world_size=len(devices), timeout=TIMEOUT)
+        place = {"store": store, "rank": rank, "world_size": len(devices)}
+        dist.init_process_group(**_meeting(devices, rank), **place, timeout=TIMEOUT)
         work(Group(rank, len(devices), device), *arguments)
         dist.destroy_process_group()
         code = 0

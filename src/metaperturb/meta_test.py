@@ -24,7 +24,7 @@ from metaperturb.data import TARGETS
 from metaperturb.data.batches import DeviceImages, TrainingBatches
 from metaperturb.data.parts import load_parts
 from metaperturb.data.targets import crop_padding
-from metaperturb.distributed import parse_devices
+from metaperturb.distributed import make_current, parse_devices
 from metaperturb.errors import UserError
 from metaperturb.evaluation import NotFinite, evaluate
 from metaperturb.plots import plot_convergence
@@ -81,6 +81,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     if len(devices) != 1:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     device = devices[0]
+    make_current(device)
     phi = load_phi(config.phi) if perturbed else None
     if perturbed:
         tell_other_ablation(config, phi.card)

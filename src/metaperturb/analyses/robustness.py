@@ -301,7 +301,8 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
     progress = StepProgress(f"attacks on {run.dir.name}", total, total - left)
     attacks = sum(point["eps"] > 0 for missing in todo for point in missing)
     estimated = False
-    with eval_mode(victim.model):
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # which PyTorch has convolutions use on a GPU
+    with eval_mode(victim.model), exact:
         for number, missing in enumerate(todo):
             clean = victim.clean(number) if missing else None
             for point in missing:

@@ -10,6 +10,8 @@ from metaperturb.data.arrays import ImageArrays
 from metaperturb.kernels.cpp import crop_flip_normalize
 from metaperturb.randomness import numpy_generator
 
+UPLOADED = 4096  # images at a time: a copy of all of them in each process would be gigabytes
+
 
 class DeviceImages:
     """A data set where training reads it: in the memory of a GPU as uint8, or the memory-mapped file on a CPU.
@@ -23,7 +25,10 @@ class DeviceImages:
         self.arrays, self.device = arrays, device
         self.on_gpu = device.type != "cpu"
         if self.on_gpu:
-            self.images = torch.from_numpy(np.array(arrays.images)).to(device)
+            self.images = torch.empty(arrays.images.shape, dtype=torch.uint8, device=device)
+            for part in range(0, len(arrays.images), UPLOADED):
+                rows = slice(part, part + UPLOADED)
+                self.images[rows] = torch.from_numpy(np.array(arrays.images[rows]))
             self.labels = torch.from_numpy(np.array(arrays.labels)).to(device)
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,5 +151,6 @@ def draw_codes(batch: int, padding: int, device: torch.device) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 → float in [-1, 1], same shape."""
-    return images.float().div_(127.5).sub_(1.0)
+    """uint8 → float in [-1, 1], same shape and, on whatever device, the same bits."""
+    half = torch.full((), 127.5, device=images.device)  # dividing by a number of the host, a GPU multiplies by 1/127.5
+    return images.float().div_(half).sub_(1.0)

@@ -52,13 +52,13 @@ def use_kernel(choice: str) -> Iterator[None]:
 
 def kernel_name(device: torch.device | str = "cpu") -> str:
     """What sites on this device compute with under the present choice: `"cpp"`, `"triton"` or `"plain"`."""
-    backend = _backend(torch.device(device).type)
+    backend = _backend(torch.device(device))
     return "plain" if backend is None else backend.NAME
 
 
 def available(device: torch.device) -> str | None:
     """Name of the kernels that may make batches of images on this device, exactly as tensor code does; None: none."""
-    found = _load(device.type) if _choice != "plain" else None
+    found = _load(device) if _choice != "plain" else None
     return found.NAME if isinstance(found, ModuleType) else None
 
 
@@ -93,19 +93,19 @@ def fused_backend(
         or (noise is not None and (noise.requires_grad or noise.dtype != h.dtype or noise.device != h.device))
     ):
         return None
-    return _backend(h.device.type)
+    return _backend(h.device)
 
 
-def _backend(device_type: str) -> ModuleType | None:
+def _backend(device: torch.device) -> ModuleType | None:
     if _choice == "plain":
         return None
-    found = _load(device_type)
+    found = _load(device)
     if isinstance(found, ModuleType):
         return found
     if _choice == "fused":
-        raise UserError(f"kernel: no fused one on {device_type}: {found}")
-    if device_type not in _told:
-        _told.add(device_type)
+        raise UserError(f"kernel: no fused one on {device}: {found}")
+    if device.type not in _told:
+        _told.add(device.type)
         warnings.warn(f"the perturbation runs in plain PyTorch operators, which is slower: {found}", stacklevel=2)
     return None
 
@@ -114,13 +114,13 @@ _told = {"meta"}  # devices whose lack of a fused kernel has been said, or needs
 
 
 @functools.cache
-def _load(device_type: str) -> ModuleType | str:
-    """The backend for this kind of device, tried out, or why there is none."""
-    if device_type not in _BACKENDS:
-        return f"there is none for {device_type}"
+def _load(device: torch.device) -> ModuleType | str:
+    """The backend for this device, tried out on it and on no other, or why there is none."""
+    if device.type not in _BACKENDS:
+        return f"there is none for {device.type}"
     try:
-        backend = importlib.import_module(f"metaperturb.kernels.{_BACKENDS[device_type]}")
-        error = _error(backend, torch.device(device_type))
+        backend = importlib.import_module(f"metaperturb.kernels.{_BACKENDS[device.type]}")
+        error = _error(backend, device)
     except Unavailable as unavailable:
         return str(unavailable)
     if not error < 1e-4:  # a NaN is no agreement either
@@ -129,9 +129,10 @@ def _load(device_type: str) -> ModuleType | str:
 
 
 def _error(backend: ModuleType, device: torch.device) -> float:
-    """Largest relative error of a small site's output and gradients against the plain operators.
+    """Largest relative error of a small site's output and gradients against the plain operators in float64.
 
-    Kernels are compiled on the user's machine, by a compiler nobody tested: a look before the first use.
+    Kernels are compiled on the user's machine, by a compiler nobody tested: a look before the first use. In float32 the
+    plain operators would err more: on a GPU convolutions may round what they multiply to TF32.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
 
@@ -144,10 +145,10 @@ def _error(backend: ModuleType, device: torch.device) -> float:
         seed = torch.full((), 0x123456789ABCDEF, dtype=torch.int64, device=device)
         running = wave(5, 4, requires_grad=False), wave(5, 4, requires_grad=False)
         actual = fused.apply(backend, h, phi, None, seed, *running, settings)
-        expected = plain.perturb(h, phi, *plain.batch_statistics(h, phi), backend.draw_noise(seed, h), settings)
+        exact_h, exact_phi = h.double(), plain.Phi(*(p.double() for p in phi))
+        noise = backend.draw_noise(seed, h).double()
+        expected = plain.perturb(exact_h, exact_phi, *plain.batch_statistics(exact_h, exact_phi), noise, settings)
         grad_out = wave(4, 5, 6, 7, requires_grad=False).flip(0)
-        pairs = [
-            (actual, expected),
-            *zip(*(torch.autograd.grad(out, [h, *phi], grad_out) for out in (actual, expected)), strict=True),
-        ]
+        grads = (torch.autograd.grad(out, [h, *phi], grad_out.to(out.dtype)) for out in (actual, expected))
+        pairs = [(actual, expected), *zip(*grads, strict=True)]
         return max(((a - e).norm() / e.norm()).item() for a, e in pairs)

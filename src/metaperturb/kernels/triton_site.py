@@ -61,7 +61,7 @@ class _Map:
 def _tile(channels: int, pixels: int, size: int, most_pixels: int, warps: int, channels_last: bool) -> dict[str, int]:
     channels, pixels = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
     if channels_last:
-        c = min(channels, 8)  # a sector of the cache in float32
+        c = min(channels, max(8, size // pixels))  # 8: a sector of the cache in float32
         p = min(pixels, max(size // c, 1))
     else:
         p = min(pixels, most_pixels)
