@@ -126,10 +126,10 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
 
 def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
     """The runs of each picture of this kind."""
-    meta_trainings = [run for run in runs if run.result["program"] == "meta_train"]
+    program = "meta_train" if figure == "learning" else "meta_test"
+    runs = [run for run in runs if run.result["program"] == program]
     if figure == "learning":
-        return grouped(meta_trainings, source_of).values()
-    runs = [run for run in runs if run not in meta_trainings]
+        return grouped(runs, source_of).values()
     if figure.startswith("fig"):  # these need more than a record has
         runs = [run for run in runs if run.path.is_dir()]
     if figure == "fig7":
@@ -451,8 +451,7 @@ def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         if source_of(run) != source_of(runs[0]):
             raise UserError(f"{run.path}: learned from other images than {runs[0].path}; one picture shows one source")
     histories = {name: [read_metrics(run.dir) for run in same] for name, same in by_making(runs).items()}
-    models = {run.config["model"]: None for run in runs}
-    name = ", ".join([runs[0].result["source"]["name"], *models])
+    name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.config["model"] for run in runs)])
     path = picture_path(arguments, f"learning-{slug(name)}")
     try:
         plots.plot_learning(histories, name, path)

@@ -151,18 +151,31 @@ def by_making(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     Raises:
         UserError: two runs have one seed and the same settings.
     """
-    fields = {field.name: field for field in dataclasses.fields(MetaTrainConfig)}
-    keys = [name for name, field in fields.items() if field.metadata["identity"] and name not in INCIDENTAL]
-
-    def setting(run: Finished, key: str) -> str:
-        return str(run.config.get(key, default_of(fields[key])))
-
-    differ = [key for key in keys if len({setting(run, key) for run in runs}) > 1]
-    groups = grouped(runs, lambda run: ", ".join(f"{key} {setting(run, key)}" for key in differ) or "MetaPerturb")
+    made = {run.path: _making(run.config) for run in runs}
+    differ = [key for key in _making({}) if len({str(making[key]) for making in made.values()}) > 1]
+    groups = grouped(runs, lambda run: ", ".join(f"{key} {made[run.path][key]}" for key in differ) or "MetaPerturb")
     for same in groups.values():
-        if len({run.config["seed"] for run in same}) < len(same):
-            raise UserError(f"{same[-1].path}: there are two meta-trainings with these settings and one seed; name one")
+        _check_seeds(same, "meta-trainings with these settings and")
     return groups
+
+
+def _making(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, the seed aside, that make a φ what it is; of a meta-training older than a setting its default."""
+    return {
+        field.name: config.get(field.name, default_of(field))
+        for field in dataclasses.fields(MetaTrainConfig)
+        if field.metadata["identity"] and field.name not in INCIDENTAL
+    }
+
+
+def _check_seeds(same: Sequence[Finished], what: str) -> None:
+    """Runs that are averaged have a seed each.
+
+    Raises:
+        UserError: two have the same.
+    """
+    if len({run.config["seed"] for run in same}) < len(same):
+        raise UserError(f"{same[-1].path}: there are two {what} one seed; name those that are meant")
 
 
 def _results(source: Path) -> list[Path]:
@@ -265,8 +278,7 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     check_settings(runs)
     methods = grouped(runs, lambda run: run.name)
     for name, same in methods.items():
-        if len({run.config["seed"] for run in same}) < len(same):
-            raise UserError(f"{same[-1].path}: there are two runs of {name} with one seed; name those that are meant")
+        _check_seeds(same, f"runs of {name} with")
     order = [*plots.LABELS]
     return dict(
         sorted(
@@ -309,10 +321,9 @@ def meta_training(run: Finished) -> dict[str, Any] | None:
     card = run.result["phi_card"] or {}
     if not {"config", "source"} <= card.keys() or not {"classes", "images"} <= card["source"].keys():
         return None
-    made = {
-        field.name: card["config"].get(field.name, default_of(field))
-        for field in dataclasses.fields(MetaTrainConfig)
-        if field.metadata["identity"] and field.name not in INCIDENTAL
-    }
     source = card["source"]
-    return {**made, "classes": source["classes"], "images_a_class": source["images"] / source["classes"]}
+    return {
+        **_making(card["config"]),
+        "classes": source["classes"],
+        "images_a_class": source["images"] / source["classes"],
+    }

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +146,13 @@ def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], tit
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
         for i, (name, histories) in enumerate(runs.items()):
-            by_step = [{line["step"]: _learned(line) for line in history} for history in histories]
-            steps = sorted(set.intersection(*map(set, by_step)))
+            steps, values = _at_common_steps(histories, _learned)
             if not steps:
                 raise ValueError(f"{name}: no step that all seeds have")
-            values = np.array([[of_run[step] for step in steps] for of_run in by_step])  # [seeds, steps, quantities]
-            drawn = [
-                _draw_band(axes, name, steps, values[:, :, k], color=SERIES[i % len(SERIES)])
-                for k, axes in enumerate(grid.flat)
-            ]
-            for k, step in enumerate(steps):
-                rows.append((name, step, *(spread[k] for both in drawn for spread in both), len(histories)))
+            drawn: list[np.ndarray] = []
+            for axes, of_quantity in zip(grid.flat, values, strict=True):
+                drawn += _draw_band(axes, name, steps, of_quantity, color=SERIES[i % len(SERIES)])
+            rows += [(name, *row, len(histories)) for row in zip(steps, *drawn, strict=True)]
         for axes, label in zip(grid.flat, quantities.values(), strict=True):
             axes.set(ylabel=label)
         for axes in grid[1]:
@@ -166,6 +162,15 @@ def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], tit
         save_figure(figure, path)
     names = [column for quantity in quantities for column in (quantity, f"{quantity}_std")]
     save_numbers(("name", "step", *names, "seeds"), rows, path)
+
+
+def _at_common_steps(
+    histories: Iterable[Sequence[Mapping[str, Any]]], numbers: Callable[[Mapping[str, Any]], Sequence[float]]
+) -> tuple[list[int], np.ndarray]:
+    """The steps that all seeds have, and the numbers of their lines: `[quantities, seeds, steps]`."""
+    by_step = [{line["step"]: numbers(line) for line in history} for history in histories]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    return steps, np.moveaxis(np.array([[of_seed[step] for step in steps] for of_seed in by_step]), -1, 0)
 
 
 def _learned(line: Mapping[str, Any]) -> tuple[float, float, float, float]:
@@ -193,11 +198,9 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
         lines = _lines(histories)
         for method, runs in histories.items():
             evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
-            steps = sorted(set.intersection(*({line["step"] for line in run} for run in evaluated)))
-            for axis, key, factor in ((axes[0], "test_nll", 1), (axes[1], "test_accuracy", 100)):
-                by_step = [{line["step"]: factor * line[key] for line in run} for run in evaluated]
-                values = np.array([[run[step] for step in steps] for run in by_step])
-                mean, std = _draw_band(axis, method, steps, values, **lines[method])
+            steps, values = _at_common_steps(evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"]))
+            for axis, of_quantity in zip(axes, values, strict=True):
+                mean, std = _draw_band(axis, method, steps, of_quantity, **lines[method])
                 if axis is axes[0]:
                     losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
                     padded = np.pad(mean + std, 1, mode="edge")
