@@ -96,7 +96,9 @@ def grid_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--reuse", action="store_true", help="take over what another table or preset under --results has trained alike"
     )
-    parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
+    parser.add_argument(
+        "--retries", type=int, default=1, help="how often a cell that failed, unless it diverged, is tried again"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--list", action="store_true", help="name the cells and what is done of them, run nothing")
     return parser

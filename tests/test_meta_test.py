@@ -18,6 +18,7 @@ from image_files import write_folder
 import metaperturb.meta_test as program
 from metaperturb import kernels
 from metaperturb.data.parts import load_parts
+from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.runs import StepProgress
 from metaperturb.storage import load_tensors
@@ -193,8 +194,9 @@ def without_seconds(line: str) -> dict:
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path):
     run_dir = tmp_path / "tgt"
-    line = error_line(run("meta_test", [*settings, "lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"]))
-    assert "step" in line and "not finite" in line
+    completed = run("meta_test", [*settings, "lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"])
+    line = error_line(completed)
+    assert "step" in line and "not finite" in line and completed.returncode == Diverged.exit_code
     assert load_tensors(run_dir / "checkpoints" / "latest.pt")["step"] == 1
     assert all(torch.isfinite(v).all() for v in model_state(run_dir).values())
 
@@ -218,7 +220,7 @@ def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp
     save_phi(phi, tmp_path / "explosive.pt")
     run_dir = tmp_path / "tgt"
     changes = [f"phi={tmp_path / 'explosive.pt'}", "steps=4", "eval_every=2", "lr=1e-6", "anneal=0"]
-    assert program.main(["--set", *settings, *changes, f"run_dir={run_dir}"]) == 1
+    assert program.main(["--set", *settings, *changes, f"run_dir={run_dir}"]) == Diverged.exit_code
     said = capsys.readouterr().err.splitlines()
     assert any(line.startswith("step 2: the network's output is not finite for ") for line in said)
     (error,) = [line for line in said if line.startswith("error: ")]

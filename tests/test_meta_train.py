@@ -22,6 +22,7 @@ from metaperturb import kernels
 from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.data.batches import DeviceImages
 from metaperturb.distributed import Group, backend_for, choose_devices, launch, parse_devices
+from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.storage import load_tensors
 from metaperturb.weights import load_phi
@@ -198,8 +199,9 @@ def test_interrupt_while_starting_is_quiet(source_settings, tmp_path):
 def test_nan_stops_and_keeps_the_last_good_checkpoint(source_settings, tmp_path, gpus):
     run_dir = tmp_path / "src"
     settings = [*source_settings, "phi_lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}", f"gpus={gpus}"]
-    line = error_line(run("meta_train", settings))
-    assert "not finite" in line and "task 0, step 2" in line
+    completed = run("meta_train", settings)
+    line = error_line(completed)
+    assert "not finite" in line and "task 0, step 2" in line and completed.returncode == Diverged.exit_code
     assert json.loads((run_dir / "checkpoints" / "latest.json").read_text())["step"] == 1
     state = load_tensors(run_dir / "checkpoints" / "step-000001" / "task-00.pt")
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())

@@ -21,7 +21,7 @@ from typing import IO
 from tqdm import tqdm
 
 from metaperturb.cli import PARENT
-from metaperturb.errors import UserError
+from metaperturb.errors import Diverged, UserError
 from metaperturb.runs import clock
 from metaperturb.storage import reason
 
@@ -89,7 +89,7 @@ def run_jobs(title: str, jobs: Sequence[Job], devices: Sequence[str], at_once: i
         jobs: those that others need among them.
         devices: of each a share of the jobs, in turn.
         at_once: how many run at a time.
-        retries: how often a job that failed is tried again, after the others.
+        retries: how often a job that failed, unless it diverged, is tried again, after the others.
 
     Returns:
         What finished, failed and is with another runner.
@@ -168,7 +168,7 @@ class _Runner:
                 self.outcome.finished.append(job.id)
                 _lock_path(job).unlink(missing_ok=True)  # whoever takes it now sees the record
                 self.progress.write(f"{job.id}: {said}")
-            elif self.tries[job.id] > 0:
+            elif self.tries[job.id] > 0 and each.process.returncode != Diverged.exit_code:
                 self.tries[job.id] -= 1
                 self.waiting.append(job)
                 self.progress.write(f"{job.id}: failed, will be tried again: {said}")

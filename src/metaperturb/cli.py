@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from metaperturb.errors import UserError
 
-EXIT_ERROR = 1
+EXIT_ERROR = UserError.exit_code
 EXIT_SIGNAL = 128  # plus the signal's number: the shell's convention
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PARENT = "METAPERTURB_PARENT"  # process id of a program that started this one and may not be outlived
@@ -31,7 +31,7 @@ def run_program(main: Callable[[], None], *, show_traceback: bool) -> int:
         if show_traceback:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return error.exit_code
     except (KeyboardInterrupt, Stopped) as stop:
         number, what = (signal.SIGTERM, "stopped") if isinstance(stop, Stopped) else (signal.SIGINT, "interrupted")
         print(f"{what}; the same command resumes from the last checkpoint", file=sys.stderr)

@@ -23,7 +23,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from metaperturb.cli import EXIT_ERROR, describe_unexpected, keep_freed_memory
-from metaperturb.errors import UserError
+from metaperturb.errors import Diverged, UserError
 
 EXIT_PEER_LOST = 75  # this process is well, but another one is gone
 RESUME = "the same command resumes from the last checkpoint"
@@ -247,21 +247,21 @@ def _watch(processes: list[Any], pipes: list[Connection]) -> None:
         if any(process.exitcode for process in processes if process.exitcode is not None):
             # One that was killed is the cause; those that lost contact to it may have been seen first.
             wait([p.sentinel for p in processes if p.exitcode is None], timeout=1.0)
-            raise UserError(_cause(processes, pipes))
+            raise _cause(processes, pipes)
 
 
-def _cause(processes: list[Any], pipes: list[Connection]) -> str:
+def _cause(processes: list[Any], pipes: list[Connection]) -> UserError:
     ended = [(process, pipe) for process, pipe in zip(processes, pipes, strict=True) if process.exitcode]
     own_errors = [(p, pipe) for p, pipe in ended if p.exitcode != EXIT_PEER_LOST]
     for process, pipe in own_errors or ended:
         try:
-            return pipe.recv()
+            return (Diverged if process.exitcode == Diverged.exit_code else UserError)(pipe.recv())
         except EOFError:  # it could not speak: killed
             code = process.exitcode
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            return f"{process.name} {how}{hint}; all others were stopped; {RESUME}"
-    return f"a process ended without saying why; {RESUME}"
+            return UserError(f"{process.name} {how}{hint}; all others were stopped; {RESUME}")
+    return UserError(f"a process ended without saying why; {RESUME}")
 
 
 def _end(processes: list[Any]) -> None:
@@ -300,7 +300,7 @@ def _worker(
     except PeerLost as error:
         code, message = EXIT_PEER_LOST, f"process {rank} lost contact with another process ({error})"
     except UserError as error:
-        message = str(error)
+        code, message = error.exit_code, str(error)
     except Exception as error:
         message = f"process {rank}: {describe_unexpected(error)}"
     if code and show_traceback:

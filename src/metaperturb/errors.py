@@ -1,4 +1,4 @@
-"""The one exception that the command-line programs turn into a single line."""
+"""The exceptions that the command-line programs turn into a single line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,11 @@ class UserError(Exception):
     The message is one line that says what was wrong, where, and what to do. The programs print it without a
     traceback (``--traceback`` shows one); library users catch it like any exception.
     """
+
+    exit_code = 1
+
+
+class Diverged(UserError):
+    """A training whose numbers are not finite any more: to try the same again is useless."""
+
+    exit_code = 3  # 2 is argparse's

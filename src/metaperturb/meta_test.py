@@ -25,7 +25,7 @@ from metaperturb.data.batches import DeviceImages, TrainingBatches
 from metaperturb.data.parts import load_parts
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import make_current, parse_devices
-from metaperturb.errors import UserError
+from metaperturb.errors import Diverged, UserError
 from metaperturb.evaluation import NotFinite, evaluate
 from metaperturb.plots import plot_convergence
 from metaperturb.provenance import available_cores
@@ -188,7 +188,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     try:
         metrics = evaluated(config.steps, config.final_samples)
     except NotFinite as error:
-        raise UserError(
+        raise Diverged(
             f"{config.run_dir}: after the last step {error}: it has diverged (φ's clip acts in training only; a "
             "smaller lr or clip may help, in a new run_dir)"
         ) from error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.config import CommonConfig
-from metaperturb.errors import UserError
+from metaperturb.errors import Diverged, UserError
 
 ABLATION = ("sites", "noise", "gate")  # settings of table 3, by the names that `attach` gives them
 
@@ -62,7 +62,7 @@ def check_finite(values: Tensor, first_step: int, run_dir: str) -> None:
         first_step: how many steps preceded them.
 
     Raises:
-        UserError: naming the first such step and task.
+        Diverged: naming the first such step and task.
     """
     bad = (~torch.isfinite(values).all(dim=-1)).nonzero()
     if len(bad):
@@ -75,14 +75,14 @@ def check_finite_parameters(parameters: Iterable[Tensor], whose: str, step: int,
     """The same for what a checkpoint after `step` steps is about to hold; `whose`: `"task 3"`, `"φ"`, `"θ"`.
 
     Raises:
-        UserError: a value is not finite.
+        Diverged: a value is not finite.
     """
     if not all(torch.isfinite(p).all() for p in parameters):
         _diverged("a parameter", f"{whose}, step {step}", run_dir)
 
 
 def _diverged(what: str, where: str, run_dir: str) -> NoReturn:
-    raise UserError(
+    raise Diverged(
         f"{where}: {what} is not finite; stopped, the last good checkpoint is kept in {run_dir} (a smaller lr or clip "
         "may help, in a new run_dir)"
     )
