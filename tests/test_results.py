@@ -216,6 +216,14 @@ def test_cells_of_two_makings_of_one_phi_are_said(grid, folder, tmp_path, capsys
     assert f"{phi} was made 2 times" in page.read_text() and f"{phi} was made 2 times" in capsys.readouterr().err
 
 
+def test_a_given_phi_is_one_whatever_its_cards_say_of_its_making(grid, folder, tmp_path, capsys):
+    save_phi(MetaPerturb(), tmp_path / "phi.pt")
+    given = Grid(grid.path, grid.preset, Overrides(files={"phi": tmp_path / "phi.pt"}))
+    for seed in (0, 1):
+        write_record(folder, given.cell("MetaPerturb", "CUB", seed), 0.4, phi_card={"seconds": seed})
+    assert "was made" not in write_table(given, folder, tmp_path / "runs").read_text() + capsys.readouterr().err
+
+
 def test_other_images_are_not_mixed(grid, folder):
     other = {"fingerprints": ["CUB train", "others"]}
     path = write_record(folder, grid.cell("Dropout", "CUB", 1), 0.3, target=other)

@@ -210,9 +210,11 @@ class Results:
     def several_makings(self) -> list[str]:
         """A line for each φ or network that was made more than once: by equal settings, but of other values."""
         makings: dict[str, set[str]] = {}
-        for record in self.records.values():
+        for place, record in self.records.items():
             result = record["result"]
             for key, id_ in record["needs"].items():
+                if self.cells[place].needs[key].file is not None:  # given, not made: its id is that of its values
+                    continue
                 made = result.get("phi_card" if key == "phi" else "init")
                 if isinstance(made, Mapping):  # how a φ was selected later on does not change it
                     made = made.get("sha256") or {k: v for k, v in made.items() if k != "selection"}
