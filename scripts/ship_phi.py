@@ -144,6 +144,8 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     lines += ["", "## Tested on", ""]
     head = ["table", "row", "data", "training", "seeds", "without φ %", "with φ %", "difference [95 %]"]
     lines.append(markdown_table(head, tested) if tested else "Nothing yet.")
+    diverged = "[what is known of such](../../../results/beyond.md#does-it-help-networks-of-other-families)"
+    lines += ["", f"A training that diverged leaves no record, and so has no line here: {diverged}."]
     return "\n".join(lines) + "\n"
 
 

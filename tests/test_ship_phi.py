@@ -121,6 +121,11 @@ def test_what_is_not_shipped(phi, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def table_lines(card: Path) -> list[str]:
+    """Of the table: its head and a line a row."""
+    return [line for line in card.read_text().partition("## Tested on")[2].splitlines() if line.startswith("|")]
+
+
 def test_what_counts_as_tested(phi, tmp_path, capsys):
     """On test images; without φ, of the seeds that φ has; folders of other settings and damaged records are said."""
     results, ours = tmp_path / "results", f"phi-{phi_digest(load_phi(phi)):.8}"
@@ -132,14 +137,14 @@ def test_what_counts_as_tested(phi, tmp_path, capsys):
     record(results / "schedule" / "cpu-1a2b3c4d", "MetaPerturb", 1, 0.9, ours)
     assert ship("mine", phi, "--results", results, "--out", tmp_path / "out") == 0
     assert "cpu-1a2b3c4d: left out (" in capsys.readouterr().err
-    lines = (tmp_path / "out" / "mine.md").read_text().partition("## Tested on")[2].strip().splitlines()
+    lines = table_lines(tmp_path / "out" / "mine.md")
     assert len(lines) == 3 and lines[2].endswith("| 1 | Base: 20.00 | 50.00 | +30.00 |")
     # A training that a table took over counts where it was run.
     (origin,) = (results / "schedule" / "cpu").glob("metaperturb--*")
     record(results / "table1" / "cpu", "MetaPerturb", 1, 0.5, ours, f"schedule/cpu/{origin.name}")
     record(results / "table1" / "cpu", "MetaPerturb", 2, 0.7, ours)
     assert ship("mine", "--results", results, "--out", tmp_path / "out") == 0
-    lines = (tmp_path / "out" / "mine.md").read_text().partition("## Tested on")[2].strip().splitlines()
+    lines = table_lines(tmp_path / "out" / "mine.md")
     assert len(lines) == 4 and lines[2].startswith("| schedule") and "| 1 |" in lines[2]
     assert lines[3].startswith("| table1") and "| 2 |" in lines[3]
     shutil.rmtree(results / "table1")
