@@ -20,6 +20,7 @@ import torchvision
 from image_files import one_line
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 import metaperturb
 from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
@@ -624,6 +625,14 @@ def test_one_line_on_stderr_names_the_sites(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_noise_and_gate_are_told_and_not_set():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16, gate=False)
+    assert model.metaperturb.noise is True and model.metaperturb.gate is False
+    for name in ("noise", "gate"):
+        with pytest.raises(AttributeError):
+            setattr(model.metaperturb, name, True)
+
+
 def test_strength_and_clip_of_all_sites():
     model = quiet(models.create("resnet8", 5, 16), image_size=16, clip=None)
     assert all(site.clip is None and site.strength == 1.0 for site in model.metaperturb.sites)
@@ -921,7 +930,150 @@ def test_attaching_twice():
     assert torch.equal(seeded(model, x), expected)
 
 
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "OptimizedModule": torch.compile,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_network_inside_a_wrapper_is_meant(name):
+    with pytest.raises(UserError) as error:
+        quiet(WRAPPERS[name](models.create("resnet8", 5, 16)), image_size=16)
+    assert f"{name} wraps a network" in one_line(error)
+    model = models.create("resnet8", 5, 16)
+    wrapped = WRAPPERS[name](quiet(model, image_size=16))
+    with pytest.raises(UserError, match="attached already"):
+        quiet(wrapped, image_size=16)
+    inside = detach(wrapped)._orig_mod if name == "OptimizedModule" else detach(wrapped).module
+    assert not hasattr(inside, "metaperturb")
+    assert all(torch.equal(inside(x), inside(x)) for x in [images(2, 16)])  # no noise
+
+
+def test_a_network_with_an_attached_part():
+    part = quiet(RootSum(), image_size=16)
+    whole = nn.Sequential(part, nn.Linear(5, 2))
+    with pytest.raises(UserError, match="attached already"):
+        quiet(whole, image_size=16)
+    detach(whole)
+    assert not hasattr(part, "metaperturb") and type(part) is RootSum
+    assert torch.equal(seeded(whole.eval(), images(2, 16)), whole(images(2, 16)))
+
+
+@pytest.mark.parametrize("size", [(16, 16), 16.0, "16", -1, 0, None])
+def test_a_size_that_is_none(size):
+    assert "image_size" in refused(models.create("resnet8", 5, 16), size)
+
+
+def test_a_phi_that_is_none():
+    with pytest.raises(UserError) as error:
+        attach(models.create("resnet8", 5, 16), "tiny_imagenet_resnet20", 16)
+    assert "load_phi" in one_line(error)
+
+
+class Noisy(nn.Module):
+    """Adds noise in training, which is a sum of two maps of one shape."""
+
+    def __init__(self, inside: bool):
+        super().__init__()
+        self.conv, self.inside = conv(4, 4), inside
+
+    def forward(self, x):
+        shortcut = x
+        if self.training and self.inside:
+            x = x + torch.randn_like(x)
+        return F.relu(self.conv(x) + shortcut)
+
+
+def test_sums_that_only_training_has():
+    """Counted from the first, the site would act on the wrong sum."""
+    assert "'blocks.0' makes other sums in training" in refused(Residual(lambda: Noisy(True), blocks=1), 8)
+    model = Residual(lambda: Noisy(True), blocks=1)
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(UserError):
+        quiet(model)
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
+    assert site_names(quiet(model, sites=["blocks.0.conv"])) == ["blocks.0.conv"]
+    assert site_names(quiet(Residual(lambda: Noisy(False), blocks=1))) == ["blocks.0"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+def test_a_module_that_was_replaced_after_attach_is_told(name):
+    model = quiet(models.create(name, 5, 32), image_size=32)
+    model.train().eval()
+    copied = copy.deepcopy(model).train()
+    if name == "resnet18":
+        model.layer4[1] = type(copied.layer4[1])(512, 512)
+    else:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(UserError) as error:
+        model.train()
+    assert ("'layer4.1' (1 in all)" if name == "resnet18" else "'features.1' (8 in all)") in one_line(error)
+    detach(model).train()
+    copied.eval()  # has all its modules
+
+
+def test_a_network_without_phi_is_of_its_own_class_again():
+    model = quiet(models.create("resnet18", 5, 32), image_size=32)
+    block = model.layer1[0]
+    assert isinstance(block, torchvision.models.resnet.BasicBlock) and type(block).__name__ == "BasicBlock"
+    detach(model)
+    assert type(block) is torchvision.models.resnet.BasicBlock
+    assert vars(block).keys() == vars(torchvision.models.resnet.BasicBlock(64, 64)).keys()
+
+
 # --- errors while it runs
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("make", [RootSum, RESIDUAL_NETS["out + x"]])
+def test_whatever_stops_the_forward_no_mode_is_left_behind(make, stop):
+    model = quiet(make(), image_size=16)
+
+    def interrupt(module, args, output):
+        raise stop
+
+    [m for m in model.modules() if isinstance(m, nn.Conv2d)][-1].register_forward_hook(interrupt)
+    with pytest.raises(stop):
+        model(images(2, 16))
+    assert not _get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_blocks_gives_the_gradient_and_of_their_parts_is_refused(reentrant):
+    class Checkpointed(Block):
+        def __init__(self):
+            super().__init__(4, torch.add)
+            self.part = False
+
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=reentrant) if self.part else super().forward(x)
+
+    torch.manual_seed(0)
+    (block,) = quiet(Residual(Checkpointed, blocks=1)).blocks
+    start = torch.randn(2, 4, 8, 8)
+
+    def gradient(run):
+        torch.manual_seed(0)
+        x = start.clone().requires_grad_()
+        run(x).square().sum().backward()
+        return x.grad
+
+    torch.testing.assert_close(gradient(lambda x: checkpoint(block, x, use_reentrant=reentrant)), gradient(block))
+    block.part = True
+    with pytest.raises(UserError) as error:
+        gradient(block)
+    assert "checkpoint whole blocks" in one_line(error)
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    for model in (quiet(models.create("resnet8", 5, 16), image_size=16), quiet(RootSum(), image_size=16)):
+        for module in model.modules():
+            module._is_replica = True  # as on each of several GPUs
+        with pytest.raises(UserError) as error:
+            model(images(2, 16))
+        assert "DistributedDataParallel" in one_line(error)
 
 
 @pytest.mark.parametrize("make", [RootSum, RESIDUAL_NETS["out + x"], lambda: models.create("resnet8", 5, 16)])

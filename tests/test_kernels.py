@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 from oracle import drawn_noise, philox
 from torch import nn
 
-from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels
+from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels, models
 from metaperturb.kernels import cpp
 from metaperturb.kernels.backend import draw_seed
 from metaperturb.kernels.plain import Phi
@@ -205,6 +205,20 @@ def test_activation_checkpointing_gives_the_same_gradients():
         torch.manual_seed(0)
         gradients.append(torch.autograd.grad(forward(h).square().sum(), [h, *site.phi.parameters()]))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_network_can_be_saved(tmp_path):
+    network = attach(
+        models.create("resnet8", 3, 8), make_phi(torch.float32).requires_grad_(False), 8, verbose=False
+    ).eval()
+    x = maps(2, 3, 8, 8).float()
+    torch.jit.save(torch.jit.trace(network, x, check_trace=False), tmp_path / "traced.pt")
+    torch.manual_seed(0)
+    found = torch.jit.load(tmp_path / "traced.pt")(x)
+    torch.manual_seed(0)
+    with kernels.use_kernel("plain"):
+        torch.testing.assert_close(found, network(x))
 
 
 @pytest.mark.parametrize("way", ["torch.func", "forward mode", "gradient of the noise"])

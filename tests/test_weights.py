@@ -11,7 +11,7 @@ import pytest
 import torch
 from image_files import one_line
 
-from metaperturb import MetaPerturb, PerturbSite, UserError, load_phi, save_phi
+from metaperturb import MetaPerturb, PerturbSite, UserError, attach, load_phi, models, save_phi
 
 AUTHORS = {
     "phi_1.w_identity": ("self1", (1, 1, 3, 3)),
@@ -84,6 +84,22 @@ def test_paths_of_any_kind(tmp_path, as_type):
     path = as_type(tmp_path / "deep" / "folder" / "φ file.pt")
     save_phi(make_phi(), path)  # makes the folder
     assert_same_phi(make_phi(), load_phi(path))
+
+
+def test_a_later_format_is_not_guessed_at(tmp_path):
+    save_phi(make_phi(), tmp_path / "phi.pt")
+    content = torch.load(tmp_path / "phi.pt", weights_only=True)
+    torch.save({**content, "version": 2}, tmp_path / "later.pt")
+    with pytest.raises(UserError, match="of version 2; this code reads version 1"):
+        load_phi(tmp_path / "later.pt")
+
+
+def test_loading_draws_nothing(tmp_path):
+    """A network made after it has the same initial weights as without φ."""
+    save_phi(make_phi(), tmp_path / "phi.pt")
+    before = torch.get_rng_state()
+    load_phi(tmp_path / "phi.pt")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_card_comes_back(tmp_path):
@@ -304,6 +320,21 @@ def test_writing_over_a_folder(tmp_path):
     (tmp_path / "phi.pt").mkdir()
     unwritable(tmp_path / "phi.pt")
     assert os.listdir(tmp_path) == ["phi.pt"] and os.listdir(tmp_path / "phi.pt") == []
+
+
+def test_writing_over_what_is_no_file(tmp_path):
+    """A device, say: /dev/null must not become a file."""
+    os.mkfifo(tmp_path / "pipe")
+    unwritable(tmp_path / "pipe")
+    assert os.listdir(tmp_path) == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_only_a_phi_is_saved(tmp_path):
+    model = attach(models.create("resnet8", 5, 16), make_phi(), 16, verbose=False)
+    for other in (model, model.metaperturb, make_phi().state_dict()):
+        with pytest.raises(UserError, match="expected a MetaPerturb"):
+            save_phi(other, tmp_path / "phi.pt")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_name_too_long(tmp_path):

@@ -9,18 +9,23 @@ Where the sites are (section 3.2, figure 3, and the authors' code), in this orde
    normalizes before it convolves (DenseNet) that is the output of every normalization.
 
 The network's code is not changed. A dry run on zeros watches which modules and functions are called; hooks do the rest.
-Additions are no modules, so a block with one is run under a `TorchFunctionMode` that passes the sum on to the site.
+Additions are no modules, so the forward pass of a block with one runs under a `TorchFunctionMode` that passes the sum
+on to the site.
 """
 
+import copyreg
 import difflib
+import functools
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -31,6 +36,7 @@ from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite, Slot
 # What methods add to a network: its children of these names.
 PERTURBATION, REGULARIZER = "metaperturb", "regularizer"
 PLACES = ("all", "before_pooling", "top", "bottom")  # what `choose_sites` knows
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,28 @@ class Sites(nn.Module):
         for spec, module in zip(specs, modules, strict=True):
             # Child names may not hold "."; the "/" in front keeps them apart from our own attributes.
             self.add_module("/" + spec.name.replace(".", "/"), module)
+        self._placed: tuple[nn.Module, list[nn.Module]] | None = None  # the network, and the modules that run the sites
 
     def forward(self, x: Any) -> Any:
         """The identity: a network that is an `nn.Sequential` runs its children, and this is one."""
         return x
+
+    def train(self, mode: bool = True) -> "Sites":
+        """As of any module, and a check: a module that was replaced after `place` no longer runs its site.
+
+        Raises:
+            UserError: there is one.
+        """
+        if self._placed is not None:
+            model, hosts = self._placed
+            there = {module for module in model.modules() if _acts(module)}
+            lost = [spec.module for spec, host in zip(self.specs, hosts, strict=True) if host not in there]
+            if lost:
+                raise UserError(
+                    f"{type(model).__name__}: {lost[0]!r} ({len(lost)} in all) was replaced after attach, and is not "
+                    "perturbed; detach(model), and attach after such changes"
+                )
+        return super().train(mode)
 
     @property
     def sites(self) -> list[nn.Module]:
@@ -102,6 +126,16 @@ class Attachment(Sites):
     @property
     def phi(self) -> MetaPerturb:
         return self._phi[0]
+
+    @property
+    def noise(self) -> bool:
+        """Whether the sites multiply by z; a choice of `attach`, not to be set here."""
+        return self.sites[0].noise
+
+    @property
+    def gate(self) -> bool:
+        """Whether the sites multiply by s; likewise."""
+        return self.sites[0].gate
 
     @property
     def clip(self) -> float | None:
@@ -161,8 +195,9 @@ def attach(
     found ones, the widest found: a site computes the same whether or not the others are there.
 
     Raises:
-        UserError: already attached, a module of the network's own is called `metaperturb`, no site found, unknown site
-            name, or the network does not run on such images.
+        UserError: φ is none, already attached, a wrapper (of DistributedDataParallel, `torch.compile` and the like), a
+            module of the network's own is called `metaperturb`, no site found, unknown site name, or the network does
+            not run on such images, or makes other sums in training than in evaluation.
 
     Example:
         >>> import torchvision
@@ -170,7 +205,9 @@ def attach(
         >>> len(model.metaperturb.sites)
         8
     """
-    if isinstance(getattr(model, PERTURBATION, None), Attachment):
+    if not isinstance(phi, MetaPerturb):
+        raise UserError(f"phi: expected a MetaPerturb, as load_phi(…) gives one, got {type(phi).__name__}")
+    if any(isinstance(module, Attachment) for module in model.modules()):
         raise UserError("this network has a perturbation attached already (detach(model) removes it)")
     if sites is None or sites in PLACES:
         found = find_sites(model, image_size)
@@ -205,32 +242,31 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
     if parameter is not None:
         sites.to(parameter.device)
     modules = dict(model.named_modules())
-    taps: dict[str, _Tap] = {}
-    for spec, site in zip(sites.specs, sites.sites, strict=True):
+    hosts = [modules[spec.module] for spec in sites.specs]
+    for spec, site, host in zip(sites.specs, sites.sites, hosts, strict=True):
         if spec.addition is None:
-            modules[spec.module].register_forward_hook(_OutputHook(site))
+            host.register_forward_hook(_OutputHook(site))
         else:
-            taps.setdefault(spec.module, _Tap()).sites[spec.addition] = site
-    for module, tap in taps.items():
-        modules[module].register_forward_pre_hook(_EnterTap(tap))
-        modules[module].register_forward_hook(_LeaveTap(tap), always_call=True)
+            _tap(host).setdefault(spec.addition, []).append(site)
     setattr(model, name, sites)
+    sites._placed = (model, hosts)
     if verbose:
         print(f"{name}: {len(sites.specs)} sites in {type(model).__name__}: {_summary(sites.specs)}", file=sys.stderr)
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach` and `place`, in place, and return the model. A network without sites is returned as it is."""
-    names = [name for name, child in model.named_children() if isinstance(child, Sites)]
-    if not names:
-        return model
-    for name in names:
-        delattr(model, name)
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+    """Undo `attach` and `place`, in place, and return the model. A network without sites is returned as it is.
+
+    Of a wrapper (of DistributedDataParallel, `torch.compile` and the like) the network inside is meant.
+    """
+    modules = list(model.modules())
+    owners = [(m, name) for m in modules for name, child in m.named_children() if isinstance(child, Sites)]
+    for owner, name in owners:
+        delattr(owner, name)
+    for module in modules if owners else ():
+        _untap(module)
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _OutputHook)]:
+            del module._forward_hooks[key]
     return model
 
 
@@ -238,18 +274,45 @@ def find_sites(model: nn.Module, image_size: int, names: Iterable[str] | None = 
     """The sites that `attach` would choose, in the order in which the network runs them.
 
     Raises:
-        UserError: no site found, unknown or repeated name, or the network does not run on such images.
+        UserError: no site found, unknown or repeated name, a wrapper, or the network does not run on such images, or
+            makes other sums in training than in evaluation.
     """
+    if isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+        raise UserError(f"{type(model).__name__} wraps a network; attach to that one, before it is wrapped")
+    if type(image_size) is not int or image_size < 1:
+        raise UserError(f"image_size: expected the side of the images in pixels, got {image_size!r}")
     seen = watch(model, image_size)
-    found = _slot_sites(model, seen) or _residual_sites(model, seen) or _plain_sites(model, seen)
-    if names is None:
-        if not found:
+    specs = _slot_sites(model, seen) or _residual_sites(model, seen) or _plain_sites(model, seen)
+    if names is not None:
+        specs = _named_sites(model, seen, specs, names)
+    if not specs:
+        raise UserError(
+            f"{type(model).__name__}: found no place to perturb (no residual sum of feature maps, no convolution "
+            "before an activation); name modules with sites=[…]"
+        )
+    _check_sums(model, image_size, specs, seen)
+    return specs
+
+
+def _check_sums(model: nn.Module, image_size: int, specs: list[SiteSpec], seen: Watched) -> None:
+    """Sums are counted, so those before a site must be the same in training as in the dry run.
+
+    Raises:
+        UserError: they are not.
+    """
+    tapped = {spec.module for spec in specs if spec.addition is not None}
+    if not tapped:
+        return
+    try:
+        in_training = watch(model, image_size, training=True)
+    except UserError:  # a network that wants labels in training, say: nothing can be known of its sums there
+        return
+    for name in sorted(tapped):
+        if seen.sums[name].keys() != in_training.sums.get(name, {}).keys():
             raise UserError(
-                f"{type(model).__name__}: found no place to perturb (no residual sum of feature maps, no convolution "
-                "before an activation); name modules with sites=[…]"
+                f"{type(model).__name__}: {name or 'its forward'!r} makes other sums in training than in evaluation, "
+                "so that none can be told; put a metaperturb.Slot() where φ belongs, or name other modules: sites=[…]"
             )
-        return found
-    return _named_sites(model, seen, found, names)
 
 
 def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
@@ -360,11 +423,6 @@ def _summary(specs: list[SiteSpec]) -> str:
 
 # --- acting. Hooks are objects that refer to their site, not closures: a deep copy of the network gets its own sites.
 
-
-class _Hook:
-    pass
-
-
 # A site adds feature maps itself; the tap of an enclosing block must not count those sums.
 _local = threading.local()
 
@@ -377,24 +435,34 @@ def _act(site: nn.Module, h: Tensor) -> Tensor:
         _local.inside = False
 
 
-class _OutputHook(_Hook):
+def _in_checkpoint() -> bool:
+    """Whether a running block calls us from within activation checkpointing, which runs its part again without us."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _Tapped.forward.__code__:
+        if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _check_replica(module: nn.Module) -> None:
+    if getattr(module, "_is_replica", False):
+        raise UserError("nn.DataParallel: its replicas would share the sites of one GPU; use DistributedDataParallel")
+
+
+class _OutputHook:
     def __init__(self, site: nn.Module) -> None:
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        _check_replica(module)
         return _act(self.site, output)
 
 
-class _Tap:
-    """The sites on the residual sums of one block, and its calls under way."""
-
-    def __init__(self) -> None:
-        self.sites: dict[int, nn.Module] = {}
-        self.calls: list[_TapMode] = []
-
-
 class _TapMode(TorchFunctionMode):
-    def __init__(self, sites: dict[int, nn.Module]) -> None:
+    """Passes the sums of a block on to their sites: index of the sum → sites, one after the other."""
+
+    def __init__(self, sites: Mapping[int, list[nn.Module]]) -> None:
         super().__init__()
         self.sites, self.count = sites, 0
 
@@ -402,28 +470,70 @@ class _TapMode(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if getattr(_local, "inside", False) or not summed_maps(func, args, kwargs, out):
             return out
-        site = self.sites.get(self.count)
+        sites = self.sites.get(self.count, ())
         self.count += 1
-        if site is None:
+        if not sites:
             return out
-        if func is torch.Tensor.add_:  # maybe a statement, whose value nobody takes: the sum itself must change
-            return out.copy_(_act(site, out.clone()))
-        return _act(site, out)
+        if not torch.compiler.is_compiling() and _in_checkpoint():
+            raise UserError(
+                "torch.utils.checkpoint of a part of a residual block: its backward pass would run that part without "
+                "the perturbation; checkpoint whole blocks"
+            )
+        h = out.clone() if func is torch.Tensor.add_ else out
+        for site in sites:
+            h = _act(site, h)
+        # add_ is maybe a statement, whose value nobody takes: the sum itself must change
+        return out.copy_(h) if func is torch.Tensor.add_ else h
 
 
-class _EnterTap(_Hook):
-    def __init__(self, tap: _Tap) -> None:
-        self.tap = tap
+class _Tapped(nn.Module):
+    """Mixed into the class of a block that has sites on its sums.
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        mode = _TapMode(self.tap.sites)
-        self.tap.calls.append(mode)
-        mode.__enter__()
+    Its forward pass runs under a `_TapMode` in a `with`, not between two hooks: PyTorch runs no hook after a
+    KeyboardInterrupt, and a mode that stayed would perturb the additions of whatever runs next.
+    """
+
+    _untapped: type[nn.Module]
+    _metaperturb_tap: Mapping[int, list[nn.Module]] = MappingProxyType({})  # a block made later from its class has none
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _check_replica(self)
+        with _TapMode(self._metaperturb_tap):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """So that it can be pickled and copied, though its class is made at run time."""
+        make, arguments, *state = super().__reduce_ex__(protocol)
+        if make is copyreg.__newobj__:
+            make, arguments = _new_tapped, (self._untapped, *arguments[1:])
+        return make, arguments, *state
 
 
-class _LeaveTap(_Hook):
-    def __init__(self, tap: _Tap) -> None:
-        self.tap = tap
+@functools.cache
+def _tapped_class(untapped: type[nn.Module]) -> type[_Tapped]:
+    same = {"__module__": untapped.__module__, "__qualname__": untapped.__qualname__, "__doc__": untapped.__doc__}
+    return type(untapped.__name__, (_Tapped, untapped), {**same, "_untapped": untapped})
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.tap.calls.pop().__exit__(None, None, None)
+
+def _new_tapped(untapped: type[nn.Module], *arguments: Any) -> _Tapped:
+    cls = _tapped_class(untapped)
+    return cls.__new__(cls, *arguments)
+
+
+def _tap(module: nn.Module) -> dict[int, list[nn.Module]]:
+    """Of the sums of a block the sites that act on them."""
+    if not isinstance(module, _Tapped):
+        module.__class__ = _tapped_class(type(module))
+    return vars(module).setdefault("_metaperturb_tap", {})
+
+
+def _untap(module: nn.Module) -> None:
+    if isinstance(module, _Tapped):
+        module.__class__ = module._untapped
+        vars(module).pop("_metaperturb_tap", None)
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether sites act on its sums or its output."""
+    tapped = isinstance(module, _Tapped) and bool(module._metaperturb_tap)
+    return tapped or any(isinstance(hook, _OutputHook) for hook in module._forward_hooks.values())

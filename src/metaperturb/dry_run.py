@@ -1,5 +1,7 @@
 """A dry run: one forward pass on zeros that notes which modules and functions a network calls, and with what."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metaperturb.errors import UserError
-from metaperturb.modes import eval_mode
+from metaperturb.modes import in_mode
 
 ADDITIONS = {
     torch.add,
@@ -69,8 +71,8 @@ class _Watcher(TorchFunctionMode):
         return out
 
 
-def watch(model: nn.Module, image_size: int) -> Watched:
-    """Run the network once on zeros, in evaluation mode, and note what happens.
+def watch(model: nn.Module, image_size: int, *, training: bool = False) -> Watched:
+    """Run the network once on zeros, in evaluation (or training) mode, and note what happens.
 
     Modes, buffers and the state of the random generators stay as they are.
 
@@ -87,7 +89,7 @@ def watch(model: nn.Module, image_size: int) -> Watched:
         watcher = _Watcher()
         image = convolutions[0].weight.new_zeros(2, channels, image_size, image_size)
         try:
-            _dry_run(model, image, watcher)
+            _dry_run(model, image, watcher, training)
             return watcher.seen
         except Exception as error:
             failure = failure or error
@@ -98,7 +100,7 @@ def watch(model: nn.Module, image_size: int) -> Watched:
     ) from failure
 
 
-def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher) -> None:
+def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher, training: bool) -> None:
     names = {module: name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: tuple) -> None:
@@ -117,11 +119,23 @@ def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher) -> None:
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         devices = [image.device] if image.is_cuda else []
-        with eval_mode(model), torch.random.fork_rng(devices), torch.no_grad(), watcher:
+        with in_mode(model, training), _kept_buffers(model), torch.random.fork_rng(devices), torch.no_grad(), watcher:
             model(image)
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers are the same tensors with the same values, whatever the network did to them."""
+    buffers = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    values = [buffer.clone() for *_, buffer in buffers]
+    try:
+        yield
+    finally:
+        for (names, name, buffer), value in zip(buffers, values, strict=True):
+            names[name] = buffer.copy_(value)
 
 
 def summed_maps(func: Any, args: tuple, kwargs: dict | None, out: Any) -> tuple[Tensor, Tensor] | None:

@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from torch import nn
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Evaluation mode inside; afterwards every module has its own mode again, a frozen batch norm too."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    return in_mode(model, training=False)
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The same for either mode."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
     try:
         yield
     finally:
-        for module, mode in training.items():
+        for module, mode in before.items():
             module.training = mode
 
 

@@ -21,10 +21,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it over `path`.
 
     Raises:
-        UserError: disk full, read-only folder and the like, with the path.
+        UserError: disk full, read-only folder, a device or folder of this name and the like, with the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file that could be replaced; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)

@@ -18,7 +18,7 @@ from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors, save_tensors
 
-FORMAT = "metaperturb-phi"
+FORMAT, VERSION = "metaperturb-phi", 1
 SHIPPED = Path(__file__).parent / "shipped"
 
 # The authors' names and ours. Theirs have singleton dimensions that ours lack; the values are the same.
@@ -33,10 +33,16 @@ AUTHORS_NAMES = {
 
 
 def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> None:
-    """Write φ atomically; `card` holds plain values that say how it was trained."""
+    """Write φ atomically; `card` holds plain values that say how it was trained.
+
+    Raises:
+        UserError: not a φ, or the file cannot be written.
+    """
+    if not isinstance(phi, MetaPerturb):
+        raise UserError(f"phi: expected a MetaPerturb (of a network: model.metaperturb.phi), got {type(phi).__name__}")
     state = {name: p.detach().cpu().clone() for name, p in phi.state_dict().items()}
     plain_card = json.loads(json.dumps(card or {}))  # whatever JSON can hold, weights_only=True can load
-    save_tensors({"format": FORMAT, "version": 1, "state": state, "card": plain_card}, Path(path))
+    save_tensors({"format": FORMAT, "version": VERSION, "state": state, "card": plain_card}, Path(path))
 
 
 def phi_digest(phi: MetaPerturb) -> str:
@@ -52,17 +58,21 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     Nothing in the file is executed.
 
     Raises:
-        UserError: no such file or shipped name; not a PyTorch file; parameters missing, of other shape or not finite.
+        UserError: no such file or shipped name; not a PyTorch file; of a later version; parameters missing, of other
+            shape or not finite.
     """
     path = find_phi(source)
     content = load_tensors(path)
     card = {}
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        if content.get("version") != VERSION:
+            raise UserError(f"{path}: of version {content.get('version')!r}; this code reads version {VERSION}")
         content, card = content.get("state"), content.get("card", {})
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
 
-    phi = MetaPerturb()
+    with torch.random.fork_rng(devices=[]):  # what comes next draws the same with φ as without
+        phi = MetaPerturb()
     expected = {name: tuple(p.shape) for name, p in phi.named_parameters()}
     state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()

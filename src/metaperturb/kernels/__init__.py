@@ -77,14 +77,15 @@ def fused_backend(
 ) -> ModuleType | None:
     """The fused backend for a site's input, or None where the plain operators have to do.
 
-    The plain operators serve what the fused kernels cannot: `torch.compile`, `torch.func`, forward-mode derivatives,
-    a noise with a gradient, precisions other than φ's (a half-precision map excepted); and they tell what is wrong
-    where tensors are on different devices.
+    The plain operators serve what the fused kernels cannot: `torch.compile`, `torch.jit`, `torch.func`, forward-mode
+    derivatives, a noise with a gradient, precisions other than φ's (a half-precision map excepted); and they tell what
+    is wrong where tensors are on different devices.
     """
     tensors = (*phi, running_mean, running_var)
     dtype = torch.float32 if h.dtype in HALF_PRECISION else h.dtype
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or type(h) not in (Tensor, torch.nn.Parameter)
