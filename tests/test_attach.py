@@ -308,6 +308,58 @@ def test_the_sites_do_not_depend_on_the_batch_size():
     torch.testing.assert_close(one, both[:1], rtol=1e-4, atol=1e-5)
 
 
+class Attention(nn.Module):
+    """Weights of channels from two sums of one pixel each, as CBAM has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.mix(x.mean((2, 3), keepdim=True)) + self.mix(x.amax((2, 3), keepdim=True)))
+
+
+def test_sums_of_attention_are_no_feature_maps():
+    model = quiet(nn.Sequential(conv(3, 4), nn.ReLU(), Attention(), conv(4, 4), nn.ReLU(), Head(4)))
+    assert site_names(model) == ["0", "3"]
+    model = quiet(nn.Sequential(conv(3, 4), Attention(), Block(4, torch.add), Head(4)))
+    assert site_names(model) == ["2"]
+    model = quiet(models.create("resnet18", 5, 32))  # whose last maps have one pixel
+    assert site_names(model)[-1] == "layer4.1" and model.metaperturb.specs[-1].size == (1, 1)
+
+
+@pytest.mark.parametrize("write", [lambda a, b, x: a + b + x, lambda a, b, x: x + (a + b), lambda *s: sum(s)])
+def test_a_sum_of_three_branches_is_one(write):
+    """As in RepVGG; but a sum that goes elsewhere, too, is one of its own."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small, self.twice = conv(4, 4), nn.Conv2d(4, 4, 1), False
+
+        def forward(self, x):
+            if self.twice:
+                first = self.large(x) + x
+                return F.relu(first + self.small(first))
+            return F.relu(write(self.large(x), self.small(x), x))
+
+    torch.manual_seed(0)
+    model = quiet(Residual(Branches, blocks=1))
+    assert site_names(model) == ["blocks.0"]
+    received, inputs = record_inputs(model), []
+    model.blocks.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    model(images(2, 8))
+    (x,), block = inputs, model.blocks[0]
+    torch.testing.assert_close(received[0][1], (block.large(x) + block.small(x) + x).detach(), rtol=1e-4, atol=1e-5)
+    detach(model).blocks[0].twice = True
+    assert site_names(quiet(model)) == ["blocks.0.sum0", "blocks.0.sum1"]
+
+
+def test_maps_with_channels_behind_are_none():
+    """Of Swin, whose residual sums are [B, H, W, C], the convolution of the patches is left."""
+    assert [spec.name for spec in find_sites(torchvision.models.swin_t(num_classes=5), 64)] == ["features.0.0"]
+
+
 def test_a_block_within_a_block():
     """The sums of an inner block are not those of the outer one."""
 

@@ -3,10 +3,12 @@
 Where the sites are (section 3.2, figure 3, and the authors' code), in this order of preference:
 
 1. the network's own `Slot`s (the zoo);
-2. residual networks: every block, after the addition; a block of the same class without an addition (a strided one of
-   MobileNet, say): its output;
+2. residual networks: every block, after the addition (the last of a + b + x); a block of the same class without an
+   addition (a strided one of MobileNet, say): its output;
 3. plain networks: every convolution, after its normalization if it has one, before the activation. In a network that
    normalizes before it convolves (DenseNet) that is the output of every normalization.
+
+Maps of one pixel that weight the channels of larger ones (attention) are no feature maps, nor are [B, H, W, C].
 
 The network's code is not changed. A dry run on zeros watches which modules and functions are called; hooks do the rest.
 Additions are no modules, so the forward pass of a block with one runs under a `TorchFunctionMode` that passes the sum
@@ -384,7 +386,7 @@ def _plain_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
     layers = [name for name in seen.outputs if isinstance(modules[name], nn.Conv2d | nn.Linear)]
     specs = []
     for name, output in seen.outputs.items():
-        if output.dim() != 4 or name in layers[-1:]:  # the last layer is the classifier
+        if output.dim() != 4 or name in layers[-1:] or name in seen.weights:  # the last layer is the classifier
             continue
         is_norm = isinstance(modules[name], NORMALIZATIONS)
         is_conv = isinstance(modules[name], nn.Conv2d) and id(output) not in seen.normalized

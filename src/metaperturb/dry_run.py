@@ -1,6 +1,7 @@
 """A dry run: one forward pass on zeros that notes which modules and functions a network calls, and with what."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,15 @@ class Watched:
     sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # module → index of sum → value, innermost only
     activated: set[int] = field(default_factory=set)  # identities of tensors that an activation received
     normalized: set[int] = field(default_factory=set)  # … that a normalization received
+    weights: set[str] = field(default_factory=set)  # modules whose output, of one pixel, weights larger maps
     kept: list[Any] = field(default_factory=list)
+
+    def leave_out(self, name: str, index: int | None) -> None:
+        """A sum that is none of feature maps, or only a part of one."""
+        sums = self.sums.get(name, {})
+        sums.pop(index, None)
+        if not sums:
+            self.sums.pop(name, None)
 
 
 class _Watcher(TorchFunctionMode):
@@ -55,6 +64,10 @@ class _Watcher(TorchFunctionMode):
         super().__init__()
         self.seen = Watched()
         self.stack: list[list] = []  # [module name, residual sums so far inside this call]
+        # Identity of a map of one pixel → where it comes from: module, and index of the sum or None for its output.
+        self.origins: dict[int, set[tuple[str, int | None]]] = {}
+        self.parts: list[tuple[str, int, Tensor]] = []  # sums that another sum of the same module took: likewise, value
+        self.uses: Counter[int] = Counter()  # identity of a tensor → how many functions received it
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in ACTIVATIONS and args and isinstance(args[0], Tensor):
@@ -62,13 +75,53 @@ class _Watcher(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         operands = summed_maps(func, args, kwargs, out)
         if operands:
-            name, index = self.stack[-1]
-            if operands[0].shape == operands[1].shape:
-                self.seen.sums.setdefault(name, {})[index] = out
-            for call in self.stack:
-                call[1] += 1
+            self._note_sum(operands, out)
+        values = [*args, *(kwargs or {}).values(), *(x for arg in args if isinstance(arg, list | tuple) for x in arg)]
+        received = [value for value in values if isinstance(value, Tensor)]
+        self.uses.update({id(value) for value in received})
+        self._follow_pixels(received, out)
         self.seen.kept.append((args, out))
         return out
+
+    def _note_sum(self, operands: tuple[Tensor, Tensor], out: Tensor) -> None:
+        name, index = self.stack[-1]
+        _, channels, height, width = out.shape
+        transposed = channels == height != width  # [B, H, W, C], as of Swin: images here are squares
+        if operands[0].shape == operands[1].shape and not transposed:
+            sums = self.seen.sums.setdefault(name, {})
+            sums[index] = out
+            self.parts += [(name, i, s) for i, s in sums.items() if s is not out and any(s is o for o in operands)]
+            self.note_pixel(name, index, out)
+        for call in self.stack:
+            call[1] += 1
+
+    def note_pixel(self, name: str, index: int | None, value: Tensor) -> None:
+        """A sum in a module, or (`None`) its output; only maps of one pixel are followed."""
+        if _is_pixel(value):
+            self.origins.setdefault(id(value), set()).add((name, index))
+
+    def _follow_pixels(self, received: list[Tensor], out: Any) -> None:
+        """Maps of one pixel that a larger map is multiplied by are no feature maps, but weights of its channels."""
+        origins = set().union(*(self.origins.get(id(value), ()) for value in received))
+        if not origins or not isinstance(out, Tensor):
+            return
+        if _is_pixel(out):
+            self.origins.setdefault(id(out), set()).update(origins)
+        elif any(value.shape == out.shape for value in received):
+            self.seen.weights.update(name for name, index in origins if index is None)
+            for name, index in origins:
+                self.seen.leave_out(name, index)
+
+    def finish(self) -> Watched:
+        """a + b + x is one sum: its first half goes nowhere but into the second."""
+        for name, index, value in self.parts:
+            if self.uses[id(value)] == 1:
+                self.seen.leave_out(name, index)
+        return self.seen
+
+
+def _is_pixel(value: Tensor) -> bool:
+    return value.dim() == 4 and value.shape[2:].numel() == 1
 
 
 def watch(model: nn.Module, image_size: int, *, training: bool = False) -> Watched:
@@ -90,7 +143,7 @@ def watch(model: nn.Module, image_size: int, *, training: bool = False) -> Watch
         image = convolutions[0].weight.new_zeros(2, channels, image_size, image_size)
         try:
             _dry_run(model, image, watcher, training)
-            return watcher.seen
+            return watcher.finish()
         except Exception as error:
             failure = failure or error
     cause = str(failure).strip().split("\n")[0]
@@ -113,6 +166,7 @@ def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher, training: bool)
         watcher.seen.outputs.pop(names[module], None)
         if isinstance(output, Tensor):
             watcher.seen.outputs[names[module]] = output
+            watcher.note_pixel(names[module], None, output)
 
     handles = []
     for module in model.modules():
