@@ -293,7 +293,7 @@ def test_a_training_that_is_killed_is_tried_again_and_one_that_cannot_succeed_is
     assert "error: 1 runs failed; the same command tries them again" in completed.stderr
     (line,) = [line for line in lines if line.startswith("  dropout--bugs--seed0")]
     attempts = Path(line.rpartition("(log: ")[2].rstrip(")")).read_text().split("$ ")[1:]
-    assert "not finite" in line and len(attempts) == 1  # it would diverge again
+    assert "not finite" in line and len(attempts) == 1 and "\nerror: " in attempts[0]  # it would diverge again
     folder = tmp_path / "results" / "small" / "long"
     assert [p.name.partition("--")[0] for p in folder.glob("*.json")] == ["base"]
     run_experiment(parsed(path, tmp_path, *more, "--report"))

@@ -263,9 +263,11 @@ def detach(model: nn.Module) -> nn.Module:
     """
     modules = list(model.modules())
     owners = [(m, name) for m in modules for name, child in m.named_children() if isinstance(child, Sites)]
+    if not owners:  # a part of a network, say: its sites are not its own
+        return model
     for owner, name in owners:
         delattr(owner, name)
-    for module in modules if owners else ():
+    for module in modules:
         _untap(module)
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _OutputHook)]:
             del module._forward_hooks[key]

@@ -51,7 +51,7 @@ class Watched:
     weights: set[str] = field(default_factory=set)  # modules whose output, of one pixel, weights larger maps
     kept: list[Any] = field(default_factory=list)
 
-    def leave_out(self, name: str, index: int | None) -> None:
+    def leave_out(self, name: str, index: int) -> None:
         """A sum that is none of feature maps, or only a part of one."""
         sums = self.sums.get(name, {})
         sums.pop(index, None)
@@ -108,9 +108,11 @@ class _Watcher(TorchFunctionMode):
         if _is_pixel(out):
             self.origins.setdefault(id(out), set()).update(origins)
         elif any(value.shape == out.shape for value in received):
-            self.seen.weights.update(name for name, index in origins if index is None)
             for name, index in origins:
-                self.seen.leave_out(name, index)
+                if index is None:
+                    self.seen.weights.add(name)
+                else:
+                    self.seen.leave_out(name, index)
 
     def finish(self) -> Watched:
         """a + b + x is one sum: its first half goes nowhere but into the second."""
