@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metaperturb
 from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
-from metaperturb.attach import choose_sites
+from metaperturb.attach import Sites
+from metaperturb.sites import SiteSpec, choose_sites
 
 CONSTANT = 7.0
 
@@ -837,8 +838,8 @@ def test_named_sites():
 
 
 def test_named_modules_that_would_not_be_found():
-    model = quiet(SharedReLU(), image_size=16, sites=["relu", "conv2"])
-    assert sorted(site_names(model)) == ["conv2", "relu"]
+    model = quiet(NormPlain(), image_size=16, sites=["bn2", "conv1"])
+    assert site_names(model) == ["conv1", "bn2"]
     plain = quiet(torchvision_network("resnet18"), sites=["bn1", "layer1.0.bn1", "layer4.1"])
     received = record_inputs(plain)
     with torch.no_grad():
@@ -953,6 +954,69 @@ def test_unknown_site_names():
     assert "fc" in refused(models.create("resnet8", 5, 32), sites=["fc"])  # no feature map
     assert "twice" in refused(models.create("resnet8", 5, 32), sites=["layer1.0", "layer1.0"])
     refused(models.create("resnet8", 5, 32), sites=[])
+
+
+def test_a_place_misspelt():
+    assert "top" in refused(models.create("resnet8", 5, 32), sites="topp")
+    assert "before_pooling" in refused(models.create("resnet8", 5, 32), sites="before_poling")
+
+
+class TwoSlots(nn.Module):
+    """Two places in one module, as children or in a list."""
+
+    def __init__(self, listed: bool):
+        super().__init__()
+        self.conv1, self.conv2, self.head = conv(3, 4), conv(4, 6), Head(6)
+        self.slots = nn.ModuleList([metaperturb.Slot(), metaperturb.Slot()])
+        if not listed:
+            self.slot1, self.slot2 = self.slots
+            del self.slots
+
+    def forward(self, x):
+        first, second = self.slots if hasattr(self, "slots") else (self.slot1, self.slot2)
+        return self.head(F.relu(second(self.conv2(F.relu(first(self.conv1(x)))))))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_several_slots_in_one_module(listed):
+    model = quiet(TwoSlots(listed), image_size=16)
+    assert site_names(model) == (["slots.0", "slots.1"] if listed else ["slot1", "slot2"])
+    received = record_inputs(model)
+    model(images(2, 16))
+    assert [list(h.shape) for _, h in received] == [[2, 4, 16, 16], [2, 6, 16, 16]]
+    assert not any(m._forward_hooks for m in detach(model).modules())
+
+
+def test_sites_of_one_name():
+    spec = SiteSpec("a.b", "a.b", None, 3, (4, 4))
+    with pytest.raises(ValueError, match=r"called 'a.b'"):
+        Sites([spec, spec], [nn.Identity(), nn.Identity()])
+
+
+class Reused(nn.Module):
+    """One module at two places, between convolutions of their own."""
+
+    def __init__(self, shared: nn.Module, widths: tuple[int, int]):
+        super().__init__()
+        self.conv1, self.conv2, self.head = conv(3, widths[0]), conv(*widths), Head(widths[1])
+        self.shared = shared
+
+    def forward(self, x):
+        return self.head(F.relu(self.shared(self.conv2(F.relu(self.shared(self.conv1(x)))))))
+
+
+def test_a_module_that_runs_at_two_places():
+    """Its site would mix the statistics of two maps."""
+    for shared, widths in ((nn.BatchNorm2d(4), (4, 4)), (metaperturb.Slot(), (4, 4)), (metaperturb.Slot(), (4, 6))):
+        assert "'shared' runs 2 times a pass" in refused(Reused(shared, widths), 16)
+    assert "'relu' runs 3 times a pass" in refused(SharedReLU(), 16, sites=["relu"])
+    assert site_names(quiet(Reused(nn.BatchNorm2d(4), (4, 4)), image_size=16, sites=["conv1"])) == ["conv1"]
+
+
+def test_neither_noise_nor_scale():
+    with pytest.raises(UserError) as error:
+        quiet(models.create("resnet8", 5, 16), image_size=16, noise=False, gate=False)
+    assert "noise=False and gate=False" in one_line(error)
 
 
 def test_no_convolution():

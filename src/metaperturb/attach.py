@@ -1,28 +1,15 @@
-"""Putting φ, or other modules, into any CNN: finding the sites, attaching and detaching them.
+"""Putting φ, or other modules, into any CNN and out of it; `metaperturb.sites` says where they act.
 
-Where the sites are (section 3.2, figure 3, and the authors' code), in this order of preference:
-
-1. the network's own `Slot`s (the zoo);
-2. residual networks: every block, after the addition (the last of a + b + x); a block of the same class without an
-   addition (a strided one of MobileNet, say): its output;
-3. plain networks: every convolution, after its normalization if it has one, before the activation. In a network that
-   normalizes before it convolves (DenseNet) that is the output of every normalization.
-
-Maps of one pixel that weight the channels of larger ones (attention) are no feature maps, nor are [B, H, W, C].
-
-The network's code is not changed. A dry run on zeros watches which modules and functions are called; hooks do the rest.
-Additions are no modules, so the forward pass of a block with one runs under a `TorchFunctionMode` that passes the sum
-on to the site.
+The network's code is not changed. Hooks hand the outputs of modules to their sites. Additions are no modules, so the
+forward pass of a block with one runs under a `TorchFunctionMode` that passes the sum on to the site.
 """
 
 import copyreg
-import difflib
 import functools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -31,30 +18,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from metaperturb.dry_run import NORMALIZATIONS, Watched, summed_maps, watch
+from metaperturb.dry_run import summed_maps
 from metaperturb.errors import UserError
-from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite, Slot
+from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite
+from metaperturb.sites import PLACES, SiteSpec, choose_sites, find_sites
 
 # What methods add to a network: its children of these names.
 PERTURBATION, REGULARIZER = "metaperturb", "regularizer"
-PLACES = ("all", "before_pooling", "top", "bottom")  # what `choose_sites` knows
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-
-
-@dataclass(frozen=True)
-class SiteSpec:
-    """Where a site acts: on the output of `module`, or on the result of the `addition`-th residual sum inside it."""
-
-    name: str
-    module: str
-    addition: int | None
-    channels: int
-    size: tuple[int, int]
-
-    def __str__(self) -> str:
-        place = "output" if self.addition is None else "residual sum"
-        height, width = self.size
-        return f"{self.name}: {place}, [{self.channels}, {height}, {width}]"
 
 
 class Sites(nn.Module):
@@ -67,6 +37,8 @@ class Sites(nn.Module):
 
     def __init__(self, specs: list[SiteSpec], modules: list[nn.Module]) -> None:
         super().__init__()
+        if repeated := [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]:
+            raise ValueError(f"several sites are called {repeated[0]!r}")
         self.specs = specs
         for spec, module in zip(specs, modules, strict=True):
             # Child names may not hold "."; the "/" in front keeps them apart from our own attributes.
@@ -186,9 +158,9 @@ def attach(
         model: any CNN that maps images `[B, C, S, S]` to logits.
         phi: the shared φ.
         image_size: S in pixels; also the normalizer of the layer's size.
-        sites: default: all that are found as this module describes (`find_sites` lists them). `"before_pooling"`,
-            `"top"` or `"bottom"`: those that `choose_sites` leaves of them. A list: names of modules to perturb (their
-            residual sum, else their output).
+        sites: default: all that are found as `metaperturb.sites` describes (`find_sites` lists them).
+            `"before_pooling"`, `"top"` or `"bottom"`: those that `choose_sites` leaves of them. A list: names of
+            modules to perturb (their residual sum, else their output).
         noise, gate: see `PerturbSite`.
         clip: upper bound in training, or None.
         verbose: say on stderr, in one line, which sites were chosen (`print(model.metaperturb)` shows all).
@@ -197,9 +169,9 @@ def attach(
     found ones, the widest found: a site computes the same whether or not the others are there.
 
     Raises:
-        UserError: φ is none, already attached, a wrapper (of DistributedDataParallel, `torch.compile` and the like), a
-            module of the network's own is called `metaperturb`, no site found, unknown site name, or the network does
-            not run on such images, or makes other sums in training than in evaluation.
+        UserError: φ is no `MetaPerturb`, already attached, or left with neither `noise` nor `gate`; the network is a
+            wrapper (of DistributedDataParallel, `torch.compile` and the like) or has a `metaperturb` of its own; and
+            what `find_sites` raises.
 
     Example:
         >>> import torchvision
@@ -209,6 +181,8 @@ def attach(
     """
     if not isinstance(phi, MetaPerturb):
         raise UserError(f"phi: expected a MetaPerturb, as load_phi(…) gives one, got {type(phi).__name__}")
+    if not (noise or gate):
+        raise UserError("noise=False and gate=False leave nothing of φ; choose one of the two")
     if any(isinstance(module, Attachment) for module in model.modules()):
         raise UserError("this network has a perturbation attached already (detach(model) removes it)")
     if sites is None or sites in PLACES:
@@ -272,152 +246,6 @@ def detach(model: nn.Module) -> nn.Module:
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _OutputHook)]:
             del module._forward_hooks[key]
     return model
-
-
-def find_sites(model: nn.Module, image_size: int, names: Iterable[str] | None = None) -> list[SiteSpec]:
-    """The sites that `attach` would choose, in the order in which the network runs them.
-
-    Raises:
-        UserError: no site found, unknown or repeated name, a wrapper, or the network does not run on such images, or
-            makes other sums in training than in evaluation.
-    """
-    if isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
-        raise UserError(f"{type(model).__name__} wraps a network; attach to that one, before it is wrapped")
-    if type(image_size) is not int or image_size < 1:
-        raise UserError(f"image_size: expected the side of the images in pixels, got {image_size!r}")
-    seen = watch(model, image_size)
-    specs = _slot_sites(model, seen) or _residual_sites(model, seen) or _plain_sites(model, seen)
-    if names is not None:
-        specs = _named_sites(model, seen, specs, names)
-    if not specs:
-        raise UserError(
-            f"{type(model).__name__}: found no place to perturb (no residual sum of feature maps, no convolution "
-            "before an activation); name modules with sites=[…]"
-        )
-    _check_sums(model, image_size, specs, seen)
-    return specs
-
-
-def _check_sums(model: nn.Module, image_size: int, specs: list[SiteSpec], seen: Watched) -> None:
-    """Sums are counted, so those before a site must be the same in training as in the dry run.
-
-    Raises:
-        UserError: they are not.
-    """
-    tapped = {spec.module for spec in specs if spec.addition is not None}
-    if not tapped:
-        return
-    try:
-        in_training = watch(model, image_size, training=True)
-    except UserError:  # a network that wants labels in training, say: nothing can be known of its sums there
-        return
-    for name in sorted(tapped):
-        if seen.sums[name].keys() != in_training.sums.get(name, {}).keys():
-            raise UserError(
-                f"{type(model).__name__}: {name or 'its forward'!r} makes other sums in training than in evaluation, "
-                "so that none can be told; put a metaperturb.Slot() where φ belongs, or name other modules: sites=[…]"
-            )
-
-
-def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
-    """Those of a network's sites that an ablation leaves (table 3 (b)).
-
-    A stage is a run of consecutive sites with feature maps of one size.
-
-    Args:
-        specs: as `find_sites` gives them, at least one.
-        where: `"all"`; `"bottom"`: the first stage; `"top"`: the last one; `"before_pooling"`: the last site of each
-            stage, which the next down-sampling or the final pooling follows.
-
-    Returns:
-        at least one of `specs`, in the same order.
-
-    Raises:
-        UserError: an unknown word.
-
-    Example:
-        >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
-        >>> [spec.name for spec in choose_sites(find_sites(model, 32), "before_pooling")]
-        ['layer1.2', 'layer2.2', 'layer3.2']
-    """
-    if where not in PLACES:
-        raise UserError(f"sites {where!r}: unknown place (known: {', '.join(PLACES)})")
-    stages = [list(stage) for _, stage in groupby(specs, key=lambda spec: spec.size)]
-    if where == "bottom":
-        return stages[0]
-    if where == "top":
-        return stages[-1]
-    return [stage[-1] for stage in stages] if where == "before_pooling" else list(specs)
-
-
-# --- choosing
-
-
-def _spec(name: str, module: str, addition: int | None, value: Tensor) -> SiteSpec:
-    return SiteSpec(name, module, addition, value.shape[1], (value.shape[2], value.shape[3]))
-
-
-def _slot_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
-    slots = [n for n, m in model.named_modules() if isinstance(m, Slot) and n in seen.outputs]
-    order = list(seen.outputs)
-    slots.sort(key=order.index)
-    return [_spec(n.rpartition(".")[0] or n, n, None, seen.outputs[n]) for n in slots]
-
-
-def _residual_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
-    modules = dict(model.named_modules())
-    blocks = {type(modules[name]) for name in seen.sums if name} - {nn.Sequential}
-    specs = []
-    for name, output in seen.outputs.items():
-        if name in seen.sums:
-            specs += _sum_sites(name, seen)
-        elif type(modules[name]) in blocks and output.dim() == 4:
-            specs.append(_spec(name, name, None, output))
-    return specs
-
-
-def _sum_sites(name: str, seen: Watched) -> list[SiteSpec]:
-    sums = seen.sums[name]
-    alone = len(sums) == 1 and name
-    return [_spec(name if alone else f"{name or 'model'}.sum{i}", name, k, v) for i, (k, v) in enumerate(sums.items())]
-
-
-def _plain_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
-    modules = dict(model.named_modules())
-    any_norm = any(isinstance(modules[name], NORMALIZATIONS) for name in seen.outputs)
-    layers = [name for name in seen.outputs if isinstance(modules[name], nn.Conv2d | nn.Linear)]
-    specs = []
-    for name, output in seen.outputs.items():
-        if output.dim() != 4 or name in layers[-1:] or name in seen.weights:  # the last layer is the classifier
-            continue
-        is_norm = isinstance(modules[name], NORMALIZATIONS)
-        is_conv = isinstance(modules[name], nn.Conv2d) and id(output) not in seen.normalized
-        if is_norm or (is_conv and (not any_norm or id(output) in seen.activated)):
-            specs.append(_spec(name, name, None, output))
-    return specs
-
-
-def _named_sites(model: nn.Module, seen: Watched, found: list[SiteSpec], names: Iterable[str]) -> list[SiteSpec]:
-    names = [names] if isinstance(names, str) else list(names)
-    known = {spec.name: spec for spec in found}
-    specs = []
-    for name in names:
-        if name in known:
-            specs.append(known[name])
-        elif name in seen.sums:
-            specs += _sum_sites(name, seen)
-        elif name in seen.outputs and seen.outputs[name].dim() == 4:
-            specs.append(_spec(name, name, None, seen.outputs[name]))
-        else:
-            candidates = [*known, *(n for n, v in seen.outputs.items() if n and v.dim() == 4)]
-            near = ", ".join(difflib.get_close_matches(name, candidates, n=3)) or ", ".join(candidates[:3])
-            raise UserError(
-                f"site {name!r}: no module of {type(model).__name__} with a feature map has this name (near: {near})"
-            )
-    if not specs or len(set(specs)) < len(specs):
-        raise UserError(f"sites {names}: name at least one site, and none twice")
-    order = list(seen.outputs)
-    return sorted(specs, key=lambda spec: (order.index(spec.module), spec.addition or 0))
 
 
 def _summary(specs: list[SiteSpec]) -> str:

@@ -48,6 +48,7 @@ class Watched:
     sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # module → index of sum → value, innermost only
     activated: set[int] = field(default_factory=set)  # identities of tensors that an activation received
     normalized: set[int] = field(default_factory=set)  # … that a normalization received
+    calls: Counter[str] = field(default_factory=Counter)  # module → how often it ran
     weights: set[str] = field(default_factory=set)  # modules whose output, of one pixel, weights larger maps
     kept: list[Any] = field(default_factory=list)
 
@@ -165,6 +166,7 @@ def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher, training: bool)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         watcher.stack.pop()
+        watcher.seen.calls[names[module]] += 1
         watcher.seen.outputs.pop(names[module], None)
         if isinstance(output, Tensor):
             watcher.seen.outputs[names[module]] = output
