@@ -106,6 +106,22 @@ def test_equals_the_plain_operators_in_the_ablations(gate, noise, training):
     assert_equal_to_plain(*inputs, gate=gate, noise=noise, training=training, strength=0.6, clip=1.0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"noise": False}, {"gate": False}, {"training": False}], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (2, 37, 4, 4), (4, 16, 32, 32)])
+def test_the_gradient_of_phi_does_not_depend_on_whether_that_of_h_is_wanted(shape, settings):
+    def gradient(wanted):
+        training = settings.get("training", True)
+        options = {key: value for key, value in settings.items() if key != "training"}
+        site = PerturbSite(make_phi(torch.float32), shape[1], **options).train(training)
+        h = maps(*shape).float().requires_grad_(wanted)
+        with kernels.use_kernel("fused"):
+            out = site(h, noise=maps(*shape, seed=2).float())
+        grads = torch.autograd.grad(out, [*site.phi.parameters()], maps(*shape, seed=3).float(), allow_unused=True)
+        return torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
+
+    assert torch.equal(gradient(False), gradient(True)) and gradient(True).abs().max() > 0
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
 def test_equals_the_plain_operators_whatever_the_memory_layout(layout):
     h = {

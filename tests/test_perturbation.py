@@ -329,6 +329,14 @@ def test_gradients_of_phi_and_h_against_finite_differences(strength, training):
     assert torch.autograd.gradcheck(through, (h, *weights), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
+def test_autocast_leaves_the_scale_in_float32():
+    site = PerturbSite(make_phi().float(), 5).eval()
+    h = maps(2, 5, 6, 6).float()
+    expected = site.scale(h)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(site.scale(h), expected)
+
+
 def test_gradient_of_a_network_loss_by_central_differences():
     """Two sites share φ, a strided convolution and a nonlinearity in between, cross-entropy behind."""
     torch.manual_seed(0)

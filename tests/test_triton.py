@@ -139,6 +139,20 @@ def test_equals_the_plain_operators_without_the_gradient_of_phi(small_tiles):
 
 
 @executed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_phi_does_not_depend_on_whether_that_of_h_is_wanted(dtype, small_tiles):
+    h, noise, grad_out = (maps(2, 5, 4, 5, seed=seed).to(dtype) for seed in (1, 2, 3))
+
+    def gradients(wanted):
+        phi, running = make_phi(torch.float32), statistics(5, torch.float32)
+        out = fused.apply(triton_site, h.clone().requires_grad_(wanted), phi, noise, None, *running, settings())
+        return torch.autograd.grad(out, list(phi), grad_out)
+
+    for alone, together in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(alone, together) and together.abs().max() > 0
+
+
+@executed
 def test_equals_the_plain_operators_with_tiles_of_the_usual_size():
     assert_equal_to_plain((2, 5, 12, 11))
 
@@ -292,9 +306,9 @@ def test_every_kernel_compiles_for_a_hopper_gpu_and_keeps_its_values_in_register
     phi, running, seed = make_phi(torch.float32), statistics(16, torch.float32), torch.tensor(1, device=DEVICE)
     h = torch.zeros(2, 16, 32, 32, device=DEVICE, dtype=dtype)
     _, *scratch = triton_site.forward(h, phi, None, seed, *running, settings())
-    for phi_gradient in (False, True):
-        triton_site.backward(h, h, phi, None, seed, tuple(scratch), settings(), phi_gradient)
-    assert len(launches) == 10 and len({name for name, _ in launches}) == 8
+    for wanted in ((True, False), (True, True), (False, True)):
+        triton_site.backward(h, h, phi, None, seed, tuple(scratch), settings(), *wanted)
+    assert len(launches) == 12 and len({name for name, _ in launches}) == 8
     for (name, _), (source, options) in launches.items():
         path = tmp_path / "kernel.cubin"
         path.write_bytes(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])

@@ -80,7 +80,7 @@ class TrainingBatches:
         Crop offsets and flips come from PyTorch's global generator of the device: seed it first to reproduce a batch.
         """
         indices, images = self._indices(step), self.images
-        kernel = kernels.available(images.device)
+        kernel = kernels.batch_kernel(images.device)
         if kernel == "triton":
             from metaperturb.kernels.triton_batches import training_batch  # importing Triton takes a second
 

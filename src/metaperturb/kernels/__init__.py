@@ -32,7 +32,15 @@ _choice = "auto"
 
 
 def set_kernel(choice: str) -> None:
-    """Choose for all sites of this process: `"auto"` (fused where it can be), `"fused"` (or an error), `"plain"`."""
+    """Choose for all sites of this process.
+
+    Args:
+        choice: `"auto"`: fused where it can be; `"fused"`: the same, and an error on a device that has no fused kernel;
+            `"plain"`.
+
+    Raises:
+        UserError: another word.
+    """
     global _choice
     if choice not in CHOICES:
         raise UserError(f"kernel: unknown {choice!r} (known: {', '.join(CHOICES)})")
@@ -56,8 +64,8 @@ def kernel_name(device: torch.device | str = "cpu") -> str:
     return "plain" if backend is None else backend.NAME
 
 
-def available(device: torch.device) -> str | None:
-    """Name of the kernels that may make batches of images on this device, exactly as tensor code does; None: none."""
+def batch_kernel(device: torch.device) -> str | None:
+    """Name of the kernels that make image batches on this device, to the bit as tensor code does; None: that does."""
     found = _load(device) if _choice != "plain" else None
     return found.NAME if isinstance(found, ModuleType) else None
 

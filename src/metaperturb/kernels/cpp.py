@@ -33,7 +33,7 @@ class _Site(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")]
-        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "phi_gradient")]
+        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "h_gradient", "phi_gradient")]
         + [(name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")]
         + [("seed", ctypes.c_uint64)]
         + [
@@ -96,17 +96,18 @@ def backward(
     seed: Tensor | None,
     scratch: tuple[Tensor, ...],
     settings: Settings,
+    h_gradient: bool,
     phi_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h `[B, C, H, W]` and of φ `[82]` (None unless asked for).
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of h `[B, C, H, W]` and of φ `[82]`, each None unless asked for.
 
     `scratch` is what `forward` returned after the perturbed map.
     """
     tensors = dict(zip(("features", "statistics", "scale"), scratch, strict=True))
     tensors |= {"grad_out": grad_out.contiguous(), "grad_h": torch.empty(h.shape, dtype=h.dtype)}
     tensors["grad_phi"] = torch.empty(sum(p.numel() for p in phi), dtype=torch.float64)
-    _run("backward", h, phi, noise, seed, settings, phi_gradient=phi_gradient, **tensors)
-    return tensors["grad_h"], tensors["grad_phi"].to(h.dtype) if phi_gradient else None
+    _run("backward", h, phi, noise, seed, settings, h_gradient=h_gradient, phi_gradient=phi_gradient, **tensors)
+    return tensors["grad_h"] if h_gradient else None, tensors["grad_phi"].to(h.dtype) if phi_gradient else None
 
 
 def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
@@ -125,6 +126,7 @@ def _run(
     noise: Tensor | None,
     seed: Tensor | None,
     settings: Settings,
+    h_gradient: bool = False,
     phi_gradient: bool = False,
     **tensors: Tensor,
 ) -> None:
@@ -139,6 +141,7 @@ def _run(
         training=settings.training,
         noise=noise_source(settings, noise),
         gate=settings.gate,
+        h_gradient=h_gradient,
         phi_gradient=phi_gradient,
         strength=settings.strength,
         clip=upper_bound(settings),

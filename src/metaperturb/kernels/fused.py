@@ -74,8 +74,9 @@ class _Perturb(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody will differentiate this gradient: the plain operators can be
             grads = _differentiable_backward(ctx, grad_out, h, phi, noise, seed, statistics=scratch[1])
             return *grads, *nothing
-        phi_gradient = any(ctx.needs_input_grad[1:7])
-        grad_h, grad_phi = ctx.backend.backward(grad_out, h, phi, noise, seed, scratch, ctx.settings, phi_gradient)
+        h_gradient, phi_gradient = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:7])
+        wanted = h_gradient, phi_gradient  # of the first site in the φ-step h needs none
+        grad_h, grad_phi = ctx.backend.backward(grad_out, h, phi, noise, seed, scratch, ctx.settings, *wanted)
         grads = nothing
         if phi_gradient:
             parts = grad_phi.split([p.numel() for p in phi])

@@ -68,7 +68,7 @@ def batch_statistics(h: Tensor, phi: Phi) -> tuple[Tensor, Tensor]:
 def scale(mean: Tensor, var: Tensor, phi: Phi, channel_ratio: float, size_ratio: float) -> Tensor:
     """s: `[C]`, from statistics `[C, 4]` (figure 2, right)."""
     weight = phi.scale_affine.to(mean.dtype)
-    statistics = torch.cat([mean, var], dim=1) @ weight[:-2]
+    statistics = (torch.cat([mean, var], dim=1) * weight[:-2]).sum(dim=1)  # no matmul: autocast would round its factors
     # The two ratios are numbers of the host: multiplying saves the copy that a tensor of them would cost on a GPU.
     return torch.sigmoid(statistics + weight[-2] * channel_ratio + weight[-1] * size_ratio)
 

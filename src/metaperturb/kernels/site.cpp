@@ -36,7 +36,7 @@ enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2 };
 template <typename T>
 struct Site {
     int64_t batch, channels, height, width;
-    int32_t threads, training, noise, gate, phi_gradient;
+    int32_t threads, training, noise, gate, h_gradient, phi_gradient;
     double strength, clip, channel_ratio, size_ratio, momentum;
     uint64_t seed;
     const T *h;            // [B, C, H, W]
@@ -49,7 +49,7 @@ struct Site {
     T *scale;              // [C], likewise
     T *out;                // [B, C, H, W]
     const T *grad_out;     // [B, C, H, W]
-    T *grad_h;             // [B, C, H, W]
+    T *grad_h;             // [B, C, H, W]; without h_gradient only its direct part, which costs nothing
     double *grad_phi;      // [82]
 };
 
@@ -623,6 +623,14 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
                         z3[i] = k3.at(x + i, p.pitch) > T(0) ? z3[i] : T(0);
                     }
                 }
+                if (site.phi_gradient) {
+                    double *gradient = &grad_phi[b * SCALE_AFFINE + SCALE_KERNELS];
+                    for (T *d : {d0(), d1(), d2(), d3()}) {
+                        correlate(p, d, sheet(), gradient);
+                        gradient += TAPS;
+                    }
+                }
+                if (!site.h_gradient) continue;
                 // All three rows of the four transposed kernels at once, then the rows are put together: 15 loads, not 36.
                 T *__restrict up = row0() + p.first, *__restrict middle = row1() + p.first,
                               *__restrict down = row2() + p.first, *__restrict total = sum() + p.first;
@@ -635,13 +643,6 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
 #pragma omp simd
                 for (int64_t i = 0; i < p.count; ++i) total[i] = up[i - p.pitch] + middle[i] + down[i + p.pitch];
                 p.add_to(g, sum(), site.grad_h + channel * p.pixels());
-                if (site.phi_gradient) {
-                    double *gradient = &grad_phi[b * SCALE_AFFINE + SCALE_KERNELS];
-                    for (T *d : {d0(), d1(), d2(), d3()}) {
-                        correlate(p, d, sheet(), gradient);
-                        gradient += TAPS;
-                    }
-                }
             }
         }
     }
@@ -722,6 +723,7 @@ void mu_backward(const Site<T> &site, Workspace<T> &w, Buffer<T> &grad_mu, T *im
         if (grad_phi) correlate(p, w.hidden(g * p.size), w.h(g * p.size), grad_phi + SELF1);
     }
     if (grad_phi) correlate(p, sum, w.mean(), grad_phi + ALL1);
+    if (!site.h_gradient) return;
     p.share_sum(sum, T(1));
     convolve(p, all1, sum, w.shared());
 

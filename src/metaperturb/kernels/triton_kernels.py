@@ -409,8 +409,8 @@ def perturb_backward(
 ):
     """From the gradient of the perturbed map to those of its factors.
 
-    Writes the direct part of the gradient of h and the gradient of μ, `[B, C, H, W]`, the latter's mean over channels
-    `[B, H, W]`, and the gradient of the scale `[programs, C]`.
+    Writes the direct part of the gradient of h (if wanted) and the gradient of μ, `[B, C, H, W]`, the latter's mean
+    over channels `[B, H, W]`, and the gradient of the scale `[programs, C]`.
     """
     DTYPE: tl.constexpr = self2.dtype.element_ty
     STEP: tl.constexpr = C if LAST else 1
@@ -453,7 +453,8 @@ def perturb_backward(
                 factor = (s - 1.0) * strength + 1.0
             direct = tl.where(x * factor > clip, 0.0, incoming)
             grad_g = tl.where(inside, direct * x * strength, 0.0)
-            tl.store(grad_h + base + offset, direct * factor, mask=inside)
+            if grad_h is not None:
+                tl.store(grad_h + base + offset, direct * factor, mask=inside)
             if NOISE:
                 total += grad_g * z
                 through = grad_g * s * slope
@@ -631,7 +632,7 @@ def input_backward(
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Adds to the direct part of the gradient of h what comes through layer 1 and through the features.
+    """Adds to the direct part of the gradient of h (if wanted) what comes through layer 1 and through the features.
 
     A program goes through `GROUP` channels and `RUN` pixels of an image.
     """
@@ -669,33 +670,38 @@ def input_backward(
             pixel = tile + tl.arange(0, PIXELS)[None, :]
             inside = (c < C) & (pixel < H * W)
             offset = offsets(c, pixel, C, H, W, LAST)
-            total = tl.load(direct + base + offset, mask=inside, other=0)
+            if grad_h is not None:
+                total = tl.load(direct + base + offset, mask=inside, other=0)
             if parts is not None:
                 x = tl.load(h + base + offset, mask=inside, other=0).to(DTYPE)
             if grad_hidden is not None:
                 near = neighbours(grad_hidden_mean + plane + pixel, pixel, pixel < H * W, H, W, 1)
-                total += convolve_transposed(near, w_all, DTYPE)
+                if grad_h is not None:
+                    total += convolve_transposed(near, w_all, DTYPE)
                 if parts is not None:
                     # γ₁ sees the mean of h once, not once a channel, and C times the mean of the gradient.
                     once = (pixel < H * W) & (first == 0)
                     m = tl.load(mean + plane + pixel, mask=once, other=0) * C
                     sums_all = correlate(sums_all, near, m)
                 near = neighbours(grad_hidden + base + offset, pixel, inside, H, W, STEP)
-                total += convolve_transposed(near, w, DTYPE)
+                if grad_h is not None:
+                    total += convolve_transposed(near, w, DTYPE)
                 if parts is not None:
                     sums = correlate(sums, near, x)
             if signs is not None:
                 bits = neighbours(signs + base + offset, pixel, inside, H, W, STEP)
-                total += g0 * _sum_where(bits, 1, w0)
-                total += g1 * _sum_where(bits, 2, w1)
-                total += g2 * _sum_where(bits, 4, w2)
-                total += g3 * _sum_where(bits, 8, w3)
+                if grad_h is not None:
+                    total += g0 * _sum_where(bits, 1, w0)
+                    total += g1 * _sum_where(bits, 2, w1)
+                    total += g2 * _sum_where(bits, 4, w2)
+                    total += g3 * _sum_where(bits, 8, w3)
                 if parts is not None:
                     sums0 = _add_where(sums0, bits, 1, g0 * x)
                     sums1 = _add_where(sums1, bits, 2, g1 * x)
                     sums2 = _add_where(sums2, bits, 4, g2 * x)
                     sums3 = _add_where(sums3, bits, 8, g3 * x)
-            tl.store(grad_h + base + offset, total.to(grad_h.dtype.element_ty), mask=inside)
+            if grad_h is not None:
+                tl.store(grad_h + base + offset, total.to(grad_h.dtype.element_ty), mask=inside)
     if parts is not None:
         parts += tl.program_id(0)
         if grad_hidden is not None:

@@ -209,14 +209,15 @@ def backward(
     seed: Tensor | None,
     scratch: tuple[Tensor | None, ...],
     settings: Settings,
+    h_gradient: bool,
     phi_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h `[B, C, H, W]` and of φ `[82]` (None unless asked for).
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of h `[B, C, H, W]` and of φ `[82]`, each None unless asked for.
 
     `scratch` is what `forward` returned after the perturbed map.
     """
     with torch.cuda.device_of(h):
-        return _backward(_Map(h), grad_out, phi, noise, seed, *scratch, settings, phi_gradient)
+        return _backward(_Map(h), grad_out, phi, noise, seed, *scratch, settings, h_gradient, phi_gradient)
 
 
 def _backward(
@@ -231,8 +232,9 @@ def _backward(
     mean: Tensor | None,
     hidden_mean: Tensor | None,
     settings: Settings,
+    h_gradient: bool,
     phi_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     h, dtype = x.tensor, phi.self1.dtype
     new = functools.partial(torch.empty, dtype=dtype, device=h.device)
     new_map = functools.partial(torch.empty_like, h, dtype=dtype)
@@ -256,9 +258,9 @@ def _backward(
             **tile,
         )
 
-    grad_h = torch.empty_like(h)
+    grad_h = torch.empty_like(h) if h_gradient else None
     # A part of a sum is not rounded to half precision.
-    direct = new_map() if through_maps and h.dtype != dtype else grad_h
+    direct = new_map() if h_gradient and through_maps and h.dtype != dtype else grad_h
     quarter_tile, quarter_pieces = x.quarter_tile()
     rows = x.batch * quarter_pieces
     if settings.gate:
