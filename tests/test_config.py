@@ -124,3 +124,11 @@ def test_differences_name_what_changes_a_result_only():
     older = {key: value for key, value in old.items() if key not in ("classes", "gpus")}  # of before these settings
     assert differences(older, MetaTrainConfig()) == []
     assert differences(older, MetaTrainConfig(classes=3)) == ["classes: None → 3"]
+
+
+def test_files_that_moved_are_no_difference():
+    old = dataclasses.asdict(MetaTestConfig(phi="here.pt"))
+    assert differences(old, MetaTestConfig(phi="there.pt")) == ["phi: here.pt → there.pt"]
+    assert differences(old, MetaTestConfig(phi="there.pt"), moved=True) == []
+    assert differences(old, MetaTestConfig(), moved=True) == ["phi: here.pt → None"]
+    assert differences(old, MetaTestConfig(phi="here.pt", init="run"), moved=True) == ["init: None → run"]

@@ -349,7 +349,9 @@ def test_bits_after_sigkill_and_resume_without_the_pretrained_run(settings, pret
     assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
     shutil.rmtree(init)
     resumed = run("meta_test", [*common, f"run_dir={run_dir}"])
-    assert resumed.returncode == 0 and "resuming after step" in resumed.stderr and "init:" not in resumed.stderr
+    assert resumed.returncode == 0 and "resuming after step" in resumed.stderr
+    assert f"not compared with what it began with: init: {init}: no such file" in resumed.stderr
+    assert "tensors from" not in resumed.stderr
     ours, theirs = model_state(run_dir), model_state(tmp_path / "whole")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = result(run_dir), result(tmp_path / "whole")
@@ -362,6 +364,28 @@ def test_other_initial_weights_are_another_run(settings, pretrained, tmp_path, c
     assert program.main(["--set", *common, f"init={pretrained}", "init_batch_norm=keep"]) == 1
     message = capsys.readouterr().err
     assert f"init: None → {pretrained}" in message and "init_batch_norm: drop → keep" in message
+
+
+def test_a_pretrained_network_may_move_but_not_change(settings, pretrained, tmp_path, capsys):
+    """Whether the run that began with it is finished or goes on."""
+    init, moved, run_dir = tmp_path / "pre", tmp_path / "moved", tmp_path / "tgt"
+    common = ["--set", *settings, "method=base", "steps=1", f"run_dir={run_dir}"]
+    shutil.copytree(pretrained, init)
+    assert program.main([*common, f"init={init}"]) == 0
+    init.rename(moved)
+    for finished in (True, False):
+        if not finished:  # as if killed before its end
+            (run_dir / "result.json").unlink()
+        assert program.main([*common, f"init={moved}"]) == 0
+        assert "not compared" not in capsys.readouterr().err
+    state = load_tensors(moved / "checkpoints" / "latest.pt")
+    state["model"]["conv1.weight"] += 1
+    torch.save(state, moved / "checkpoints" / "latest.pt")
+    for finished in (True, False):
+        if not finished:
+            (run_dir / "result.json").unlink()
+        assert program.main([*common, f"init={moved}"]) == 1
+        assert f"the network in {moved} changed since this run began" in capsys.readouterr().err
 
 
 def unfinished(folder: Path, pretrained: Path) -> None:

@@ -161,6 +161,7 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
     strengths = [annealed_strength(i, 10_000, 0.4) for i in (0, 1999, 3999, 4000, 9999)]
     assert strengths == [1 / 4000, 0.5, 1.0, 1.0, 1.0]
     assert annealed_strength(0, 750, 0.0) == 1.0
+    assert annealed_strength(27, 100, 0.29) < 1.0 == annealed_strength(28, 100, 0.29)  # 100 · 0.29 is 28.999…
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,8 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         (["lr=nan"], "lr: must be finite"),
         (["target_path=nowhere"], "nowhere"),
         (["target=cub", "target_path=null", "download=false"], "CUB_200_2011"),
+        (["model=vgg11", "image_size=8", "target_path=nowhere"], "VGG: does not run on images [2, 3, 8, 8]"),
+        (["model=vgg11", "image_size=8", "target_path=nowhere", "method=base"], "does not run on images [2, 3, 8, 8]"),
     ],
 )
 def test_bad_settings_are_one_line(settings, tmp_path, capsys, changes, expected):
@@ -292,6 +295,35 @@ def test_another_kernel_on_resume_is_said(settings, tmp_path, capsys):
         assert program.main(["--set", *settings, f"run_dir={run_dir}", "kernel=plain"]) == 0
     assert "goes on with the plain kernel where it began with cpp" in capsys.readouterr().err
     assert json.loads((run_dir / "result.json").read_text())["kernel"] == "plain"
+
+
+def test_a_run_goes_on_with_the_same_phi_at_another_place(settings, phi_file, tmp_path, capsys):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
+    before = model_state(run_dir)
+    moved = ["--set", *settings, f"run_dir={run_dir}", f"phi={shutil.copy(phi_file, tmp_path / 'moved.pt')}"]
+    capsys.readouterr()
+    for finished in (True, False):
+        if not finished:  # as if killed before its end
+            (run_dir / "result.json").unlink()
+        assert program.main(moved) == 0
+    assert "resuming after step" in capsys.readouterr().err
+    assert all(torch.equal(value, before[name]) for name, value in model_state(run_dir).items())
+
+
+def test_how_often_a_run_is_evaluated_may_change(settings, tmp_path):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
+    metrics = json.loads((run_dir / "result.json").read_text())["metrics"]
+    (run_dir / "result.json").unlink()
+    assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval_every=1", "eval_samples=1"]) == 0
+    assert json.loads((run_dir / "result.json").read_text())["metrics"] == metrics
+
+
+def test_settings_without_effect_are_said(settings, tmp_path, capsys):
+    changes = ["method=base", "recipe=mixup", "mixup_alpha=0.5", "dropblock_prob=0.5", "clip=3", "steps=1"]
+    assert program.main(["--set", *settings, *changes, f"run_dir={tmp_path / 'tgt'}"]) == 0
+    assert "method base does not use clip, phi, dropblock_prob\n" in capsys.readouterr().err
 
 
 def test_truncated_checkpoint_is_one_line(settings, tmp_path, capsys):

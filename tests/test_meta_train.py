@@ -524,6 +524,26 @@ def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, source_
     assert load_phi(tmp_path / "src" / "phi.pt").card["config"]["steps"] == 9
 
 
+def test_phi_that_is_kept_belongs_to_a_run_on_record(source_settings, tmp_path, monkeypatch, capsys):
+    """Killed right behind it, the run holds its folder: no other settings may begin there and leave that φ."""
+    settings = ["--set", *source_settings, "steps=6", "keep_phi=2", "checkpoint_every=100", "gpus=cpu"]
+    settings += [f"run_dir={tmp_path / 'src'}"]
+    joint_step = program.joint_step
+
+    def killed(step, *arguments):
+        if step == 3:
+            raise KeyboardInterrupt
+        return joint_step(step, *arguments)
+
+    monkeypatch.setattr(program, "joint_step", killed)
+    assert program.main(settings) != 0
+    assert (tmp_path / "src" / "phi-000002.pt").exists()
+    monkeypatch.setattr(program, "joint_step", joint_step)
+    assert program.main([*settings, "lr=0.1"]) == 1
+    assert "holds a run with other settings (lr: 0.001 → 0.1)" in capsys.readouterr().err
+    assert program.main(settings) == 0 and "resuming after step 2" in capsys.readouterr().err
+
+
 def test_phi_of_a_step_that_is_past_cannot_be_kept(source_settings, tmp_path, capsys):
     settings = ["--set", *source_settings, "steps=6", f"run_dir={tmp_path / 'src'}", "gpus=cpu", "checkpoint_every=2"]
     assert program.main([*settings, "keep_phi=2"]) == 0

@@ -42,7 +42,7 @@ from metaperturb.weights import find_phi, load_phi, phi_digest
 
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 # Settings that neither tell two cells of a table apart nor keep one from being at the paper's setting.
-INCIDENTAL = {"seed", "threads", "log_every", "eval_every", "eval_samples", "eval_batch_size"}
+INCIDENTAL = {"seed", "threads", "eval_batch_size"}
 COLUMN_KEYS = {"stands_for", "comparable"}
 VERSUS = "versus"  # of a row: what it is compared with
 # Settings that --set cannot give to cells, and how they are given.

@@ -1,7 +1,8 @@
 """One mechanism for all settings: a dataclass a program, filled from a YAML file and `--set key=value`.
 
 Every key is checked by name, type and range before any work starts. Keys marked `identity=False` do not change what a
-run computes (where it runs, how often it reports), so a run may be resumed with other values of them.
+run computes (where it runs, how often it reports), so a run may be resumed with other values of them. Keys marked
+`by_content=True` name files whose content a resumed run compares with what it began with: they may have moved.
 """
 
 import argparse
@@ -30,11 +31,15 @@ def option(
     high: float | None = None,
     below: float | None = None,
     identity: bool = True,
+    by_content: bool = False,
 ) -> Any:
-    """A dataclass field with its one-line description and, for numbers, bounds: `low` and `high` are allowed values."""
+    """A dataclass field with its one-line description and, for numbers, bounds: `low` and `high` are allowed values.
+
+    `identity` and `by_content`: see above.
+    """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     bounds = {"low": low, "high": high, "below": below}
-    return dataclasses.field(**factory, metadata={"doc": doc, **bounds, "identity": identity})
+    return dataclasses.field(**factory, metadata={"doc": doc, **bounds, "identity": identity, "by_content": by_content})
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ class CommonConfig:
         "where the processor has it, coarser",
     )
     kernel: Literal["auto", "fused", "plain"] = option(
-        "auto", "how φ computes: fused where it can be, fused or an error, plain PyTorch operators", identity=False
+        "auto",
+        "how φ computes: auto and fused: in a fused kernel where it can, fused with an error where a device has none; "
+        "plain: in PyTorch operators",
+        identity=False,
     )
     noise: bool = option(True, "the stochastic noise z; false: 1 instead (ablation of table 3 (a))")
     gate: bool = option(True, "the scale s of each channel; false: 1 instead (ablation of table 3 (a))")
@@ -80,7 +88,7 @@ class MetaTrainConfig(CommonConfig):
     classes: int | None = option(None, "classes of the source to use, a fixed choice; null: all", low=1)
     tasks: int = option(10, "T, the number of tasks", low=1)
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
-    split_file: str = option("", "read the split from this file instead of drawing it")
+    split_file: str = option("", "read the split from this file instead of drawing it", by_content=True)
     steps: int = option(750, "meta-training steps; 0: φ as it is drawn, the control", low=0)
     phi_lr: float | None = option(None, "learning rate of φ; null: lr, as in the paper", low=0.0)
     anneal: float = option(
@@ -129,9 +137,11 @@ class MetaTestConfig(CommonConfig):
     recipe: list[Literal["trivial_augment", "mixup", "cutmix", "label_smoothing"]] = option(
         [], "further regularizers of images and labels, together with the method, in any order"
     )
-    phi: str | None = option(None, "file or shipped name of φ (method metaperturb)")
+    phi: str | None = option(None, "file or shipped name of φ (method metaperturb)", by_content=True)
     init: str | None = option(
-        None, "run folder or file whose network, all but its classifier, is where training begins (finetuning)"
+        None,
+        "run folder or file whose network, all but its classifier, is where training begins (finetuning)",
+        by_content=True,
     )
     init_batch_norm: Literal["drop", "keep"] = option(
         "drop", "batch norm of that network: fresh, as in the authors' code, or taken, too"
@@ -161,8 +171,8 @@ class MetaTestConfig(CommonConfig):
     holdout: float = option(
         0.2, "share of each class's training images that is held out (eval_split=holdout)", low=0.001, below=1.0
     )
-    eval_every: int = option(200, "steps between two evaluations", low=1)
-    eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1)
+    eval_every: int = option(200, "steps between two evaluations", low=1, identity=False)
+    eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1, identity=False)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
     eval_batch_size: int = option(500, "images a batch in evaluation", low=1)
     threads: int = option(0, "CPU threads, 0: one a core; other numbers may change the last bits", low=0, high=1024)
@@ -260,15 +270,19 @@ def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def differences(old: Mapping[str, Any], new: Any) -> list[str]:
+def differences(old: Mapping[str, Any], new: Any, *, moved: bool = False) -> list[str]:
     """What distinguishes two runs: the settings, other than those with `identity=False`, that differ.
 
     A setting that `old` lacks came with a later version, and was at its default when `old` was written.
+
+    Args:
+        moved: files of settings with `by_content=True` may have other names now; the caller compares what they hold.
     """
     changed = []
     for field in dataclasses.fields(new):
         before, after = old.get(field.name, default_of(field)), getattr(new, field.name)
-        if field.metadata["identity"] and before != after:
+        both_files = moved and field.metadata["by_content"] and before and after
+        if field.metadata["identity"] and before != after and not both_files:
             changed.append(f"{field.name}: {before} → {after}")
     return changed
 

@@ -25,12 +25,14 @@ from metaperturb.data.batches import DeviceImages, TrainingBatches
 from metaperturb.data.parts import load_parts
 from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import make_current, parse_devices
+from metaperturb.dry_run import watch
 from metaperturb.errors import Diverged, UserError
 from metaperturb.evaluation import NotFinite, evaluate
 from metaperturb.plots import plot_convergence
 from metaperturb.provenance import available_cores
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
+from metaperturb.sites import find_sites
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.training import (
     ABLATION,
@@ -62,41 +64,17 @@ def meta_test(config: MetaTestConfig) -> dict:
         report(finished)
         return finished
 
-    # Settings that depend on each other, device, φ
-    if config.target not in TARGETS:
-        raise UserError(f"target: unknown {config.target!r} (known: {', '.join(TARGETS)})")
-    spec = TARGETS[config.target]
-    if config.eval_split not in (*spec.splits, "holdout"):
-        raise UserError(
-            f"eval_split: {config.target} has no {config.eval_split} images (eval_split=holdout needs none)"
-        )
-    perturbed = config.method == "metaperturb"
-    if perturbed and config.phi is None:
-        raise UserError("phi: method metaperturb needs a file or shipped name of φ (run.sh src makes one)")
-    check_ablation(config)
-    ablated = [key for key in ABLATION if getattr(config, key) != getattr(MetaTestConfig, key)]
-    if ablated and not perturbed:
-        raise UserError(f"{ablated[0]}: only method metaperturb uses it, this is {config.method}")
-    devices = parse_devices(config.gpu, "gpu")
-    if len(devices) != 1:
-        raise UserError(f"gpu: expected one device, got {config.gpu!r}")
-    device = devices[0]
+    check_settings(config)
+    device = parse_devices(config.gpu, "gpu")[0]
     make_current(device)
+    perturbed = config.method == "metaperturb"
     phi = load_phi(config.phi) if perturbed else None
-    if perturbed:
-        tell_other_ablation(config, phi.card)
     method = methods.create(config, phi)
     kernels.set_kernel(config.kernel)
     kernel = kernels.kernel_name(device) if perturbed else None
-    image_size = config.image_size or spec.image_size
-    model = models.create(config.model, num_classes=2, image_size=image_size)
-    checkpoint = Path(config.run_dir) / "checkpoints" / "latest.pt"
-    weights = None
-    if config.init is not None and not checkpoint.exists():  # whether they fit is told before data is prepared
-        weights = finetuning.read_weights(config.init)
-        finetuning.initialize(model, image_size, weights, config.init_batch_norm, verbose=False)
     torch.set_num_threads(config.threads or available_cores())
     run = Run(config, "meta_test")
+    checkpoint = run.dir / "checkpoints" / "latest.pt"
 
     # Data
     train, test = load_parts(config)
@@ -109,7 +87,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     seed_torch(config.seed, 0, "init")
     model = models.create(config.model, train.num_classes, train.image_size).to(device)
     origin = None  # of the initial weights, where they are not drawn
-    if weights is not None:
+    if config.init is not None and not checkpoint.exists():
+        weights = finetuning.read_weights(config.init)
         origin = finetuning.initialize(model, train.image_size, weights, config.init_batch_norm)
     seed_torch(config.seed, 0, "method_init")  # what a method adds leaves the network's initial weights as they are
     method.prepare(model, train)
@@ -123,7 +102,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     start = 0
     if checkpoint.exists():
         state = load_tensors(checkpoint)
-        check_inputs(config, state["data"] == data, torch.equal(state["phi"], phi_values))
+        check_inputs(config, state["data"] == data, torch.equal(state["phi"], phi_values), state["init"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -213,8 +192,52 @@ def meta_test(config: MetaTestConfig) -> dict:
     return result
 
 
+def check_settings(config: MetaTestConfig) -> None:
+    """Whatever is wrong with the settings, and with the files they name, is said before data are prepared.
+
+    Raises:
+        UserError: settings that do not go together, a device or file that is not there, a network that does not run.
+    """
+    if config.target not in TARGETS:
+        raise UserError(f"target: unknown {config.target!r} (known: {', '.join(TARGETS)})")
+    spec = TARGETS[config.target]
+    if config.eval_split not in (*spec.splits, "holdout"):
+        raise UserError(
+            f"eval_split: {config.target} has no {config.eval_split} images (eval_split=holdout needs none)"
+        )
+    perturbed = config.method == "metaperturb"
+    if perturbed and config.phi is None:
+        raise UserError("phi: method metaperturb needs a file or shipped name of φ (run.sh src makes one)")
+    check_ablation(config)
+    ablated = [key for key in ABLATION if getattr(config, key) != getattr(MetaTestConfig, key)]
+    if ablated and not perturbed:
+        raise UserError(f"{ablated[0]}: only method metaperturb uses it, this is {config.method}")
+    if len(parse_devices(config.gpu, "gpu")) != 1:
+        raise UserError(f"gpu: expected one device, got {config.gpu!r}")
+    phi = load_phi(config.phi) if perturbed else None
+    if perturbed:
+        tell_other_ablation(config, phi.card)
+    methods.create(config, phi)
+    if unused := methods.unused_settings(config):
+        print(f"method {config.method} does not use {', '.join(unused)}", file=sys.stderr)
+    model, image_size = small_network(config), config.image_size or spec.image_size
+    if perturbed:
+        find_sites(model, image_size)
+    else:
+        watch(model, image_size)
+    if config.init is not None and not (Path(config.run_dir) / "checkpoints" / "latest.pt").exists():
+        weights = finetuning.read_weights(config.init)
+        finetuning.initialize(model, image_size, weights, config.init_batch_norm, verbose=False)
+
+
+def small_network(config: MetaTestConfig) -> torch.nn.Module:
+    """The network, with two classes: how many the data have is not known without them."""
+    return models.create(config.model, 2, config.image_size or TARGETS[config.target].image_size)
+
+
 def check_unchanged(config: MetaTestConfig, result: dict[str, Any]) -> None:
-    """Refuse to answer from a finished run for images or a φ that it did not see, whatever their files are called.
+    """Refuse to answer from a finished run for images, φ or initial weights that it did not see, whatever their files
+    are called.
 
     Raises:
         UserError: they are others now.
@@ -226,14 +249,38 @@ def check_unchanged(config: MetaTestConfig, result: dict[str, Any]) -> None:
         print(f"{config.run_dir}: not compared with what it saw: {error}", file=sys.stderr)
         return
     same_target = [part.fingerprint for part in parts] == result["target"]["fingerprints"]
-    check_inputs(config, same_target, phi is None or result.get("phi_digest") in (None, phi_digest(phi)))
+    same_phi = phi is None or result.get("phi_digest") in (None, phi_digest(phi))
+    check_inputs(config, same_target, same_phi, result.get("init"))
 
 
-def check_inputs(config: MetaTestConfig, same_target: bool, same_phi: bool) -> None:
-    """Refuse a run folder that had another target or φ; what settings call them tells neither."""
-    if not (same_target and same_phi):
-        what = f"φ in {config.phi}" if same_target else "the target"
-        raise UserError(f"{config.run_dir}: {what} changed since this run began; choose another run_dir")
+def check_inputs(config: MetaTestConfig, same_target: bool, same_phi: bool, origin: dict[str, Any] | None) -> None:
+    """Refuse a run folder that had another target, φ or initial weights; what settings call them tells nothing.
+
+    Args:
+        origin: of its initial weights, as `finetuning.initialize` returned it.
+
+    Raises:
+        UserError: naming which.
+    """
+    changed = [] if same_target else ["the target"]
+    changed += [] if same_phi else [f"φ in {config.phi}"]
+    changed += [] if same_init(config, origin) else [f"the network in {config.init}"]
+    if changed:
+        raise UserError(f"{config.run_dir}: {changed[0]} changed since this run began; choose another run_dir")
+
+
+def same_init(config: MetaTestConfig, origin: dict[str, Any] | None) -> bool:
+    """Whether `init` still holds what a run began with; true, and said aloud, where it cannot be read any more."""
+    if config.init is None or origin is None:
+        return True
+    image_size = config.image_size or TARGETS[config.target].image_size
+    try:
+        weights = finetuning.read_weights(config.init)
+        given = finetuning.initialize(small_network(config), image_size, weights, config.init_batch_norm, verbose=False)
+    except UserError as error:
+        print(f"{config.run_dir}: not compared with what it began with: {error}", file=sys.stderr)
+        return True
+    return given["sha256"] == origin["sha256"]
 
 
 def logged(metrics: dict[str, float]) -> dict[str, float]:

@@ -282,7 +282,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
                 progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
         if kept and run is not None:
             save_phi(phi, kept_phi(run.dir, done), card=card(run, done, source, split_seed, group))
-        if done % config.checkpoint_every == 0 or last:
+        if done % config.checkpoint_every == 0 or kept or last:  # a kept φ belongs to a run that is on record
             checkpoints.save(done, tasks, phi, phi_optimizer, group, run)
 
     # Result

@@ -105,7 +105,9 @@ def check_same_run(config: Any, program: str) -> None:
     if not isinstance(old, dict):
         raise UserError(f"{path}: is no record of a run; choose another run_dir")
     changed = (
-        differences(old, config) if old.get("program") == program else [f"program: {old.get('program')} → {program}"]
+        differences(old, config, moved=True)
+        if old.get("program") == program
+        else [f"program: {old.get('program')} → {program}"]
     )
     if changed:
         raise UserError(

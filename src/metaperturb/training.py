@@ -34,7 +34,7 @@ def tell_other_ablation(config: CommonConfig, card: Mapping[str, Any]) -> None:
 
 def annealed_strength(step: int, steps: int, share: float) -> float:
     """c at `step` (from 0): rises linearly to 1 over the first `share` of the steps (section 3.3)."""
-    ramp = int(steps * share)
+    ramp = round(steps * share)
     return 1.0 if ramp == 0 else min(1.0, (step + 1) / ramp)
 
 

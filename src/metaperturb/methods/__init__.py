@@ -18,9 +18,10 @@ bit.
 0.2
 """
 
+import dataclasses
 from collections.abc import Callable
 
-from metaperturb.config import MetaTestConfig
+from metaperturb.config import MetaTestConfig, default_of
 from metaperturb.errors import UserError
 from metaperturb.methods.adversarial import AdversarialTraining
 from metaperturb.methods.augmentation import TrivialAugment
@@ -50,6 +51,21 @@ METHODS: dict[str, Callable[[MetaTestConfig, MetaPerturb | None], Method]] = {
     ),
 }
 
+# Settings that some of the methods use, by the names of those.
+USED_BY = {
+    "phi": {"metaperturb"},
+    "clip": {"metaperturb"},
+    "anneal": {"metaperturb"},
+    **{f"info_dropout_{name}": {"info_dropout"} for name in ("beta", "max_alpha")},
+    **{f"dropblock_{name}": {"dropblock"} for name in ("prob", "size")},
+    "manifold_mixup_alpha": {"manifold_mixup"},
+    "dropout_prob": {"dropout"},
+    "mixup_alpha": {"mixup"},
+    "cutmix_alpha": {"cutmix"},
+    **{f"adversarial_{name}": {"adversarial"} for name in ("eps", "steps", "step_size")},
+    "label_smoothing": {"label_smoothing"},
+}
+
 __all__ = [
     "METHODS",
     "AdversarialTraining",
@@ -66,6 +82,7 @@ __all__ = [
     "SiteMethod",
     "TrivialAugment",
     "create",
+    "unused_settings",
 ]
 
 
@@ -84,3 +101,17 @@ def create(config: MetaTestConfig, phi: MetaPerturb | None = None) -> Method:
     method = METHODS[config.method](config, phi)
     further = {name: METHODS[name](config, None) for name in config.recipe}
     return Recipe({config.method: method}, further) if further else method
+
+
+def unused_settings(config: MetaTestConfig) -> list[str]:
+    """Settings of other methods that are off their defaults: what somebody may have meant to have an effect.
+
+    >>> unused_settings(MetaTestConfig(method="base", dropblock_prob=0.2, recipe=["mixup"], mixup_alpha=0.5))
+    ['dropblock_prob']
+    """
+    chosen = {config.method, *config.recipe}
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if not chosen & USED_BY.get(field.name, chosen) and getattr(config, field.name) != default_of(field)
+    ]
