@@ -151,6 +151,8 @@ tgt)
         if [ -z "$PHI" ] && [ ! -e "$phi" ]; then
             echo "$phi is not there (./run.sh src makes it): taking the shipped φ, $SHIPPED_PHI" >&2
             phi=$SHIPPED_PHI
+        elif [ -z "$PHI" ]; then
+            echo "taking the φ of ./run.sh src, $phi (PHI=… names another)" >&2
         fi
         options+=("phi=$phi")
     fi

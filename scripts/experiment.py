@@ -42,7 +42,7 @@ from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
 from metaperturb.finetuning import read_weights
 from metaperturb.provenance import available_cores, code_digest
-from metaperturb.storage import load_json, save_json, write_atomically
+from metaperturb.storage import load_json, reason, save_json, write_atomically
 from metaperturb.weights import load_phi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -354,8 +354,11 @@ def cost(config: MetaTestConfig | MetaTrainConfig) -> float:
 def forward_cost(model: str, image_size: int) -> int:
     """Of one image."""
     network = models.create(model, num_classes=10, image_size=image_size)  # some, RegNet for one, cannot be made there
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network.to("meta").eval()(torch.zeros(2, 3, image_size, image_size))
+    try:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            network.to("meta").eval()(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # whatever a network does with images that it was not made for
+        raise UserError(f"model {model}: does not run on images of {image_size} pixels ({reason(error)})") from error
     return counter.get_total_flops() // 2
 
 

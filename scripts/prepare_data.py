@@ -25,10 +25,19 @@ def main() -> int:
         wanted = names if arguments.names == ["all"] else arguments.names
         if unknown := [name for name in wanted if name not in names]:
             raise UserError(f"unknown data set {unknown[0]!r} (known: {', '.join(names)}, all)")
+        missing = []
         for name in wanted:
-            for part in load_target(name, data_root=arguments.data_root):
+            try:
+                parts = load_target(name, data_root=arguments.data_root, splits=TARGETS[name].splits)
+            except UserError as error:  # the others are prepared all the same
+                print(f"{name}: {error}", file=sys.stderr)
+                missing.append(name)
+                continue
+            for part in parts:
                 size = part.image_size
                 print(f"{part.name}: {len(part):,} images of {part.num_classes} classes, {size}×{size}")
+        if missing:
+            raise UserError(f"not prepared: {', '.join(missing)} (why: above)")
 
     return run_program(prepare, show_traceback=arguments.traceback)
 

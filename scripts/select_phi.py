@@ -44,7 +44,11 @@ def select(arguments: argparse.Namespace) -> None:
         raise UserError(f"{no_run[0]}: no folder of a finished meta-training (it holds no phi.pt)")
     if len(sources) < len(folders):
         raise UserError("two of the runs have the same folder name, by which the result would call both")
-    tell_differences(sources)
+    changed = other_settings(sources)
+    for text in changed:
+        print(text, file=sys.stderr)
+    if changed and not arguments.sources:
+        raise UserError("these runs are no repetitions of one meta-training (above); name those to choose from")
 
     grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
     for name, path in sources.items():
@@ -69,8 +73,8 @@ def select(arguments: argparse.Namespace) -> None:
     print(f"chosen: {out}   evidence: {page}", file=sys.stderr)
 
 
-def tell_differences(sources: dict[str, Path]) -> None:
-    """Say aloud what the runs differ in, beside their seed: a choice among other settings is tuning."""
+def other_settings(sources: dict[str, Path]) -> list[str]:
+    """What the runs differ in, beside their seed, a line each: a choice among other settings is tuning."""
     cards = {name: load_phi(path).card for name, path in sources.items()}
     fields = MetaTrainConfig.__dataclass_fields__
     known = {
@@ -79,14 +83,14 @@ def tell_differences(sources: dict[str, Path]) -> None:
         if card.get("config")
     }
     images = {name: card.get("source", {}).get("fingerprint") for name, card in cards.items()}
-    for name in sources.keys() - known.keys():
-        print(f"{name}: nothing is recorded of its settings", file=sys.stderr)
+    lines = [f"{name}: nothing is recorded of its settings" for name in sources if name not in known]
     for name, config in [*known.items()][1:]:
         first, settings = next(iter(known.items()))
         changed = [c for c in differences(asdict(settings), config) if not c.startswith("seed:")]
         changed += ["other images"] * (images[name] != images[first])
         if changed:
-            print(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}", file=sys.stderr)
+            lines.append(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}")
+    return lines
 
 
 def collect(grid: Grid, results: Results, names: list[str]) -> dict[str, dict[str, Any]]:

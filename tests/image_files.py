@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
-    """An encoded image of random low-frequency content; ``size`` is (width, height)."""
+    """An encoded image of random low-frequency content; `size` is (width, height)."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

@@ -411,6 +411,12 @@ def test_what_is_absent_is_named_before_anything_runs(path, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_network_that_does_not_run_is_named_with_its_place(path, tmp_path):
+    more = ("--rows", "Base", "--columns", "Bugs", "--set", "model=vgg11", "image_size=8")
+    said = refused(path, tmp_path, *more)
+    assert "  row Base, column Bugs: model vgg11: does not run on images of 8 pixels (" in said
+
+
 def test_what_a_finished_need_was_made_of_may_be_absent(path, tmp_path):
     more = ("--rows", "MetaPerturb", "--seeds", "0", "--path", "Bugs=nowhere")
     path.write_text(path.read_text().replace("embedded", "folder"))

@@ -209,8 +209,10 @@ def test_what_cells_started_from_is_kept_beside_them_and_its_version_said(grid, 
 
 
 def test_cells_of_two_makings_of_one_phi_are_said(grid, folder, tmp_path, capsys):
-    for seed, seconds in enumerate((10, 10, 12)):
-        write_record(folder, grid.cell("MetaPerturb", "CUB", seed), 0.4, phi_card={"seconds": seconds})
+    for seed, digest in enumerate(("one", "one")):  # at another time, on another machine, of the same values
+        write_record(folder, grid.cell("MetaPerturb", "CUB", seed), 0.4, phi_card={"seconds": seed}, phi_digest=digest)
+    assert "was made" not in write_table(grid, folder, tmp_path / "runs").read_text()
+    write_record(folder, grid.cell("MetaPerturb", "CUB", 2), 0.4, phi_digest="another")
     page = write_table(grid, folder, tmp_path / "runs")
     phi = grid.cell("MetaPerturb", "CUB", 0).needs["phi"].id
     assert f"{phi} was made 2 times" in page.read_text() and f"{phi} was made 2 times" in capsys.readouterr().err
@@ -401,7 +403,7 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
         grid.add_phi(folder.name, folder / "phi.pt")
     values = {"src-a": [0.4, 0.6], "src-b": [0.5, 0.7], "src-c": [0.6, 0.3], "Base": [0.9, 0.9]}
     fill(grid, tmp_path / "results" / "select" / "paper", {(row, "Validation"): v for row, v in values.items()})
-    select_phi.select(arguments(tmp_path, grid.path, "--report"))
+    select_phi.select(arguments(tmp_path, grid.path, "--report", "--sources", *map(str, sources)))
     said = capsys.readouterr()
     assert (
         "src-c differs from src-a in more than the seed: steps: 750 → 100; other images" in said.err
@@ -441,8 +443,10 @@ def test_what_selection_refuses(tmp_path, sources):
     assert "the same folder name" in refused(tmp_path, *one, str(sources[0]))
     for folder in (tmp_path / "runs" / "src-z", sources[1] / "phi.pt"):
         assert "no folder of a finished meta-training (it holds no phi.pt)" in refused(tmp_path, *one, str(folder))
-    assert "choosing on test images is cheating" in refused(tmp_path, text=SELECT.replace("val}", "test}"))
-    assert "choosing on test images is cheating" in refused(tmp_path, "--set", "eval_split=test")
+    named = ["--sources", *map(str, sources)]
+    assert "choosing on test images is cheating" in refused(tmp_path, *named, text=SELECT.replace("val}", "test}"))
+    assert "choosing on test images is cheating" in refused(tmp_path, *named, "--set", "eval_split=test")
+    assert "these runs are no repetitions of one meta-training" in refused(tmp_path)  # found, not named
     (sources[0] / "phi.pt").unlink()  # not finished: one of the three is left out
     (sources[1] / "phi.pt").unlink()
     assert "found 1" in refused(tmp_path)
@@ -454,5 +458,7 @@ def test_no_phi_is_chosen_while_trainings_are_missing(tmp_path, sources):
         grid.add_phi(folder.name, folder / "phi.pt")
     values = {("src-a", "Validation"): [0.4, 0.6], ("src-b", "Validation"): [0.4, None]}
     fill(grid, tmp_path / "results" / "select" / "paper", values)
-    assert "src-b: 1 of 2 trainings are there; nothing was chosen" in refused(tmp_path, "--report")
+    assert "src-b: 1 of 2 trainings are there; nothing was chosen" in refused(
+        tmp_path, "--report", "--sources", *map(str, sources)
+    )
     assert not (tmp_path / "runs" / "selected").exists()

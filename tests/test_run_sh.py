@@ -162,6 +162,7 @@ def test_src_then_tgt(tmp_path, tiny_imagenet):
         completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", SRC_MODEL="resnet8", SEED=seed, **target)
         assert completed.returncode == 0, completed.stderr
         assert ("taking the shipped φ, tiny_imagenet_resnet20" in completed.stderr) == (seed == "1")
+        assert ("taking the φ of ./run.sh src" in completed.stderr) == (seed != "1")
         result = json.loads(
             (tmp_path / "runs" / f"tgt-folder-conv4-metaperturb-seed{seed}" / "result.json").read_text()
         )

@@ -6,8 +6,10 @@ import gzip
 import hashlib
 import io
 import pickle
+import sys
 
 import numpy as np
+import prepare_data
 import pytest
 import torchvision.datasets as tv
 from image_files import expected_pixels, one_line, picture, write_folder, write_tar, write_zip
@@ -163,6 +165,14 @@ def test_broken_cub(tmp_path, monkeypatch, case):
     with pytest.raises(UserError) as error:
         load_target("cub", data_root=tmp_path, path=write_tar(tmp_path / "x.tgz", files))
     assert says in one_line(error) and "x.tgz" in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["cub", "dogs", "stl10", "s_cifar100"])
+def test_nothing_is_downloaded_to_a_path_that_may_be_misspelt(tmp_path, name):
+    with pytest.raises(UserError, match=f"target {name}: .*typo: no such file or folder") as error:
+        load_target(name, data_root=tmp_path, path=tmp_path / "typo")
+    one_line(error)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_cub_absent(tmp_path, monkeypatch):
@@ -458,6 +468,17 @@ def test_fashion_mnist(tmp_path, monkeypatch):
 
 
 # --- the sets without official counts
+
+
+def test_what_cannot_be_prepared_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
+    _shrink(monkeypatch, "cub", 3, 6, 6)
+    write_tar(tmp_path / "CUB_200_2011.tgz", _cub_files())
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--data-root", str(tmp_path), "cars", "cub"])
+    assert prepare_data.main() == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"cub-{split}: 6 images of 3 classes, 84×84" for split in ("train", "test")]
+    assert said.err.splitlines()[-1] == "error: not prepared: cars (why: above)"
+    assert any(line.startswith("cars: ") for line in said.err.splitlines())
 
 
 def test_folder_has_no_expected_counts(tmp_path):

@@ -14,7 +14,7 @@ WNIDS = ("n02", "n01", "n10")
 
 
 def _layout(first: int, last: int, val: bool = True) -> dict[str, bytes]:
-    """Images ``first … last - 1`` of each class, as in the official archive."""
+    """Images `first … last - 1` of each class, as in the official archive."""
     files = {"wnids.txt": "\n".join(WNIDS).encode(), "words.txt": b"n01\tcat"}
     for c, wnid in enumerate(WNIDS):
         files[f"train/{wnid}/{wnid}_boxes.txt"] = f"{wnid}_0.JPEG\t0\t0\t63\t63".encode()

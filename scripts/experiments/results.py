@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Cell, Grid, Need, changes, fingerprint, fingerprint_of
+from experiments.grid import Cell, Grid, Need, changes, fingerprint
 from experiments.statistics import Difference, Summary, paired_difference, summarize
 from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
@@ -215,10 +215,10 @@ class Results:
             for key, id_ in record["needs"].items():
                 if self.cells[place].needs[key].file is not None:  # given, not made: its id is that of its values
                     continue
-                made = result.get("phi_card" if key == "phi" else "init")
-                if isinstance(made, Mapping):  # how a φ was selected later on does not change it
-                    made = made.get("sha256") or {k: v for k, v in made.items() if k != "selection"}
-                makings.setdefault(id_, set()).add(fingerprint_of(made))
+                made = result.get("init")
+                made = result.get("phi_digest") if key == "phi" else isinstance(made, Mapping) and made.get("sha256")
+                if made:  # records of older versions do not tell
+                    makings.setdefault(id_, set()).add(made)
         return [
             f"{id_} was made {len(found)} times: cells that start from it do not all start from the same values"
             for id_, found in makings.items()

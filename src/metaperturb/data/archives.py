@@ -1,10 +1,8 @@
 """Images where they lie: one way of reading zip files, tar files and folders, and downloads with a checksum.
 
-Nothing is ever extracted to disk. Member names are normalized (``./a//b`` → ``a/b``); hidden files,
-``__MACOSX`` and ``Thumbs.db`` are invisible, and so are names that are absolute or climb with ``..``.
+Nothing is ever extracted to disk. Member names are normalized (`./a//b` → `a/b`); hidden files,
+`__MACOSX` and `Thumbs.db` are invisible, and so are names that are absolute or climb with `..`.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -46,7 +44,7 @@ _DAMAGE = (
 
 
 def _normalize(name: str) -> str | None:
-    """A member name as a clean relative path, ``""`` for the root, or ``None`` if it is absolute or climbs."""
+    """A member name as a clean relative path, `""` for the root, or `None` if it is absolute or climbs."""
     if name.startswith("/") or name[1:2] == ":":
         return None
     parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -66,7 +64,7 @@ class Archive(ABC):
 
     Attributes:
         path: where it is.
-        files: sorted names of the files, ``"train/cat/1.png"``.
+        files: sorted names of the files, `"train/cat/1.png"`.
         folders: names of the folders that the archive lists, empty ones too.
     """
 
@@ -75,7 +73,7 @@ class Archive(ABC):
         self._members: dict[str, Any] | None = None
         self._folders: set[str] = set()
 
-    def __enter__(self) -> Archive:
+    def __enter__(self) -> "Archive":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,7 +133,7 @@ class Archive(ABC):
         return self._folders
 
     def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | Exception]]:
-        """Yield (name, content) for each of ``names``, in the order in which they are stored.
+        """Yield (name, content) for each of `names`, in the order in which they are stored.
 
         A member that cannot be read yields its exception instead of bytes; the others still come.
         """
@@ -295,11 +293,11 @@ def _digest(rows: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def open_archive(path: str | Path) -> Archive:
+def open_archive(path: str | Path) -> "Archive":
     """Open a zip, a tar (plain, .gz, .bz2, .xz) or a folder for reading; the content decides, not the name.
 
     Raises:
-        UserError: there is nothing at ``path``, or it is none of these (a truncated download, a web page).
+        UserError: there is nothing at `path`, or it is none of these (a truncated download, a web page).
 
     Example:
         >>> with open_archive("data/tiny-imagenet-200.zip") as archive:  # doctest: +SKIP
@@ -322,12 +320,12 @@ def open_archive(path: str | Path) -> Archive:
 
 
 def subfolder_root(archive: Archive, markers: Iterable[str]) -> str | None:
-    """Where the layout starts: ``""``, or ``"top/"`` if it is enclosed in one folder; ``None`` if it is
+    """Where the layout starts: `""`, or `"top/"` if it is enclosed in one folder; `None` if it is
     nowhere.
 
     Args:
         archive: what to look into.
-        markers: names, one of which the root must hold, such as ``("train", "test")``.
+        markers: names, one of which the root must hold, such as `("train", "test")`.
     """
     markers = set(markers)
     tops = set()
@@ -343,15 +341,15 @@ def subfolder_root(archive: Archive, markers: Iterable[str]) -> str | None:
 
 
 def download(url: str, path: Path, md5: str | None) -> None:
-    """Fetch ``url`` to ``path`` unless it is there; several processes may call this at once.
+    """Fetch `url` to `path` unless it is there; several processes may call this at once.
 
-    The file is written beside ``path`` and takes its name only after the checksum was found right, so
-    ``path`` is always whole.
+    The file is written beside `path` and takes its name only after the checksum was found right, so
+    `path` is always whole.
 
     Args:
         url: what to fetch.
         path: where to.
-        md5: expected MD5 in hex; ``None``: only the length that the server announces is checked.
+        md5: expected MD5 in hex; `None`: only the length that the server announces is checked.
 
     Raises:
         UserError: no network, the server refuses, wrong length or checksum, disk full.
@@ -377,7 +375,7 @@ def download(url: str, path: Path, md5: str | None) -> None:
 
 
 def _fetch(url: str, part: Path, final: Path) -> str:
-    """Write ``url`` to ``part``; returns the MD5."""
+    """Write `url` to `part`; returns the MD5."""
     digest = hashlib.md5(usedforsecurity=False)
     request = urllib.request.Request(url, headers={"User-Agent": "metaperturb"})
 

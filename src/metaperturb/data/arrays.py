@@ -1,11 +1,9 @@
 """Decoded images as memory-mapped arrays, built once and shared by all processes.
 
-A data set is described by a :class:`Plan` (which images, which labels, how to read them). :func:`cached`
-decodes the images to RGB, resizes them to a square, and keeps them under ``<data_root>/cache`` as plain
-``.npy`` files.
+A data set is described by a `Plan` (which images, which labels, how to read them). `cached`
+decodes the images to RGB, resizes them to a square, and keeps them under `<data_root>/cache` as plain
+`.npy` files.
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
@@ -40,13 +38,13 @@ class ImageArrays:
     """A labelled set of square RGB images.
 
     Attributes:
-        images: uint8 ``[N, 3, H, W]``, H = W; read-only, memory-mapped from the cache (embedded sets: in memory).
-        labels: int64 ``[N]``, each in ``0 … num_classes - 1``.
-        classes: the class names; label ``i`` means ``classes[i]``.
+        images: uint8 `[N, 3, H, W]`, H = W; read-only, memory-mapped from the cache (embedded sets: in memory).
+        labels: int64 `[N]`, each in `0 … num_classes - 1`.
+        classes: the class names; label `i` means `classes[i]`.
         fingerprint: hex digest of the content: set, split, image size, classes, and the label and CRC-32 of
             each image file in order. The same for the same files, be they in zips, a tar or a folder, and
             wherever the cache is.
-        name: data set and split, ``"cub-train"``; a part of it is ``"cub-train-holdout"``.
+        name: data set and split, `"cub-train"`; a part of it is `"cub-train-holdout"`.
     """
 
     images: np.ndarray
@@ -76,9 +74,9 @@ class Plan:
         where: what error messages call the whole, such as the archive's path.
         classes: class names.
         labels: one class index an image, N of them.
-        names: what error messages call each of the N images, ``"cub50.zip: cub50/train/001.Auklet/1.jpg"``.
+        names: what error messages call each of the N images, `"cub50.zip: cub50/train/001.Auklet/1.jpg"`.
         read: yields (index, content) for every image once, in any order. Content is an encoded file's bytes,
-            decoded pixels (uint8 ``[H, W, 3]`` or ``[H, W]``), or the exception that reading gave.
+            decoded pixels (uint8 `[H, W, 3]` or `[H, W]`), or the exception that reading gave.
     """
 
     where: str
@@ -98,7 +96,7 @@ class Sample:
 
 
 def plan_from_samples(samples: Sequence[Sample], classes: Sequence[str]) -> Plan:
-    """A plan for images in archives, in the order given; ``classes`` orders the labels."""
+    """A plan for images in archives, in the order given; `classes` orders the labels."""
     index = {name: i for i, name in enumerate(classes)}
     archives = list({id(s.archive): s.archive for s in samples}.values())
     positions = {(id(s.archive), s.member): i for i, s in enumerate(samples)}
@@ -123,7 +121,7 @@ def to_pixels(content: bytes | np.ndarray, image_size: int) -> np.ndarray:
     Transparency is dropped and an EXIF orientation ignored, as torchvision's image folders do.
 
     Returns:
-        uint8 ``[3, image_size, image_size]``.
+        uint8 `[3, image_size, image_size]`.
 
     Raises:
         ValueError: more than 8 bits a channel: a conversion would clip instead of scale.
@@ -154,16 +152,16 @@ def cached(
     leaves nothing that could be taken for a cache.
 
     Args:
-        data_root: holds ``cache/<name>-<split>-<image_size>-<key>/{images.npy,labels.npy,meta.json}``.
+        data_root: holds `cache/<name>-<split>-<image_size>-<key>/{images.npy,labels.npy,meta.json}`.
         name: data set.
-        split: ``"train"``, ``"val"`` or ``"test"``.
+        split: `"train"`, `"val"` or `"test"`.
         image_size: height = width in pixels.
-        source_key: changes when the source does (:meth:`Archive.key`).
+        source_key: changes when the source does (`Archive.key`).
         make_plan: called only to build.
         skip_unreadable: leave out files that are no readable images and say how many, instead of raising.
 
     Raises:
-        UserError: an unreadable image, a full or read-only disk, and what ``make_plan`` raises.
+        UserError: an unreadable image, a full or read-only disk, and what `make_plan` raises.
     """
     if not isinstance(image_size, int) or not 1 <= image_size <= 4096:
         raise UserError(f"image_size {image_size!r}: must be a whole number of pixels from 1 to 4096")
@@ -192,7 +190,7 @@ def cached(
 
 
 def _open(folder: Path, key: str) -> tuple[ImageArrays, list[str]] | None:
-    """(arrays, files left out) of a finished cache; ``None`` if there is none, or a damaged one (said on stderr)."""
+    """(arrays, files left out) of a finished cache; `None` if there is none, or a damaged one (said on stderr)."""
     if not folder.exists():
         return None
     try:
@@ -272,7 +270,7 @@ def _compact(path: Path, images: np.memmap, keep: np.ndarray) -> np.memmap:
 def _decode(
     plan: Plan, images: np.ndarray, crcs: np.ndarray, skip_unreadable: bool, progress: Progress
 ) -> dict[int, str]:
-    """Fill ``images`` and ``crcs``; this thread reads, a pool decodes. Returns {index: why} of unreadable images."""
+    """Fill `images` and `crcs`; this thread reads, a pool decodes. Returns {index: why} of unreadable images."""
     unreadable: dict[int, str] = {}
 
     def work(chunk: Sequence[tuple[int, Content]]) -> list[tuple[int, Exception]]:
@@ -333,8 +331,8 @@ def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:
 
     Args:
         arrays: the whole set.
-        indices: which images, int64 ``[n]``.
-        part: what the part is called: the name of ``cub-train`` becomes ``cub-train-<part>``.
+        indices: which images, int64 `[n]`.
+        part: what the part is called: the name of `cub-train` becomes `cub-train-<part>`.
     """
     indices = np.asarray(indices, dtype=np.int64)
     digest = hashlib.sha256(f"{arrays.fingerprint} {part}\n".encode() + indices.astype("<i8").tobytes())
@@ -344,7 +342,7 @@ def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:
 
 
 def from_memory(name: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ImageArrays:
-    """Wrap decoded images (uint8 ``[N, 3, H, W]``) and labels (``[N]``) that need no cache."""
+    """Wrap decoded images (uint8 `[N, 3, H, W]`) and labels (`[N]`) that need no cache."""
     labels = np.asarray(labels, dtype=np.int64)
     digest = hashlib.sha256("\n".join([name, str(images.shape), *classes]).encode())
     digest.update(np.ascontiguousarray(images))

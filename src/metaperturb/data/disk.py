@@ -1,7 +1,5 @@
 """What everything that writes under the data root shares: a lock between processes, progress, and disk errors."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -34,10 +32,10 @@ def is_disk_error(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, doing: str) -> Iterator[None]:
-    """Turn an ``OSError`` of writing under ``path`` into one line, e.g. a full or read-only disk.
+    """Turn an `OSError` of writing under `path` into one line, e.g. a full or read-only disk.
 
     Raises:
-        UserError: instead of the ``OSError``, with the place and what can be done.
+        UserError: instead of the `OSError`, with the place and what can be done.
     """
     try:
         yield
@@ -48,7 +46,7 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (created if absent) against other processes; waits for it.
+    """Hold an exclusive lock on `path` (created if absent) against other processes; waits for it.
 
     The kernel drops the lock when its holder dies, so a killed process never leaves one behind. The empty
     lock file stays: removing it would let two processes hold locks on two files of the same name.
@@ -93,7 +91,7 @@ class Progress:
             of = "" if self._total is None else f" of {self._format(self._total)}"
             print(f"{self._what}: {self._format(self._done)}{of}", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

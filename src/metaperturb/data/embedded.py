@@ -44,7 +44,7 @@ def embedded_source(seed: int = 0, image_size: int = 32) -> Images:
         image_size: side S in pixels, at least 8.
 
     Returns:
-        images uint8 ``[4800, 3, S, S]``, labels int64 ``[4800]``, the 40 class names.
+        images uint8 `[4800, 3, S, S]`, labels int64 `[4800]`, the 40 class names.
 
     Example:
         >>> images, labels, classes = embedded_source(seed=0)
@@ -62,7 +62,7 @@ def embedded_target(seed: int = 0, image_size: int = 32) -> tuple[Images, Images
         image_size: side S in pixels, at least 8.
 
     Returns:
-        ``(images, labels, classes)`` twice: 400 training images (25 a class), 1,008 test images (63 a class).
+        `(images, labels, classes)` twice: 400 training images (25 a class), 1,008 test images (63 a class).
     """
     train = _collect(_TARGET_CLASSES, TARGET_TRAIN_PER_CLASS, (seed, 1), image_size)
     test = _collect(_TARGET_CLASSES, TARGET_TEST_PER_CLASS, (seed, 2), image_size)
@@ -85,9 +85,9 @@ def _collect(classes: dict[str, Draw], per_class: int, stream: tuple[int, int], 
 
 
 def _polygon(corners: int, tip: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A star: straight edges from each corner, at radius 1, to ``tip`` × cos(π / corners) half-way to the next.
+    """A star: straight edges from each corner, at radius 1, to `tip` × cos(π / corners) half-way to the next.
 
-    With ``tip`` = 1 the half-way points lie on the line between two corners: a regular polygon.
+    With `tip` = 1 the half-way points lie on the line between two corners: a regular polygon.
     """
     half = np.pi / corners
     bx, by = tip * np.cos(half) * np.cos(half), tip * np.cos(half) * np.sin(half)
@@ -212,7 +212,7 @@ _TARGET_CLASSES = {
 
 
 def _photograph(rng: Generator, draw: Draw, n: int, size: int) -> np.ndarray:
-    """n images uint8 ``[n, 3, size, size]`` of what ``draw`` draws, each with its own pose, scene and camera."""
+    """n images uint8 `[n, 3, size, size]` of what `draw` draws, each with its own pose, scene and camera."""
     cover, blend = _figure(rng, draw, n, size)
     ground, ground_2 = _color(rng, n, 0.1, 0.5), _color(rng, n, 0.1, 0.5)
     paint, paint_2 = _color(rng, n, 0.6, 0.95), _color(rng, n, 0.05, 0.4)
@@ -228,7 +228,7 @@ def _photograph(rng: Generator, draw: Draw, n: int, size: int) -> np.ndarray:
 
 
 def _figure(rng: Generator, draw: Draw, n: int, size: int) -> Drawing:
-    """Coverage and color blend of the figure in a random pose, both in [0, 1], ``[n, size, size]``."""
+    """Coverage and color blend of the figure in a random pose, both in [0, 1], `[n, size, size]`."""
     fine = size * _SUPERSAMPLING
     x, y = _grid(n, fine)
     x, y = x - _uniform(rng, x, -0.2, 0.2), y - _uniform(rng, x, -0.2, 0.2)
@@ -247,29 +247,29 @@ def _shrink(a: np.ndarray) -> np.ndarray:
 
 
 def _grid(n: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of every pixel's middle in [-1, 1], ``[n, side, side]``."""
+    """x and y of every pixel's middle in [-1, 1], `[n, side, side]`."""
     line = (2 * np.arange(side) + 1) / side - 1
     return np.broadcast_to(line, (n, side, side)), np.broadcast_to(line[:, None], (n, side, side))
 
 
 def _uniform(rng: Generator, like: np.ndarray, low: float, high: float) -> np.ndarray:
-    """One number per image, ``[n, 1, 1]``."""
+    """One number per image, `[n, 1, 1]`."""
     return rng.uniform(low, high, (len(like), 1, 1))
 
 
 def _color(rng: Generator, n: int, darkest: float, lightest: float) -> np.ndarray:
-    """A color of random lightness in the given range and random hue, ``[n, 3, 1, 1]``."""
+    """A color of random lightness in the given range and random hue, `[n, 3, 1, 1]`."""
     hue = rng.uniform(-0.3, 0.3, (n, 3, 1, 1))
     return np.clip(rng.uniform(darkest, lightest, (n, 1, 1, 1)) + hue - hue.mean(1, keepdims=True), 0, 1)
 
 
 def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """From a to b as ``weight`` [n, S, S] goes from 0 to 1; a and b are ``[n, 3, S or 1, S or 1]``."""
+    """From a to b as `weight` [n, S, S] goes from 0 to 1; a and b are `[n, 3, S or 1, S or 1]`."""
     return a + (b - a) * weight[:, None]
 
 
 def _texture(rng: Generator, n: int, size: int, slope: float | None = None) -> np.ndarray:
-    """Noise with spectrum 1/f^slope, as natural images have (slope about 1), in [0, 1], ``[n, size, size]``."""
+    """Noise with spectrum 1/f^slope, as natural images have (slope about 1), in [0, 1], `[n, size, size]`."""
     slopes = rng.uniform(0.8, 2.0, (n, 1, 1)) if slope is None else slope
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     f[0, 0] = np.inf  # no constant part
@@ -278,7 +278,7 @@ def _texture(rng: Generator, n: int, size: int, slope: float | None = None) -> n
 
 
 def _patch(rng: Generator, n: int, size: int, largest: float = 0.6) -> np.ndarray:
-    """Coverage of a bar, box or ellipse somewhere in the picture, ``[n, size, size]``."""
+    """Coverage of a bar, box or ellipse somewhere in the picture, `[n, size, size]`."""
     x, y = _grid(n, size)
     x, y = x - _uniform(rng, x, -1, 1), y - _uniform(rng, x, -1, 1)
     turn, round_ = _uniform(rng, x, 0, np.pi), _uniform(rng, x, 0, 1) < 0.5
@@ -289,7 +289,7 @@ def _patch(rng: Generator, n: int, size: int, largest: float = 0.6) -> np.ndarra
 
 
 def _blur(image: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Binomial blur: every pixel gives ``amount`` (0 to 0.25) to each neighbour, along both axes."""
+    """Binomial blur: every pixel gives `amount` (0 to 0.25) to each neighbour, along both axes."""
     image = np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     image = (1 - 2 * amount) * image[:, :, 1:-1] + amount * (image[:, :, :-2] + image[:, :, 2:])
     return (1 - 2 * amount) * image[..., 1:-1] + amount * (image[..., :-2] + image[..., 2:])

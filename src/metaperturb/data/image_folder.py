@@ -1,6 +1,4 @@
-"""The user's own images: ``train/<class>/*``, ``test/<class>/*``, optionally ``val/<class>/*``; folder or archive."""
-
-from __future__ import annotations
+"""The user's own images: `train/<class>/*`, `test/<class>/*`, optionally `val/<class>/*`; folder or archive."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -23,7 +21,7 @@ def load_image_folder(
 ) -> tuple[ImageArrays, ...]:
     """Load an image folder, or a zip or tar of one, with or without one enclosing folder.
 
-    The classes are the sub-folders of ``train``, sorted by name; the other splits may lack some but add none.
+    The classes are the sub-folders of `train`, sorted by name; the other splits may lack some but add none.
     Files in deeper folders belong to the class above them. The images are ordered by class, then by path as
     plain text.
 
@@ -31,11 +29,11 @@ def load_image_folder(
         path: the folder or archive.
         data_root: holds the cache.
         image_size: height = width in pixels.
-        splits: which of ``"train"``, ``"val"``, ``"test"`` to load, in this order.
+        splits: which of `"train"`, `"val"`, `"test"` to load, in this order.
         skip_unreadable: leave broken images out instead of raising.
 
     Raises:
-        UserError: no such path, no split folder, a class without images or unknown to ``train``, a broken
+        UserError: no such path, no split folder, a class without images or unknown to `train`, a broken
             image.
 
     Example:

@@ -1,7 +1,5 @@
 """Source data sets: what φ is meta-trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +23,11 @@ def load_source(
     """Load the training images of a source data set.
 
     Args:
-        name: one of ``SOURCES``: ``"tiny_imagenet"`` (the paper's), ``"embedded"`` (drawn, no files needed),
-            or ``"folder"`` (the ``train`` part of an image folder).
+        name: one of `SOURCES`: `"tiny_imagenet"` (the paper's), `"embedded"` (drawn, no files needed),
+            or `"folder"` (the `train` part of an image folder).
         data_root: where data sets and the image cache are.
-        paths: where the data is, if not at its usual place under ``data_root``: one or several archives or
-            folders for ``tiny_imagenet``, one for ``folder``.
+        paths: where the data is, if not at its usual place under `data_root`: one or several archives or
+            folders for `tiny_imagenet`, one for `folder`.
         image_size: height = width in pixels.
         download: fetch what is absent.
         skip_unreadable: leave broken images out and say how many, instead of raising.

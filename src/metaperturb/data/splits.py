@@ -1,8 +1,6 @@
 """Class splits of the source data set into tasks (section 3.3 of the paper), and other parts of a training set: images
 held out of it, some of each class, some of its classes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ class TaskSplit:
     Attributes:
         classes: sorted int64 class ids; the task's own label of an image is the position of its class here.
         train: sorted int64 indices of D_tr, on which the task's network is trained.
-        test: sorted int64 indices of D_te, on which φ is; disjoint from ``train``.
+        test: sorted int64 indices of D_te, on which φ is; disjoint from `train`.
     """
 
     classes: np.ndarray
@@ -37,10 +35,10 @@ class TaskSplit:
 
 
 def shuffled(items: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
-    """A random order of ``items``.
+    """A random order of `items`.
 
     From the raw stream of the generator, which NumPy guarantees for ever: it reserves the right to change what
-    ``Generator.permutation`` returns, and a split must not change with a new NumPy.
+    `Generator.permutation` returns, and a split must not change with a new NumPy.
     """
     return items[np.argsort(bits.random_raw(len(items)), kind="stable")]
 
@@ -49,17 +47,17 @@ def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> lis
     """Split a data set over tasks: a pure function of its arguments.
 
     Args:
-        labels: int ``[N]``.
+        labels: int `[N]`.
         num_tasks: T ≥ 1.
-        kind: ``"disjoint"``: the classes are dealt into T groups whose sizes differ by one at most, and each
+        kind: `"disjoint"`: the classes are dealt into T groups whose sizes differ by one at most, and each
             class's images are halved into train and test (of an odd number, the extra one goes to train).
-            ``"paired"``: T / 2 such groups, each serving two tasks, 2i and 2i + 1, with the halves swapped.
-            ``"homogeneous"``: each class's images are dealt over the T tasks and halved there; every task has
+            `"paired"`: T / 2 such groups, each serving two tasks, 2i and 2i + 1, with the halves swapped.
+            `"homogeneous"`: each class's images are dealt over the T tasks and halved there; every task has
             all classes (Table 3c).
         seed: non-negative.
 
     Raises:
-        UserError: the request cannot be met: too few classes or images, or T odd for ``"paired"``.
+        UserError: the request cannot be met: too few classes or images, or T odd for `"paired"`.
 
     Example:
         >>> tasks = class_split(np.repeat(np.arange(20), 10), num_tasks=10, kind="disjoint", seed=0)
@@ -115,7 +113,7 @@ def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> t
     """Hold a share of each class's images out: a pure function of its arguments.
 
     Args:
-        labels: int ``[N]``.
+        labels: int `[N]`.
         share: between 0 and 1, exclusive; rounded to whole images of each class, at least one on either side. A
             larger share holds out what a smaller one does, and more.
         classes: names, for error messages.
@@ -149,12 +147,12 @@ def few_per_class(labels: np.ndarray, count: int, skip: int = 0) -> np.ndarray:
     """A fixed random choice of `count` images of each class; a smaller one is part of a larger one.
 
     Args:
-        labels: int ``[N]``.
+        labels: int `[N]`.
         count: images a class.
-        skip: leave out as many of each class's (fixed) random order: disjoint from the choice of ``skip`` images.
+        skip: leave out as many of each class's (fixed) random order: disjoint from the choice of `skip` images.
 
     Returns:
-        sorted int64 indices ``[count · classes]``.
+        sorted int64 indices `[count · classes]`.
 
     Raises:
         UserError: a class has fewer images.
@@ -173,7 +171,7 @@ def few_classes(labels: np.ndarray, count: int) -> np.ndarray:
     """All images of a fixed random choice of `count` classes; a smaller choice is part of a larger one.
 
     Args:
-        labels: int ``[N]``.
+        labels: int `[N]`.
         count: of classes.
 
     Returns:
@@ -194,7 +192,7 @@ def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, 
     Args:
         path: the file.
         splits: the tasks.
-        fingerprint: of the data set whose indices these are (``ImageArrays.fingerprint``).
+        fingerprint: of the data set whose indices these are (`ImageArrays.fingerprint`).
         kind, seed: how the split was made.
 
     Raises:
@@ -207,12 +205,12 @@ def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, 
 
 
 def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> tuple[list[TaskSplit], str, int]:
-    """Read what :func:`save_split` wrote: the tasks, and the kind and seed that they were made with.
+    """Read what `save_split` wrote: the tasks, and the kind and seed that they were made with.
 
     Args:
         path: the file.
         fingerprint: of the data set that the split is to be used with.
-        labels: int ``[N]``, those of the data set.
+        labels: int `[N]`, those of the data set.
 
     Raises:
         UserError: no such file, no class split in it, or one of another data set.

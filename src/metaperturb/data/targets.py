@@ -1,7 +1,5 @@
 """Target data sets: what networks are trained on with a learned φ (section 4 of the paper), by name."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
@@ -55,10 +53,10 @@ class TargetSpec:
 
     Attributes:
         title: its name in tables.
-        num_classes, train, test: expected counts; ``None``: whatever is found.
+        num_classes, train, test: expected counts; `None`: whatever is found.
         image_size: default height = width in pixels.
         splits: what can be loaded.
-        val: expected count of the ``val`` split, where there is one.
+        val: expected count of the `val` split, where there is one.
     """
 
     title: str
@@ -103,18 +101,18 @@ def load_target(
     """Load the splits of a target data set.
 
     Args:
-        name: one of ``TARGETS``.
+        name: one of `TARGETS`.
         data_root: where data sets and the image cache are.
-        path: where this data set is, if not at its usual place under ``data_root``. For ``folder`` (which has
-            no usual place), ``cub`` and ``dogs``: the archive or folder itself; for ``tiny_imagenet``: one or
-            several, separated by commas; for the others: the folder that torchvision calls ``root``.
-        image_size: height = width in pixels; the set's own default if ``None``.
+        path: where this data set is, if not at its usual place under `data_root`. For `folder` (which has
+            no usual place), `cub` and `dogs`: the archive or folder itself; for `tiny_imagenet`: one or
+            several, separated by commas; for the others: the folder that torchvision calls `root`.
+        image_size: height = width in pixels; the set's own default if `None`.
         download: fetch what is absent, where it can be fetched.
         skip_unreadable: leave broken images out and say how many, instead of raising.
-        splits: which of the set's splits, in this order; ``"val"`` is offered by ``s_cifar100`` (25 training
-            images a class of CIFAR-100 that are not in its ``train``, to choose among several φ) and by
-            ``folder``. ``"test"`` of ``tiny_imagenet``: its official validation images, as its test images have
-            no public labels; ``embedded_source`` has none.
+        splits: which of the set's splits, in this order; `"val"` is offered by `s_cifar100` (25 training
+            images a class of CIFAR-100 that are not in its `train`, to choose among several φ) and by
+            `folder`. `"test"` of `tiny_imagenet`: its official validation images, as its test images have
+            no public labels; `embedded_source` has none.
 
     Raises:
         UserError: an unknown name or split, anything wrong with the data, or other counts than the official
@@ -148,6 +146,8 @@ def load_target(
             path, data_root=data_root, image_size=size, splits=splits, skip_unreadable=skip_unreadable
         )
     place = Path(path).expanduser() if path is not None else _USUAL_PLACE.get(name, lambda root: root)(data_root)
+    if path is not None and not place.exists():  # nothing is downloaded to it: the name may be misspelt
+        raise UserError(f"target {name}: {place}: no such file or folder")
     arrays = []
     for split in splits:
         with ExitStack() as stack:
@@ -223,7 +223,7 @@ def _cub(place: Path, split: str, fetch: bool, stack: ExitStack) -> tuple[str, C
 
 
 def _table(where: str, content: bytes) -> dict[str, str]:
-    """Lines of ``<number> <value>``."""
+    """Lines of `<number> <value>`."""
     rows = [line.split(maxsplit=1) for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
     if any(len(row) != 2 or not row[0].isdigit() for row in rows):
         raise UserError(f"{where}: not a table of '<number> <value>' lines")
@@ -296,7 +296,7 @@ def _fetched(
     fetch: bool,
     make: Callable[[Path], Any],
 ) -> None:
-    """See to it that ``root/produced`` is there and whole.
+    """See to it that `root/produced` is there and whole.
 
     torchvision writes in place, and takes half a folder left by an interrupted run for the data set. So it works in
     a temporary folder, which takes the right name when all is done.
@@ -305,10 +305,10 @@ def _fetched(
         root: where the data set belongs.
         produced: the file or folder that the download yields.
         url: for error messages.
-        archives: of files that the user may have placed in ``root`` by hand: {name: (where torchvision looks
+        archives: of files that the user may have placed in `root` by hand: {name: (where torchvision looks
             for it, MD5 or None)}.
         fetch: download what is absent.
-        make: instantiates the torchvision class with ``download=True`` in the given root.
+        make: instantiates the torchvision class with `download=True` in the given root.
     """
     if (root / produced).exists():
         return
@@ -353,7 +353,7 @@ _DAMAGED = "incomplete or damaged; delete it and start again"
 
 
 def _pixels_plan(where: Path, images: Sequence[np.ndarray], labels: Sequence[int], classes: Sequence[str]) -> Plan:
-    """A plan for decoded images, each uint8 ``[H, W, 3]`` or ``[H, W]``."""
+    """A plan for decoded images, each uint8 `[H, W, 3]` or `[H, W]`."""
     return Plan(
         where=str(where),
         classes=classes,
@@ -437,7 +437,7 @@ def _fashion_mnist(place: Path, split: str, fetch: bool, stack: ExitStack) -> tu
 
 
 def _files_plan(archive: Archive, data: Iterable[tuple[str, int]], classes: Sequence[str]) -> Plan:
-    """A plan for a torchvision data set of files, made with ``loader=str`` so that it yields (path, label)."""
+    """A plan for a torchvision data set of files, made with `loader=str` so that it yields (path, label)."""
     rows = [(Path(file).relative_to(archive.path).as_posix(), classes[label]) for file, label in data]
     return _listed_plan(archive, rows, classes)
 

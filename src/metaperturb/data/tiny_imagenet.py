@@ -1,11 +1,9 @@
 """Tiny ImageNet (200 classes × 500 training images, 64×64), the source of meta-training (section 4 of the paper).
 
-The official archive holds ``tiny-imagenet-200/train/<wnid>/images/<wnid>_<i>.JPEG`` and, of the validation
-set, ``tiny-imagenet-200/val/images/*.JPEG`` with their classes in
-``tiny-imagenet-200/val/val_annotations.txt``.
+The official archive holds `tiny-imagenet-200/train/<wnid>/images/<wnid>_<i>.JPEG` and, of the validation
+set, `tiny-imagenet-200/val/images/*.JPEG` with their classes in
+`tiny-imagenet-200/val/val_annotations.txt`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,15 +29,15 @@ def load_tiny_imagenet(
     """Load the training or the labelled validation images.
 
     The classes are the sorted WordNet ids. The images are ordered by class, then by file name as plain text
-    (``_10`` before ``_2``), whatever the number and order of the archives.
+    (`_10` before `_2`), whatever the number and order of the archives.
 
     Args:
-        data_root: holds the cache, and ``tiny-imagenet-200.zip`` or the folder ``tiny-imagenet-200`` unless
-            ``paths`` says otherwise.
+        data_root: holds the cache, and `tiny-imagenet-200.zip` or the folder `tiny-imagenet-200` unless
+            `paths` says otherwise.
         paths: archives or folders of the official layout, each with all or a part of the images; their union
             is loaded. A file that is in several of them counts once if it is the same there.
         image_size: height = width in pixels.
-        split: ``"train"`` or ``"val"``. Of ``"val"``, the images that are present.
+        split: `"train"` or `"val"`. Of `"val"`, the images that are present.
         fetch: download the archive (248 MB) if it is absent.
         skip_unreadable: leave broken images out instead of raising.
 
