@@ -33,6 +33,7 @@ class Finished:
     result: Mapping[str, Any]
     need: str | None = None  # of a record: the id of its φ in that table
     phi: str = ""  # tells its φ apart, where runs have several
+    rank: int = 0  # of its φ among these: those that got a name first, in the order in which it was given
 
     @property
     def dir(self) -> Path:
@@ -229,7 +230,13 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list
         key: next((called[name] for name in called if name in known[key]), f"φ {of_phi[0][kind]}")
         for key, of_phi in names.items()
     }
-    return [dataclasses.replace(run, phi=chosen.get(run.phi_key, "")) for run in runs]
+    ranks = {name: rank for rank, name in enumerate(dict.fromkeys(called.values()))}
+
+    def named(run: Finished) -> Finished:
+        name = chosen.get(run.phi_key, "")
+        return dataclasses.replace(run, phi=name, rank=ranks.get(name, len(ranks)))
+
+    return [named(run) for run in runs]
 
 
 def grouped(runs: Iterable[Finished], key: Callable[[Finished], Any]) -> dict[Any, list[Finished]]:
@@ -270,7 +277,7 @@ def check_alike(runs: Sequence[Finished], key: Callable[[Finished], Any], what: 
 
 
 def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Runs under the name of their method, in the order of `plots.LABELS`.
+    """Runs under the name of their method, in the order of `plots.LABELS`, of several φ in that of `--call`.
 
     Raises:
         UserError: two runs of a method differ in more than the seed, or do not, or runs differ in what all share.
@@ -283,7 +290,10 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     return dict(
         sorted(
             methods.items(),
-            key=lambda item: (item[1][0].config["init"] or "", order.index(item[1][0].method), item[0]),
+            key=lambda item: (
+                *(item[1][0].config["init"] or "", order.index(item[1][0].method)),
+                *(item[1][0].rank, item[0]),
+            ),
         )
     )
 

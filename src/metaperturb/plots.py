@@ -186,7 +186,8 @@ def _learned(line: Mapping[str, Any]) -> tuple[float, float, float, float]:
 def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
     """Test loss and accuracy against steps: mean over seeds, band of one standard deviation (figure 5).
 
-    A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so.
+    A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so. So does
+    the other axis where the last evaluation averages more samples than those before it.
 
     Args:
         histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn.
@@ -212,9 +213,18 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
                     axes[0].annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
         axes[0].set(xlabel="training step", ylabel="test loss (NLL, nats)")
         axes[1].set(xlabel="training step", ylabel="test accuracy (%)")
+        before, last = _samples(run for runs in histories.values() for run in runs)
+        if last != before:
+            axes[1].set_xlabel(f"training step (last point: {last} Monte-Carlo samples, before: {before})")
         _legend_below(figure, axes[0])
         figure.suptitle(title)
         save_figure(figure, path)
+
+
+def _samples(runs: Iterable[Sequence[Mapping[str, Any]]]) -> tuple[int, int]:
+    """Monte-Carlo samples of the evaluations on the way, and of the last one: the most that a run had."""
+    counts = [[line.get("test_samples", 1) for line in run if "test_accuracy" in line] for run in runs]
+    return max((n for of_run in counts for n in of_run[:-1]), default=1), max(of_run[-1] for of_run in counts)
 
 
 def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str, title: str, path: Path) -> None:
@@ -282,7 +292,7 @@ def plot_effort(
     """Final test accuracy with φ against how much its meta-training had of something, a panel each.
 
     Args:
-        panels: what is counted → how much → accuracy in [0, 1] of each run.
+        panels: what is counted → how much → accuracy in [0, 1] of each run; a line where all have as many runs.
         base: the same of networks without φ: a level line, or none if there are none.
         title: of the picture.
         path: without suffix: PNG, SVG, and the numbers as CSV.
@@ -293,7 +303,14 @@ def plot_effort(
             1, len(panels), figsize=(3.8 * len(panels) + 0.6, 3.6), sharey=True, squeeze=False, layout="constrained"
         )
         for axes, (unit, by_amount) in zip(grid[0], panels.items(), strict=True):
-            drawn = _draw_growth(axes, "MetaPerturb", by_amount, **lines["metaperturb"])
+            counts = {len(of_amount) for of_amount in by_amount.values()}
+            line = lines["metaperturb"] | ({"linestyle": "none"} if len(counts) > 1 else {})  # of other seeds: no trend
+            drawn = _draw_growth(axes, "MetaPerturb", by_amount, **line)
+            for amount, mean, std, count in drawn:
+                above = mean + (std if count > 1 else 0)
+                axes.annotate(
+                    f"n = {count}", (amount, above), (0, 5), textcoords="offset points", ha="center", fontsize=9
+                )
             rows += [("MetaPerturb", unit, *row) for row in drawn]
             if base:
                 mean, std = _mean_std(base)
@@ -337,7 +354,7 @@ def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
     else:
         axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.5)
         axes.autoscale_view(scaley=False)  # limits are kept from before, of a linear axis
-    axes.set_xlabel(unit)
+    axes.set_xlabel(f"{unit} (logarithmic)")
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
 
@@ -359,6 +376,9 @@ def plot_robustness(curves: Mapping[str, Any], title: str, path: Path) -> None:
                 eps, accuracy = of_norm[norm]["eps"], 100 * np.array(of_norm[norm]["accuracy"])
                 if eps:
                     mean, std = _draw_band(axis, name, eps, accuracy, **lines[name], **POINTS)
+                    if len(accuracy) == 1:  # no band: what the choice of images does, the binomial's standard error
+                        error = np.sqrt(mean * (100 - mean) / curves["settings"]["images"])
+                        axis.errorbar(eps, mean, error, fmt="none", ecolor=lines[name]["color"], alpha=0.5, capsize=2)
                     rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
             axis.axhline(100 * curves["chance"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
             axis.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
