@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.grid import Grid
-from experiments.results import read_record, shortened
+from experiments.results import images_of, read_record, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
@@ -57,7 +57,7 @@ def ship(name: str, source: Path | None, results: Path, out: Path) -> None:
         raise UserError(f"{source or path}: was not meta-trained (0 steps)")
     if missing := [key for key, kind in NEEDED.items() if not isinstance(phi.card.get(key), kind)]:
         raise UserError(f"{source or path}: its card does not say how it was meta-trained: no {', '.join(missing)}")
-    tested = [*trainings_with(phi, results)]
+    tested = [cells for _, cells in sorted(trainings_with(phi, results), key=lambda found: found[0])]
     text = describe(name, phi.card, tested)
     if source is not None:
         save_phi(phi, path, shortened(phi.card))
@@ -65,8 +65,10 @@ def ship(name: str, source: Path | None, results: Path, out: Path) -> None:
     print(f"{path}: tested in {len(tested)} places", file=sys.stderr)
 
 
-def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
+def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int, int], list[str]]]:
     """A row of the card for each place of a table with trainings that used this φ, and what it is compared with.
+
+    With each comes what it is sorted by: the longest trainings, and those of most seeds, first.
 
     Trainings that were evaluated on other images than the test set chose something, φ for instance, and test nothing.
     Those that a table took over from another count there.
@@ -91,21 +93,27 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[list[str]]:
         others = by_place(folder, [record for record in records if record["row"] in baselines])
         for (row, column), with_phi in ours.items():
             baseline = versus[row]
-            config = next(iter(with_phi.values()))["result"]["config"]
+            result = next(iter(with_phi.values()))["result"]
+            config = result["config"]
             accuracies, without = (
                 {seed: 100 * some[seed]["result"]["metrics"]["accuracy"] for seed in with_phi if seed in some}
                 for some in (with_phi, others.get((baseline, column), {}))
             )
-            yield [
-                f"{folder.parent.name}, preset {folder.name}",
-                row,
-                column,
-                f"{config['model']}, {config['steps']:,} steps of {config['batch_size']}",
-                ", ".join(map(str, accuracies)),
-                f"{baseline}: {summarize([*without.values()])}" if without else "",
-                str(summarize([*accuracies.values()])),
-                str(paired_difference(accuracies, without) or ""),
-            ]
+            weight = -config["steps"], -len(accuracies)
+            yield (
+                weight,
+                [
+                    f"{folder.parent.name}, preset {folder.name}",
+                    row,
+                    column,
+                    images_of(result),
+                    f"{config['model']}, {config['steps']:,} steps of {config['batch_size']}",
+                    ", ".join(map(str, accuracies)),
+                    f"{baseline}: {summarize([*without.values()])}" if without else "",
+                    str(summarize([*accuracies.values()])),
+                    str(paired_difference(accuracies, without) or ""),
+                ],
+            )
 
 
 def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
@@ -142,7 +150,7 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `./run.sh ship`.', ""]
     lines += [f"- **{what}**: {text}" for what, text in facts.items()]
     lines += ["", "## Tested on", ""]
-    head = ["table", "row", "data", "training", "seeds", "without φ %", "with φ %", "difference [95 %]"]
+    head = ["table", "row", "column", "images", "training", "seeds", "without φ %", "with φ %", "difference [95 %]"]
     lines.append(markdown_table(head, tested) if tested else "Nothing yet.")
     diverged = "[what is known of such](../../../results/beyond.md#does-it-help-networks-of-other-families)"
     lines += ["", f"A training that diverged leaves no record, and so has no line here: {diverged}."]

@@ -96,6 +96,19 @@ def test_each_page_names_its_command():
         assert f"./run.sh {table} --preset {preset}" in text and f"({table}/{preset}.md)" in text, page
 
 
+def check_gains(row: list[str], known: list[dict[str, dict[str, str]]]) -> None:
+    """The last row of the README's table: MetaPerturb over Base, in the paper and by the pages."""
+    _, *papers_and_ours = row
+    papers, ours = papers_and_ours[0:3:2], [papers_and_ours[i] for i in (1, 3, 4)]
+    for paper, of_column in zip(papers, known, strict=False):
+        with_phi, base = (float(of_column[name]["paper"].partition("±")[0]) for name in ("MetaPerturb", "Base"))
+        assert paper == f"{with_phi - base:+.2f}"
+    for text, of_column in zip(ours, known, strict=True):
+        line = of_column["MetaPerturb"]
+        low, high = float(line["low_95"]), float(line["high_95"])
+        assert text == f"{float(line['difference']):+.2f} [{low:+.2f}, {high:+.2f}] ({line['pairs']})"
+
+
 def test_the_readmes_results_are_those_of_the_pages():
     """Its table of results: each row's numbers, and the paper's beside them."""
     text = (ROOT / "README.md").read_text().partition("## What is reproduced")[2].partition("\n## ")[0]
@@ -112,7 +125,8 @@ def test_the_readmes_results_are_those_of_the_pages():
     (known[-1]["no meta-training"],) = (
         line for line in lines(control) if (line["row"], line["column"]) == ("no meta-training", "CUB (50 classes)")
     )
-    (_, *rows) = tables(text)[0]
+    (_, *rows, gain) = tables(text)[0]
+    check_gains(gain, known)
     assert sorted(row[0] for row in rows) == sorted({name for of_column in known for name in of_column})
     for name, s_cifar100, here, cub, *here_on_cub in rows:
         for of_column, paper, ours in zip(known, (s_cifar100, cub, cub), (here, *here_on_cub), strict=True):

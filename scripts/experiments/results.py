@@ -12,6 +12,7 @@ from typing import Any
 from experiments.grid import Cell, Grid, Need, changes, fingerprint
 from experiments.statistics import Difference, Summary, paired_difference, summarize
 from metaperturb.config import MetaTestConfig
+from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
 from metaperturb.storage import load_json, save_json
 
@@ -122,6 +123,18 @@ def read_record(path: Path) -> dict[str, Any]:
     if not whole:
         raise UserError(f"{path}: is no record of a training run; remove it")
     return record
+
+
+def images_of(result: Mapping[str, Any]) -> str:
+    """What a run trained and was evaluated on: `cub50.zip, 84 pixels: 1,500 training and 1,389 test images`."""
+    target, config = result["target"], result["config"]
+    name = Path(config["target_path"]).name if config.get("target") == "folder" else config.get("target", "")
+    if not (name and {"train", "test"} <= target.keys()):  # of an older version
+        return ""
+    size = config.get("image_size") or TARGETS[name].image_size
+    split = config.get("eval_split", "test")
+    held_out = "held-out" if split == "holdout" else "validation" if split == "val" else split
+    return f"{name}, {size} pixels: {target['train']:,} training and {target['test']:,} {held_out} images"
 
 
 def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,10 +251,12 @@ class Results:
         difference = None
         if versus is not None:
             difference = paired_difference(self.accuracies(row, column), self.accuracies(versus, column))
+        records = {seed: self.records[row, column, seed] for seed in metrics}
+        differences = self._differences(row, column, records)
         paper = self.grid.paper_value(row, column)
         comparable = paper is not None and self.grid.columns[column].comparable
-        gap = summaries["accuracy"].mean - float(paper.partition("±")[0]) if comparable else None
-        records = {seed: self.records[row, column, seed] for seed in metrics}
+        shorter = any(change.startswith(("steps:", "batch_size:")) for change in differences)
+        gap = summaries["accuracy"].mean - float(paper.partition("±")[0]) if comparable and not shorter else None
         return Entry(
             row=row,
             column=column,
@@ -250,7 +265,7 @@ class Results:
             difference=difference,
             paper=paper,
             gap=gap,
-            differences=self._differences(row, column, records),
+            differences=differences,
             code=tuple(_versions(records.values())),
         )
 

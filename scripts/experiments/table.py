@@ -2,11 +2,11 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.grid import Grid
-from experiments.results import Entry, Results
+from experiments.results import Entry, Results, images_of
 
 CSV_COLUMNS = (
     *("row", "column", "seeds", "accuracy", "accuracy_std", "nll", "nll_std", "ece", "ece_std"),
@@ -119,6 +119,16 @@ def _notes(
         if column.stands_for != name and any(grid.paper_value(row, name) for row in grid.rows):
             how = "" if column.comparable else "; other data, so no difference is given"
             lines.append(f"- {name} stands in for the paper's {column.stands_for}{how}.")
+    others = [
+        name
+        for name, column in grid.columns.items()
+        if column.stands_for == name and not column.comparable and any(grid.paper_value(row, name) for row in grid.rows)
+    ]
+    if others:
+        lines.append(
+            f"- {', '.join(others)}: on other images than the paper's; its numbers are not comparable to ours."
+        )
+    lines += _images(results)
     versions = results.code_versions()
     if len(versions) > 1:
         lines.append(f"- **Cells of {len(versions)} versions of the code**: {', '.join(versions)}; the CSV says which.")
@@ -134,6 +144,16 @@ def _notes(
     if missing:
         lines.append(f"- {missing} of {len(results.cells)} cells have no result: not run yet, or failed.")
     return ["\n".join(lines)] if lines else []
+
+
+def _images(results: Results) -> Iterable[str]:
+    """Which images columns have, a line each."""
+    by_images: dict[str, dict[str, None]] = {}
+    for (_, column, _), record in results.records.items():
+        if images := images_of(record["result"]):
+            by_images.setdefault(images, {})[column] = None
+    for images, columns in by_images.items():
+        yield f"- {', '.join(columns)}: {images}."
 
 
 def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
