@@ -65,7 +65,7 @@ def concept() -> plt.Figure:
     axes.text(
         4.35,
         0.75,
-        "down: φ to every block\nup: ∂loss/∂φ on $D^{te}$,\n82 numbers a task",
+        "to the networks: φ\nback: ∂loss/∂φ on $D^{te}$,\n82 numbers a task",
         fontsize=9,
         va="top",
         color=PHI,
@@ -164,7 +164,12 @@ def site() -> plt.Figure:
     box(axes, 6.75, 0.2, 0.8, 0.6, "ReLU", THETA)
     arrow(axes, (7.55, 0.5), (8.0, 0.5))
     axes.text(
-        10.15, 0.5, "c: strength, 0 → 1 in training\nat most k = 100 in training", ha="center", va="center", fontsize=9
+        10.15,
+        0.5,
+        "c: strength, 0 → 1 in training\noutput clipped at k = 100 in training",
+        ha="center",
+        va="center",
+        fontsize=9,
     )
     return figure
 

@@ -362,6 +362,8 @@ def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
 def plot_robustness(curves: Mapping[str, Any], title: str, path: Path) -> None:
     """Accuracy against the radius ε of the attack: mean over seeds, band of one standard deviation (figure 6 a-c).
 
+    A method with one seed has no band, but bars: the standard error that comes from the choice of images.
+
     Args:
         curves: of `analyses.robustness.robustness_curves`.
         title: of the picture; the attack's settings follow.
@@ -386,7 +388,9 @@ def plot_robustness(curves: Mapping[str, Any], title: str, path: Path) -> None:
         axes[0, 0].set(ylabel="accuracy under attack (%)")
         attack = curves["settings"]
         eot = f"{attack['draws']} draws of the noise each" if attack["draws"] > 1 else "one draw of the noise each"
-        figure.suptitle(f"{title}\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}", y=1.05)
+        alone = any(len(of_norm[norm]["accuracy"]) == 1 for of_norm in curves["curves"].values() for norm in norms)
+        bars = "; bars: one standard error, of these images" if alone else ""
+        figure.suptitle(f"{title}\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}{bars}", y=1.05)
         _legend_below(figure, axes[0, 0])
         save_figure(figure, path)
     save_numbers(("name", "norm", "eps", "accuracy_percent", "std", "seeds"), rows, path)
