@@ -702,8 +702,10 @@ def test_a_recipe_keeps_what_its_method_is():
     dropped = recipe("dropblock", "cutmix")
     assert not dropped.stochastic and dropped.ramp == create(MetaTestConfig(method="dropblock")).ramp
     information = recipe("info_dropout", "mixup")  # whose loss is its own
-    information.prepare(models.create("resnet8", 10, 12), TrainingSet())
-    assert information.loss.__self__ is information.method
+    model = models.create("resnet8", 10, 12).train()
+    information.prepare(model, TrainingSet())
+    logits, labels = model(torch.randn(4, 3, 12, 12)), torch.tensor([0, 1, 2, 3])
+    assert information.loss(logits, labels) > F.cross_entropy(logits, labels) + 1.0  # with its KL term
 
 
 def test_adversarial_training_attacks_the_loss_of_the_recipe():
@@ -717,7 +719,7 @@ def test_adversarial_training_attacks_the_loss_of_the_recipe():
         torch.manual_seed(1)
         attacked[smoothing], _ = combined.batch(x, y)
     logits = torch.randn(4, 2)
-    assert combined.method.loss(logits, y) == combined.loss(logits, y) != F.cross_entropy(logits, y)
+    assert combined.method.attacked_loss(logits, y) == combined.loss(logits, y) != F.cross_entropy(logits, y)
     assert not torch.equal(*attacked.values())
 
 

@@ -1,5 +1,7 @@
 """Adversarial training: the reference of figure 6 (a-c)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -25,6 +27,9 @@ class AdversarialTraining(Method):
         step_size: in pixels of [0, 1]. Default 2/255 (section 5).
         precision: of the network's passes, that of the training they belong to.
 
+    Attributes:
+        attacked_loss: what the worst case is sought for, a function of logits and labels: that of the training.
+
     The network is attacked as it trains, in training mode, so batch norm takes the statistics of the perturbed batch:
     the gradient is that of the very loss that the step then minimizes, and Madry et al.'s code for CIFAR-10 does so,
     too. (In evaluation mode, the running statistics lag behind the weights, most in the first steps.) These passes work
@@ -33,6 +38,7 @@ class AdversarialTraining(Method):
 
     def __init__(self, eps: float, steps: int, step_size: float, precision: str = "float32") -> None:
         self.eps, self.steps, self.step_size, self.precision = PIXEL * eps, steps, PIXEL * step_size, precision
+        self.attacked_loss: Callable[[Tensor, Tensor], Tensor] = self.loss
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         self.model = model
@@ -48,7 +54,7 @@ class AdversarialTraining(Method):
         for _ in range(self.steps):
             adversarial.requires_grad_()
             with autocast(x.device, self.precision):
-                loss = self.loss(functional_call(self.model, buffers, (adversarial,)), y)
+                loss = self.attacked_loss(functional_call(self.model, buffers, (adversarial,)), y)
             (gradient,) = torch.autograd.grad(loss, adversarial)
             adversarial = adversarial.detach().add_(gradient.sign_(), alpha=self.step_size).clamp_(low, high)
         return adversarial

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.errors import UserError
+from metaperturb.methods.adversarial import AdversarialTraining
 from metaperturb.methods.augmentation import TrivialAugment
 from metaperturb.methods.base import Method
 from metaperturb.methods.mixing import Mixing
@@ -38,9 +39,10 @@ class Recipe(Method):
         (self.method,) = method.values()
         self.parts = sorted(parts.values(), key=lambda part: not isinstance(part, TrivialAugment))
         self.ramp, self.stochastic = self.method.ramp, self.method.stochastic
-        changed = [part for part in self.parts if type(part).loss is not Method.loss]
-        self.loss = changed[0].loss if changed else super().loss
-        self.method.loss = self.loss  # what adversarial training attacks
+        own = [part for part in self.parts if type(part).loss is not Method.loss]
+        self._with_loss = own[0] if own else self.method
+        if isinstance(self.method, AdversarialTraining):
+            self.method.attacked_loss = self.loss
 
     @property
     def sites(self):
@@ -57,3 +59,6 @@ class Recipe(Method):
         for part in self.parts:
             x, y = part.batch(x, y)
         return x, y
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self._with_loss.loss(logits, labels)
