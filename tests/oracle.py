@@ -52,7 +52,7 @@ class OracleSite:
         self.running_mean = np.zeros((channels, 4))
         self.running_var = np.ones((channels, 4))
         self.training = True
-        self.strength, self.clip = 1.0, 100.0
+        self.strength, self.clip, self.clip_eval = 1.0, 100.0, False
 
     def noise_mean(self, h: np.ndarray) -> np.ndarray:
         w = self.weights
@@ -96,8 +96,8 @@ class OracleSite:
             mean, var = self.batch_statistics(h)
             self.running_mean = (1 - MOMENTUM) * self.running_mean + MOMENTUM * mean
             self.running_var = (1 - MOMENTUM) * self.running_var + MOMENTUM * var
-            if self.clip is not None and self.strength > 0:  # strength 0 is the identity
-                out = np.minimum(out, self.clip)
+        if (self.training or self.clip_eval) and self.clip is not None and self.strength > 0:  # at 0: the identity
+            out = np.minimum(out, self.clip)
         return out
 
 

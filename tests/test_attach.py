@@ -691,6 +691,8 @@ def test_strength_and_clip_of_all_sites():
     assert all(site.clip is None and site.strength == 1.0 for site in model.metaperturb.sites)
     model.metaperturb.strength = 0.25
     model.metaperturb.clip = 3.0
+    model.metaperturb.clip_eval = True
+    assert all(site.clip_eval for site in model.metaperturb.sites) and model.metaperturb.clip_eval
     assert [(s.strength, s.clip) for s in model.metaperturb.sites] == [(0.25, 3.0)] * 3
     assert model.metaperturb.strength == 0.25 and model.metaperturb.clip == 3.0
     with pytest.raises(ValueError):
@@ -735,6 +737,24 @@ def test_a_reloaded_network_has_the_strength_of_the_saved_one(dtype):
         fresh.load_state_dict(model.state_dict())
         assert fresh.metaperturb.strength == pytest.approx(strength)
         assert torch.equal(seeded(fresh, x), seeded(model, x))
+
+
+@pytest.mark.parametrize(("clip", "clip_eval"), [(2.0, True), (2.0, False), (None, True)])
+def test_state_dict_holds_what_evaluation_clips_at(clip, clip_eval):
+    x = 3 * torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = quiet(models.create("resnet8", 5, 16), image_size=16, clip=clip, clip_eval=clip_eval).eval()
+    for other in (False, True):
+        fresh = quiet(models.create("resnet8", 5, 16), image_size=16, clip=0.01, clip_eval=other).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(seeded(fresh, x), seeded(model, x))
+
+
+def test_a_state_from_before_evaluation_clipped_leaves_it():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16, clip_eval=True)
+    state = model.state_dict()
+    state["metaperturb._extra_state"] = state["metaperturb._extra_state"][:85]
+    model.load_state_dict(state)
+    assert model.metaperturb.clip_eval and model.metaperturb.clip == 100
 
 
 def test_a_state_of_φ_alone_leaves_the_strength():
@@ -848,7 +868,7 @@ def test_named_modules_that_would_not_be_found():
     assert all((h < 0).any() for _, h in received)
 
 
-@pytest.mark.parametrize("name", ["clip", "strength", "sites", "specs", "phi"])
+@pytest.mark.parametrize("name", ["clip", "clip_eval", "strength", "sites", "specs", "phi"])
 def test_modules_may_be_called_like_our_own_attributes(name):
     class Named(FunctionalPlain):
         def forward(self, x):

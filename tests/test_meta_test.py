@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -231,6 +232,12 @@ def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp
     assert not (run_dir / "result.json").exists()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines and not any("test_accuracy" in line for line in lines)
+    assert "clip_eval=true may help" in error
+    clipped = tmp_path / "clipped"
+    assert program.main(["--set", *settings, *changes, "clip_eval=true", f"run_dir={clipped}"]) == 0
+    metrics = json.loads((clipped / "result.json").read_text())["metrics"]
+    run = load_run(clipped)
+    assert run.model.metaperturb.clip_eval and math.isfinite(metrics["nll"])
 
 
 def test_unreadable_image(image_folder, target_settings, tmp_path, capsys):

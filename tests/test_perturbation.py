@@ -95,18 +95,20 @@ def test_whole_site_through_training_and_evaluation(shape):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("clip", [None, 100.0, 0.75])
+@pytest.mark.parametrize("clip_eval", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_strength_and_clip(strength, clip, training):
+def test_strength_and_clip(strength, clip, training, clip_eval):
     site, oracle = make_pair()
     h, noise = maps(3, 3, 4, 5, spread=2.0), maps(3, 3, 4, 5, seed=5)
     site.strength = oracle.strength = strength
     site.clip = oracle.clip = clip
+    site.clip_eval = oracle.clip_eval = clip_eval
     site.train(training)
     oracle.training = training
     out, expected = site(h, noise=noise), oracle.forward(h.numpy(), noise.numpy())
     assert_same(out, expected)
-    if clip == 0.75:  # the clip is at work, on one side only, and nowhere but in training with some strength
-        assert (out.max() <= 0.75) == (training and strength > 0)
+    if clip == 0.75:  # the clip is at work, on one side only, with some strength, where it was asked for
+        assert (out.max() <= 0.75) == ((training or clip_eval) and strength > 0)
         assert out.min() < -0.75
 
 

@@ -86,8 +86,9 @@ class Sites(nn.Module):
 class Attachment(Sites):
     """The perturbation's sites in one network, as its last child, `metaperturb`.
 
-    `strength` and `clip` set those of all sites. The state dict holds the running statistics of every site, the 82
-    values of φ and the strength, so that a reloaded network evaluates identically: loading it sets both.
+    `strength`, `clip` and `clip_eval` set those of all sites. The state dict holds the running statistics of every
+    site, the 82 values of φ, the strength and what evaluation clips at, so that a reloaded network evaluates
+    identically: loading it sets them.
 
     Raises:
         UserError: a state dict is loaded that was saved with other `noise` or `gate`.
@@ -120,22 +121,35 @@ class Attachment(Sites):
         for site in self.sites:
             site.clip = value
 
+    @property
+    def clip_eval(self) -> bool:
+        return self.sites[0].clip_eval
+
+    @clip_eval.setter
+    def clip_eval(self, value: bool) -> None:
+        for site in self.sites:
+            site.clip_eval = value
+
     def get_extra_state(self) -> Tensor:
-        """φ, strength, noise and gate: `[85]`, in the dtype of φ, in which sites compute."""
+        """φ, strength, noise, gate, evaluation's bound (0: none): `[86]`, in the dtype of φ, in which sites compute."""
         site = self.sites[0]
+        bound = (site.clip or 0.0) if site.clip_eval else 0.0
         values = [p.detach().reshape(-1) for p in self.phi.parameters()]
-        return torch.cat([*values, values[0].new_tensor([site.strength, site.noise, site.gate])])
+        return torch.cat([*values, values[0].new_tensor([site.strength, site.noise, site.gate, bound])])
 
     def set_extra_state(self, state: Tensor) -> None:
         parameters = list(self.phi.parameters())
         sizes = [p.numel() for p in parameters]
         *values, usage = state.split([*sizes, len(state) - sum(sizes)])
         if len(usage):  # else it was saved when φ alone was
-            strength, noise, gate = usage.tolist()
+            strength, noise, gate, *bound = usage.tolist()
             for name, saved in (("noise", bool(noise)), ("gate", bool(gate))):
                 if (own := getattr(self.sites[0], name)) != saved:
                     raise UserError(f"this state was saved with {name}={saved}, the network was attached with {own}")
             self.strength = strength
+            if bound:  # else it was saved when evaluation never clipped
+                self.clip_eval = bound[0] > 0
+                self.clip = bound[0] if self.clip_eval else self.clip
         with torch.no_grad():
             for p, saved in zip(parameters, values, strict=True):
                 p.copy_(saved.view_as(p))
@@ -150,6 +164,7 @@ def attach(
     noise: bool = True,
     gate: bool = True,
     clip: float | None = CLIP,
+    clip_eval: bool = False,
     verbose: bool = True,
 ) -> nn.Module:
     """Put φ into `model`, in place, and return the model.
@@ -163,6 +178,7 @@ def attach(
             modules to perturb (their residual sum, else their output).
         noise, gate: see `PerturbSite`.
         clip: upper bound in training, or None.
+        clip_eval: clip in evaluation, too, which the paper does not: for networks whose outputs overflow there.
         verbose: say on stderr, in one line, which sites were chosen (`print(model.metaperturb)` shows all).
 
     The channels of a layer are normalized by those of the widest one that is listed or, where a word chooses among the
@@ -193,7 +209,7 @@ def attach(
     widest = max(spec.channels for spec in found)
     made = [PerturbSite(phi, s.channels, widest, image_size, noise=noise, gate=gate) for s in specs]
     attachment = Attachment(phi, specs, made)
-    attachment.clip = clip
+    attachment.clip, attachment.clip_eval = clip, clip_eval
     place(model, attachment, PERTURBATION, verbose=verbose)
     return model
 

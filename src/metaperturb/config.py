@@ -121,6 +121,7 @@ class MetaTestConfig(CommonConfig):
     train_per_class: int | None = option(
         None, "train on this many images of each class, a fixed choice; null: all", low=1
     )
+    clip_eval: bool = option(False, "clip in evaluation, too, which the paper does not")
     method: Literal[
         "base",
         "metaperturb",

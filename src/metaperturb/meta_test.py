@@ -167,9 +167,9 @@ def meta_test(config: MetaTestConfig) -> dict:
     try:
         metrics = evaluated(config.steps, config.final_samples)
     except NotFinite as error:
+        help = "clip_eval=true" if config.method == "metaperturb" and not config.clip_eval else "a smaller lr"
         raise Diverged(
-            f"{config.run_dir}: after the last step {error}: it has diverged (φ's clip acts in training only; a "
-            "smaller lr or clip may help, in a new run_dir)"
+            f"{config.run_dir}: after the last step {error}: it has diverged ({help} may help, in a new run_dir)"
         ) from error
     run.log({"step": config.steps, **logged(metrics), "seconds": round(run.seconds, 2)})
     progress.close()

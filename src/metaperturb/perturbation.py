@@ -72,7 +72,8 @@ class PerturbSite(nn.Module):
 
     Attributes:
         strength: c in [0, 1]; 0 makes the site the identity.
-        clip: upper bound of the output in training, or None. Evaluation never clips.
+        clip: upper bound of the output in training, or None.
+        clip_eval: whether evaluation clips, too; the paper's does not.
         running_mean, running_var: `[C, 4]` buffers, the statistics that evaluation uses.
 
     In training mode the scale comes from the batch and the running statistics follow it (momentum 0.1, unbiased
@@ -110,6 +111,7 @@ class PerturbSite(nn.Module):
         self.noise, self.gate = noise, gate
         self.strength = 1.0
         self.clip = CLIP
+        self.clip_eval = False
         statistics = (channels, NUM_SCALE_FEATURES)
         like = {"device": phi.self1.device, "dtype": phi.self1.dtype}
         self.register_buffer("running_mean", torch.zeros(statistics, **like))
@@ -167,7 +169,7 @@ class PerturbSite(nn.Module):
             noise=self.noise,
             gate=self.gate,
             strength=self.strength,
-            clip=self.clip,
+            clip=self.clip if self.training or self.clip_eval else None,
             channel_ratio=self.channels / self.channel_norm,
             size_ratio=h.shape[2] / self.size_norm,
         )

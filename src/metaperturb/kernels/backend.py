@@ -28,4 +28,4 @@ def noise_source(settings: Settings, noise: Tensor | None) -> int:
 
 def upper_bound(settings: Settings) -> float:
     """What the output is clipped to; infinity where it is not clipped."""
-    return settings.clip if settings.training and settings.clip is not None else math.inf
+    return math.inf if settings.clip is None else settings.clip

@@ -74,7 +74,7 @@ def scale(mean: Tensor, var: Tensor, phi: Phi, channel_ratio: float, size_ratio:
 
 
 def perturb(h: Tensor, phi: Phi, mean: Tensor, var: Tensor, noise: Tensor | None, settings: Settings) -> Tensor:
-    """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above in training.
+    """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above.
 
     Args:
         h: `[B, C, H, W]`.
@@ -86,7 +86,7 @@ def perturb(h: Tensor, phi: Phi, mean: Tensor, var: Tensor, noise: Tensor | None
     if settings.gate:
         g = z * scale(mean, var, phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)[:, None, None]
     out = h * ((g - 1.0) * settings.strength + 1.0)
-    return out.clamp(max=settings.clip) if settings.training and settings.clip is not None else out
+    return out if settings.clip is None else out.clamp(max=settings.clip)
 
 
 def _depthwise_conv(x: Tensor, kernel: Tensor) -> Tensor:

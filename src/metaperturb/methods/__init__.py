@@ -36,7 +36,7 @@ from metaperturb.perturbation import MetaPerturb
 METHODS: dict[str, Callable[[MetaTestConfig, MetaPerturb | None], Method]] = {
     "base": lambda config, phi: Method(),
     "metaperturb": lambda config, phi: Perturbation(
-        phi, config.clip, config.anneal, config.sites, config.noise, config.gate
+        phi, config.clip, config.anneal, config.sites, config.noise, config.gate, config.clip_eval
     ),
     "info_dropout": lambda config, phi: InformationDropout(config.info_dropout_beta, config.info_dropout_max_alpha),
     "dropblock": lambda config, phi: DropBlock(config.dropblock_prob, config.dropblock_size),
@@ -55,6 +55,7 @@ METHODS: dict[str, Callable[[MetaTestConfig, MetaPerturb | None], Method]] = {
 USED_BY = {
     "phi": {"metaperturb"},
     "clip": {"metaperturb"},
+    "clip_eval": {"metaperturb"},
     "anneal": {"metaperturb"},
     **{f"info_dropout_{name}": {"info_dropout"} for name in ("beta", "max_alpha")},
     **{f"dropblock_{name}": {"dropblock"} for name in ("prob", "size")},

@@ -16,6 +16,7 @@ class Perturbation(Method):
         clip: k, upper bound of perturbed values in training (section 3.2: 100), or None.
         ramp: the share of the steps over which the strength rises (section 3.3 anneals; 0.4 in the authors' code).
         where, noise, gate: ablations of table 3, as `attach` takes them. Without noise evaluation draws nothing.
+        clip_eval: clip in evaluation, too.
     """
 
     sites: Attachment
@@ -28,13 +29,14 @@ class Perturbation(Method):
         where: str = "all",
         noise: bool = True,
         gate: bool = True,
+        clip_eval: bool = False,
     ) -> None:
-        self.phi, self.clip, self.ramp = phi, clip, ramp
+        self.phi, self.clip, self.clip_eval, self.ramp = phi, clip, clip_eval, ramp
         self.where, self.noise, self.gate = where, noise, gate
         self.stochastic = noise
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
-        options = {"noise": self.noise, "gate": self.gate, "clip": self.clip}
+        options = {"noise": self.noise, "gate": self.gate, "clip": self.clip, "clip_eval": self.clip_eval}
         self.sites = attach(model, self.phi, train.image_size, self.where, **options).metaperturb
 
     def set_strength(self, strength: float) -> None:
