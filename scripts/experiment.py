@@ -22,11 +22,13 @@ from pathlib import Path
 import torch
 from experiments.grid import Cell, Grid, Need, Overrides, fingerprint_of, sha256, unknown
 from experiments.results import (
+    DIVERGED,
     Results,
     cell_place,
     keep_need_records,
     training_of,
     trainings_elsewhere,
+    write_diverged,
     write_record,
 )
 from experiments.runner import LOG, Job, Outcome, run_jobs
@@ -164,10 +166,19 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     cells = chosen_cells(results, arguments)
     if arguments.list:
         for cell in cells:
-            print(f"{'done' if results.path(cell).exists() else 'to do'}  {cell.id}")
+            state = "done" if results.path(cell).exists() else "diverged" if cell.place in results.diverged else "to do"
+            print(f"{state}  {cell.id}")
         return []
-    todo = [cell for cell in cells if not results.path(cell).exists()]
-    if arguments.report or not todo:
+    todo = [cell for cell in cells if not results.path(cell).exists() and cell.place not in results.diverged]
+    if arguments.report:
+        return []
+    if diverged := [cell.id for cell in cells if cell.place in results.diverged]:
+        print(
+            f"{len(diverged)} cells diverged before: {', '.join(diverged)}; without their JSONs in "
+            f"{results.folder / DIVERGED} they run again",
+            file=sys.stderr,
+        )
+    if not todo:
         return []
     if old := results.made_by_other_code(code_digest()):
         print(
@@ -255,11 +266,8 @@ def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
     if outcome.failed:
         logs = {job.id: job.run_dir / LOG for job in jobs}
         lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in outcome.failed.items()]
-        raise UserError(
-            "\n".join(
-                [f"{len(lines)} runs failed; the same command tries them again, and --report makes the table:", *lines]
-            )
-        )
+        head = f"{len(lines)} runs failed; the same command tries again what did not diverge, --report makes the table"
+        raise UserError("\n".join([f"{head}:", *lines]))
 
 
 # --- before anything runs
@@ -382,7 +390,11 @@ def cell_job(results: Results, cell: Cell, runs: Path) -> Job:
     def finish() -> None:
         write_record(cell_place(grid, cell), run_dir, record)
 
-    return Job(cell.id, "meta_test", arguments, run_dir, record, finish, needs, cell.config.steps, cost(cell.config))
+    def diverge(said: str) -> None:
+        write_diverged(results, cell, run_dir, said)
+
+    work = cost(cell.config)
+    return Job(cell.id, "meta_test", arguments, run_dir, record, finish, needs, cell.config.steps, work, diverge)
 
 
 def command_line(config: MetaTestConfig | MetaTrainConfig, made: dict[str, str]) -> list[str]:

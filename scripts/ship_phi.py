@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.grid import Grid
-from experiments.results import images_of, read_record, shortened
+from experiments.results import DIVERGED, images_of, read_diverged, read_record, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
@@ -58,7 +58,7 @@ def ship(name: str, source: Path | None, results: Path, out: Path) -> None:
     if missing := [key for key, kind in NEEDED.items() if not isinstance(phi.card.get(key), kind)]:
         raise UserError(f"{source or path}: its card does not say how it was meta-trained: no {', '.join(missing)}")
     tested = [cells for _, cells in sorted(trainings_with(phi, results), key=lambda found: found[0])]
-    text = describe(name, phi.card, tested)
+    text = describe(name, phi.card, tested, [*diverged_with(phi, results)])
     if source is not None:
         save_phi(phi, path, shortened(phi.card))
     write_atomically(path.with_suffix(".md"), lambda file: file.write(text.encode()))
@@ -126,7 +126,16 @@ def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str,
     return places
 
 
-def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]) -> str:
+def diverged_with(phi: MetaPerturb, results: Path) -> Iterator[str]:
+    """Table, place and last words of each training that used this φ and diverged."""
+    for path in sorted(results.glob(f"*/*/{DIVERGED}/*--*.json")):
+        found, folder = read_diverged(path), path.parent.parent
+        if folder.name != "smoke" and found["needs"].get("phi", "").endswith(f"{phi_digest(phi):.8}"):
+            place = f"{found['row']}, {found['column']}, seed {found['seed']}"
+            yield f"{folder.parent.name}, preset {folder.name}: {place}: {found['diverged']}"
+
+
+def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]], diverged: Sequence[str] = ()) -> str:
     """The card as Markdown."""
     config, source, metrics, versions, machine = (
         card[key] for key in ("config", "source", "metrics", "versions", "hardware")
@@ -152,8 +161,14 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     lines += ["", "## Tested on", ""]
     head = ["table", "row", "column", "images", "training", "seeds", "without φ %", "with φ %", "difference [95 %]"]
     lines.append(markdown_table(head, tested) if tested else "Nothing yet.")
-    diverged = "[what is known of such](../../../results/beyond.md#does-it-help-networks-of-other-families)"
-    lines += ["", f"A training that diverged leaves no record, and so has no line here: {diverged}."]
+    if diverged:
+        known = "[what is known of such](../../../results/beyond.md#does-it-help-networks-of-other-families)"
+        lines += [
+            "",
+            f"Trainings that diverged, and so have no line above ({known}):",
+            "",
+            *(f"- {d}" for d in diverged),
+        ]
     return "\n".join(lines) + "\n"
 
 

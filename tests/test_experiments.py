@@ -290,14 +290,23 @@ def test_a_training_that_is_killed_is_tried_again_and_one_that_cannot_succeed_is
     assert completed.returncode == 1
     lines = completed.stderr.splitlines()
     assert any("base--bugs--seed0" in line and "failed, will be tried again" in line for line in lines)
-    assert "error: 1 runs failed; the same command tries them again" in completed.stderr
+    assert "error: 1 runs failed; the same command tries again what did not diverge" in completed.stderr
     (line,) = [line for line in lines if line.startswith("  dropout--bugs--seed0")]
     attempts = Path(line.rpartition("(log: ")[2].rstrip(")")).read_text().split("$ ")[1:]
     assert "not finite" in line and len(attempts) == 1 and "\nerror: " in attempts[0]  # it would diverge again
     folder = tmp_path / "results" / "small" / "long"
     assert [p.name.partition("--")[0] for p in folder.glob("*.json")] == ["base"]
     run_experiment(parsed(path, tmp_path, *more, "--report"))
-    assert tables(capsys.readouterr().out)[0][2] == ["Dropout", "–"]
+    page = capsys.readouterr().out
+    assert tables(page)[0][2] == ["Dropout", "diverges (1)"]
+    assert "\n- Diverged: Dropout, Bugs, seed 0: step " in page and str(tmp_path) not in page
+    (kept,) = (folder / "diverged").glob("*.json")
+    assert json.loads(kept.read_text())["config"]["lr"] == 1e30
+    run_experiment(parsed(path, tmp_path, *more))  # nothing is left to do
+    said = capsys.readouterr()
+    assert "1 cells diverged before: dropout--bugs--seed0" in said.err and tables(said.out) == tables(page)
+    run_experiment(parsed(path, tmp_path, *more, "--list"))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "diverged"]
 
 
 def test_what_another_table_has_trained_alike_is_taken_over(path, tmp_path, capsys):

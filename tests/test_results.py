@@ -24,7 +24,7 @@ import select_phi
 import tune
 from experiment import grid_parser, write_table
 from experiments.grid import Grid, Overrides
-from experiments.results import Results
+from experiments.results import Results, write_diverged
 from experiments.results import write_record as write_own_record
 from experiments.statistics import paired_difference, summarize, t_cdf, t_quantile
 
@@ -234,6 +234,26 @@ def test_other_images_are_not_mixed(grid, folder):
     path.unlink()
     write_record(folder, grid.cell("Dropout", "STL10", 1), 0.3, target={"fingerprints": ["STL10 train", "STL10 test"]})
     Results(grid, folder)
+
+
+def test_what_diverged_is_said_beside_the_seeds_that_did_not(grid, folder, tmp_path):
+    results = Results(grid, folder)
+    (folder / f"{grid.cell('Base', 'CUB', 1).id}.json").unlink()
+    for row, seed in (("Base", 1), ("Base", 2), ("Dropout", 0)):
+        write_diverged(
+            results, grid.cell(row, "CUB", seed), tmp_path / "run", f"{tmp_path / 'run'}: the loss is not finite"
+        )
+    write_diverged(results, grid.cell("Base", "STL10", 0), tmp_path, "it finished later")
+    page = write_table(grid, folder, tmp_path / "runs").read_text()
+    column = tables(page)[0][0].index("CUB")
+    cells = {row[0]: row[column].partition("<br>")[0] for row in tables(page)[0]}
+    assert cells["Base"].startswith("30.00 (1; 2 diverged)") and cells["Dropout"] == "diverges (1)"
+    assert "\n- Diverged: Dropout, CUB, seed 0: the loss is not finite.\n" in page and "finished later" not in page
+    path = folder / "diverged" / f"{grid.cell('Dropout', 'CUB', 0).id}.json"
+    whole = json.loads(path.read_text())
+    for damaged in ([], {}, whole | {"needs": None}, whole | {"seed": 1}):
+        path.write_text(json.dumps(damaged))
+        assert str(path) in refusal(grid, folder) and "remove it" in refusal(grid, folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"result": {"config": {}, "metrics": 5}}'])

@@ -89,8 +89,15 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
         record(results / "table1" / "cpu", "FT + MetaPerturb", seed, accuracy + 0.1, ours)
     record(results / "recipe" / "cpu", "Recipe", 0, 0.4, None)
     record(results / "recipe" / "cpu", "Recipe + MetaPerturb", 0, 0.405, ours)
+    for needs in ({"phi": ours}, {"phi": "phi-00000000"}, {}):
+        lost = {"table": "networks", "row": "MetaPerturb", "column": "Net", "seed": len(needs), "needs": needs}
+        path = results / "networks" / "cpu" / "diverged" / f"row--net--{len(str(needs))}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(lost | {"diverged": "step 3: not finite"}))
     assert ship("mine", "--results", results, "--out", out) == 0
     text = (out / "mine.md").read_text()
+    assert text.count("not finite") == 1
+    assert "\n- networks, preset cpu: MetaPerturb, Net, seed 1: step 3: not finite\n" in text
     (recipe,) = (line for line in text.splitlines() if line.startswith("| recipe"))
     assert recipe.endswith("| 0 | Recipe: 40.00 | 40.50 | +0.50 |")  # what the row says that it is compared with
     lines = [line for line in text.splitlines() if line.startswith("| schedule")]

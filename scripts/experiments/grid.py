@@ -84,6 +84,10 @@ class Cell:
     needs: Mapping[str, Need]  # setting → what it refers to
     differences: tuple[str, ...]  # from the paper's setting, "steps: 10000 → 1500"; empty: at it
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        return self.row, self.column, self.seed
+
 
 @dataclass(frozen=True)
 class Column:

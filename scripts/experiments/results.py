@@ -14,6 +14,7 @@ from experiments.statistics import Difference, Summary, paired_difference, summa
 from metaperturb.config import MetaTestConfig
 from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
+from metaperturb.provenance import code_digest, commit
 from metaperturb.storage import load_json, save_json
 
 METRICS = {
@@ -24,6 +25,7 @@ METRICS = {
 CLASSES, IMAGES_A_CLASS = 200, 500  # of Tiny ImageNet's training set
 STARTS = ("phi", "init")  # settings that say what a training starts from
 SETTINGS = {field.name for field in dataclasses.fields(MetaTestConfig)}
+DIVERGED = "diverged"  # folder beside the records, for those cells that have none because they diverged
 PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "from", "split_file", "source_paths")
 
 
@@ -35,6 +37,25 @@ def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
 def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
     needs = {key: need.id for key, need in cell.needs.items()}
     return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": needs}
+
+
+def write_diverged(results: "Results", cell: Cell, run_dir: Path, said: str) -> None:
+    """Keep of a run that diverged, instead of a record, its place in the table, settings, version and what it said."""
+    said = said.removeprefix(f"{run_dir}: ").replace(str(run_dir), run_dir.name)
+    made = {"diverged": said, "config": shortened(dataclasses.asdict(cell.config)), "code": code_digest()}
+    save_json({**cell_place(results.grid, cell), **made, "commit": commit()}, results.diverged_path(cell))
+
+
+def read_diverged(path: Path) -> dict[str, Any]:
+    """What `write_diverged` wrote.
+
+    Raises:
+        UserError: the file cannot be read or is none.
+    """
+    found = load_json(path)
+    if not isinstance(found, Mapping) or not found.keys() >= {"table", "row", "column", "seed", "needs", "diverged"}:
+        raise UserError(f"{path}: does not say which training diverged; remove it")
+    return found
 
 
 def content_of(id_: str) -> str | None:
@@ -182,17 +203,23 @@ class Results:
 
     def __init__(self, grid: Grid, folder: Path) -> None:
         self.grid, self.folder = grid, folder
-        self.cells = {(cell.row, cell.column, cell.seed): cell for cell in grid.cells()}
+        self.cells = {cell.place: cell for cell in grid.cells()}
         self.records = {}
+        self.diverged: dict[tuple[str, str, int], str] = {}  # place → what the run said
         self.images: dict[str, Any] = {}  # column → fingerprints of its training and evaluation images
         for place, cell in self.cells.items():
             path = self.path(cell)
             if path.exists():
                 self.records[place] = self._read(path, cell)
+            elif self.diverged_path(cell).exists():
+                self.diverged[place] = self._read_diverged(self.diverged_path(cell), cell)
         self._check_data()
 
     def path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.id}.json"
+
+    def diverged_path(self, cell: Cell) -> Path:
+        return self.folder / DIVERGED / f"{cell.id}.json"
 
     def strangers(self) -> list[str]:
         """Records in the folder that are of other rows or settings than this grid's."""
@@ -285,13 +312,19 @@ class Results:
             cell.config, **{k: v for k, v in recorded.items() if k in SETTINGS and k not in cell.needs}
         )
         differing = changes(before, cell.config)
-        if own != (cell.row, cell.column, cell.seed) or recorded.get("seed") != cell.seed:
+        if own != cell.place or recorded.get("seed") != cell.seed:
             differing.append(f"it is of {own}")
         if needs != {key: need.id for key, need in cell.needs.items()}:
             differing.append("it started from another φ or network")
         if differing:
             raise UserError(f"{path}: holds other settings than its name says ({'; '.join(differing)}); remove it")
         return record
+
+    def _read_diverged(self, path: Path, cell: Cell) -> str:
+        found, place = read_diverged(path), cell_place(self.grid, cell)
+        if {key: found[key] for key in place} != place:
+            raise UserError(f"{path}: is of another training than its name says; remove it")
+        return found["diverged"]
 
     def _check_data(self) -> None:
         first: dict[str, Path] = {}

@@ -42,6 +42,7 @@ class Job:
         finish: makes the record from the finished run folder.
         needs: ids of jobs that must be done before.
         work: how much there is to compute, in any unit common to all jobs.
+        diverge: called if the run diverged, with what it said last.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Job:
     needs: tuple[str, ...] = ()
     steps: int = 1
     work: float = 1.0
+    diverge: Callable[[str], None] = lambda said: None
 
     @property
     def done(self) -> bool:
@@ -173,6 +175,8 @@ class _Runner:
                 self.waiting.append(job)
                 self.progress.write(f"{job.id}: failed, will be tried again: {said}")
             else:
+                if each.process.returncode == Diverged.exit_code:
+                    job.diverge(said)
                 self._fail(job, said)
             each.lock.close()
 

@@ -30,7 +30,7 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
         f"# {grid.title}",
         f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number)"
         f"{below}. A letter marks a reduced setting, explained below; no letter: the paper's setting.",
-        _overview(grid, entries, marks),
+        _overview(grid, entries, marks, results.diverged),
         *_notes(grid, results, needs, entries, marks),
         "## In detail",
         "Difference to the baseline: mean over seeds that both have, with the 95 % interval of Student's t over these "
@@ -58,15 +58,22 @@ def csv_text(grid: Grid, results: Results) -> str:
     return out.getvalue()
 
 
-def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
+def _overview(
+    grid: Grid,
+    entries: Sequence[Entry],
+    marks: Mapping[tuple[str, ...], str],
+    diverged: Iterable[tuple[str, str, int]],
+) -> str:
     by_place = {(entry.row, entry.column): entry for entry in entries}
 
     def text(row: str, column: str) -> str:
         entry = by_place.get((row, column))
-        ours = "–"
+        lost = sum(place[:2] == (row, column) for place in diverged)
+        ours = f"diverges ({lost})" if lost else "–"
         if entry is not None:
             accuracy = entry.metrics["accuracy"]
-            ours = f"{accuracy} ({accuracy.n}){_mark(entry, marks)}"
+            number = f"{accuracy.n}; {lost} diverged" if lost else f"{accuracy.n}"
+            ours = f"{accuracy} ({number}){_mark(entry, marks)}"
         return f"{ours}<br>{_paper(grid.paper_value(row, column))}" if grid.paper else ours
 
     rows = [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows]
@@ -140,7 +147,10 @@ def _notes(
     if taken := sum("taken_from" in record for record in results.records.values()):
         were = "was" if taken == 1 else "were"
         lines.append(f"- {taken} of these trainings {were} run for another table or preset; the records say for which.")
-    missing = len(results.cells) - len(results.records)
+    lines += [
+        f"- Diverged: {row}, {column}, seed {seed}: {said}." for (row, column, seed), said in results.diverged.items()
+    ]
+    missing = len(results.cells) - len(results.records) - len(results.diverged)
     if missing:
         lines.append(f"- {missing} of {len(results.cells)} cells have no result: not run yet, or failed.")
     return ["\n".join(lines)] if lines else []

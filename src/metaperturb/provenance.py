@@ -22,7 +22,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "torchvision": torchvision.__version__,
             "numpy": np.__version__,
         },
-        "commit": _commit(),
+        "commit": commit(),
         "code": code_digest(),
         "hardware": {"device": gpu or "cpu", "cpu": _cpu_name(), "cores": available_cores()},
     }
@@ -37,7 +37,7 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this source tree, `+` appended if it has uncommitted changes; None outside a checkout."""
     here = Path(__file__).parent
     try:
@@ -45,11 +45,11 @@ def _commit() -> str | None:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
         if tracked.returncode:
             return None
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run(
             [*git, "status", "--porcelain", "-uno", "--", str(here)], capture_output=True, check=True
         )
-        return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+        return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
