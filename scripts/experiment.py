@@ -136,7 +136,7 @@ def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
         UserError: nothing has run yet, or records that may not be put together.
     """
     results = Results(grid, folder)
-    if not results.records:
+    if not results.records and not results.diverged:
         raise UserError(f"{folder}: no finished cell of this table yet")
     for name in results.strangers():
         print(f"not in the table: {folder / name} (another row or setting)", file=sys.stderr)
@@ -201,7 +201,10 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
     need_jobs = {need.id: need_job(need, arguments.runs / "needs") for need in needs.values() if need.file is None}
     made = {id_: job.record for id_, job in need_jobs.items() if job.done}
     check(results, todo, made, seen)
-    jobs = [*need_jobs.values(), *(cell_job(results, cell, arguments.runs) for cell in todo)]
+    jobs = [
+        *need_jobs.values(),
+        *(cell_job(results, cell, arguments.runs, fingerprints(cell.config, seen)) for cell in todo),
+    ]
     title = f"{grid.name} {grid.preset}"
     print(
         f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}",
@@ -266,7 +269,7 @@ def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
     if outcome.failed:
         logs = {job.id: job.run_dir / LOG for job in jobs}
         lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in outcome.failed.items()]
-        head = f"{len(lines)} runs failed; the same command tries again what did not diverge, --report makes the table"
+        head = f"{len(lines)} runs failed; the same command tries them again, and --report makes the table"
         raise UserError("\n".join([f"{head}:", *lines]))
 
 
@@ -380,21 +383,26 @@ def need_job(need: Need, runs: Path) -> Job:
     return Job(need.id, need.program, arguments, run_dir, record, lambda: None, (), steps, cost(need.config))
 
 
-def cell_job(results: Results, cell: Cell, runs: Path) -> Job:
+def cell_job(results: Results, cell: Cell, runs: Path, images: list[str]) -> Job:
+    """`images`: fingerprints of those it trains and is evaluated on."""
     grid, record = results.grid, results.path(cell)
     run_dir = runs / grid.name / results.folder.name / cell.id
+    lost = results.diverged_path(cell)
     made = {key: str(need.outcome(runs / "needs")) for key, need in cell.needs.items()}
     arguments = command_line(cell.config, {**made, "run_dir": str(run_dir)})
     needs = tuple(need.id for need in cell.needs.values() if need.file is None)
 
     def finish() -> None:
         write_record(cell_place(grid, cell), run_dir, record)
+        lost.unlink(missing_ok=True)
 
     def diverge(said: str) -> None:
-        write_diverged(results, cell, run_dir, said)
+        write_diverged(results, cell, images, run_dir, said)
 
     work = cost(cell.config)
-    return Job(cell.id, "meta_test", arguments, run_dir, record, finish, needs, cell.config.steps, work, diverge)
+    return Job(
+        cell.id, "meta_test", arguments, run_dir, record, finish, needs, cell.config.steps, work, diverge, lost.exists
+    )
 
 
 def command_line(config: MetaTestConfig | MetaTrainConfig, made: dict[str, str]) -> list[str]:

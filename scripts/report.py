@@ -215,7 +215,7 @@ def _cell(line: dict[str, str] | None) -> str:
         return "–"
     reduced = '<span class="note"> reduced</span>' if line["setting"] == "reduced" else ""
     paper = line["paper"].replace("±", " ± ") or "–"
-    ours = f"{_spread(line, 'accuracy')} ({line['seeds']})"
+    ours = f"{_spread(line, 'accuracy')} ({_seeds(line)})"
     return f'<span class="ours">{ours}</span>{reduced}<span class="paper">paper {escape(paper)}</span>'
 
 
@@ -232,7 +232,7 @@ def _details(line: dict[str, str], shared: Sequence[str]) -> list[str]:
     return [
         _text(line["row"]),
         _text(line["column"]),
-        line["seeds"],
+        _seeds(line),
         *numbers,
         _spread(line, "nll"),
         _spread(line, "ece"),
@@ -240,7 +240,14 @@ def _details(line: dict[str, str], shared: Sequence[str]) -> list[str]:
     ]
 
 
+def _seeds(line: dict[str, str]) -> str:
+    lost = int(line.get("diverged") or 0)  # pages made earlier do not tell
+    return line["seeds"] + (f"; {lost} diverged" if lost else "")
+
+
 def _spread(line: dict[str, str], key: str) -> str:
+    if line["seeds"] == "0":  # all diverged
+        return "–"
     spread = line[f"{key}_std"]
     return f"{float(line[key]):.2f}" + (f" ± {float(spread):.2f}" if spread else "")
 

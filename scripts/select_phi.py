@@ -62,14 +62,17 @@ def select(arguments: argparse.Namespace) -> None:
     folder = results_folder(grid, arguments)
     page = write_table(grid, folder, arguments.runs)
     evidence = collect(grid, Results(grid, folder), [*sources])
-    best = max(sources, key=lambda name: evidence[name]["mean"])
+    best = max((name for name in sources if "mean" in evidence[name]), key=lambda name: evidence[name]["mean"])
     selection = {"chosen": best, "evaluated": describe(grid), "accuracy": evidence}
     save_json(selection, folder.with_name(folder.name + ".json"))
     phi = load_phi(sources[best])
     out = arguments.out or arguments.runs / "selected" / "phi.pt"
     save_phi(phi, out, {**phi.card, "selection": selection})
     for name, found in evidence.items():
-        print(f"{'*' if name == best else ' '} {name}: {found['mean']:.2f} % over {found['seeds']} seeds")
+        text = (
+            f"{found['mean']:.2f} % over {found['seeds']} seeds" if "mean" in found else f"{found['diverged']} diverged"
+        )
+        print(f"{'*' if name == best else ' '} {name}: {text}")
     print(f"chosen: {out}   evidence: {page}", file=sys.stderr)
 
 
@@ -94,19 +97,24 @@ def other_settings(sources: dict[str, Path]) -> list[str]:
 
 
 def collect(grid: Grid, results: Results, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Name → mean and standard deviation of the accuracy in %.
+    """Name → mean and standard deviation of the accuracy in %; where trainings diverged how many: such a φ loses.
 
     Raises:
-        UserError: a run of the grid is missing: the choice would not be among all.
+        UserError: a run of the grid is missing, so that the choice would not be among all; some diverged with each φ.
     """
     column = next(iter(grid.columns))
     evidence = {}
     for name in names:
         accuracies = results.accuracies(name, column)
+        if lost := results.lost(name, column):
+            evidence[name] = {"diverged": lost}
+            continue
         if len(accuracies) < len(grid.seeds):
             raise UserError(f"{name}: {len(accuracies)} of {len(grid.seeds)} trainings are there; nothing was chosen")
         summary = summarize([*accuracies.values()])
         evidence[name] = {"mean": summary.mean, "std": summary.std, "seeds": summary.n}
+    if not any("mean" in found for found in evidence.values()):
+        raise UserError("with each φ some trainings diverged; nothing was chosen")
     return evidence
 
 

@@ -127,10 +127,12 @@ def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str,
 
 
 def diverged_with(phi: MetaPerturb, results: Path) -> Iterator[str]:
-    """Table, place and last words of each training that used this φ and diverged."""
+    """Table, place and last words of each training that used this φ, was to be tested on test images, and diverged."""
     for path in sorted(results.glob(f"*/*/{DIVERGED}/*--*.json")):
         found, folder = read_diverged(path), path.parent.parent
-        if folder.name != "smoke" and found["needs"].get("phi", "").endswith(f"{phi_digest(phi):.8}"):
+        if folder.name == "smoke" or (folder / path.name).exists() or found["config"].get("eval_split") != "test":
+            continue
+        if found["needs"].get("phi", "").endswith(f"{phi_digest(phi):.8}"):
             place = f"{found['row']}, {found['column']}, seed {found['seed']}"
             yield f"{folder.parent.name}, preset {folder.name}: {place}: {found['diverged']}"
 
@@ -153,7 +155,8 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     }
     if selection := card.get("selection"):
         found = [
-            f"{run} {evidence['mean']:.2f} % ({evidence['seeds']})" for run, evidence in selection["accuracy"].items()
+            f"{run} {evidence['mean']:.2f} % ({evidence['seeds']})" if "mean" in evidence else f"{run} diverged"
+            for run, evidence in selection["accuracy"].items()
         ]
         facts["selection"] = f"{selection['chosen']}, of {', '.join(found)}; {selection['evaluated']}"
     lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `./run.sh ship`.', ""]

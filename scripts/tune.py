@@ -63,17 +63,23 @@ def choose(grid: Grid, results: Results) -> tuple[dict[str, Any], dict[str, Any]
     chosen: dict[str, Any] = {}
     evidence: dict[str, Any] = {}
     for column in grid.columns:
-        missing = sum(len(results.accuracies(row, column)) < len(grid.seeds) for row in grid.rows)
+        lost = [row for row in grid.rows if results.lost(row, column)]
+        missing = sum(len(results.accuracies(row, column)) < len(grid.seeds) for row in grid.rows if row not in lost)
         if missing:
             print(
                 f"{column}: {missing} of {len(grid.rows)} candidates have not run yet: nothing chosen", file=sys.stderr
             )
             continue
-        means: dict[str, Summary] = {row: summarize([*results.accuracies(row, column).values()]) for row in grid.rows}
+        finished = [row for row in grid.rows if row not in lost]
+        means: dict[str, Summary] = {row: summarize([*results.accuracies(row, column).values()]) for row in finished}
         evidence[column] = {row: {"mean": m.mean, "std": m.std, "seeds": m.n} for row, m in means.items()}
+        evidence[column] |= {row: {"diverged": results.lost(row, column)} for row in lost}
         chosen[column] = {}
         for method in dict.fromkeys(settings["method"] for settings in grid.rows.values()):
-            rows = [row for row, settings in grid.rows.items() if settings["method"] == method]
+            rows = [row for row in finished if grid.rows[row]["method"] == method]
+            if not rows:
+                print(f"{column}: {method}: all candidates diverged, nothing chosen", file=sys.stderr)
+                continue
             best = max(rows, key=lambda row: means[row].mean)
             chosen[column][method] = {key: value for key, value in grid.rows[best].items() if key != "method"}
             tell_edges(column, method, chosen[column][method], [grid.rows[row] for row in rows])

@@ -42,12 +42,13 @@ def run(kernel, h, epsilon, grad_out, dtype, **settings):
     """Output, gradients of h and φ, and running statistics of a site that has seen one batch before, in float64."""
     training = settings.pop("training", True)
     strength, clip = settings.pop("strength", 1.0), settings.pop("clip", 100.0)
+    clip_eval = settings.pop("clip_eval", False)
     phi = make_phi(dtype)
     site = PerturbSite(phi, h.shape[1], 2 * h.shape[1], 2 * h.shape[2], **settings)
     with kernels.use_kernel("plain"):
         site(h.to(dtype).flip(0) + 0.5, noise=epsilon.to(dtype))
     site.train(training)
-    site.strength, site.clip = strength, clip
+    site.strength, site.clip, site.clip_eval = strength, clip, clip_eval
     strided = torch.empty_strided(h.shape, h.stride(), dtype=dtype).copy_(h).requires_grad_()
     with kernels.use_kernel(kernel):
         out = site(strided, noise=epsilon.to(dtype))
@@ -90,6 +91,13 @@ SHAPES = [
 def test_equals_the_plain_operators(shape, strength, clip, training):
     h, noise, grad_out = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
     assert_equal_to_plain(h, noise, grad_out, strength=strength, clip=clip, training=training)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", SHAPES[:5])
+def test_equals_the_plain_operators_where_evaluation_clips(shape, strength):
+    h, noise, grad_out = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
+    assert_equal_to_plain(h, noise, grad_out, strength=strength, clip=0.75, training=False, clip_eval=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0)])

@@ -549,6 +549,12 @@ def test_strength_out_of_range(strength):
     assert site.strength == 1.0
 
 
+@pytest.mark.parametrize("value", [0, 5.0, "false", None])
+def test_clip_eval_is_yes_or_no(value):
+    with pytest.raises(ValueError, match="clip_eval must be True or False"):
+        PerturbSite(make_phi(), 3).clip_eval = value
+
+
 @pytest.mark.parametrize("clip", [0, -1.0, float("nan")])
 def test_clip_out_of_range(clip):
     site = PerturbSite(MetaPerturb(), 3, 64, 32)

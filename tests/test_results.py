@@ -20,6 +20,7 @@ from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import load_phi, save_phi
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import report
 import select_phi
 import tune
 from experiment import grid_parser, write_table
@@ -236,24 +237,58 @@ def test_other_images_are_not_mixed(grid, folder):
     Results(grid, folder)
 
 
+# --- cells that diverged
+
+
+def diverge(results: Results, row: str, seed: int, column: str = "CUB", said: str = "step 3: not finite") -> Path:
+    """Makes what is kept of a cell that diverged; its file."""
+    images = results.images.get(column, ["abc", "def"])
+    cell = results.grid.cell(row, column, seed)
+    write_diverged(results, cell, images, Path("/home/me/run"), f"/home/me/run: {said}")
+    return results.diverged_path(cell)
+
+
 def test_what_diverged_is_said_beside_the_seeds_that_did_not(grid, folder, tmp_path):
     results = Results(grid, folder)
     (folder / f"{grid.cell('Base', 'CUB', 1).id}.json").unlink()
     for row, seed in (("Base", 1), ("Base", 2), ("Dropout", 0)):
-        write_diverged(
-            results, grid.cell(row, "CUB", seed), tmp_path / "run", f"{tmp_path / 'run'}: the loss is not finite"
-        )
-    write_diverged(results, grid.cell("Base", "STL10", 0), tmp_path, "it finished later")
-    page = write_table(grid, folder, tmp_path / "runs").read_text()
-    column = tables(page)[0][0].index("CUB")
-    cells = {row[0]: row[column].partition("<br>")[0] for row in tables(page)[0]}
+        diverge(results, row, seed)
+    diverge(results, "Base", 0, "STL10", "it finished later")
+    path = write_table(grid, folder, tmp_path / "runs")
+    page, lines = path.read_text(), read_csv(path)
+    overview, details = tables(page)
+    cells = {row[0]: row[2].partition("<br>")[0] for row in overview}
     assert cells["Base"].startswith("30.00 (1; 2 diverged)") and cells["Dropout"] == "diverges (1)"
-    assert "\n- Diverged: Dropout, CUB, seed 0: the loss is not finite.\n" in page and "finished later" not in page
-    path = folder / "diverged" / f"{grid.cell('Dropout', 'CUB', 0).id}.json"
+    assert "\n- Diverged: Dropout, CUB, seed 0: step 3: not finite.\n" in page and "finished later" not in page
+    assert "/home" not in page and "19 of 30 cells have no result" in page
+    assert [row[2] for row in details if row[0] == "Base"] == ["1", "1; 2 diverged"]
+    assert details[-1][:4] == ["Dropout", "CUB", "0; 1 diverged", "–"] and details[-1][-1] == "paper"
+    assert [lines[row, "CUB"]["diverged"] for row in ("Base", "MetaPerturb", "Dropout")] == ["2", "0", "1"]
+    assert (lines["Dropout", "CUB"]["seeds"], lines["Dropout", "CUB"]["accuracy"]) == ("0", "")
+    html = report.render(tmp_path / "results", tmp_path / "no pictures")
+    assert "30.00 (1; 2 diverged)" in html and "– (0; 1 diverged)" in html
+
+
+def test_a_table_in_which_all_diverged_has_a_page_and_says_the_setting(tmp_path):
+    grid = Grid(write_grid(tmp_path / "configs"), "quick")
+    folder = tmp_path / "results" / "small" / "quick"
+    diverge(Results(grid, folder), "Dropout", grid.seeds[0], next(iter(grid.columns)))
+    page = write_table(grid, folder, tmp_path / "runs").read_text()
+    assert "diverges (1) (a)" in page and "reduced (a)" in page and "steps: " in page
+
+
+def test_what_is_kept_of_a_divergence_is_checked(grid, folder):
+    path = diverge(Results(grid, folder), "Dropout", 0)
     whole = json.loads(path.read_text())
-    for damaged in ([], {}, whole | {"needs": None}, whole | {"seed": 1}):
+    lacking = [{key: value for key, value in whole.items() if key != part} for part in ("diverged", "needs", "config")]
+    wrong = [whole | {"needs": {"phi": None}}, whole | {"seed": 1}, whole | {"fingerprints": ["x", "y"]}]
+    for damaged in ([], {}, whole | {"diverged": 5}, *lacking, *wrong):
         path.write_text(json.dumps(damaged))
-        assert str(path) in refusal(grid, folder) and "remove it" in refusal(grid, folder)
+        assert str(path) in refusal(grid, folder) and "remove" in refusal(grid, folder)
+    path.write_text(json.dumps(whole))
+    assert [*Results(grid, folder).diverged] == [("Dropout", "CUB", 0)]
+    path.rename(path.with_name("dropout--cub--seed0--other.json"))
+    assert "diverged/dropout--cub--seed0--other.json" in Results(grid, folder).strangers()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"result": {"config": {}, "metrics": 5}}'])
@@ -438,6 +473,27 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
     assert selected.card["selection"] == evidence and evidence["chosen"] == "src-b"
     assert evidence["accuracy"]["src-c"] == {"mean": 45.0, "std": pytest.approx(math.sqrt(450)), "seeds": 2}
     assert evidence["evaluated"] == "s_cifar100, val images, resnet20, 10000 steps, seeds 0, 1"
+
+
+def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, capsys):
+    grid = Grid(write_grid(tmp_path / "configs", SELECT, "select"))
+    for folder in sources:
+        grid.add_phi(folder.name, folder / "phi.pt")
+    results = Results(grid, tmp_path / "results" / "select" / "paper")
+    values = {"src-a": [0.4, 0.6], "src-b": [0.8, None], "Base": [0.9, 0.9]}
+    fill(grid, results.folder, {(row, "Validation"): v for row, v in values.items()})
+    diverge(Results(grid, results.folder), "src-b", 1, "Validation")
+    for seed in (0, 1):
+        diverge(Results(grid, results.folder), "src-c", seed, "Validation")
+    named = ("--report", "--sources", *map(str, sources))
+    select_phi.select(arguments(tmp_path, grid.path, *named))
+    said = capsys.readouterr().out
+    assert "* src-a: 50.00 %" in said and "  src-b: 1 diverged\n  src-c: 2 diverged\n" in said
+    for seed in (0, 1):
+        results.path(grid.cell("src-a", "Validation", seed)).unlink()
+        diverge(Results(grid, results.folder), "src-a", seed, "Validation")
+    with pytest.raises(UserError, match="with each φ some trainings diverged; nothing was chosen"):
+        select_phi.select(arguments(tmp_path, grid.path, *named))
 
 
 def test_further_phi_do_not_rename_the_trainings_of_those_there(tmp_path, sources):

@@ -89,11 +89,17 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
         record(results / "table1" / "cpu", "FT + MetaPerturb", seed, accuracy + 0.1, ours)
     record(results / "recipe" / "cpu", "Recipe", 0, 0.4, None)
     record(results / "recipe" / "cpu", "Recipe + MetaPerturb", 0, 0.405, ours)
+    made = {"config": {"seed": 0, "eval_split": "test"}, "fingerprints": ["a", "b"]}
     for needs in ({"phi": ours}, {"phi": "phi-00000000"}, {}):
         lost = {"table": "networks", "row": "MetaPerturb", "column": "Net", "seed": len(needs), "needs": needs}
         path = results / "networks" / "cpu" / "diverged" / f"row--net--{len(str(needs))}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(lost | {"diverged": "step 3: not finite"}))
+        path.write_text(json.dumps(lost | {"diverged": "step 3: not finite", **made}))
+    for name, split in (("later", "test"), ("chosen", "val")):  # one that finished later, one that chose something
+        lost |= {"needs": {"phi": ours}, "diverged": "not finite", **made, "config": {"seed": 0, "eval_split": split}}
+        (path.parent / f"row--{name}--0.json").write_text(json.dumps(lost))
+    record(path.parent.parent, "Later", 0, 0.3, None)
+    next(path.parent.parent.glob("later*")).rename(path.parent.parent / "row--later--0.json")
     assert ship("mine", "--results", results, "--out", out) == 0
     text = (out / "mine.md").read_text()
     assert text.count("not finite") == 1

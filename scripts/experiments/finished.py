@@ -21,7 +21,7 @@ from metaperturb.storage import load_json
 FIELDS = {field.name: field for field in dataclasses.fields(MetaTestConfig)}
 # What may differ between the runs that are averaged; and, as well, between the methods of a picture.
 OF_A_RUN = {*INCIDENTAL, "method", "phi", *(name for name, field in FIELDS.items() if not field.metadata["identity"])}
-OF_PHI = ("sites", "noise", "gate", "anneal", "clip")  # how it is used
+OF_PHI = ("sites", "noise", "gate", "anneal", "clip", "clip_eval")  # how it is used
 OF_A_METHOD = {*OF_A_RUN, *OF_PHI, "recipe", "init", "init_batch_norm"}
 
 

@@ -39,10 +39,18 @@ def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
     return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": needs}
 
 
-def write_diverged(results: "Results", cell: Cell, run_dir: Path, said: str) -> None:
-    """Keep of a run that diverged, instead of a record, its place in the table, settings, version and what it said."""
+def write_diverged(results: "Results", cell: Cell, images: Iterable[str], run_dir: Path, said: str) -> None:
+    """Keep of a run that diverged, instead of a record, its place in the table, settings, version and what it said.
+
+    `images`: fingerprints of those it trained and is evaluated on.
+    """
     said = said.removeprefix(f"{run_dir}: ").replace(str(run_dir), run_dir.name)
-    made = {"diverged": said, "config": shortened(dataclasses.asdict(cell.config)), "code": code_digest()}
+    made = {
+        "diverged": said,
+        "fingerprints": [*images],
+        "config": shortened(dataclasses.asdict(cell.config)),
+        "code": code_digest(),
+    }
     save_json({**cell_place(results.grid, cell), **made, "commit": commit()}, results.diverged_path(cell))
 
 
@@ -53,7 +61,13 @@ def read_diverged(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read or is none.
     """
     found = load_json(path)
-    if not isinstance(found, Mapping) or not found.keys() >= {"table", "row", "column", "seed", "needs", "diverged"}:
+    try:
+        _ = found["row"], found["column"], found["seed"], found["config"]["seed"]
+        whole = isinstance(found["diverged"], str) and len(found["fingerprints"]) == 2
+        whole = whole and all(isinstance(id_, str) for id_ in found["needs"].values())
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise UserError(f"{path}: does not say which training diverged; remove it")
     return found
 
@@ -205,7 +219,7 @@ class Results:
         self.grid, self.folder = grid, folder
         self.cells = {cell.place: cell for cell in grid.cells()}
         self.records = {}
-        self.diverged: dict[tuple[str, str, int], str] = {}  # place → what the run said
+        self.diverged: dict[tuple[str, str, int], dict[str, Any]] = {}  # what is kept of those that did
         self.images: dict[str, Any] = {}  # column → fingerprints of its training and evaluation images
         for place, cell in self.cells.items():
             path = self.path(cell)
@@ -224,23 +238,35 @@ class Results:
     def strangers(self) -> list[str]:
         """Records in the folder that are of other rows or settings than this grid's."""
         ours = {self.path(cell).name for cell in self.cells.values()}
-        return sorted(path.name for path in self.folder.glob("*--*.json") if path.name not in ours)
+        found = [*self.folder.glob("*--*.json"), *self.folder.glob(f"{DIVERGED}/*--*.json")]
+        return sorted(str(path.relative_to(self.folder)) for path in found if path.name not in ours)
 
     def entries(self) -> list[Entry]:
         """Of every row and column that has a result, row by row."""
         places = [(row, column) for row in self.grid.rows for column in self.grid.columns]
         return [entry for place in places if (entry := self._entry(*place))]
 
+    def lost(self, row: str, column: str) -> int:
+        """How many seeds diverged."""
+        return sum(place[:2] == (row, column) for place in self.diverged)
+
+    def lost_places(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Row and column of which seeds diverged and none has a result → differences from the paper's setting."""
+        finished = {place[:2] for place in self.records}
+        alone = [place for place in self.cells if place in self.diverged and place[:2] not in finished]
+        return {place[:2]: self.cells[place].differences for place in alone}
+
     def accuracies(self, row: str, column: str) -> dict[int, float]:
         """Seed → accuracy in %."""
         return {seed: 100 * m["accuracy"] for seed, m in self._metrics(row, column).items()}
 
     def code_versions(self) -> list[str]:
-        return _versions(self.records.values())
+        return _versions([*self.records.values(), *({"result": found} for found in self.diverged.values())])
 
     def made_by_other_code(self, digest: str) -> int:
         """How many records are of another version of the package than this one."""
-        return sum(record["result"].get("code") != digest for record in self.records.values())
+        made = [*(record["result"] for record in self.records.values()), *self.diverged.values()]
+        return sum(result.get("code") != digest for result in made)
 
     def needs_of_other_code(self, needs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """Of runs that cells started from, id → result, those whose version made no cell: id → version."""
@@ -320,17 +346,20 @@ class Results:
             raise UserError(f"{path}: holds other settings than its name says ({'; '.join(differing)}); remove it")
         return record
 
-    def _read_diverged(self, path: Path, cell: Cell) -> str:
-        found, place = read_diverged(path), cell_place(self.grid, cell)
-        if {key: found[key] for key in place} != place:
+    def _read_diverged(self, path: Path, cell: Cell) -> dict[str, Any]:
+        found = read_diverged(path)
+        needs = {key: need.id for key, need in cell.needs.items()}
+        if (found["row"], found["column"], found["seed"]) != cell.place or found["needs"] != needs:
             raise UserError(f"{path}: is of another training than its name says; remove it")
-        return found["diverged"]
+        return found
 
     def _check_data(self) -> None:
         first: dict[str, Path] = {}
-        for place, record in self.records.items():
-            path, column = self.path(self.cells[place]), place[1]
-            data = record["result"]["target"]["fingerprints"]
+        data_of = {place: record["result"]["target"]["fingerprints"] for place, record in self.records.items()}
+        data_of |= {place: found["fingerprints"] for place, found in self.diverged.items()}
+        for place, data in data_of.items():
+            cell, column = self.cells[place], place[1]
+            path = self.path(cell) if place in self.records else self.diverged_path(cell)
             if self.images.setdefault(column, data) != data:
                 raise UserError(
                     f"{path}: trained or evaluated on other images than {first[column].name}, and a column mixes no "

@@ -42,7 +42,8 @@ class Job:
         finish: makes the record from the finished run folder.
         needs: ids of jobs that must be done before.
         work: how much there is to compute, in any unit common to all jobs.
-        diverge: called if the run diverged, with what it said last.
+        diverge: called if the run diverged, with what it said last; keeps that, so that `diverged` tells.
+        diverged: whether it was kept.
     """
 
     id: str
@@ -54,7 +55,8 @@ class Job:
     needs: tuple[str, ...] = ()
     steps: int = 1
     work: float = 1.0
-    diverge: Callable[[str], None] = lambda said: None
+    diverge: Callable[[str], None] | None = None
+    diverged: Callable[[], bool] = lambda: False
 
     @property
     def done(self) -> bool:
@@ -71,6 +73,7 @@ class Outcome:
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # id → the last line it said
+    diverged: dict[str, str] = field(default_factory=dict)  # likewise; those that are kept as such
     elsewhere: list[str] = field(default_factory=list)  # in the hands of another runner
 
 
@@ -94,7 +97,7 @@ def run_jobs(title: str, jobs: Sequence[Job], devices: Sequence[str], at_once: i
         retries: how often a job that failed, unless it diverged, is tried again, after the others.
 
     Returns:
-        What finished, failed and is with another runner.
+        What finished, failed, diverged and is with another runner.
     """
     return _Runner(title, jobs, devices, at_once, retries).run()
 
@@ -139,7 +142,7 @@ class _Runner:
                 self._fail(job, f"not run, because {lost[0]} failed")
             elif all(self.jobs[need].done for need in job.needs) and (lock := _lock(job)):
                 self.waiting.remove(job)
-                if job.done:  # another runner finished it since we looked
+                if job.done or job.diverged():  # another runner has seen to it since we looked
                     lock.close()
                 else:
                     self.running.append(self._launch(job, free.pop(0), lock))
@@ -174,11 +177,20 @@ class _Runner:
                 self.tries[job.id] -= 1
                 self.waiting.append(job)
                 self.progress.write(f"{job.id}: failed, will be tried again: {said}")
+            elif each.process.returncode == Diverged.exit_code and self._keep(job, said):
+                self.outcome.diverged[job.id] = said
+                self.progress.write(f"{job.id}: diverged: {said}")
             else:
-                if each.process.returncode == Diverged.exit_code:
-                    job.diverge(said)
                 self._fail(job, said)
             each.lock.close()
+
+    def _keep(self, job: Job, said: str) -> bool:
+        if job.diverge is not None:
+            try:
+                job.diverge(said)
+            except UserError as error:
+                self.progress.write(f"{job.id}: {error}")
+        return job.diverged()
 
     def _fail(self, job: Job, why: str) -> None:
         self.outcome.failed[job.id] = why
@@ -206,7 +218,8 @@ class _Progress:
             return
         self.last = now
         jobs = self.runner.jobs.values()
-        done, failed = sum(job.done for job in jobs), len(self.runner.outcome.failed)
+        outcome = self.runner.outcome
+        done, failed = sum(job.done for job in jobs), len(outcome.failed) + len(outcome.diverged)
         text = f"{len(self.runner.running)} running, {failed} failed, {self.time_left(now)}"
         if self.bar is not None:
             self.bar.n = done
@@ -218,7 +231,8 @@ class _Progress:
         jobs = self.runner.jobs
         remaining = {id_: jobs[id_].work * _remaining(jobs[id_]) for id_ in self.before}
         done = self.todo - sum(remaining.values())
-        left = sum(work for id_, work in remaining.items() if id_ not in self.runner.outcome.failed)
+        ended = {*self.runner.outcome.failed, *self.runner.outcome.diverged}
+        left = sum(work for id_, work in remaining.items() if id_ not in ended)
         if done <= 0:
             return "time left not known yet"
         return f"about {clock((now - self.started) * left / done)} left"

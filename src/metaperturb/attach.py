@@ -131,11 +131,11 @@ class Attachment(Sites):
             site.clip_eval = value
 
     def get_extra_state(self) -> Tensor:
-        """φ, strength, noise, gate, evaluation's bound (0: none): `[86]`, in the dtype of φ, in which sites compute."""
+        """φ, strength, noise, gate and, if evaluation clips, its bound: `[85]` or `[86]`, in the dtype of φ."""
         site = self.sites[0]
-        bound = (site.clip or 0.0) if site.clip_eval else 0.0
+        usage = [site.strength, site.noise, site.gate, *([site.clip] if site.clip_eval and site.clip else [])]
         values = [p.detach().reshape(-1) for p in self.phi.parameters()]
-        return torch.cat([*values, values[0].new_tensor([site.strength, site.noise, site.gate, bound])])
+        return torch.cat([*values, values[0].new_tensor(usage)])
 
     def set_extra_state(self, state: Tensor) -> None:
         parameters = list(self.phi.parameters())
@@ -147,9 +147,8 @@ class Attachment(Sites):
                 if (own := getattr(self.sites[0], name)) != saved:
                     raise UserError(f"this state was saved with {name}={saved}, the network was attached with {own}")
             self.strength = strength
-            if bound:  # else it was saved when evaluation never clipped
-                self.clip_eval = bound[0] > 0
-                self.clip = bound[0] if self.clip_eval else self.clip
+            self.clip_eval = bool(bound)
+            self.clip = bound[0] if bound else self.clip
         with torch.no_grad():
             for p, saved in zip(parameters, values, strict=True):
                 p.copy_(saved.view_as(p))
@@ -199,6 +198,8 @@ def attach(
         raise UserError(f"phi: expected a MetaPerturb, as load_phi(…) gives one, got {type(phi).__name__}")
     if not (noise or gate):
         raise UserError("noise=False and gate=False leave nothing of φ; choose one of the two")
+    if clip_eval and clip is None:
+        raise UserError("clip_eval=True needs a clip")
     if any(isinstance(module, Attachment) for module in model.modules()):
         raise UserError("this network has a perturbation attached already (detach(model) removes it)")
     if sites is None or sites in PLACES:

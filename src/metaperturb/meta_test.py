@@ -167,7 +167,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     try:
         metrics = evaluated(config.steps, config.final_samples)
     except NotFinite as error:
-        help = "clip_eval=true" if config.method == "metaperturb" and not config.clip_eval else "a smaller lr"
+        help = "clip_eval=true" if perturbed and config.clip and not config.clip_eval else "a smaller lr or clip"
         raise Diverged(
             f"{config.run_dir}: after the last step {error}: it has diverged ({help} may help, in a new run_dir)"
         ) from error
@@ -209,6 +209,8 @@ def check_settings(config: MetaTestConfig) -> None:
     if perturbed and config.phi is None:
         raise UserError("phi: method metaperturb needs a file or shipped name of φ (run.sh src makes one)")
     check_ablation(config)
+    if config.clip_eval and config.clip is None:
+        raise UserError("clip_eval: needs a clip")
     ablated = [key for key in ABLATION if getattr(config, key) != getattr(MetaTestConfig, key)]
     if ablated and not perturbed:
         raise UserError(f"{ablated[0]}: only method metaperturb uses it, this is {config.method}")

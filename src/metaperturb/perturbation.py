@@ -73,7 +73,7 @@ class PerturbSite(nn.Module):
     Attributes:
         strength: c in [0, 1]; 0 makes the site the identity.
         clip: upper bound of the output in training, or None.
-        clip_eval: whether evaluation clips, too; the paper's does not.
+        clip_eval: whether evaluation clips, too; the paper's does not [False].
         running_mean, running_var: `[C, 4]` buffers, the statistics that evaluation uses.
 
     In training mode the scale comes from the batch and the running statistics follow it (momentum 0.1, unbiased
@@ -89,6 +89,8 @@ class PerturbSite(nn.Module):
         >>> site(torch.randn(8, 16, 32, 32)).shape
         torch.Size([8, 16, 32, 32])
     """
+
+    _clip_eval = False  # of the class, for what was pickled before there was a choice
 
     def __init__(
         self,
@@ -111,7 +113,6 @@ class PerturbSite(nn.Module):
         self.noise, self.gate = noise, gate
         self.strength = 1.0
         self.clip = CLIP
-        self.clip_eval = False
         statistics = (channels, NUM_SCALE_FEATURES)
         like = {"device": phi.self1.device, "dtype": phi.self1.dtype}
         self.register_buffer("running_mean", torch.zeros(statistics, **like))
@@ -140,6 +141,16 @@ class PerturbSite(nn.Module):
         if value is not None and not value > 0:
             raise ValueError(f"clip must be positive or None, got {value}")
         self._clip = None if value is None else float(value)
+
+    @property
+    def clip_eval(self) -> bool:
+        return self._clip_eval
+
+    @clip_eval.setter
+    def clip_eval(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"clip_eval must be True or False, got {value!r}")
+        self._clip_eval = value
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
