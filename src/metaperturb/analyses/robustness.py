@@ -22,7 +22,7 @@ foolbox does them by itself:
   `L1PGD` move all pixels, and find much less: of a ResNet8 on 12-pixel images, which has 99.5 % without attack, even
   100 of them leave 97.0 % at ε = 6, where 20 of the sparse ones leave 80.0 %.
 - An image at which the network returns what is not finite counts as misclassified, once the attack has found it. (With
-  the authors' φ, whose μ grows with what it perturbs, evaluation, which does not clip unless clip_eval says so, can overflow.) How many there
+  the authors' φ, whose μ grows with what it perturbs, evaluation can overflow unless `clip_eval` is on.) How many there
   were is told. On images as they are it is an error.
 - The projection of foolbox 3.3.4 onto the L1 ball overshoots by up to 0.1 %. What lies outside is scaled back.
 """
