@@ -3,7 +3,7 @@
 import csv
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,13 @@ def records(page: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(page.with_suffix("").glob("*--*.json"))]
 
 
+def diverged(page: Path) -> Counter[tuple[str, str]]:
+    """Row and column → how many of its seeds diverged, and have no record."""
+    folder = page.with_suffix("")
+    found = (path for path in (folder / "diverged").glob("*.json") if not (folder / path.name).exists())
+    return Counter((kept["row"], kept["column"]) for kept in map(json.loads, (path.read_text() for path in found)))
+
+
 def lines(page: Path) -> list[dict[str, str]]:
     return [*csv.DictReader(page.read_text().splitlines())]
 
@@ -39,10 +46,15 @@ def accuracies(page: Path) -> dict[tuple[str, str], dict[int, float]]:
 
 
 def test_every_record_has_a_line_and_every_line_its_records(page):
-    assert {(line["row"], line["column"]) for line in lines(page)} == accuracies(page).keys()
+    lost = diverged(page)
+    assert {(line["row"], line["column"]) for line in lines(page)} == accuracies(page).keys() | lost.keys()
     for line in lines(page):
+        assert int(line.get("diverged") or 0) == lost[line["row"], line["column"]]
         of_place = [r for r in records(page) if (r["row"], r["column"]) == (line["row"], line["column"])]
         assert int(line["seeds"]) == len(of_place)
+        if not of_place:
+            assert {line[name] for name in line if name.startswith(("accuracy", "nll", "ece"))} == {""}
+            continue
         for name, unit in (("accuracy", 100), ("nll", 1), ("ece", 100)):
             values = [unit * record["result"]["metrics"][name] for record in of_place]
             assert float(line[name]) == pytest.approx(statistics.mean(values), abs=1e-4)
@@ -79,7 +91,12 @@ def test_the_markdown_says_what_the_csv_says(page):
     assert details.keys() == {(line["row"], line["column"]) for line in lines(page)}
     for line in lines(page):
         _, _, seeds, accuracy, paper, gap, difference, nll, ece, _ = details[line["row"], line["column"]]
-        assert seeds == line["seeds"] and paper.replace(" ", "") == (line["paper"] or "–")
+        lost = int(line.get("diverged") or 0)
+        assert seeds == line["seeds"] + (f"; {lost} diverged" if lost else "")
+        assert paper.replace(" ", "") == (line["paper"] or "–")
+        if line["seeds"] == "0":
+            assert {accuracy, gap, difference, nll, ece} == {"–"}
+            continue
         for text, name in ((accuracy, "accuracy"), (nll, "nll"), (ece, "ece")):
             mean, _, deviation = text.partition(" ± ")
             assert float(mean) == pytest.approx(float(line[name]), abs=0.0051)

@@ -317,6 +317,7 @@ def plot_effort(
                 axes.axhline(mean, label="Base", **lines["base"])
                 axes.axhspan(mean - std, mean + std, color=COLORS["base"], alpha=0.2, linewidth=0)
             _amounts(axes, by_amount, unit)
+            axes.margins(x=0.1)  # so that what stands above a point stays off the axis
         grid[0, 0].set(ylabel="test accuracy (%)")
         _legend_below(figure, grid[0, 0])
         figure.suptitle(title)
