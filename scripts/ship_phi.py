@@ -73,7 +73,7 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int,
     Trainings that were evaluated on other images than the test set chose something, φ for instance, and test nothing.
     Those that a table took over from another count there.
     """
-    suffix = f"{phi_digest(phi):.8}"  # of the ids of given φ
+    suffix = id_suffix(phi)
     for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]
@@ -116,6 +116,11 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int,
             )
 
 
+def id_suffix(phi: MetaPerturb) -> str:
+    """What the id of this φ ends with, in the records of trainings that were given it."""
+    return f"{phi_digest(phi):.8}"
+
+
 def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
     """Row and column → seed → record."""
     places: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -128,11 +133,12 @@ def by_place(folder: Path, records: Sequence[dict[str, Any]]) -> dict[tuple[str,
 
 def diverged_with(phi: MetaPerturb, results: Path) -> Iterator[str]:
     """Table, place and last words of each training that used this φ, was to be tested on test images, and diverged."""
+    suffix = id_suffix(phi)
     for path in sorted(results.glob(f"*/*/{DIVERGED}/*--*.json")):
         found, folder = read_diverged(path), path.parent.parent
         if folder.name == "smoke" or (folder / path.name).exists() or found["config"].get("eval_split") != "test":
             continue
-        if found["needs"].get("phi", "").endswith(f"{phi_digest(phi):.8}"):
+        if found["needs"].get("phi", "").endswith(suffix):
             place = f"{found['row']}, {found['column']}, seed {found['seed']}"
             yield f"{folder.parent.name}, preset {folder.name}: {place}: {found['diverged']}"
 

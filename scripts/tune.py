@@ -64,13 +64,13 @@ def choose(grid: Grid, results: Results) -> tuple[dict[str, Any], dict[str, Any]
     evidence: dict[str, Any] = {}
     for column in grid.columns:
         lost = [row for row in grid.rows if results.lost(row, column)]
-        missing = sum(len(results.accuracies(row, column)) < len(grid.seeds) for row in grid.rows if row not in lost)
+        finished = [row for row in grid.rows if row not in lost]
+        missing = sum(len(results.accuracies(row, column)) < len(grid.seeds) for row in finished)
         if missing:
             print(
                 f"{column}: {missing} of {len(grid.rows)} candidates have not run yet: nothing chosen", file=sys.stderr
             )
             continue
-        finished = [row for row in grid.rows if row not in lost]
         means: dict[str, Summary] = {row: summarize([*results.accuracies(row, column).values()]) for row in finished}
         evidence[column] = {row: {"mean": m.mean, "std": m.std, "seeds": m.n} for row, m in means.items()}
         evidence[column] |= {row: {"diverged": results.lost(row, column)} for row in lost}

@@ -88,6 +88,10 @@ class Cell:
     def place(self) -> tuple[str, str, int]:
         return self.row, self.column, self.seed
 
+    @property
+    def need_ids(self) -> dict[str, str]:
+        return {key: need.id for key, need in self.needs.items()}
+
 
 @dataclass(frozen=True)
 class Column:

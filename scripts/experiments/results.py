@@ -35,8 +35,7 @@ def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
 
 
 def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
-    needs = {key: need.id for key, need in cell.needs.items()}
-    return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": needs}
+    return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": cell.need_ids}
 
 
 def write_diverged(results: "Results", cell: Cell, images: Iterable[str], run_dir: Path, said: str) -> None:
@@ -201,6 +200,12 @@ class Entry:
     gap: float | None  # our mean accuracy − the paper's
     differences: tuple[str, ...]  # from the paper's setting
     code: tuple[str, ...]  # versions of the code that made the cells, "commit (digest)"
+    diverged: int  # seeds that did, and have no part in the metrics
+
+    @property
+    def seeds(self) -> str:
+        n = self.metrics["accuracy"].n
+        return f"{n}; {self.diverged} diverged" if self.diverged else f"{n}"
 
 
 class Results:
@@ -242,19 +247,14 @@ class Results:
         return sorted(str(path.relative_to(self.folder)) for path in found if path.name not in ours)
 
     def entries(self) -> list[Entry]:
-        """Of every row and column that has a result, row by row."""
+        """Of every row and column that has a result, row by row, then of those of which seeds only diverged."""
         places = [(row, column) for row in self.grid.rows for column in self.grid.columns]
-        return [entry for place in places if (entry := self._entry(*place))]
+        entries = [entry for place in places if (entry := self._entry(*place))]
+        return sorted(entries, key=lambda entry: entry.metrics["accuracy"].n == 0)
 
     def lost(self, row: str, column: str) -> int:
         """How many seeds diverged."""
         return sum(place[:2] == (row, column) for place in self.diverged)
-
-    def lost_places(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        """Row and column of which seeds diverged and none has a result → differences from the paper's setting."""
-        finished = {place[:2] for place in self.records}
-        alone = [place for place in self.cells if place in self.diverged and place[:2] not in finished]
-        return {place[:2]: self.cells[place].differences for place in alone}
 
     def accuracies(self, row: str, column: str) -> dict[int, float]:
         """Seed → accuracy in %."""
@@ -296,18 +296,18 @@ class Results:
         return {seed: record["result"]["metrics"] for seed, record in places if record is not None}
 
     def _entry(self, row: str, column: str) -> Entry | None:
-        metrics = self._metrics(row, column)
-        if not metrics:
+        metrics, diverged = self._metrics(row, column), self.lost(row, column)
+        if not metrics and not diverged:
             return None
         summaries = {key: summarize([factor * m[key] for m in metrics.values()]) for key, factor in METRICS.items()}
-        versus = self.grid.baseline(row)
+        versus = self.grid.baseline(row) if metrics else None
         difference = None
         if versus is not None:
             difference = paired_difference(self.accuracies(row, column), self.accuracies(versus, column))
         records = {seed: self.records[row, column, seed] for seed in metrics}
         differences = self._differences(row, column, records)
         paper = self.grid.paper_value(row, column)
-        comparable = paper is not None and self.grid.columns[column].comparable
+        comparable = metrics and paper is not None and self.grid.columns[column].comparable
         shorter = any(change.startswith(("steps:", "batch_size:")) for change in differences)
         gap = summaries["accuracy"].mean - float(paper.partition("±")[0]) if comparable and not shorter else None
         return Entry(
@@ -320,13 +320,15 @@ class Results:
             gap=gap,
             differences=differences,
             code=tuple(_versions(records.values())),
+            diverged=diverged,
         )
 
     def _differences(self, row: str, column: str, records: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """From the paper's setting: those of the settings, and which part of Tiny ImageNet cells started from."""
-        cells = [self.cells[row, column, seed] for seed in records]
-        parts = [_part_of_source(cell, record["result"]) for cell, record in zip(cells, records.values(), strict=True)]
-        return tuple(dict.fromkeys([*cells[0].differences, *(text for texts in parts for text in texts)]))
+        cells = {seed: self.cells[row, column, seed] for seed in self.grid.seeds}  # of one setting
+        parts = [_part_of_source(cells[seed], record["result"]) for seed, record in records.items()]
+        settings = cells[self.grid.seeds[0]].differences
+        return tuple(dict.fromkeys([*settings, *(text for texts in parts for text in texts)]))
 
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
         record = read_record(path)
@@ -340,7 +342,7 @@ class Results:
         differing = changes(before, cell.config)
         if own != cell.place or recorded.get("seed") != cell.seed:
             differing.append(f"it is of {own}")
-        if needs != {key: need.id for key, need in cell.needs.items()}:
+        if needs != cell.need_ids:
             differing.append("it started from another φ or network")
         if differing:
             raise UserError(f"{path}: holds other settings than its name says ({'; '.join(differing)}); remove it")
@@ -348,8 +350,7 @@ class Results:
 
     def _read_diverged(self, path: Path, cell: Cell) -> dict[str, Any]:
         found = read_diverged(path)
-        needs = {key: need.id for key, need in cell.needs.items()}
-        if (found["row"], found["column"], found["seed"]) != cell.place or found["needs"] != needs:
+        if (found["row"], found["column"], found["seed"]) != cell.place or found["needs"] != cell.need_ids:
             raise UserError(f"{path}: is of another training than its name says; remove it")
         return found
 

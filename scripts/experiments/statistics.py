@@ -10,13 +10,15 @@ LEVEL = 0.95  # of the intervals
 
 @dataclass(frozen=True)
 class Summary:
-    """Values over seeds. `std` is the unbiased sample standard deviation; None for a single seed."""
+    """Values over seeds. `std` is the unbiased sample standard deviation; None for a single seed, `mean` for none."""
 
-    mean: float
+    mean: float | None
     std: float | None
     n: int
 
     def __str__(self) -> str:
+        if self.mean is None:
+            return "–"
         return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "")
 
 
@@ -38,7 +40,8 @@ def summarize(values: Sequence[float]) -> Summary:
     >>> str(summarize([1.0, 2.0, 3.0]))
     '2.00 ± 1.00'
     """
-    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    mean = statistics.fmean(values) if values else None
+    return Summary(mean, statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:

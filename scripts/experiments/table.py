@@ -24,19 +24,18 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
         needs: results of the runs that cells started from, by id.
     """
     entries = results.entries()
-    lost = results.lost_places()
-    marks = _marks([*(entry.differences for entry in entries), *lost.values()])
+    marks = _marks(entries)
     below = ", and below it the paper's" if grid.paper else ""
     parts = [
         f"# {grid.title}",
         f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number)"
         f"{below}. A letter marks a reduced setting, explained below; no letter: the paper's setting.",
-        _overview(grid, results, entries, marks),
+        _overview(grid, entries, marks),
         *_notes(grid, results, needs, entries, marks),
         "## In detail",
         "Difference to the baseline: mean over seeds that both have, with the 95 % interval of Student's t over these "
         "pairs. NLL in nats.",
-        _details(results, entries, marks),
+        _details(entries, marks),
     ]
     if runs := _meta_trainings(needs):
         parts += ["## The meta-trainings behind it", runs]
@@ -55,55 +54,36 @@ def csv_text(grid: Grid, results: Results) -> str:
         difference = [entry.versus, *([_number(d.mean), _number(d.low), _number(d.high), d.n] if d else [None] * 4)]
         setting = ["reduced" if entry.differences else "paper", "; ".join(entry.differences), "; ".join(entry.code)]
         n = entry.metrics["accuracy"].n
-        writer.writerow(
-            [entry.row, entry.column, n, *numbers, *paper, *difference, *setting, results.lost(entry.row, entry.column)]
-        )
-    for (row, column), differences in results.lost_places().items():
-        setting = ["reduced" if differences else "paper", "; ".join(differences), ""]
-        paper = [grid.paper_value(row, column), "", *[""] * 5]
-        writer.writerow([row, column, 0, *[""] * 6, *paper, *setting, results.lost(row, column)])
+        writer.writerow([entry.row, entry.column, n, *numbers, *paper, *difference, *setting, entry.diverged])
     return out.getvalue()
 
 
-def _overview(
-    grid: Grid,
-    results: Results,
-    entries: Sequence[Entry],
-    marks: Mapping[tuple[str, ...], str],
-) -> str:
-    by_place, lost_places = {(entry.row, entry.column): entry for entry in entries}, results.lost_places()
+def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
+    by_place = {(entry.row, entry.column): entry for entry in entries}
 
     def text(row: str, column: str) -> str:
         entry = by_place.get((row, column))
-        lost, ours = results.lost(row, column), "–"
+        ours = "–"
         if entry is not None:
             accuracy = entry.metrics["accuracy"]
-            number = f"{accuracy.n}; {lost} diverged" if lost else f"{accuracy.n}"
-            ours = f"{accuracy} ({number}){_mark(entry.differences, marks)}"
-        elif lost:
-            ours = f"diverges ({lost}){_mark(lost_places[row, column], marks)}"
+            number = f"{accuracy} ({entry.seeds})" if accuracy.n else f"diverges ({entry.diverged})"
+            ours = f"{number}{_mark(entry, marks)}"
         return f"{ours}<br>{_paper(grid.paper_value(row, column))}" if grid.paper else ours
 
     rows = [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows]
     return markdown_table(["", *grid.columns], rows)
 
 
-def _details(results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
+def _details(entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
     head = ["", "", "seeds", "accuracy %", "paper", "ours − paper", "difference to baseline", "NLL", "ECE %", "setting"]
     rows = []
     for entry in entries:
         accuracy, nll, ece = (entry.metrics[key] for key in ("accuracy", "nll", "ece"))
         gap = "–" if entry.gap is None else f"{entry.gap:+.2f}"
         versus = "–" if entry.difference is None else f"{entry.difference} to {entry.versus}, n = {entry.difference.n}"
-        setting = f"reduced{_mark(entry.differences, marks)}" if entry.differences else "paper"
-        lost = results.lost(entry.row, entry.column)
-        seeds = f"{accuracy.n}; {lost} diverged" if lost else str(accuracy.n)
-        ours = [entry.row, entry.column, seeds, str(accuracy), _paper(entry.paper), gap, versus]
+        setting = f"reduced{_mark(entry, marks)}" if entry.differences else "paper"
+        ours = [entry.row, entry.column, entry.seeds, str(accuracy), _paper(entry.paper), gap, versus]
         rows.append([*ours, str(nll), str(ece), setting])
-    for (row, column), differences in results.lost_places().items():
-        setting = f"reduced{_mark(differences, marks)}" if differences else "paper"
-        seeds, paper = f"0; {results.lost(row, column)} diverged", _paper(results.grid.paper_value(row, column))
-        rows.append([row, column, seeds, "–", paper, *["–"] * 4, setting])
     return markdown_table(head, rows)
 
 
@@ -115,9 +95,8 @@ def _notes(
     marks: Mapping[tuple[str, ...], str],
 ) -> list[str]:
     """What a reader must know so as not to compare what cannot be compared."""
-    ways = [*(entry.differences for entry in entries), *results.lost_places().values()]
-    common = set.intersection(*map(set, ways))
-    lines = [f"- Common to all cells: {'; '.join(c for c in ways[0] if c in common)}"] if common else []
+    common = set.intersection(*(set(entry.differences) for entry in entries))
+    lines = [f"- Common to all cells: {'; '.join(c for c in entries[0].differences if c in common)}"] if common else []
     for differences, mark in marks.items():
         own = [change for change in differences if change not in common]
         lines.append(f"- ({mark}) {'; '.join(own) or 'only what is common to all'}")
@@ -207,17 +186,18 @@ def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(["φ", "images", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"], rows)
 
 
-def _marks(ways: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def _marks(entries: Sequence[Entry]) -> dict[tuple[str, ...], str]:
     """A letter for each way of departing from the paper's setting."""
-    return {way: _letter(i) for i, way in enumerate(dict.fromkeys(way for way in ways if way))}
+    ways = dict.fromkeys(entry.differences for entry in entries if entry.differences)
+    return {way: _letter(i) for i, way in enumerate(ways)}
 
 
 def _letter(i: int) -> str:
     return ("" if i < 26 else _letter(i // 26 - 1)) + chr(ord("a") + i % 26)
 
 
-def _mark(way: tuple[str, ...], marks: Mapping[tuple[str, ...], str]) -> str:
-    return f" ({marks[way]})" if way else ""
+def _mark(entry: Entry, marks: Mapping[tuple[str, ...], str]) -> str:
+    return f" ({marks[entry.differences]})" if entry.differences else ""
 
 
 def _paper(value: str | None) -> str:

@@ -167,9 +167,9 @@ def meta_test(config: MetaTestConfig) -> dict:
     try:
         metrics = evaluated(config.steps, config.final_samples)
     except NotFinite as error:
-        help = "clip_eval=true" if perturbed and config.clip and not config.clip_eval else "a smaller lr or clip"
+        advice = "clip_eval=true" if perturbed and config.clip and not config.clip_eval else "a smaller lr or clip"
         raise Diverged(
-            f"{config.run_dir}: after the last step {error}: it has diverged ({help} may help, in a new run_dir)"
+            f"{config.run_dir}: after the last step {error}: it has diverged ({advice} may help, in a new run_dir)"
         ) from error
     run.log({"step": config.steps, **logged(metrics), "seconds": round(run.seconds, 2)})
     progress.close()
