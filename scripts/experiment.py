@@ -236,7 +236,7 @@ def take_over(results: Results, cells: Iterable[Cell], root: Path, seen: dict[tu
             kept = results.folder / "needs" / f"{need.id}.json"
             if made.exists() and not kept.exists():
                 save_json({**load_json(made), "need": need.name}, kept)
-        save_json({**place, "taken_from": origin, "result": record["result"]}, results.path(cell))
+        save_json({**record, **place, "taken_from": origin}, results.path(cell))
         print(f"{cell.id}: is {origin}", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@
     ./run.sh learning runs/src-*                          # meta-training: what φ learns, a line a setting
     ./run.sh figures                                      # all that can be drawn, of each folder of runs under runs/
 
-A folder that holds runs stands for all of them. What came out is enough for compare, lengths, amount and effort, so a
+A folder that holds runs stands for all of them. Results are enough for fig5, compare, lengths, amount and effort, so a
 table's records under results/ will do. Runs of a method that differ in their seed alone are averaged; those of
 MetaPerturb with several φ are told apart by the φ's file, and averaged if --call gives these one name. What takes long
 (attacks, Monte-Carlo samples, surfaces) says its cost first, is kept in the run's folder, and continues from there.
@@ -20,7 +20,6 @@ MetaPerturb with several φ are told apart by the φ's file, and averaged if --c
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 import types
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.finished import (
+    EVALUATION,
     Finished,
     by_making,
     by_method,
@@ -229,23 +229,15 @@ def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = (
 def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Convergence."""
     methods = of_one_picture(runs)
-    histories: dict[str, list[list[dict[str, Any]]]] = {}
+    histories: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
     rows = []
     for method, same in methods.items():
         for run in same:
-            lines = [line for line in read_metrics(run.dir) if "test_accuracy" in line]
-            if not lines:
-                raise UserError(f"{run.dir}: metrics.jsonl holds no evaluation")
-            for line in lines:
-                numbers = {key: line.get(key, math.nan) for key in ("step", "test_nll", "test_accuracy", "test_ece")}
-                if not all(map(math.isfinite, numbers.values())):
-                    raise UserError(
-                        f"{run.dir}: metrics.jsonl, step {numbers['step']}: values are missing or not finite"
-                    )
-                rows.append({"method": method, "seed": run.config["seed"], **numbers})
-            histories.setdefault(method, []).append(lines)
+            histories.setdefault(method, []).append(run.curve)
+            of_run = {"method": method, "seed": run.config["seed"]}
+            rows += [of_run | {key: line[key] for key in EVALUATION} for line in run.curve]
         if not set.intersection(*({line["step"] for line in lines} for lines in histories[method])):
-            raise UserError(f"{same[0].dir}: no step at which all seeds of {method} were evaluated")
+            raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
     path = picture_path(arguments, f"fig5-{slug(title(runs[0]))}")
     plots.plot_convergence(histories, title(runs[0]), path)
     write_numbers(rows, path)

@@ -112,7 +112,7 @@ def test_methods_side_by_side(runs, tmp_path):
 
 
 def test_records_stand_for_runs(runs, target_settings, tmp_path, capsys):
-    """What a table keeps of its cells is enough for pictures of what came out, and not for others."""
+    """What a table keeps of its cells is enough for pictures of what came out and how, and not for others."""
     folder = tmp_path / "results" / "small" / "paper"
     for name, phi in {"base-0": None, "base-1": None, "meta": "phi-00001234"}.items():
         place = {"table": "small", "row": name, "column": "Bugs", "seed": 0, "needs": {"phi": phi} if phi else {}}
@@ -120,12 +120,13 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path, capsys):
     (folder / "needs").mkdir()
     (folder / "needs" / "phi-00001234.json").write_text('{"need": "phi", "program": "meta_train"}')
 
-    def drawn(name: str, *arguments) -> list[dict[str, str]]:
-        assert scripts_figures.main(["compare", *map(str, arguments), "--out", str(tmp_path / name)]) == 0
-        return check_pictures(tmp_path / name, "compare-folder-12-px-resnet8-8-steps")
+    def drawn(name: str, *arguments, figure: str = "compare") -> list[dict[str, str]]:
+        assert scripts_figures.main([figure, *map(str, arguments), "--out", str(tmp_path / name)]) == 0
+        return check_pictures(tmp_path / name, f"{figure}-folder-12-px-resnet8-8-steps")
 
     some = [runs / name for name in ("base-0", "base-1", "meta")]
     assert drawn("a", *some) == drawn("b", folder) == drawn("c", *folder.glob("*.json"))
+    assert drawn("a", *some, figure="fig5") == drawn("b", folder, figure="fig5")
     # The same training in another table: once.
     again = tmp_path / "results" / "other" / "paper"
     write_record({**place, "table": "other", "needs": {"phi": "learned-00001234"}}, runs / "meta", again / "m--b.json")
@@ -140,12 +141,21 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path, capsys):
         "metaperturb, φ phi-00001234",
         "metaperturb, φ phi-00005678",
     ]
-    for figure in ("fig5", "fig6", "fig7", "fig8"):
+    older = json.loads((folder / "meta--bugs.json").read_text())
+    del older["curve"]
+    (tmp_path / "older--bugs.json").write_text(json.dumps(older))
+    needed = "this picture needs the run's folder"
+    for figure, record, said in (
+        ("fig5", tmp_path / "older--bugs.json", f"is a record without its curve; {needed}"),
+        *(
+            (figure, folder / "meta--bugs.json", f"is a record of a run; {needed}")
+            for figure in ("fig6", "fig7", "fig8")
+        ),
+    ):
         capsys.readouterr()
-        line = [figure, str(folder / "meta--bugs.json"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-        assert scripts_figures.main(line) == 1
-        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert "meta--bugs.json: is a record of a run; this picture needs the run's folder" in said
+        assert scripts_figures.main([figure, str(record), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert f"{record.name}: {said}" in error
 
 
 def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, capsys):

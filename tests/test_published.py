@@ -153,3 +153,13 @@ def test_the_readmes_results_are_those_of_the_pages():
             deviation = f" ± {float(line['accuracy_std']):.2f}" if line["accuracy_std"] else ""
             assert ours == f"{float(line['accuracy']):.2f}{deviation} ({line['seeds']})"
             assert paper.replace(" ", "") == line["paper"]
+
+
+def test_a_curve_ends_with_the_result(page):
+    for record in records(page):
+        if not (curve := record.get("curve")):  # of an older version
+            continue
+        steps = [line["step"] for line in curve]
+        assert steps == sorted(set(steps)) and steps[-1] == record["result"]["config"]["steps"]
+        last, metrics = curve[-1], record["result"]["metrics"]
+        assert {key: last[f"test_{key}"] for key in metrics} == {key: round(metrics[key], 6) for key in metrics}

@@ -25,7 +25,7 @@ import select_phi
 import tune
 from experiment import grid_parser, write_table
 from experiments.grid import Grid, Overrides
-from experiments.results import Results, write_diverged
+from experiments.results import Results, curve, write_diverged
 from experiments.results import write_record as write_own_record
 from experiments.statistics import paired_difference, summarize, t_cdf, t_quantile
 
@@ -333,6 +333,21 @@ def test_records_of_other_settings_are_named_and_left_out(grid, folder, tmp_path
 def test_nothing_to_report_is_said(grid, tmp_path):
     with pytest.raises(UserError, match="no finished cell of this table yet"):
         write_table(grid, tmp_path / "results" / "paper", tmp_path)
+
+
+def test_the_curve_of_a_run(tmp_path):
+    """Training between two evaluations is averaged over its steps, however many a line stands for."""
+    lines = [
+        {"step": 4, "train_loss": 3.0, "train_accuracy": 0.1},
+        {"step": 5, "train_loss": 1.0, "train_accuracy": 0.6, "test_accuracy": 0.3, "test_nll": 2.0, "seconds": 1.0},
+        {"step": 8, "train_loss": 0.5, "train_accuracy": 0.7},
+        {"step": 8, "test_accuracy": 0.4, "test_nll": 1.5, "test_samples": 7, "seconds": 2.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curve(tmp_path) == [
+        {"step": 5, "test_accuracy": 0.3, "test_nll": 2.0, "train_loss": 2.6, "train_accuracy": 0.2},
+        {"step": 8, "test_accuracy": 0.4, "test_nll": 1.5, "test_samples": 7, "train_loss": 0.5, "train_accuracy": 0.7},
+    ]
 
 
 def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):

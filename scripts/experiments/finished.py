@@ -1,10 +1,11 @@
 """Finished runs for pictures: found, named, grouped, and refused where they do not go together.
 
-A run of meta-testing is its folder, or its record under `results/`, which tells what came out but has neither curves
-nor network; one of meta-training is its folder.
+A run of meta-testing is its folder, or its record under `results/`, which tells what came out and what the evaluations
+on the way found, but has no network; one of meta-training is its folder.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.grid import INCIDENTAL, fingerprint_of
-from experiments.results import PATHS, content_of
+from experiments.results import PATHS, content_of, curve
 from metaperturb import plots
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
 from metaperturb.errors import UserError
@@ -22,6 +23,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(MetaTestConfig)}
 # What may differ between the runs that are averaged; and, as well, between the methods of a picture.
 OF_A_RUN = {*INCIDENTAL, "method", "phi", *(name for name, field in FIELDS.items() if not field.metadata["identity"])}
 OF_PHI = ("sites", "noise", "gate", "anneal", "clip", "clip_eval")  # how it is used
+EVALUATION = ("step", "test_nll", "test_accuracy", "test_ece")  # the numbers of a curve that every evaluation has
 OF_A_METHOD = {*OF_A_RUN, *OF_PHI, "recipe", "init", "init_batch_norm"}
 
 
@@ -32,6 +34,7 @@ class Finished:
     path: Path  # its folder, or the record's file
     result: Mapping[str, Any]
     need: str | None = None  # of a record: the id of its φ in that table
+    recorded: Sequence[Mapping[str, Any]] = ()  # of a record: its curve
     phi: str = ""  # tells its φ apart, where runs have several
     rank: int = 0  # of its φ among these: those that got a name first, in the order in which it was given
 
@@ -45,6 +48,26 @@ class Finished:
         if self.path.is_file():
             raise UserError(f"{self.path}: is a record of a run; this picture needs the run's folder")
         return self.path
+
+    @property
+    def curve(self) -> Sequence[Mapping[str, Any]]:
+        """Its evaluations, as `results.curve` has them.
+
+        Raises:
+            UserError: there are none, or one lacks a number or holds one that is not finite.
+        """
+        if self.path.is_file():
+            found, where = self.recorded, "curve"
+            lacking = "is a record without its curve; this picture needs the run's folder"
+        else:
+            found, where, lacking = curve(self.path), "metrics.jsonl", "metrics.jsonl holds no evaluation"
+        if not found:
+            raise UserError(f"{self.path}: {lacking}")
+        for line in found:
+            numbers = [line.get(key) for key in EVALUATION]
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+                raise UserError(f"{self.path}: {where}, step {numbers[0]}: values are missing or not finite")
+        return found
 
     @property
     def phi_key(self) -> str:
@@ -188,14 +211,14 @@ def _results(source: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Finished | None:
-    result, made_from = load_json(path), None
+    result, made_from, recorded = load_json(path), None, ()
     if isinstance(result, dict) and {"row", "column", "needs", "result"} <= result.keys():
-        result, made_from = result["result"], result["needs"].get("phi")
+        result, made_from, recorded = result["result"], result["needs"].get("phi"), result.get("curve", ())
     if not isinstance(result, dict) or result.get("program") != "meta_test":
         return None
     if not {"config", "metrics", "target"} <= result.keys():
         raise UserError(f"{path}: is no whole result of meta-testing; remove it and run it again")
-    return Finished(path.parent if path.name == "result.json" else path, result, made_from)
+    return Finished(path.parent if path.name == "result.json" else path, result, made_from, recorded)
 
 
 def _identity(run: Finished) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiments.grid import Cell, Grid, Need, changes, fingerprint
@@ -15,6 +16,7 @@ from metaperturb.config import MetaTestConfig
 from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
 from metaperturb.provenance import code_digest, commit
+from metaperturb.runs import read_metrics
 from metaperturb.storage import load_json, save_json
 
 METRICS = {
@@ -30,8 +32,27 @@ PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "from", "split_fi
 
 
 def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
-    """Make a finished run's record: its place in the table and its `result.json`, without this machine's folders."""
-    save_json({**place, "result": shortened(load_json(run_dir / "result.json"))}, path)
+    """Make a finished run's record: its place in the table, `result.json` without this machine's folders, its curve."""
+    save_json({**place, "result": shortened(load_json(run_dir / "result.json")), "curve": curve(run_dir)}, path)
+
+
+def curve(run_dir: Path) -> list[dict[str, Any]]:
+    """The evaluations in a run's `metrics.jsonl`, each with the means of training over the steps since the last one."""
+    found, losses, accuracies, weights, before = [], [], [], [], 0
+    for line in read_metrics(run_dir):
+        if "train_loss" in line:
+            losses.append(line["train_loss"])
+            accuracies.append(line["train_accuracy"])
+            weights.append(line["step"] - before)
+            before = line["step"]
+        if "test_accuracy" in line:
+            tested = {key: value for key, value in line.items() if key == "step" or key.startswith("test_")}
+            if sum(weights):
+                tested["train_loss"] = round(fmean(losses, weights), 6)
+                tested["train_accuracy"] = round(fmean(accuracies, weights), 6)
+            found.append(tested)
+            losses, accuracies, weights = [], [], []
+    return found
 
 
 def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
