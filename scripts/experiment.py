@@ -108,6 +108,11 @@ def grid_parser(doc: str) -> argparse.ArgumentParser:
 
 def experiment(arguments: argparse.Namespace) -> None:
     grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
+    if arguments.report:
+        for need in grid.take_recorded(results_folder(grid, arguments)):
+            print(
+                f"{need.name}: {need.id}, as of the records there (--use {need.name}=… names another)", file=sys.stderr
+            )
     elsewhere = run_grid(grid, arguments)
     if arguments.list or (elsewhere and not Results(grid, results_folder(grid, arguments)).records):
         return
@@ -139,7 +144,7 @@ def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
     if not results.records and not results.diverged:
         raise UserError(f"{folder}: no finished cell of this table yet")
     for name in results.strangers():
-        print(f"not in the table: {folder / name} (another row or setting)", file=sys.stderr)
+        print(f"not in the table: {folder / name} (another row, setting or φ)", file=sys.stderr)
     versions = results.code_versions()
     if len(versions) > 1:
         print(

@@ -326,7 +326,7 @@ def test_records_of_other_settings_are_named_and_left_out(grid, folder, tmp_path
     other = Grid(grid.path, overrides=Overrides(settings=("lr=0.1",))).cell("Base", "CUB", 2)
     path = write_record(folder, other, 0.99)
     page = write_table(grid, folder, tmp_path / "runs")
-    assert f"not in the table: {path} (another row or setting)" in capsys.readouterr().err
+    assert f"not in the table: {path} (another row, setting or φ)" in capsys.readouterr().err
     assert read_csv(page)["Base", "CUB"]["seeds"] == "2"
 
 

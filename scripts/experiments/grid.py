@@ -199,6 +199,32 @@ class Grid:
         self._given[name] = path
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
 
+    def take_recorded(self, folder: Path) -> list[Need]:
+        """Let needs for which nothing is given be those that the records in `folder` started from; returns these.
+
+        That is for reporting: of a φ or run that was given for those trainings there is what was kept of its making,
+        not the file. Where records started from several, none is taken.
+        """
+        started = {id_ for path in folder.glob("*--*.json") for id_ in (load_json(path).get("needs") or {}).values()}
+        taken = []
+        for name, spec in self._needs.items():
+            ids = {id_ for id_ in started if re.fullmatch(rf"{re.escape(name)}-(seed\d+-)?[0-9a-f]{{8}}", id_)}
+            kept = folder / "needs" / f"{min(ids, default='')}.json"
+            if (
+                len(ids) != 1
+                or "-seed" in kept.stem
+                or "program" not in spec
+                or name in self._given
+                or not kept.exists()
+            ):
+                continue
+            card = {key: value for key, value in load_json(kept).items() if key != "need"}
+            config = config_of(spec["program"], card)
+            taken.append(Need(name, kept.stem, config=config, file=Path(kept.stem), card=card))
+        self._given |= {need.name: need.file for need in taken}
+        self._read |= {need.name: need for need in taken}
+        return taken
+
     def baseline(self, row: str) -> str | None:
         """The row that `row` is compared with: the one it names, else the nearest baseline above it, itself none."""
         if row in self._versus:
@@ -348,15 +374,20 @@ def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
             card = phi.card
         elif run is not None:
             card = load_json(run / "result.json")
-        settings = card.get("config") if isinstance(card, Mapping) else None
-        cls = PROGRAMS[spec["program"]]
-        known = {f.name for f in dataclasses.fields(cls)}
-        if isinstance(settings, Mapping) and settings:
-            config = cls(**{key: settings[key] for key in settings if key in known})
+        config = config_of(spec["program"], card)
     card = card if config is not None else {}
     content = f"{sha256(file) if phi is None else phi_digest(phi):.8}"
     id_ = name if name.endswith(f"_{content}") else f"{name}-{content}"
     return Need(name, id_, config=config, file=path, card=card)
+
+
+def config_of(program: str, card: Any) -> Any:
+    """The settings in what is recorded of a run; None where there are none."""
+    settings = card.get("config") if isinstance(card, Mapping) else None
+    if not isinstance(settings, Mapping) or not settings:
+        return None
+    known = {field.name for field in dataclasses.fields(PROGRAMS[program])}
+    return PROGRAMS[program](**{key: value for key, value in settings.items() if key in known})
 
 
 def sha256(path: Path) -> str:
