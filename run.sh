@@ -49,14 +49,19 @@ METHOD=${METHOD:-metaperturb}       # base info_dropout dropblock manifold_mixup
 PHI=${PHI:-}                        # φ to use, a file or shipped name; empty: tgt takes that of src if it is there, else
 SHIPPED_PHI=tiny_imagenet_resnet20  # this one, and tables make theirs
 INIT=${INIT:-}                      # finetuning: run of pretrain, or file of weights, to begin with
-TGT_RUN=${TGT_RUN:-$RUNS/tgt-$TGT_DATA-$TGT_MODEL-$METHOD-seed$SEED${INIT:+-ft}}
+target=$TGT_DATA
+[[ $TGT_DATA != folder || -z $TGT_PATH ]] || target=folder-$(basename "$TGT_PATH" | sed 's/\..*//')
+TGT_RUN=${TGT_RUN:-$RUNS/tgt-$target-$TGT_MODEL-$METHOD-seed$SEED${INIT:+-ft}}
 PRE_RUN=${PRE_RUN:-$RUNS/pretrain-$SRC_DATA-$TGT_MODEL-seed$SEED} # pretrain: TGT_MODEL on SRC_DATA
 
 VENV=${VENV:-$here/.venv}
 
 die() { echo "error: $*" >&2; exit 1; }
 
-usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+usage() { # the head of this file and the settings below it
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    sed -n '/^GPUS=/,/^VENV=/{/^src_run/!s/^\([A-Z_]*\)=${[A-Z_]*:-\(.*\)}/  \1=\2/p;s/^SHIPPED_PHI/  &/p;/^ *#/p}' "${BASH_SOURCE[0]}"
+}
 
 find_python() { # the first Python of a supported version
     local candidates=(python3.12 python3.11 python3 python3.13) candidate
@@ -140,7 +145,7 @@ src)
     done
     ;;
 tgt)
-    [ $# -gt 0 ] || die "usage: ./run.sh tgt <gpu number or cpu> [key=value …]"
+    [[ ${1:--} != -* ]] || die "usage: ./run.sh tgt <gpu number or cpu> [key=value …] (tgt cpu --help: the keys)"
     gpu=$1 && shift
     setup "$here/requirements.txt"
     options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "target=$TGT_DATA" "model=$TGT_MODEL" "steps=$TGT_STEPS"
@@ -160,7 +165,7 @@ tgt)
     exec "$py" -m metaperturb.meta_test --config "$here/configs/tgt.yaml" --set "${options[@]}" "$@"
     ;;
 pretrain)
-    [ $# -gt 0 ] || die "usage: ./run.sh pretrain <gpu number or cpu> [key=value …]"
+    [[ ${1:--} != -* ]] || die "usage: ./run.sh pretrain <gpu number or cpu> [key=value …] (tgt cpu --help: the keys)"
     gpu=$1 && shift
     setup "$here/requirements.txt"
     options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "model=$TGT_MODEL" "run_dir=$PRE_RUN")

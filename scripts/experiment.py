@@ -187,7 +187,8 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
         return []
     if old := results.made_by_other_code(code_digest()):
         print(
-            f"{old} finished cells are of another version of the code; without their JSONs they run again",
+            f"{old} finished cells were made by another version of the code and are kept; to make them anew, remove "
+            f"their JSONs in {results.folder}",
             file=sys.stderr,
         )
     if untuned := [column for column in grid.untuned if any(cell.column == column for cell in todo)]:

@@ -302,7 +302,9 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     }
     if len(networks) > 1:
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
-    path = picture_path(arguments, f"fig7-scales-{slug(perturbed[0].config['model'])}")
+    names = dict.fromkeys(run.data for run in perturbed)
+    names = ", ".join(names) if len(names) < 4 else f"{len(names)} data sets"
+    path = picture_path(arguments, f"fig7-scales-{slug(names)}-{slug(perturbed[0].config['model'])}")
     plots.plot_scales(by_data, path)
     write_numbers(rows, path)
 

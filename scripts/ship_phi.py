@@ -160,11 +160,15 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
         f"({machine['cpu']}), {card['seconds']:.0f} s",
     }
     if selection := card.get("selection"):
+        ranked = sorted(selection["accuracy"].items(), key=lambda item: -item[1].get("mean", -1.0))
         found = [
             f"{run} {evidence['mean']:.2f} % ({evidence['seeds']})" if "mean" in evidence else f"{run} diverged"
-            for run, evidence in selection["accuracy"].items()
+            for run, evidence in ranked
         ]
-        facts["selection"] = f"{selection['chosen']}, of {', '.join(found)}; {selection['evaluated']}"
+        facts["selection"] = (
+            f"{selection['chosen']}, the best of {len(found)} meta-trainings by accuracy (seeds) on "
+            f"{selection['evaluated']}: {', '.join(found)}"
+        )
     lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `./run.sh ship`.', ""]
     lines += [f"- **{what}**: {text}" for what, text in facts.items()]
     lines += ["", "## Tested on", ""]

@@ -341,7 +341,7 @@ def test_all_figures(runs, meta_trainings, tmp_path):
     assert {row["seeds"] for row in check_pictures(tmp_path / "out", "learning-folder-train-resnet8")} == {"2"}
     for stem in ("fig5", *FIGURE_6, "fig8", "compare"):
         check_pictures(tmp_path / "out", f"{stem}-folder-12-px-resnet8-8-steps")
-    scales = check_pictures(tmp_path / "out", "fig7-scales-resnet8")
+    scales = check_pictures(tmp_path / "out", "fig7-scales-folder-12-px-resnet8")
     assert len(scales) == 16 + 32 + 64 and all(0 <= float(row["s"]) <= 1 for row in scales)
     surface = rows(tmp_path / "out" / "fig8-folder-12-px-resnet8-8-steps.csv")
     assert len(surface) == 3 * 9  # a panel a method, of the lowest seed
@@ -461,7 +461,7 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
     drawn = sorted(path.stem for path in (tmp_path / "all").glob("*.png"))
     assert drawn == sorted(
         [f"{figure}-folder-12-px-resnet8-8-steps-own" for figure in ("fig5", *FIGURE_6, "fig8", "compare")]
-        + ["fig7-scales-resnet8-own"]
+        + ["fig7-scales-folder-12-px-resnet8-own"]
     )
 
 

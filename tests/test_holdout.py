@@ -101,7 +101,7 @@ def test_a_run_never_opens_the_test_set(target_settings, tmp_path, capsys, test)
     assert not (tmp_path / "tgt" / "result.json").exists()
     capsys.readouterr()
     assert program.main(["--set", *settings, "eval_split=holdout"]) == 0
-    assert "(3 holdout images, 1 samples)" in capsys.readouterr().out
+    assert "(3 holdout images, 1 sample)" in capsys.readouterr().out
     result = json.loads((tmp_path / "tgt" / "result.json").read_text())
     assert (result["target"]["train"], result["target"]["test"]) == (12, 3)
     assert result["config"]["eval_split"] == "holdout" and result["target"]["name"] == "folder-train-rest"

@@ -478,4 +478,4 @@ def test_a_package_that_is_not_installed(package, call):
     )
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"{package} cannot be imported (No module named '{package}")
-    assert f".venv/bin/pip install {package}" in line and 'pip install "metaperturb[analyses]"' in line
+    assert f".venv/bin/pip install {package}" in line and 'pip install -e ".[analyses]"' in line

@@ -164,13 +164,13 @@ def test_src_then_tgt(tmp_path, tiny_imagenet):
         assert ("taking the shipped φ, tiny_imagenet_resnet20" in completed.stderr) == (seed == "1")
         assert ("taking the φ of ./run.sh src" in completed.stderr) == (seed != "1")
         result = json.loads(
-            (tmp_path / "runs" / f"tgt-folder-conv4-metaperturb-seed{seed}" / "result.json").read_text()
+            (tmp_path / "runs" / f"tgt-folder-images-conv4-metaperturb-seed{seed}" / "result.json").read_text()
         )
         assert result["config"]["phi"] == taken
     completed = run_sh("tgt", "cpu", "batch_size=4", METHOD="base", **target)
     assert completed.returncode == 0, completed.stderr
     for method in ("metaperturb", "base"):
-        result = json.loads((tmp_path / "runs" / f"tgt-folder-conv4-{method}-seed0" / "result.json").read_text())
+        result = json.loads((tmp_path / "runs" / f"tgt-folder-images-conv4-{method}-seed0" / "result.json").read_text())
         assert result["config"]["method"] == method and result["target"]["test"] == 6
 
 
@@ -190,7 +190,7 @@ def test_pretrain_then_finetune(tmp_path, tiny_imagenet):
         completed = run_sh("tgt", "cpu", "batch_size=4", **target, **more)
         assert completed.returncode == 0, completed.stderr
     scratch, finetuned = (
-        json.loads((tmp_path / "runs" / f"tgt-folder-resnet8-base-seed0{suffix}" / "result.json").read_text())
+        json.loads((tmp_path / "runs" / f"tgt-folder-images-resnet8-base-seed0{suffix}" / "result.json").read_text())
         for suffix in ("", "-ft")
     )
     assert scratch["init"] is None and finetuned["init"]["from"] == str(pretrained)

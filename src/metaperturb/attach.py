@@ -244,11 +244,15 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
     setattr(model, name, sites)
     sites._placed = (model, hosts)
     if verbose:
-        print(f"{name}: {len(sites.specs)} sites in {type(model).__name__}: {_summary(sites.specs)}", file=sys.stderr)
+        count = f"{len(sites.specs)} site{'s' * (len(sites.specs) > 1)}"
+        print(f"{name}: {count} in {type(model).__name__}: {_summary(sites.specs)}", file=sys.stderr)
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Undo `attach` and `place`, in place, and return the model. A network without sites is returned as it is.
+
+    The weights stay. Those that were trained with the sites need them to predict, too: this gives φ up, for training
+    without it.
 
     Of a wrapper (of DistributedDataParallel, `torch.compile` and the like) the network inside is meant.
     """

@@ -154,7 +154,7 @@ def meta_test(config: MetaTestConfig) -> dict:
                     metrics = {}
                 line |= logged(metrics)
             run.log({**line, "seconds": round(run.seconds, 2)})
-            shown = {"test_accuracy": metrics["accuracy"]} if metrics else {}
+            shown = {"test_accuracy": metrics["accuracy"]} if metrics and not last else {}
             progress.update(done, loss=mean_loss, accuracy=mean_accuracy, **shown)
         if saves:
             check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
@@ -295,7 +295,7 @@ def report(result: dict) -> None:
     print(
         f"{config['method']} on {config['target']}, {config['model']}, seed {config['seed']}: "
         f"accuracy {100 * m['accuracy']:.2f} %  NLL {m['nll']:.3f}  ECE {100 * m['ece']:.2f} %  "
-        f"({result['target']['test']} {config['eval_split']} images, {m['samples']} samples)"
+        f"({result['target']['test']} {config['eval_split']} images, {m['samples']} sample{'s' * (m['samples'] > 1)})"
     )
 
 

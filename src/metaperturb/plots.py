@@ -215,7 +215,7 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
         axes[1].set(xlabel="training step", ylabel="test accuracy (%)")
         before, last = _samples(run for runs in histories.values() for run in runs)
         if last != before:
-            axes[1].set_xlabel(f"training step (last point: {last} Monte-Carlo samples, before: {before})")
+            axes[1].set_xlabel(f"training step\n(last point: {last} Monte-Carlo samples, before: {before})")
         _legend_below(figure, axes[0])
         figure.suptitle(title)
         save_figure(figure, path)

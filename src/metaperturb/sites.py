@@ -202,7 +202,7 @@ def _named_sites(model: nn.Module, seen: Watched, found: list[SiteSpec], names: 
             near = ", ".join(difflib.get_close_matches(name, candidates, n=3)) or ", ".join(candidates[:3])
             raise UserError(
                 f"sites: {name!r} is neither a place nor a module of {type(model).__name__} with a feature map "
-                f"(near: {near})"
+                f"(near: {near}; places: {', '.join(PLACES)})"
             )
     if not specs or len(set(specs)) < len(specs):
         raise UserError(f"sites {names}: name at least one site, and none twice")

@@ -86,4 +86,6 @@ def reason(error: BaseException) -> str:
     """The first line of an error, without the path that the caller names anyway."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, LookupError):  # whose text is no more than what was looked for
+        return f"{type(error).__name__}: {error}"
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -21,5 +21,5 @@ def extra(module: str) -> ModuleType:
         package = module.partition(".")[0]
         raise UserError(
             f"{package} cannot be imported ({reason(error)}): install it by .venv/bin/pip install {package}, or with "
-            'the package: pip install "metaperturb[analyses]"'
+            'the package, in the clone: pip install -e ".[analyses]"'
         ) from error

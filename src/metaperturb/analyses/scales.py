@@ -76,6 +76,8 @@ def noise_spread(run: TrainedRun, images: int = 64) -> list[list[float]]:
 
 def _spread(mu: Tensor) -> list[float]:
     """std(z) / mean(z) of z = softplus(μ + ε), μ `[B, C, H, W]`: the mean over all but the channels."""
+    # For μ far below 0, z is exp(μ + ε), and the ratio its limit; from −300 on squares are still normal numbers.
+    mu = mu.double().clamp_min(-300)
     nodes, weights = np.polynomial.hermite.hermgauss(NODES)
     mean, square = torch.zeros_like(mu), torch.zeros_like(mu)
     for node, weight in zip(nodes.tolist(), (weights / math.sqrt(math.pi)).tolist(), strict=True):
