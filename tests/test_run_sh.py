@@ -25,10 +25,12 @@ def test_usage():
     for arguments in ((), ("help",)):
         completed = run_sh(*arguments)
         assert completed.returncode == 0 and "./run.sh demo" in completed.stdout
+        assert "\n  METHOD=metaperturb " in completed.stdout and "label_smoothing" in completed.stdout
     completed = run_sh("dmeo")
     assert completed.returncode == 1 and "error: unknown command 'dmeo'" in completed.stderr
-    completed = run_sh("tgt")
-    assert completed.returncode == 1 and "error: usage: ./run.sh tgt <gpu" in completed.stderr
+    for arguments in (("tgt",), ("tgt", "--help")):
+        completed = run_sh(*arguments)
+        assert completed.returncode == 1 and "error: usage: ./run.sh tgt <gpu" in completed.stderr
     completed = run_sh("pretrain")
     assert completed.returncode == 1 and "error: usage: ./run.sh pretrain <gpu" in completed.stderr
 

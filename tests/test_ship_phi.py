@@ -113,7 +113,8 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
     assert finetuned.endswith("| Finetuning (FT): 41.00 ± 1.41 | 43.50 ± 0.71 | +2.50 [-3.85, +8.85] |")
     for part in ("40,000 images of 200 classes", "disjoint, 10 tasks, seed 3", "750 steps, batches of 32", "`abc`"):
         assert part in text
-    assert "src-3, of src-3 31.25 % (1), src-0 30.50 % (2); s_cifar100, val images" in text
+    chosen = "src-3, the best of 2 meta-trainings by accuracy (seeds) on s_cifar100, val images: "
+    assert f"{chosen}src-3 31.25 % (1), src-0 30.50 % (2)\n" in text
 
 
 def test_what_is_not_shipped(phi, tmp_path, capsys):

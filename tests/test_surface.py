@@ -13,7 +13,7 @@ from conftest import ROOT
 from image_files import one_line
 
 import metaperturb.meta_test as program
-from metaperturb.analyses.scales import learned_scales, noise_spread
+from metaperturb.analyses.scales import _spread, learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, filter_normalized_direction, loss_surface
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb, PerturbSite
@@ -171,6 +171,12 @@ def test_the_spread_of_the_noise_is_that_of_many_draws(runs):
     assert found_all(noise_spread(run)) == pytest.approx(((square - mean.square()).sqrt() / mean).item(), abs=1e-5)
     assert found_all(noise_spread(run)) == pytest.approx(0.65, abs=0.005)  # as its description says
     assert found_all(noise_spread(load_run(runs / "noiseless"))) == 0
+
+
+@pytest.mark.parametrize("mu", [-45.0, -104.0, -1e4])
+def test_the_spread_far_below_zero_is_its_limit(mu):
+    """There z = exp(μ + ε), log-normal, whose relative standard deviation is √(e − 1) for whatever μ."""
+    assert _spread(torch.full((1, 1, 2, 1), mu)) == pytest.approx([math.sqrt(math.e - 1)], abs=1e-6)
 
 
 def found_all(spreads: list[list[float]]) -> float:
