@@ -72,7 +72,8 @@ class CommonConfig:
     noise: bool = option(True, "the stochastic noise z; false: 1 instead (ablation of table 3 (a))")
     gate: bool = option(True, "the scale s of each channel; false: 1 instead (ablation of table 3 (a))")
     sites: Literal["all", "before_pooling", "top", "bottom"] = option(
-        "all", "where φ acts: at all sites, the last or first stage's, or each stage's last (table 3 (b))"
+        "all",
+        "where φ acts (table 3 (b)): all sites; top, bottom: last or first stage's; before_pooling: each stage's last",
     )
     log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
 
@@ -145,7 +146,7 @@ class MetaTestConfig(CommonConfig):
         by_content=True,
     )
     init_batch_norm: Literal["drop", "keep"] = option(
-        "drop", "batch norm of that network: fresh, as in the authors' code, or taken, too"
+        "drop", "batch norm of that network: drop, for a fresh one as in the authors' code, or keep"
     )
     # The methods' hyperparameters; metaperturb.methods says where each default comes from.
     info_dropout_beta: float = option(3.0, "β, the weight of the KL term", low=0.0)

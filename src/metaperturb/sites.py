@@ -105,7 +105,7 @@ def _check_sums(model: nn.Module, image_size: int, specs: list[SiteSpec], seen: 
 def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
     """Those of a network's sites that an ablation leaves (table 3 (b)).
 
-    A stage is a run of consecutive sites with feature maps of one size.
+    A stage is a run of consecutive sites with feature maps of one size; so each convolution that does not pad ends one.
 
     Args:
         specs: as `find_sites` gives them, at least one.
