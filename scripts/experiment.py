@@ -26,6 +26,7 @@ from experiments.results import (
     Results,
     cell_place,
     keep_need_records,
+    take_recorded,
     training_of,
     trainings_elsewhere,
     write_diverged,
@@ -109,7 +110,7 @@ def grid_parser(doc: str) -> argparse.ArgumentParser:
 def experiment(arguments: argparse.Namespace) -> None:
     grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
     if arguments.report:
-        for need in grid.take_recorded(results_folder(grid, arguments)):
+        for need in take_recorded(grid, results_folder(grid, arguments)):
             print(
                 f"{need.name}: {need.id}, as of the records there (--use {need.name}=… names another)", file=sys.stderr
             )

@@ -17,6 +17,7 @@ from grid_files import tables
 sys.path.insert(0, str(ROOT / "scripts"))
 from experiment import write_table
 from experiments.grid import Grid
+from experiments.results import take_recorded
 
 PAGES = sorted(path for path in (ROOT / "results").glob("*/*.csv") if path.with_suffix("").is_dir())
 
@@ -178,7 +179,7 @@ def test_report_makes_the_page_again(page, tmp_path):
     folder = tmp_path / page.stem
     shutil.copytree(page.with_suffix(""), folder)
     grid = Grid(ROOT / "configs" / f"{page.parent.name}.yaml", page.stem)
-    grid.take_recorded(folder)
+    take_recorded(grid, folder)
     made = write_table(grid, folder, tmp_path / "runs")
     for suffix in (".md", ".csv"):
         assert made.with_suffix(suffix).read_text() == page.with_suffix(suffix).read_text()

@@ -25,7 +25,7 @@ import select_phi
 import tune
 from experiment import grid_parser, write_table
 from experiments.grid import Grid, Overrides
-from experiments.results import Results, curve, write_diverged
+from experiments.results import Results, curve, take_recorded, write_diverged
 from experiments.results import write_record as write_own_record
 from experiments.statistics import paired_difference, summarize, t_cdf, t_quantile
 
@@ -225,6 +225,37 @@ def test_a_given_phi_is_one_whatever_its_cards_say_of_its_making(grid, folder, t
     for seed in (0, 1):
         write_record(folder, given.cell("MetaPerturb", "CUB", seed), 0.4, phi_card={"seconds": seed})
     assert "was made" not in write_table(given, folder, tmp_path / "runs").read_text() + capsys.readouterr().err
+
+
+def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_path):
+    """The command that made them gave a file, which `--report` need not be given again, nor be there."""
+
+    def trained_with(name: str, seed: int, card: dict) -> Grid:
+        save_phi(MetaPerturb(), tmp_path / name, card)
+        given = Grid(grid.path, grid.preset, Overrides(files={"phi": tmp_path / name}))
+        write_record(folder, given.cell("MetaPerturb", "CUB", seed), 0.4)
+        write_table(given, folder, tmp_path / "runs")
+        (tmp_path / name).unlink()
+        return given
+
+    def reported() -> tuple[str, list[str]]:
+        report = Grid(grid.path, grid.preset)
+        taken = take_recorded(report, folder)
+        return write_table(report, folder, tmp_path / "runs").read_text(), [need.name for need in taken]
+
+    assert reported()[1] == []  # one that a run of the table makes
+    for card, said in (({}, "of which nothing is recorded"), ({"config": {"tasks": 4}}, "phi: tasks: 2 → 4")):
+        for path in folder.glob("metaperturb--*.json"):
+            path.unlink()
+        given = trained_with("own.pt", 1, card)
+        page, taken = reported()
+        assert taken == ["phi"] and said in page and read_csv(folder)["MetaPerturb", "CUB"]["seeds"] == "1"
+    assert page == write_table(given, folder, tmp_path / "runs").read_text()
+    trained_with("another.pt", 2, {})
+    assert reported()[1] == []  # which of the two is not for us to say
+    (folder / "metaperturb--damaged.json").write_text("{}")
+    with pytest.raises(UserError, match="is no record of a training run"):
+        reported()
 
 
 def test_other_images_are_not_mixed(grid, folder):

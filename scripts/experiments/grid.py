@@ -199,31 +199,14 @@ class Grid:
         self._given[name] = path
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
 
-    def take_recorded(self, folder: Path) -> list[Need]:
-        """Let needs for which nothing is given be those that the records in `folder` started from; returns these.
+    def runs_not_given(self) -> dict[str, str]:
+        """The needs that are made by a run, as the command line gives no file for them: name → program."""
+        runs = {name: spec["program"] for name, spec in self._needs.items() if "program" in spec}
+        return {name: program for name, program in runs.items() if name not in self._given}
 
-        That is for reporting: of a φ or run that was given for those trainings there is what was kept of its making,
-        not the file. Where records started from several, none is taken.
-        """
-        started = {id_ for path in folder.glob("*--*.json") for id_ in (load_json(path).get("needs") or {}).values()}
-        taken = []
-        for name, spec in self._needs.items():
-            ids = {id_ for id_ in started if re.fullmatch(rf"{re.escape(name)}-(seed\d+-)?[0-9a-f]{{8}}", id_)}
-            kept = folder / "needs" / f"{min(ids, default='')}.json"
-            if (
-                len(ids) != 1
-                or "-seed" in kept.stem
-                or "program" not in spec
-                or name in self._given
-                or not kept.exists()
-            ):
-                continue
-            card = {key: value for key, value in load_json(kept).items() if key != "need"}
-            config = config_of(spec["program"], card)
-            taken.append(Need(name, kept.stem, config=config, file=Path(kept.stem), card=card))
-        self._given |= {need.name: need.file for need in taken}
-        self._read |= {need.name: need for need in taken}
-        return taken
+    def give(self, need: Need) -> None:
+        """Let a need be this one, as if the command line had given its file."""
+        self._given[need.name], self._read[need.name] = need.file, need
 
     def baseline(self, row: str) -> str | None:
         """The row that `row` is compared with: the one it names, else the nearest baseline above it, itself none."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.grid import Cell, Grid, Need, changes, fingerprint
+from experiments.grid import Cell, Grid, Need, changes, config_of, fingerprint
 from experiments.statistics import Difference, Summary, paired_difference, summarize
 from metaperturb.config import MetaTestConfig
 from metaperturb.data import TARGETS
@@ -412,6 +412,29 @@ def _versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _version(result: Mapping[str, Any]) -> str:
     return f"{result.get('commit') or 'no commit'} ({result.get('code') or 'no digest'})"
+
+
+def take_recorded(grid: Grid, folder: Path) -> list[Need]:
+    """Let what the command line gives nothing for be what the records in `folder` started from; returns these needs.
+
+    It is for reports: of a φ or network that was given for those trainings there is what was kept of its making, not
+    the file. Where records started from several, or from one that a run of the table made, none is taken.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    started = {id_ for path in folder.glob("*--*.json") for id_ in read_record(path)["needs"].values()}
+    started |= {id_ for path in folder.glob(f"{DIVERGED}/*--*.json") for id_ in read_diverged(path)["needs"].values()}
+    taken = []
+    for name, program in grid.runs_not_given().items():
+        ids = [id_ for id_ in started if (content := content_of(id_)) and id_ == f"{name}-{content}"]
+        if len(ids) != 1 or "-seed" in ids[0]:
+            continue
+        kept = folder / "needs" / f"{ids[0]}.json"
+        card = {key: value for key, value in load_json(kept).items() if key != "need"} if kept.exists() else {}
+        taken.append(Need(name, ids[0], config=config_of(program, card), file=Path(ids[0]), card=card))
+        grid.give(taken[-1])
+    return taken
 
 
 def keep_need_records(needs: Iterable[Need], runs: Path, folder: Path) -> dict[str, dict[str, Any]]:
