@@ -233,9 +233,10 @@ def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     rows = []
     for method, same in methods.items():
         for run in same:
-            histories.setdefault(method, []).append(run.curve)
+            lines = run.curve
+            histories.setdefault(method, []).append(lines)
             of_run = {"method": method, "seed": run.config["seed"]}
-            rows += [of_run | {key: line[key] for key in EVALUATION} for line in run.curve]
+            rows += [of_run | {key: line[key] for key in EVALUATION} for line in lines]
         if not set.intersection(*({line["step"] for line in lines} for lines in histories[method])):
             raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
     path = picture_path(arguments, f"fig5-{slug(title(runs[0]))}")

@@ -38,20 +38,18 @@ def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
     """The evaluations in a run's `metrics.jsonl`, each with the means of training over the steps since the last one."""
-    found, losses, accuracies, weights, before = [], [], [], [], 0
+    found, trained, before = [], [], 0  # trained: since the last evaluation, the lines and how many steps each is of
     for line in read_metrics(run_dir):
         if "train_loss" in line:
-            losses.append(line["train_loss"])
-            accuracies.append(line["train_accuracy"])
-            weights.append(line["step"] - before)
+            trained.append((line, line["step"] - before))
             before = line["step"]
         if "test_accuracy" in line:
             tested = {key: value for key, value in line.items() if key == "step" or key.startswith("test_")}
-            if sum(weights):
-                tested["train_loss"] = round(fmean(losses, weights), 6)
-                tested["train_accuracy"] = round(fmean(accuracies, weights), 6)
+            weights = [steps for _, steps in trained]
+            for key in ("train_loss", "train_accuracy") if sum(weights) else ():
+                tested[key] = round(fmean((line[key] for line, _ in trained), weights), 6)
             found.append(tested)
-            losses, accuracies, weights = [], [], []
+            trained = []
     return found
 
 
