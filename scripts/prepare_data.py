@@ -1,11 +1,14 @@
 """Download, check and cache data sets ahead of training.
 
 ./run.sh data tiny_imagenet cub          # or all
+./run.sh data cub50.zip s-cifar100.zip   # the images of results/README.md, made of these: of CUB and CIFAR-100
 python scripts/prepare_data.py --data-root data s_cifar100
 """
 
 import sys
 from pathlib import Path
+
+from experiments.images import ZIPS, make_zip
 
 from metaperturb.cli import argument_parser, run_program
 from metaperturb.data import TARGETS, load_target
@@ -17,17 +20,20 @@ NEED_NO_PREPARATION = {"embedded", "embedded_source", "folder"}
 def main() -> int:
     parser = argument_parser(__doc__)
     names = [name for name in TARGETS if name not in NEED_NO_PREPARATION]
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"of: {', '.join(names)}, all")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"of: {', '.join(names)}, all; {', '.join(ZIPS)}")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     arguments = parser.parse_args()
 
     def prepare() -> None:
         wanted = names if arguments.names == ["all"] else arguments.names
-        if unknown := [name for name in wanted if name not in names]:
-            raise UserError(f"unknown data set {unknown[0]!r} (known: {', '.join(names)}, all)")
+        if unknown := [name for name in wanted if name not in [*names, *ZIPS]]:
+            raise UserError(f"unknown data set {unknown[0]!r} (known: {', '.join([*names, 'all', *ZIPS])})")
         missing = []
         for name in wanted:
             try:
+                if name in ZIPS:
+                    print(make_zip(name, arguments.data_root))
+                    continue
                 parts = load_target(name, data_root=arguments.data_root, splits=TARGETS[name].splits)
             except UserError as error:  # the others are prepared all the same
                 print(f"{name}: {error}", file=sys.stderr)

@@ -4,14 +4,10 @@ import csv
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 from experiments.grid import Cell, Grid
 
 CONFIGS = ROOT / "configs"

@@ -1,12 +1,18 @@
 """Small real image files and archives for the tests of the data package."""
 
+import dataclasses
+import hashlib
 import io
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import torchvision.datasets as tv
 from PIL import Image
+
+from metaperturb.data import TARGETS
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -57,6 +63,44 @@ def write_folder(path: Path, files: dict[str, bytes]) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
     return path
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def expect_counts(monkeypatch, name, num_classes, train, test, val=None):
+    """Expect the counts of the miniature instead of the official ones."""
+    spec = dataclasses.replace(TARGETS[name], num_classes=num_classes, train=train, test=test, val=val)
+    monkeypatch.setitem(TARGETS, name, spec)
+
+
+def cub_files():
+    images = [f"00{1 + i // 4}.Bird_{i // 4}/b{i}.jpg" for i in range(12)]
+    files = {f"images/{name}": picture(i, (60, 50), "JPEG") for i, name in enumerate(images)}
+    files["images.txt"] = "".join(f"{i + 1} {name}\n" for i, name in enumerate(images)).encode()
+    files["image_class_labels.txt"] = "".join(f"{i + 1} {1 + i // 4}\n" for i in range(12)).encode()
+    files["train_test_split.txt"] = "".join(f"{i + 1} {int(i % 4 < 2)}\n" for i in range(12)).encode()
+    files["classes.txt"] = b"1 001.Bird_0\n2 002.Bird_1\n3 003.Bird_2\n"
+    return {**{f"CUB_200_2011/{name}": content for name, content in files.items()}, "attributes.txt": b"1 x"}
+
+
+def cifar_archive(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    files, data = {}, {}
+    for split, count in (("train", 160), ("test", 6)):
+        data[split] = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+        labels = [i % 2 for i in range(count)]
+        files[split] = pickle.dumps({"data": data[split].reshape(count, -1), "fine_labels": labels})
+    files["meta"] = pickle.dumps({"fine_label_names": ["apple", "bee"]})
+    archive = write_tar(
+        tmp_path / "cifar-100-python.tar.gz", {f"cifar-100-python/{name}": content for name, content in files.items()}
+    )
+    monkeypatch.setattr(tv.CIFAR100, "tgz_md5", md5(archive.read_bytes()))
+    monkeypatch.setattr(tv.CIFAR100, "train_list", [["train", md5(files["train"])]])
+    monkeypatch.setattr(tv.CIFAR100, "test_list", [["test", md5(files["test"])]])
+    monkeypatch.setattr(tv.CIFAR100, "meta", {**tv.CIFAR100.meta, "md5": md5(files["meta"])})
+    return data
 
 
 def one_line(error) -> str:

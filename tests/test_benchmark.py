@@ -9,18 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_line
+from bench.exchange import fit, predicted
+from bench.page import quantity, short
+from bench.timing import interleave, peak_memory, ratio, summary
+from bench.training import steps_together
+from benchmark import checked, parse
+from conftest import ROOT, error_line
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-from bench.exchange import fit, predicted  # noqa: E402
-from bench.page import quantity, short  # noqa: E402
-from bench.timing import interleave, peak_memory, ratio, summary  # noqa: E402
-from bench.training import steps_together  # noqa: E402
-from benchmark import checked, parse  # noqa: E402
-
-from metaperturb.errors import UserError  # noqa: E402
-from metaperturb.provenance import available_cores  # noqa: E402
+from metaperturb.errors import UserError
+from metaperturb.provenance import available_cores
 
 CPU = torch.device("cpu")
 SUITES = ("bars", "site", "scaling", "exchange", "training")

@@ -16,6 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, alive, error_line
+from experiment import check, cost, fingerprints, grid_parser, overrides, run_grid, take_over
+from experiment import experiment as run_experiment
+from experiments.grid import Grid, Overrides
+from experiments.results import Results, content_of, training_of
+from experiments.runner import Job, last_step, run_jobs
 from grid_files import read_csv, tables, write_grid, write_record
 from test_run_sh import run_sh
 
@@ -24,13 +29,6 @@ from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import save_phi
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from experiment import check, cost, fingerprints, grid_parser, overrides, run_grid, take_over
-from experiment import experiment as run_experiment
-from experiments.grid import Grid, Overrides
-from experiments.results import Results, content_of, training_of
-from experiments.runner import Job, last_step, run_jobs
 
 CPU = ("--devices", "cpu")
 SECONDS = 100  # that anything here may take

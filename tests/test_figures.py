@@ -12,18 +12,15 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from experiments.results import write_record
 from PIL import Image
 
+import figures as scripts_figures
 import metaperturb.meta_test as program
 import metaperturb.meta_train as meta_training
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi, save_phi
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from experiments.results import write_record
-
-import figures as scripts_figures
 
 FIGURE_6 = ("fig6-robustness", "fig6-calibration", "fig6-samples")
 FAST = [

@@ -4,14 +4,13 @@ import dataclasses
 import hashlib
 import json
 import struct
-import sys
 from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from experiments.grid import Grid, Overrides, fingerprint
 from grid_files import CONFIGS, GRID, write_grid
 from image_files import one_line
 
@@ -20,9 +19,6 @@ from metaperturb.errors import UserError
 from metaperturb.methods import METHODS
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import load_phi, save_phi
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from experiments.grid import Grid, Overrides, fingerprint
 
 TABLES = ("table1", "table2", "table3")
 

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import statistics
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -12,12 +11,10 @@ import pytest
 import scipy.stats
 import yaml
 from conftest import ROOT
-from grid_files import tables
-
-sys.path.insert(0, str(ROOT / "scripts"))
 from experiment import write_table
 from experiments.grid import Grid
 from experiments.results import take_recorded
+from grid_files import tables
 
 PAGES = sorted(path for path in (ROOT / "results").glob("*/*.csv") if path.with_suffix("").is_dir())
 

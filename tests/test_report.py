@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from PIL import Image
-
-sys.path.insert(0, str(ROOT / "scripts"))
 from experiments.table import CSV_COLUMNS
+from PIL import Image
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

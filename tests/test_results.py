@@ -4,30 +4,26 @@ import json
 import math
 import shutil
 import statistics
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import scipy.stats
-import torch
-from conftest import ROOT
-from grid_files import GRID, fill, read_csv, tables, write_grid, write_record
-from image_files import one_line
-
-from metaperturb.errors import UserError
-from metaperturb.perturbation import MetaPerturb
-from metaperturb.weights import load_phi, save_phi
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import report
+import scipy.stats
 import select_phi
+import torch
 import tune
 from experiment import grid_parser, write_table
 from experiments.grid import Grid, Overrides
 from experiments.results import Results, curve, take_recorded, write_diverged
 from experiments.results import write_record as write_own_record
 from experiments.statistics import paired_difference, summarize, t_cdf, t_quantile
+from grid_files import GRID, fill, read_csv, tables, write_grid, write_record
+from image_files import one_line
+
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.weights import load_phi, save_phi
 
 # --- statistics
 

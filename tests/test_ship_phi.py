@@ -2,20 +2,16 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+import ship_phi
 import torch
-from conftest import ROOT
 from image_files import one_line
 
 from metaperturb import UserError, load_phi, weights
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import SHIPPED, phi_digest, save_phi
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import ship_phi
 
 CARD = {
     "source": {"name": "tiny_imagenet-train", "images": 40000, "classes": 200, "fingerprint": "44bdec7ca5ee700a"},

@@ -1,34 +1,32 @@
 """Target sets in miniature official layouts, and what is said when they are absent or damaged."""
 
 import builtins
-import dataclasses
 import gzip
-import hashlib
 import io
-import pickle
 import sys
 
 import numpy as np
 import prepare_data
 import pytest
 import torchvision.datasets as tv
-from image_files import expected_pixels, one_line, picture, write_folder, write_tar, write_zip
+from image_files import (
+    cifar_archive,
+    cub_files,
+    expect_counts,
+    expected_pixels,
+    md5,
+    one_line,
+    picture,
+    write_folder,
+    write_tar,
+    write_zip,
+)
 
 from metaperturb.data import TARGETS, load_source, load_target, targets
 from metaperturb.data.targets import crop_padding
 from metaperturb.errors import UserError
 
 DEAD = "http://127.0.0.1:9/"  # nothing listens there
-
-
-def _shrink(monkeypatch, name, num_classes, train, test, val=None):
-    """Expect the counts of the miniature instead of the official ones."""
-    spec = dataclasses.replace(TARGETS[name], num_classes=num_classes, train=train, test=test, val=val)
-    monkeypatch.setitem(TARGETS, name, spec)
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content).hexdigest()
 
 
 def _mat(**content) -> bytes:
@@ -107,20 +105,10 @@ def test_unknown_names(tmp_path):
 # --- CUB
 
 
-def _cub_files():
-    images = [f"00{1 + i // 4}.Bird_{i // 4}/b{i}.jpg" for i in range(12)]
-    files = {f"images/{name}": picture(i, (60, 50), "JPEG") for i, name in enumerate(images)}
-    files["images.txt"] = "".join(f"{i + 1} {name}\n" for i, name in enumerate(images)).encode()
-    files["image_class_labels.txt"] = "".join(f"{i + 1} {1 + i // 4}\n" for i in range(12)).encode()
-    files["train_test_split.txt"] = "".join(f"{i + 1} {int(i % 4 < 2)}\n" for i in range(12)).encode()
-    files["classes.txt"] = b"1 001.Bird_0\n2 002.Bird_1\n3 003.Bird_2\n"
-    return {**{f"CUB_200_2011/{name}": content for name, content in files.items()}, "attributes.txt": b"1 x"}
-
-
 @pytest.mark.parametrize("form", ["archive", "folder", "parent", "named"])
 def test_cub(tmp_path, monkeypatch, form):
-    _shrink(monkeypatch, "cub", 3, 6, 6)
-    files, path = _cub_files(), None
+    expect_counts(monkeypatch, "cub", 3, 6, 6)
+    files, path = cub_files(), None
     if form == "archive":
         write_tar(tmp_path / "CUB_200_2011.tgz", files)
     elif form == "named":
@@ -138,7 +126,7 @@ def test_cub(tmp_path, monkeypatch, form):
 
 
 def test_cub_counts_are_verified(tmp_path):
-    write_tar(tmp_path / "CUB_200_2011.tgz", _cub_files())
+    write_tar(tmp_path / "CUB_200_2011.tgz", cub_files())
     with pytest.raises(
         UserError, match="expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3"
     ) as e:
@@ -157,9 +145,9 @@ BROKEN_CUB = {
 
 @pytest.mark.parametrize("case", BROKEN_CUB)
 def test_broken_cub(tmp_path, monkeypatch, case):
-    _shrink(monkeypatch, "cub", 3, 6, 6)
+    expect_counts(monkeypatch, "cub", 3, 6, 6)
     name, content, says = BROKEN_CUB[case]
-    files = _cub_files()
+    files = cub_files()
     files[f"CUB_200_2011/{name}"] = content
     files = {name: content for name, content in files.items() if content is not None}
     with pytest.raises(UserError) as error:
@@ -200,7 +188,7 @@ def _dogs_files():
 
 @pytest.mark.parametrize("form", ["archives", "extracted"])
 def test_dogs(tmp_path, monkeypatch, form):
-    _shrink(monkeypatch, "dogs", 2, 4, 4)
+    expect_counts(monkeypatch, "dogs", 2, 4, 4)
     images, lists = _dogs_files()
     place = tmp_path / "stanford_dogs"
     place.mkdir()
@@ -266,7 +254,7 @@ def _cars_files():
 
 
 def test_cars(tmp_path, monkeypatch):
-    _shrink(monkeypatch, "cars", 2, 4, 3)
+    expect_counts(monkeypatch, "cars", 2, 4, 3)
     files = _cars_files()
     write_folder(tmp_path / "stanford_cars", files)
     train, test = load_target("cars", data_root=tmp_path)
@@ -293,13 +281,13 @@ def _aircraft_files():
 
 @pytest.mark.parametrize("form", ["extracted", "archive", "download"])
 def test_aircraft(tmp_path, monkeypatch, form):
-    _shrink(monkeypatch, "aircraft", 2, 4, 2)
+    expect_counts(monkeypatch, "aircraft", 2, 4, 2)
     files = _aircraft_files()
     if form == "extracted":
         write_folder(tmp_path, files)
     else:
         archive = write_tar(tmp_path / "fgvc-aircraft-2013b.tar.gz", files)
-        monkeypatch.setattr(targets, "AIRCRAFT_MD5", _md5(archive.read_bytes()))
+        monkeypatch.setattr(targets, "AIRCRAFT_MD5", md5(archive.read_bytes()))
         if form == "download":
             fetched = tmp_path / "server.tar.gz"
             archive.rename(fetched)
@@ -327,7 +315,7 @@ def test_aircraft_absent_or_cut_off(tmp_path, monkeypatch):
         load_target("aircraft", data_root=tmp_path)
     one_line(error)
     archive.write_bytes(archive.read_bytes()[:3000])
-    monkeypatch.setattr(targets, "AIRCRAFT_MD5", _md5(archive.read_bytes()))
+    monkeypatch.setattr(targets, "AIRCRAFT_MD5", md5(archive.read_bytes()))
     with pytest.raises(UserError, match="failed") as error:  # while extracting: nothing may be left of it
         load_target("aircraft", data_root=tmp_path)
     one_line(error)
@@ -345,13 +333,13 @@ def _dtd_files():
 
 @pytest.mark.parametrize("form", ["extracted", "archive"])
 def test_dtd(tmp_path, monkeypatch, form):
-    _shrink(monkeypatch, "dtd", 2, 8, 4)
+    expect_counts(monkeypatch, "dtd", 2, 8, 4)
     files = _dtd_files()
     if form == "extracted":
         write_folder(tmp_path / "dtd", files)
     else:
         archive = write_tar(tmp_path / "dtd-r1.0.1.tar.gz", files)
-        monkeypatch.setattr(tv.DTD, "_MD5", _md5(archive.read_bytes()))
+        monkeypatch.setattr(tv.DTD, "_MD5", md5(archive.read_bytes()))
     train, test = load_target("dtd", data_root=tmp_path, download=False)
     assert train.classes == ("banded", "woven")
     assert train.labels.tolist() == [0, 1] * 4 and test.labels.tolist() == [0, 1] * 2
@@ -360,27 +348,9 @@ def test_dtd(tmp_path, monkeypatch, form):
     assert not list((tmp_path / "dtd").glob("*.tar.gz"))
 
 
-def _cifar_archive(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    files, data = {}, {}
-    for split, count in (("train", 160), ("test", 6)):
-        data[split] = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-        labels = [i % 2 for i in range(count)]
-        files[split] = pickle.dumps({"data": data[split].reshape(count, -1), "fine_labels": labels})
-    files["meta"] = pickle.dumps({"fine_label_names": ["apple", "bee"]})
-    archive = write_tar(
-        tmp_path / "cifar-100-python.tar.gz", {f"cifar-100-python/{name}": content for name, content in files.items()}
-    )
-    monkeypatch.setattr(tv.CIFAR100, "tgz_md5", _md5(archive.read_bytes()))
-    monkeypatch.setattr(tv.CIFAR100, "train_list", [["train", _md5(files["train"])]])
-    monkeypatch.setattr(tv.CIFAR100, "test_list", [["test", _md5(files["test"])]])
-    monkeypatch.setattr(tv.CIFAR100, "meta", {**tv.CIFAR100.meta, "md5": _md5(files["meta"])})
-    return data
-
-
 def test_s_cifar100(tmp_path, monkeypatch):
-    _shrink(monkeypatch, "s_cifar100", 2, 100, 6, val=50)
-    data = _cifar_archive(tmp_path, monkeypatch)
+    expect_counts(monkeypatch, "s_cifar100", 2, 100, 6, val=50)
+    data = cifar_archive(tmp_path, monkeypatch)
     train, val, test = load_target("s_cifar100", data_root=tmp_path, splits=("train", "val", "test"))
     assert train.classes == ("apple", "bee") and test.labels.tolist() == [0, 1] * 3
     np.testing.assert_array_equal(test.images, data["test"])
@@ -400,7 +370,7 @@ def test_s_cifar100(tmp_path, monkeypatch):
 
 
 def test_small_svhn(tmp_path, monkeypatch):
-    _shrink(monkeypatch, "small_svhn", 10, 5000, 20)
+    expect_counts(monkeypatch, "small_svhn", 10, 5000, 20)
     rng = np.random.default_rng(0)
     data = {}
     for split, count in (("train", 5100), ("test", 20)):
@@ -409,7 +379,7 @@ def test_small_svhn(tmp_path, monkeypatch):
         content = _mat(X=images, y=labels[:, None])
         data[split] = images.transpose(3, 2, 0, 1)
         (tmp_path / f"{split}_32x32.mat").write_bytes(content)
-        monkeypatch.setitem(tv.SVHN.split_list, split, [DEAD, f"{split}_32x32.mat", _md5(content)])
+        monkeypatch.setitem(tv.SVHN.split_list, split, [DEAD, f"{split}_32x32.mat", md5(content)])
     train, test = load_target("small_svhn", data_root=tmp_path, download=False)
     assert np.bincount(train.labels).tolist() == [500] * 10
     np.testing.assert_array_equal(test.images, data["test"])
@@ -417,7 +387,7 @@ def test_small_svhn(tmp_path, monkeypatch):
 
 
 def test_stl10(tmp_path, monkeypatch):
-    _shrink(monkeypatch, "stl10", 2, 4, 2)
+    expect_counts(monkeypatch, "stl10", 2, 4, 2)
     rng = np.random.default_rng(0)
     files, data = {"class_names.txt": b"airplane\nbird\n", "unlabeled_X.bin": b""}, {}
     for split, count in (("train", 4), ("test", 2)):
@@ -426,7 +396,7 @@ def test_stl10(tmp_path, monkeypatch):
         files[f"{split}_y.bin"] = bytes(1 + i % 2 for i in range(count))
     write_folder(tmp_path / "stl10_binary", files)
     for table in ("train_list", "test_list"):
-        monkeypatch.setattr(tv.STL10, table, [[name, _md5(files[name])] for name, _ in getattr(tv.STL10, table)])
+        monkeypatch.setattr(tv.STL10, table, [[name, md5(files[name])] for name, _ in getattr(tv.STL10, table)])
     train, _ = load_target("stl10", data_root=tmp_path)
     assert train.classes == ("airplane", "bird") and train.labels.tolist() == [0, 1, 0, 1]
     np.testing.assert_array_equal(train.images, data["train"])
@@ -445,7 +415,7 @@ def test_stl10_absent(tmp_path, monkeypatch):
 
 
 def test_fashion_mnist(tmp_path, monkeypatch):
-    _shrink(monkeypatch, "fashion_mnist", 10, 6, 3)
+    expect_counts(monkeypatch, "fashion_mnist", 10, 6, 3)
     rng = np.random.default_rng(0)
     resources, data = [], {}
     for split, count in (("train", 6), ("t10k", 3)):
@@ -455,7 +425,7 @@ def test_fashion_mnist(tmp_path, monkeypatch):
         for kind, content in (("images-idx3", header + data[split].tobytes()), ("labels-idx1", labels)):
             packed = gzip.compress(content)
             (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(packed)
-            resources.append((f"{split}-{kind}-ubyte.gz", _md5(packed)))
+            resources.append((f"{split}-{kind}-ubyte.gz", md5(packed)))
     monkeypatch.setattr(tv.FashionMNIST, "resources", resources)
     train, test = load_target("fashion_mnist", data_root=tmp_path, download=False)
     assert train.images.shape == (6, 3, 32, 32) and test.labels.tolist() == [0, 1, 2]
@@ -471,8 +441,8 @@ def test_fashion_mnist(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_prepared_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
-    _shrink(monkeypatch, "cub", 3, 6, 6)
-    write_tar(tmp_path / "CUB_200_2011.tgz", _cub_files())
+    expect_counts(monkeypatch, "cub", 3, 6, 6)
+    write_tar(tmp_path / "CUB_200_2011.tgz", cub_files())
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--data-root", str(tmp_path), "cars", "cub"])
     assert prepare_data.main() == 1
     said = capsys.readouterr()

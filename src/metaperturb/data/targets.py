@@ -88,6 +88,27 @@ TARGETS: dict[str, TargetSpec] = {
 }
 
 
+@contextlib.contextmanager
+def open_target(name: str, split: str, *, data_root: Path, download: bool = True) -> Iterator[Plan]:
+    """One split of an official target set as it is published: encoded files or pixels at their own sizes.
+
+    Args:
+        name: one of `TARGETS` with official archives, such as `"cub"`.
+        split: one of its splits.
+        data_root: where the data set is, or is downloaded to.
+        download: fetch what is absent.
+
+    Yields:
+        the images, in official order; they can be read while the context is open.
+
+    Raises:
+        UserError: anything wrong with the data, or other counts than the official ones.
+    """
+    with ExitStack() as stack:
+        _, plan = _LOADERS[name](_usual_place(name, Path(data_root).expanduser()), split, download, stack)
+        yield _with_official_counts(plan(), name, split)
+
+
 def load_target(
     name: str,
     *,
@@ -145,7 +166,7 @@ def load_target(
         return load_image_folder(
             path, data_root=data_root, image_size=size, splits=splits, skip_unreadable=skip_unreadable
         )
-    place = Path(path).expanduser() if path is not None else _USUAL_PLACE.get(name, lambda root: root)(data_root)
+    place = Path(path).expanduser() if path is not None else _usual_place(name, data_root)
     if path is not None and not place.exists():  # nothing is downloaded to it: the name may be misspelt
         raise UserError(f"target {name}: {place}: no such file or folder")
     arrays = []
@@ -154,15 +175,14 @@ def load_target(
             key, make_plan = _LOADERS[name](place, split, download, stack)
 
             def checked(make_plan: Callable[[], Plan] = make_plan, split: str = split) -> Plan:
-                plan = make_plan()
-                _check_counts(plan, spec, split)
-                return plan
+                return _with_official_counts(make_plan(), name, split)
 
             arrays.append(cached(data_root, name, split, size, key, checked, skip_unreadable))
     return tuple(arrays)
 
 
-def _check_counts(plan: Plan, spec: TargetSpec, split: str) -> None:
+def _with_official_counts(plan: Plan, name: str, split: str) -> Plan:
+    spec = TARGETS[name]
     wanted = (getattr(spec, split), spec.num_classes)
     found = (len(plan.labels), len(plan.classes))
     if found != wanted:
@@ -170,6 +190,7 @@ def _check_counts(plan: Plan, spec: TargetSpec, split: str) -> None:
             f"{plan.where}: expected {wanted[0]} {split} images of {wanted[1]} classes for {spec.title}, "
             f"found {found[0]} of {found[1]}; is the data complete?"
         )
+    return plan
 
 
 def _embedded(image_size: int, splits: Sequence[str]) -> tuple[ImageArrays, ...]:
@@ -520,12 +541,9 @@ _LOADERS: dict[str, Callable[[Path, str, bool, ExitStack], tuple[str, Callable[[
 }
 
 
-def _usual_cub(data_root: Path) -> Path:
-    archive, folder = data_root / "CUB_200_2011.tgz", data_root / "CUB_200_2011"
-    return folder if folder.is_dir() and not archive.exists() else archive
-
-
-_USUAL_PLACE: dict[str, Callable[[Path], Path]] = {
-    "cub": _usual_cub,
-    "dogs": lambda data_root: data_root / "stanford_dogs",
-}
+def _usual_place(name: str, data_root: Path) -> Path:
+    """Where a data set is without a `path`: its own archive or folder, or what torchvision calls `root`."""
+    if name == "cub":
+        archive, folder = data_root / "CUB_200_2011.tgz", data_root / "CUB_200_2011"
+        return folder if folder.is_dir() and not archive.exists() else archive
+    return data_root / "stanford_dogs" if name == "dogs" else data_root

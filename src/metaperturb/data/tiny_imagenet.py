@@ -46,7 +46,7 @@ def load_tiny_imagenet(
             network.
     """
     if not paths:
-        paths = [_default_path(Path(data_root).expanduser(), fetch)]
+        paths = [find_tiny_imagenet(Path(data_root).expanduser(), fetch=fetch)]
     with ExitStack() as stack:
         archives = [stack.enter_context(open_archive(path)) for path in paths]
         make = {"train": _plan_train, "val": _plan_val}[split]
@@ -54,7 +54,12 @@ def load_tiny_imagenet(
         return cached(data_root, "tiny_imagenet", split, image_size, key, lambda: make(archives), skip_unreadable)
 
 
-def _default_path(data_root: Path, fetch: bool) -> Path:
+def find_tiny_imagenet(data_root: Path, *, fetch: bool = True) -> Path:
+    """The official archive under the data root, downloaded (248 MB) if it is absent, or the folder extracted from it.
+
+    Raises:
+        UserError: it is not there, and must not or cannot be downloaded.
+    """
     folder, archive = data_root / "tiny-imagenet-200", data_root / "tiny-imagenet-200.zip"
     if not archive.exists() and folder.is_dir():
         return folder

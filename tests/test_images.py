@@ -1,0 +1,185 @@
+"""The zips of the published results, made of miniatures of the official data sets."""
+
+import hashlib
+import io
+import re
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import prepare_data
+import pytest
+from experiments import images
+from image_files import cifar_archive, cub_files, expect_counts, one_line, picture, write_folder, write_tar, write_zip
+from PIL import Image
+
+from metaperturb.data.image_folder import load_image_folder
+from metaperturb.errors import UserError
+
+
+def _expect(monkeypatch, name, count, digest=None):
+    monkeypatch.setitem(images.ZIPS, name, images.ImageZip(count, images.ZIPS[name].members, digest))
+
+
+def test_cub50(tmp_path, monkeypatch):
+    expect_counts(monkeypatch, "cub", 3, 6, 6)
+    files = cub_files()
+    write_tar(tmp_path / "CUB_200_2011.tgz", files)
+    monkeypatch.setattr(images, "CUB_CLASSES", 2)
+    _expect(monkeypatch, "cub50.zip", 8)
+    path = images.make_zip("cub50.zip", tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        assert sorted(archive.namelist()) == [
+            f"cub50/{split}/00{c + 1}.Bird_{c}/b{4 * c + i}.jpg"
+            for split, numbers in (("test", (2, 3)), ("train", (0, 1)))
+            for c in (0, 1)
+            for i in numbers
+        ]
+        for member in archive.namelist():
+            original = files[f"CUB_200_2011/images/{member.split('/', 2)[2]}"]
+            with Image.open(io.BytesIO(original)) as image:
+                expected = np.asarray(image.resize((84, 84), Image.Resampling.BILINEAR), dtype=float)
+            with Image.open(io.BytesIO(archive.read(member))) as image:
+                assert image.format == "JPEG" and image.size == (84, 84)
+                assert np.abs(np.asarray(image) - expected).mean() < 4  # what JPEG loses
+    train, test = load_image_folder(path, data_root=tmp_path, image_size=32)
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_s_cifar100_in_the_listed_order(tmp_path, monkeypatch):
+    expect_counts(monkeypatch, "cifar100", 2, 160, 6)
+    data = cifar_archive(tmp_path, monkeypatch)
+    chosen = {  # indices of each class; the labels alternate
+        "train": {"apple": [6, 2, 8], "bee": [1, 9, 3]},
+        "val": {"apple": [0], "bee": [159]},
+        "test": {"apple": [4, 0], "bee": [5, 1]},
+    }
+    source = {"train": data["train"], "val": data["train"], "test": data["test"]}
+    rows = [
+        " ".join([f"{s}/{c}", *(f"{zlib.crc32(source[s][i].transpose(1, 2, 0).tobytes()):08x}" for i in wanted)])
+        for s, classes in chosen.items()
+        for c, wanted in classes.items()
+    ]
+    listed = tmp_path / "listed.crc32"
+    listed.write_text("\n".join(["# a comment", *rows]) + "\n")
+    monkeypatch.setattr(images, "S_CIFAR100", listed)
+    _expect(monkeypatch, "s-cifar100.zip", 12)
+    path = images.make_zip("s-cifar100.zip", tmp_path)
+    splits = ("train", "val", "test")
+    for split, arrays in zip(splits, load_image_folder(path, data_root=tmp_path, splits=splits), strict=True):
+        wanted = chosen[split]["apple"] + chosen[split]["bee"]
+        np.testing.assert_array_equal(arrays.images, source[split][wanted])
+        assert arrays.classes == ("apple", "bee")
+        assert arrays.labels.tolist() == [int(i % 2) for i in wanted]
+    listed.write_text("train/bee 00000000\n")
+    path.unlink()
+    with pytest.raises(UserError, match="image 00000000 of train/bee is not among its train images") as error:
+        images.make_zip("s-cifar100.zip", tmp_path)
+    assert "cifar-100-python" in one_line(error)
+    assert not list(tmp_path.glob("*s-cifar100*"))
+
+
+def test_the_list_of_s_cifar100():
+    rows = [line.split() for line in images.S_CIFAR100.read_text().splitlines() if not line.startswith("#")]
+    assert {len(crcs) for folder, *crcs in rows if folder.startswith("train/")} == {50}
+    assert {len(crcs) for folder, *crcs in rows if folder.startswith("val/")} == {25}
+    assert {len(crcs) for folder, *crcs in rows if folder.startswith("test/")} == {100}
+    assert len(rows) == len({folder for folder, *_ in rows}) == 300
+    of_train, of_val = (
+        {crc for folder, *crcs in rows if folder.startswith(split) for crc in crcs} for split in ("train/", "val/")
+    )
+    assert len(of_train) == 5000 and len(of_val) == 2500 and not of_train & of_val
+    assert all(re.fullmatch("[0-9a-f]{8}", crc) for _, *crcs in rows for crc in crcs)
+
+
+def _tiny_imagenet():
+    files = {
+        f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG": picture(i, (64, 64), "JPEG")
+        for wnid in ("n01", "n02")
+        for i in range(6)
+    }
+    order = ["n01", "n01", "n02", "n01", "n02"]
+    rows = [f"val_{i}.JPEG\t{wnid}\t0\t0\t9\t9\n" for i, wnid in enumerate(order)]
+    files["tiny-imagenet-200/val/val_annotations.txt"] = "".join(rows).encode()
+    files.update({f"tiny-imagenet-200/val/images/val_{i}.JPEG": picture(50 + i, (64, 64), "JPEG") for i in range(5)})
+    return files
+
+
+def _part_of_tiny_imagenet(monkeypatch):
+    monkeypatch.setattr(images, "IMAGES_A_PART", 2)
+    monkeypatch.setattr(images, "VALIDATION_IMAGES", 1)
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_parts_of_tiny_imagenet_are_the_files_themselves(tmp_path, monkeypatch, as_folder):
+    files = _tiny_imagenet()
+    _part_of_tiny_imagenet(monkeypatch)
+    write_folder(tmp_path, files) if as_folder else write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+    for part, numbers, validation in ((1, (0, 1), (0, 2)), (2, (2, 3), ())):
+        name = f"tiny-imagenet-200.part{part}.zip"
+        wanted = [f"tiny-imagenet-200/train/{w}/images/{w}_{i}.JPEG" for w in ("n01", "n02") for i in numbers]
+        wanted += [f"tiny-imagenet-200/val/images/val_{i}.JPEG" for i in validation]
+        rows = "\n".join(sorted(f"{member}:{zlib.crc32(files[member]):08x}" for member in wanted))
+        _expect(monkeypatch, name, len(wanted), hashlib.sha256(rows.encode()).hexdigest())
+        with zipfile.ZipFile(images.make_zip(name, tmp_path)) as archive:
+            found = {member: archive.read(member) for member in archive.namelist()}
+        table = found.pop("tiny-imagenet-200/val/val_annotations.txt", b"")
+        assert found == {member: files[member] for member in wanted}
+        assert [line.split()[:2] for line in table.decode().splitlines()] == (
+            [["val_0.JPEG", "n01"], ["val_2.JPEG", "n02"]] if part == 1 else []
+        )
+
+
+@pytest.mark.parametrize(
+    ("images_there", "digest", "says"),
+    [
+        (7, None, "expected 7 images, found 6; is the official data complete?"),
+        (6, "0" * 64, "not the images behind the published results; is the data set the official one?"),
+    ],
+)
+def test_other_images_than_the_official_ones(tmp_path, monkeypatch, images_there, digest, says):
+    _part_of_tiny_imagenet(monkeypatch)
+    write_zip(tmp_path / "tiny-imagenet-200.zip", _tiny_imagenet())
+    _expect(monkeypatch, "tiny-imagenet-200.part1.zip", images_there, digest)
+    with pytest.raises(UserError) as error:
+        images.make_zip("tiny-imagenet-200.part1.zip", tmp_path)
+    assert says in one_line(error) and "part1.zip" in one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-imagenet-200.zip"]
+
+
+def _prepare(monkeypatch, root: Path, *names: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--data-root", str(root), *names])
+    return prepare_data.main()
+
+
+def test_a_validation_image_that_is_missing_and_a_broken_photograph(tmp_path, monkeypatch, capsys):
+    _part_of_tiny_imagenet(monkeypatch)
+    files = _tiny_imagenet()
+    del files["tiny-imagenet-200/val/images/val_2.JPEG"]
+    write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+    expect_counts(monkeypatch, "cub", 3, 6, 6)
+    files = cub_files() | {"CUB_200_2011/images/001.Bird_0/b0.jpg": b"no image"}
+    write_tar(tmp_path / "CUB_200_2011.tgz", files)
+    assert _prepare(monkeypatch, tmp_path, "tiny-imagenet-200.part1.zip", "cub50.zip") == 1
+    said = capsys.readouterr().err
+    assert "val/images/val_2.JPEG is listed but missing" in said
+    assert "001.Bird_0/b0.jpg: unreadable image" in said
+    assert said.splitlines()[-1] == "error: not prepared: tiny-imagenet-200.part1.zip, cub50.zip (why: above)"
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    _part_of_tiny_imagenet(monkeypatch)
+    write_zip(tmp_path / "tiny-imagenet-200.zip", _tiny_imagenet())
+    _expect(monkeypatch, "tiny-imagenet-200.part2.zip", 4)
+    made = tmp_path / "tiny-imagenet-200.part2.zip"
+    assert _prepare(monkeypatch, tmp_path, made.name) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{made}\n" and "4 images in" in said.err
+    content, when = made.read_bytes(), made.stat().st_mtime_ns
+    assert _prepare(monkeypatch, tmp_path, made.name) == 0
+    assert "is there already" in capsys.readouterr().err and made.stat().st_mtime_ns == when
+    made.unlink()
+    assert _prepare(monkeypatch, tmp_path, made.name) == 0 and made.read_bytes() == content
+    assert _prepare(monkeypatch, tmp_path, "cub500.zip") == 2 or "unknown data set" in capsys.readouterr().err
