@@ -15,6 +15,7 @@ from metaperturb.storage import write_atomically
 matplotlib.use("Agg")  # files only; no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
 # Okabe & Ito, then Tol: told apart by color-blind readers too (every two methods differ by 16 or more in CIELAB, for
@@ -308,9 +309,10 @@ def plot_effort(
             drawn = _draw_growth(axes, "MetaPerturb", by_amount, **line)
             for amount, mean, std, count in drawn:
                 above = mean + (std if count > 1 else 0)
-                axes.annotate(
+                text = axes.annotate(
                     f"n = {count}", (amount, above), (0, 5), textcoords="offset points", ha="center", fontsize=9
                 )
+                text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # the line may run through it
             rows += [("MetaPerturb", unit, *row) for row in drawn]
             if base:
                 mean, std = _mean_std(base)
