@@ -43,7 +43,7 @@ def main() -> int:
             save_figure(numbers(phi), arguments.out / "phi-82-numbers")
         print(arguments.out / "phi-82-numbers.png")
 
-    return run_program(draw, show_traceback=arguments.traceback)
+    return run_program(draw, show_traceback=arguments.traceback, resumes=False)
 
 
 # --- figure 1

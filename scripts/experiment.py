@@ -157,7 +157,7 @@ def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
     kept = keep_need_records(needs.values(), runs / "needs", folder)
     page = folder.with_name(folder.name + ".md")
     write_atomically(page, lambda file: file.write(markdown(grid, results, kept).encode()))
-    write_atomically(page.with_suffix(".csv"), lambda file: file.write(csv_text(grid, results).encode()))
+    write_atomically(page.with_suffix(".csv"), lambda file: file.write(csv_text(results).encode()))
     return page
 
 

@@ -20,6 +20,7 @@ MetaPerturb with several φ are told apart by the φ's file, and averaged if --c
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import types
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from experiments.finished import (
     EVALUATION,
     Finished,
@@ -89,10 +91,10 @@ def figures(arguments: argparse.Namespace) -> None:
     if arguments.figure == "learning":
         learning(meta_trainings, arguments)
         return
-    runs = find_runs(sources)
+    runs = find_runs(sources, may_lack=bool(meta_trainings))
     if arguments.methods:
         runs = [run for run in runs if run.method in arguments.methods]
-    if not runs:
+    if not (runs or meta_trainings):
         raise UserError("no finished run of these methods")
     runs = tell_phis_apart(runs, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
     if arguments.figure == "figures":
@@ -157,9 +159,16 @@ def picture_path(arguments: argparse.Namespace, stem: str) -> Path:
     return path
 
 
-def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
-    device = parse_devices(arguments.device, "--device")[0]
+@functools.cache
+def chosen_device(text: str) -> torch.device:
+    """What `--device` names; says it once, however many runs there are."""
+    device = parse_devices(text, "--device")[0]
     make_current(device)
+    return device
+
+
+def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
+    device = chosen_device(arguments.device)
     places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
     folder = run.dir
     try:

@@ -25,7 +25,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     def prepare() -> None:
-        wanted = names if arguments.names == ["all"] else arguments.names
+        wanted = [name for given in arguments.names for name in (names if given == "all" else [given])]
         if unknown := [name for name in wanted if name not in [*names, *ZIPS]]:
             raise UserError(f"unknown data set {unknown[0]!r} (known: {', '.join([*names, 'all', *ZIPS])})")
         missing = []
@@ -45,7 +45,7 @@ def main() -> int:
         if missing:
             raise UserError(f"not prepared: {', '.join(missing)} (why: above)")
 
-    return run_program(prepare, show_traceback=arguments.traceback)
+    return run_program(prepare, show_traceback=arguments.traceback, resumes=False)
 
 
 if __name__ == "__main__":

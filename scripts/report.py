@@ -145,7 +145,7 @@ def main() -> int:
         write_atomically(out, lambda file: file.write(page.encode()))
         print(out)
 
-    return run_program(report, show_traceback=arguments.traceback)
+    return run_program(report, show_traceback=arguments.traceback, resumes=False)
 
 
 def render(results: Path, figures: Path) -> str:
@@ -188,7 +188,7 @@ def _table(title: str, path: Path) -> str:
             lines = [*csv.DictReader(file, restval="")]
         rows, columns = (list(dict.fromkeys(line[key] for line in lines)) for key in ("row", "column"))
         by_place = {(line["row"], line["column"]): line for line in lines}
-        overview = [[_text(row), *(_cell(by_place.get((row, column))) for column in columns)] for row in rows]
+        overview = [[escape(row), *(_cell(by_place.get((row, column))) for column in columns)] for row in rows]
         shared = _shared(sorted({line["departs_from_paper"] for line in lines} - {""}))
         details = [_details(line, shared) for line in lines]
     except (OSError, UnicodeDecodeError, KeyError, ValueError) as error:
@@ -230,8 +230,8 @@ def _details(line: dict[str, str], shared: Sequence[str]) -> list[str]:
     own = [change for change in line["departs_from_paper"].split("; ") if change not in shared]
     setting = "; ".join(own) or "reduced, as said above" if line["departs_from_paper"] else "the paper's"
     return [
-        _text(line["row"]),
-        _text(line["column"]),
+        escape(line["row"]),
+        escape(line["column"]),
         _seeds(line),
         *numbers,
         _spread(line, "nll"),
@@ -250,10 +250,6 @@ def _spread(line: dict[str, str], key: str) -> str:
         return "–"
     spread = line[f"{key}_std"]
     return f"{float(line[key]):.2f}" + (f" ± {float(spread):.2f}" if spread else "")
-
-
-def _text(name: str) -> str:
-    return escape(name)
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(
         lambda: ship(arguments.name, arguments.phi, arguments.results, arguments.out),
         show_traceback=arguments.traceback,
+        resumes=False,
     )
 
 

@@ -1,10 +1,16 @@
-"""How programs start: what they do with memory that is freed."""
+"""How programs start, stop and write files."""
 
+import os
 import platform
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from metaperturb.cli import run_program
+from metaperturb.storage import write_atomically
 
 PAGES = """
 import resource, sys
@@ -31,3 +37,31 @@ def test_a_program_touches_new_memory_once_a_library_as_its_user_wants():
 
     assert new_pages("program") < 100
     assert new_pages("import") > 400  # 96 MB each time, in pages of 4 kB or of 2 MB
+
+
+def test_writers_in_two_containers_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """There every program may be process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path, meeting = tmp_path / "page.md", threading.Barrier(2)
+
+    def write(text: bytes) -> None:
+        def halves(file) -> None:
+            file.write(text[:5])
+            meeting.wait()
+            file.write(text[5:])
+
+        write_atomically(path, halves)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (b"A" * 10, b"B" * 10)))
+    assert path.read_bytes() in (b"A" * 10, b"B" * 10)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_program_promises_to_resume_only_if_it_can(resumes, capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_program(interrupted, show_traceback=False, resumes=resumes) == 130
+    assert ("resumes from the last checkpoint" in capsys.readouterr().err) == resumes

@@ -47,6 +47,24 @@ def test_assignments_make_the_same_configuration_again():
     assert len(texts) == len(settings) + 1  # what is at its default is left out
 
 
+def test_a_list_of_names_with_commas_has_no_text():
+    config = MetaTrainConfig(source_paths=["a.zip", "b,c.zip"])
+    with pytest.raises(UserError, match=r"b,c\.zip: a list cannot name what has a comma in it"):
+        to_assignments(config)
+
+
+def test_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    texts = ["run_dir=~/r", "data_root=~/d", "source_paths=~/a.zip,b.zip", "split_file=~/s.json"]
+    config = load_config(MetaTrainConfig, None, texts)
+    found = (config.run_dir, config.data_root, config.source_paths, config.split_file)
+    assert found == ("/home/ada/r", "/home/ada/d", ["/home/ada/a.zip", "b.zip"], "/home/ada/s.json")
+    texts = ["phi=~/phi.pt", "init=~/run", "target_path=a.zip,~/b.zip", "model=~"]
+    config = load_config(MetaTestConfig, None, texts)
+    found = (config.phi, config.init, config.target_path, config.model)
+    assert found == ("/home/ada/phi.pt", "/home/ada/run", "a.zip,/home/ada/b.zip", "~")
+
+
 def test_values_are_checked_like_those_of_a_file():
     with pytest.raises(UserError, match=r"grid\.yaml: unknown setting 'stepz'"):
         load_config(MetaTestConfig, None, values={"stepz": 3}, origin="grid.yaml")
@@ -79,6 +97,7 @@ def test_file_then_assignments(tmp_path):
         ("source_paths: a.zip", "source_paths: expected a list, got 'a.zip'"),
         ("source_paths: [1]", "source_paths: expected text, got 1"),
         ("model: 20", "model: expected text, got 20"),
+        ("gpus: 0", "gpus: expected text, got 0; put it in quotes"),
         ("port: 70000", "port: must be between 0 and 65535"),
         ("- steps", "expected 'key: value' lines"),
         ("steps: [1", "line 1: not valid YAML"),

@@ -133,6 +133,21 @@ def test_a_training_that_leaves_no_result_has_failed(tmp_path):
     assert outcome.failed == expected and not outcome.finished
 
 
+def test_a_training_that_cannot_start_or_end_does_not_end_the_others(tmp_path):
+    def damaged() -> None:
+        raise PermissionError(13, "Permission denied", "metrics.jsonl")
+
+    jobs = [script(tmp_path, "blocked"), dataclasses.replace(script(tmp_path, "damaged"), finish=damaged)]
+    jobs[1] = dataclasses.replace(jobs[1], code="pass")
+    jobs.append(script(tmp_path, "other"))
+    jobs[0].run_dir.parent.mkdir()
+    jobs[0].run_dir.write_text("a file")
+    outcome = run_jobs("test", jobs, ["cpu"], 1, retries=0)
+    assert outcome.finished == ["other"] and outcome.failed.keys() == {"blocked", "damaged"}
+    assert "cannot be started (File exists)" in outcome.failed["blocked"]
+    assert "Permission denied" in outcome.failed["damaged"]
+
+
 def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("experiments.runner.LINE_EVERY", 0.0)
     half = "open('metrics.jsonl', 'a').write('{\"step\": 5}\\n'); time.sleep(1.5); done()"

@@ -351,6 +351,13 @@ def test_all_figures(runs, meta_trainings, tmp_path):
         assert path.read_text() == (tmp_path / "out" / path.name).read_text()
 
 
+def test_all_figures_of_meta_trainings_alone(meta_trainings, tmp_path):
+    shutil.copytree(meta_trainings / "0", tmp_path / "runs" / "src")
+    completed = figures("figures", tmp_path / "runs", "--out", tmp_path / "out")
+    assert completed.returncode == 0, completed.stderr
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["learning-folder-train-resnet8.png"]
+
+
 def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings, tmp_path, capsys):
     def message(figure: str, *arguments) -> str:
         capsys.readouterr()

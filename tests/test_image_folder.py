@@ -167,6 +167,23 @@ def test_class_whose_images_are_all_unreadable(tmp_path):
     one_line(error)
 
 
+def test_postscript_is_not_run(tmp_path):
+    """Under whatever name: PIL hands it to Ghostscript."""
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    path = write_zip(tmp_path / "x.zip", {**folder_layout(), "train/cat/1.png": program})
+    with pytest.raises(UserError, match=r"train/cat/1\.png: unreadable image \(PostScript is a program") as error:
+        _load(path, tmp_path)
+    one_line(error)
+
+
+def test_images_of_no_class_are_counted(tmp_path, capsys):
+    files = {**folder_layout(), "train/stray.png": picture(1), "train/other.png": picture(2)}
+    train, test = _load(write_zip(tmp_path / "x.zip", files), tmp_path)
+    assert (len(train), len(test)) == (6, 4)
+    said = [line for line in capsys.readouterr().err.splitlines() if "no class" in line]
+    assert len(said) == 1 and "2 files in train/ itself are of no class, not used" in said[0]
+
+
 def test_decompression_bomb_and_deep_pixels(tmp_path, monkeypatch):
     deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
     deep.save(tmp_path / "deep.png")

@@ -473,6 +473,17 @@ def test_a_cache_folder_that_cannot_be_written_is_said(tmp_path):
     assert result.stdout.split() == ["plain"] and "XDG_CACHE_HOME" in result.stderr
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("whose", ["folder", "library"])
+def test_a_library_of_another_user_is_not_loaded(tmp_path, whose):
+    assert python(USE, XDG_CACHE_HOME=str(tmp_path)).stdout.split() == ["cpp"]
+    folder = tmp_path / "metaperturb"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    os.chown(folder if whose == "folder" else next(folder.glob("*.so")), 12345, 12345)
+    result = python(USE, XDG_CACHE_HOME=str(tmp_path))
+    assert result.stdout.split() == ["plain"] and "belongs to another user" in result.stderr
+
+
 def test_torch_compile_takes_the_plain_operators():
     site, h = PerturbSite(make_phi(torch.float32), 3), maps(2, 3, 4, 4).float()
     noise = maps(2, 3, 4, 4, seed=2).float()

@@ -180,6 +180,8 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         (["lr=-1"], "lr: must be at least 0"),
         (["lr=nan"], "lr: must be finite"),
         (["target_path=nowhere"], "nowhere"),
+        (["target=embedded", "target_path=nowhere"], "takes no path"),
+        (["target=embedded_source", "target_path=nowhere", "eval_split=holdout"], "takes no path"),
         (["target=cub", "target_path=null", "download=false"], "CUB_200_2011"),
         (["model=vgg11", "image_size=8", "target_path=nowhere"], "VGG: does not run on images [2, 3, 8, 8]"),
         (["model=vgg11", "image_size=8", "target_path=nowhere", "method=base"], "does not run on images [2, 3, 8, 8]"),
@@ -329,17 +331,39 @@ def test_how_often_a_run_is_evaluated_may_change(settings, tmp_path):
 
 def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     changes = ["method=base", "recipe=mixup", "mixup_alpha=0.5", "dropblock_prob=0.5", "clip=3", "steps=1"]
+    changes += ["init_batch_norm=keep", "holdout=0.5", "gpu=auto"]
     assert program.main(["--set", *settings, *changes, f"run_dir={tmp_path / 'tgt'}"]) == 0
-    assert "method base does not use clip, phi, dropblock_prob\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "method base does not use clip, phi, dropblock_prob\n" in said
+    assert "init_batch_norm does nothing without init\n" in said
+    assert "holdout does nothing without eval_split=holdout\n" in said
+    assert said.count("gpu=auto: running on") == 1
 
 
 def test_truncated_checkpoint_is_one_line(settings, tmp_path, capsys):
-    checkpoint = tmp_path / "tgt" / "checkpoints" / "latest.pt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.write_bytes(b"PK\x03\x04 half a file")
-    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]) == 1
+    run_dir = tmp_path / "tgt"
+    line = ["--set", *settings, "steps=1", f"run_dir={run_dir}"]
+    assert program.main(line) == 0
+    (run_dir / "result.json").unlink()
+    (run_dir / "checkpoints" / "latest.pt").write_bytes(b"PK\x03\x04 half a file")
+    capsys.readouterr()
+    assert program.main(line) == 1
     captured = capsys.readouterr()
     assert "latest.pt" in error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
+
+
+@pytest.mark.parametrize("rest", ["result.json", "checkpoints/latest.pt"])
+def test_what_lacks_its_settings_answers_for_no_others(settings, tmp_path, capsys, rest):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *settings, "steps=1", f"run_dir={run_dir}"]) == 0
+    (run_dir / "config.yaml").unlink()
+    if rest != "result.json":
+        (run_dir / "result.json").unlink()
+    capsys.readouterr()
+    assert program.main(["--set", *settings, "steps=1", "lr=0.5", f"run_dir={run_dir}"]) == 1
+    captured = capsys.readouterr()
+    message = error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
+    assert "holds a run without its config.yaml" in message
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

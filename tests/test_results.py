@@ -383,7 +383,7 @@ def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):
     config = {
         "run_dir": str(run),
         "phi": str(run / "phi.pt"),
-        "target_path": None,
+        "target_path": f"{run / 'b.zip'}, {run / 'c.zip'}",
         "source_paths": [str(run / "a.zip")],
     }
     result = {"config": config, "init": {"from": str(run), "tensors": 7}, "phi_card": {"config": config}}
@@ -391,6 +391,7 @@ def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):
     write_own_record({"row": "Base"}, run, tmp_path / "record.json")
     text = (tmp_path / "record.json").read_text()
     assert "secret" not in text and "phi.pt" in text and "a.zip" in text and '"tensors": 7' in text
+    assert '"target_path": "b.zip,c.zip"' in text
 
 
 # --- tuning

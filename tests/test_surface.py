@@ -1,11 +1,13 @@
 """Loss surfaces and learned scales of trained networks (figures 7 and 8)."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,13 +15,17 @@ from conftest import ROOT
 from image_files import one_line
 
 import metaperturb.meta_test as program
+from metaperturb import methods, models
 from metaperturb.analyses.scales import _spread, learned_scales, noise_spread
-from metaperturb.analyses.surface import Plane, filter_normalized_direction, loss_surface
+from metaperturb.analyses.surface import Plane, filter_normalized_directions, loss_surface
+from metaperturb.config import MetaTestConfig
+from metaperturb.data.arrays import from_memory
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.trained import load_run
 from metaperturb.weights import save_phi
 
+ARRAYS = from_memory("black", np.zeros((5, 3, 16, 16), dtype=np.uint8), np.arange(5), "abcde")
 PLANE = Plane(reach=0.5, points=3, images=40, batch_size=20, draws=2)
 
 
@@ -44,14 +50,28 @@ def runs(target_settings, tmp_path_factory):
 
 def test_directions_have_the_filters_norms(runs):
     model = load_run(runs / "metaperturb").model
-    direction = filter_normalized_direction(model, torch.Generator().manual_seed(0))
+    first, second = filter_normalized_directions(model, torch.Generator().manual_seed(0))
     parameters = dict(model.named_parameters())
-    assert direction.keys() == {name for name, p in parameters.items() if name.endswith("weight") and p.dim() > 1}
-    for name, part in direction.items():
+    assert first.keys() == {name for name, p in parameters.items() if name.endswith("weight") and p.dim() > 1}
+    for name, part in [*first.items(), *second.items()]:
         for filter_, drawn in zip(parameters[name], part, strict=True):
             assert drawn.flatten().norm().item() == pytest.approx(filter_.flatten().norm().item(), rel=1e-5)
-    other = filter_normalized_direction(model, torch.Generator().manual_seed(1))
-    assert all(not torch.equal(direction[name], other[name]) for name in direction)
+    other, _ = filter_normalized_directions(model, torch.Generator().manual_seed(1))
+    for name in first:
+        assert not torch.equal(first[name], other[name]) and not torch.equal(first[name], second[name])
+
+
+def test_a_network_moves_alike_under_every_method():
+    torch.manual_seed(0)
+    plain = models.create("resnet8", 5, 16)
+    with_parameters = copy.deepcopy(plain)
+    methods.create(MetaTestConfig(method="info_dropout")).prepare(with_parameters, ARRAYS)
+    of_plain, of_other = (
+        filter_normalized_directions(model, torch.Generator().manual_seed(0)) for model in (plain, with_parameters)
+    )
+    for direction, longer in zip(of_plain, of_other, strict=True):
+        assert longer.keys() > direction.keys()
+        assert all(torch.equal(part, longer[name]) for name, part in direction.items())
 
 
 @pytest.mark.parametrize("name", ["base", "metaperturb"])

@@ -23,7 +23,7 @@ from image_files import (
 )
 
 from metaperturb.data import TARGETS, load_source, load_target, targets
-from metaperturb.data.targets import crop_padding
+from metaperturb.data.batches import crop_padding
 from metaperturb.errors import UserError
 
 DEAD = "http://127.0.0.1:9/"  # nothing listens there

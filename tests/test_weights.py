@@ -174,6 +174,11 @@ BAD_STATES = {
     "infinite": (changed("fc.weight", torch.full((1, 10), float("-inf"))), ["scale_affine", "finite"]),
     "empty dict": ({}, ["lacks"]),
     "a network": (torch.nn.Conv2d(3, 4, 3).state_dict(), ["lacks"]),
+    "too large for float32": (
+        changed("fc.weight", torch.full((1, 10), 1e300, dtype=torch.float64)),
+        ["scale_affine", "finite"],
+    ),
+    "ours with no card": ({"format": "metaperturb-phi", "version": 1, "state": {}, "card": None}, ["card", "NoneType"]),
     "a list": ([torch.zeros(3, 3)], ["no φ"]),
     "a tensor": (torch.zeros(82), ["no φ"]),
     "a number": (82, ["no φ"]),
@@ -276,6 +281,12 @@ def test_damaged_anywhere(tmp_path, zip_format):
             assert "\n" not in str(error) and str(path) in str(error), position
         else:
             assert all(torch.isfinite(p).all() for p in phi.parameters())
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_phi(make_phi(), tmp_path / "phi.pt")
+    assert load_phi("~/phi.pt").card == {}
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -15,8 +15,7 @@ from bench.workload import Bench, Learner, made_up_images, make_phi
 from metaperturb import kernels, models
 from metaperturb.attach import attach
 from metaperturb.data.arrays import ImageArrays
-from metaperturb.data.batches import DeviceImages, TrainingBatches, normalize
-from metaperturb.data.targets import crop_padding
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding, normalize
 
 # What a perturbed step may cost: at most these multiples of a plain one; the loader at least.
 BARS = {

@@ -121,11 +121,12 @@ class Finished:
         return self.result["metrics"]["accuracy"]
 
 
-def find_runs(sources: Iterable[Path]) -> list[Finished]:
+def find_runs(sources: Iterable[Path], may_lack: bool = False) -> list[Finished]:
     """The finished runs of meta-testing among folders and below them, in the order of their names.
 
     Args:
         sources: run folders, files of records, or folders that hold either; one that holds runs stands for those alone.
+        may_lack: a source may hold none.
 
     Raises:
         UserError: a folder or file that is not there, holds no finished run, or is a run that is not finished.
@@ -138,7 +139,7 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
         if (source / "config.yaml").exists() and not (source / "result.json").exists():
             raise UserError(f"{source}: this run is not finished (the command that began it continues it)")
         runs = [run for path in _results(source) if (run := _read(path))]
-        if not runs:
+        if not (runs or may_lack):
             raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
         for run in runs:
             first = known.setdefault(_identity(run), run)

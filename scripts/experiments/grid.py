@@ -224,6 +224,7 @@ class Grid:
         return self.paper.get((row, self.columns[column].stands_for))
 
     def cell(self, row: str, column: str, seed: int) -> Cell:
+        """One training: its settings are those of the preset, then of the column, of the row, tuned ones, the seed."""
         place = self.columns[column]
         settings = {**self.settings, **place.settings, **self.rows[row]}
         tuned = self._tuned_values(column, settings)

@@ -196,7 +196,9 @@ def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
     def name(value: Any) -> Any:
         if isinstance(value, list):
             return [name(item) for item in value]
-        return Path(value).name if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return ",".join(Path(part.strip()).name for part in value.split(","))  # `target_path` may list several
 
     def walk(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -38,9 +38,11 @@ class Job:
         id: unique, also among jobs of other runners.
         program: `"meta_train"` or `"meta_test"`.
         arguments: its command line behind the program, without the device.
+        run_dir: the folder that it works in.
         record: the JSON that says that it is done.
         finish: makes the record from the finished run folder.
         needs: ids of jobs that must be done before.
+        steps: how many it has, for the time left.
         work: how much there is to compute, in any unit common to all jobs.
         diverge: called if the run diverged, with what it said last; keeps that, so that `diverged` tells.
         diverged: whether it was kept.
@@ -63,6 +65,7 @@ class Job:
         return self.record.exists()
 
     def command(self, device: str) -> list[str]:
+        """The process that does it on this device: GPU number or `"cpu"`."""
         key = "gpus" if self.program == "meta_train" else "gpu"
         return [sys.executable, "-m", f"metaperturb.{self.program}", *self.arguments, f"{key}={device}"]
 
@@ -145,7 +148,12 @@ class _Runner:
                 if job.done or job.diverged():  # another runner has seen to it since we looked
                     lock.close()
                 else:
-                    self.running.append(self._launch(job, free.pop(0), lock))
+                    try:
+                        self.running.append(self._launch(job, free[0], lock))
+                        del free[0]
+                    except OSError as error:  # one that cannot start does not end the others
+                        lock.close()
+                        self._fail(job, f"{job.run_dir}: cannot be started ({reason(error)})")
 
     def _launch(self, job: Job, slot: int, lock: IO) -> _Running:
         job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -167,7 +175,7 @@ class _Runner:
             if each.process.returncode == 0:
                 try:
                     job.finish()
-                except UserError as error:
+                except (UserError, OSError) as error:
                     said = str(error)
             if each.process.returncode == 0 and job.done:
                 self.outcome.finished.append(job.id)

@@ -42,7 +42,7 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
     return "\n\n".join(parts) + "\n"
 
 
-def csv_text(grid: Grid, results: Results) -> str:
+def csv_text(results: Results) -> str:
     """One line a row and column."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -213,5 +213,6 @@ def _number(value: float | None) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown; a `|` in a cell is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)

@@ -15,11 +15,18 @@ from metaperturb.errors import UserError
 EXIT_ERROR = UserError.exit_code
 EXIT_SIGNAL = 128  # plus the signal's number: the shell's convention
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+RESUME = "the same command resumes from the last checkpoint"
 PARENT = "METAPERTURB_PARENT"  # process id of a program that started this one and may not be outlived
 
 
-def run_program(main: Callable[[], None], *, show_traceback: bool) -> int:
-    """Run `main` and return the exit code; a `UserError` becomes one line on stderr."""
+def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool = True) -> int:
+    """Run `main` and return the exit code; a `UserError` becomes one line on stderr.
+
+    Args:
+        main: what the program does.
+        show_traceback: where an error arose, too.
+        resumes: whether the same command goes on where this one was stopped; it is said then.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see metaperturb/__init__.py
     signal.signal(signal.SIGTERM, _raise_stopped)
     if PARENT in os.environ:
@@ -34,7 +41,7 @@ def run_program(main: Callable[[], None], *, show_traceback: bool) -> int:
         return error.exit_code
     except (KeyboardInterrupt, Stopped) as stop:
         number, what = (signal.SIGTERM, "stopped") if isinstance(stop, Stopped) else (signal.SIGINT, "interrupted")
-        print(f"{what}; the same command resumes from the last checkpoint", file=sys.stderr)
+        print(f"{what}; {RESUME}" if resumes else what, file=sys.stderr)
         return EXIT_SIGNAL + number
     except Exception as error:
         if show_traceback:

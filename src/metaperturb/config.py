@@ -8,6 +8,7 @@ run computes (where it runs, how often it reports), so a run may be resumed with
 import argparse
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -32,22 +33,26 @@ def option(
     below: float | None = None,
     identity: bool = True,
     by_content: bool = False,
+    path: bool = False,
 ) -> Any:
     """A dataclass field with its one-line description and, for numbers, bounds: `low` and `high` are allowed values.
 
-    `identity` and `by_content`: see above.
+    `identity` and `by_content`: see above. `path`: it names files or folders, several separated by commas; a leading
+    `~` is the home folder, which shells replace in `~/runs` but not in `run_dir=~/runs`.
     """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     bounds = {"low": low, "high": high, "below": below}
-    return dataclasses.field(**factory, metadata={"doc": doc, **bounds, "identity": identity, "by_content": by_content})
+    return dataclasses.field(
+        **factory, metadata={"doc": doc, **bounds, "identity": identity, "by_content": by_content, "path": path}
+    )
 
 
 @dataclass(frozen=True)
 class CommonConfig:
     """Settings of both training programs."""
 
-    run_dir: str = option("", "folder of the run: settings, metrics, checkpoints, result", identity=False)
-    data_root: str = option("data", "downloads and cached image arrays", identity=False)
+    run_dir: str = option("", "folder of the run: settings, metrics, checkpoints, result", identity=False, path=True)
+    data_root: str = option("data", "downloads and cached image arrays", identity=False, path=True)
     download: bool = option(True, "fetch a data set that is not there", identity=False)
     skip_unreadable: bool = option(False, "leave out files that are no images instead of stopping")
     model: str = option("resnet20", "network: of the zoo, of torchvision, or timm/<name>")
@@ -77,19 +82,26 @@ class CommonConfig:
     )
     log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.metadata["path"]:
+                object.__setattr__(self, field.name, _at_home(getattr(self, field.name)))
+
 
 @dataclass(frozen=True)
 class MetaTrainConfig(CommonConfig):
     """Meta-training (section 3.3, Algorithm 1). Defaults: the paper's settings."""
 
-    run_dir: str = option("runs/src", "folder of the run", identity=False)
+    run_dir: str = option("runs/src", "folder of the run", identity=False, path=True)
     source: Literal["tiny_imagenet", "embedded", "folder"] = option("tiny_imagenet", "source data set")
-    source_paths: list[str] = option([], "zips or folders of the source; default: under data_root", identity=False)
+    source_paths: list[str] = option(
+        [], "zips or folders of the source; default: under data_root", identity=False, path=True
+    )
     image_size: int = option(32, "images are resized to S×S pixels", low=8)
     classes: int | None = option(None, "classes of the source to use, a fixed choice; null: all", low=1)
     tasks: int = option(10, "T, the number of tasks", low=1)
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
-    split_file: str = option("", "read the split from this file instead of drawing it", by_content=True)
+    split_file: str = option("", "read the split from this file instead of drawing it", by_content=True, path=True)
     steps: int = option(750, "meta-training steps; 0: φ as it is drawn, the control", low=0)
     phi_lr: float | None = option(None, "learning rate of φ; null: lr, as in the paper", low=0.0)
     anneal: float = option(
@@ -113,10 +125,10 @@ class MetaTrainConfig(CommonConfig):
 class MetaTestConfig(CommonConfig):
     """Meta-testing (Algorithm 2): train a network on a target data set. Defaults: the paper's settings."""
 
-    run_dir: str = option("runs/tgt", "folder of the run", identity=False)
+    run_dir: str = option("runs/tgt", "folder of the run", identity=False, path=True)
     target: str = option("s_cifar100", "target data set")
     target_path: str | None = option(
-        None, "folder or archive of the target, where it is not under data_root", identity=False
+        None, "folder or archive of the target, where it is not under data_root", identity=False, path=True
     )
     image_size: int | None = option(None, "S in pixels; null: the data set's own", low=8)
     train_per_class: int | None = option(
@@ -139,11 +151,12 @@ class MetaTestConfig(CommonConfig):
     recipe: list[Literal["trivial_augment", "mixup", "cutmix", "label_smoothing"]] = option(
         [], "further regularizers of images and labels, together with the method, in any order"
     )
-    phi: str | None = option(None, "file or shipped name of φ (method metaperturb)", by_content=True)
+    phi: str | None = option(None, "file or shipped name of φ (method metaperturb)", by_content=True, path=True)
     init: str | None = option(
         None,
         "run folder or file whose network, all but its classifier, is where training begins (finetuning)",
         by_content=True,
+        path=True,
     )
     init_batch_norm: Literal["drop", "keep"] = option(
         "drop", "batch norm of that network: drop, for a fresh one as in the authors' code, or keep"
@@ -182,7 +195,15 @@ class MetaTestConfig(CommonConfig):
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1, identity=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "recipe", sorted(self.recipe))  # their order changes nothing: one run, one identity
+
+
+def _at_home(path: Any) -> Any:
+    """The same path or paths with the home folder for a leading `~`."""
+    if isinstance(path, list):
+        return [_at_home(part) for part in path]
+    return ",".join(map(os.path.expanduser, path.split(","))) if isinstance(path, str) else path
 
 
 # --- filling and checking
@@ -254,6 +275,9 @@ def to_assignments(config: Any, changed: Mapping[str, Any] | None = None) -> lis
 
     >>> to_assignments(MetaTestConfig(method="base", lr_milestones=[0.5]), {"run_dir": "runs/one"})
     ['run_dir=runs/one', 'method=base', 'lr_milestones=0.5']
+
+    Raises:
+        UserError: an item of a list has a comma in it, which no text can say.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | (changed or {})
     defaults = {field.name: default_of(field) for field in dataclasses.fields(config)}
@@ -268,7 +292,10 @@ def _as_text(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, list):
-        return ",".join(map(_as_text, value))
+        texts = [_as_text(item) for item in value]
+        if wrong := [text for text in texts if "," in text]:
+            raise UserError(f"{wrong[0]}: a list cannot name what has a comma in it; rename it")
+        return ",".join(texts)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -335,7 +362,8 @@ def _from_yaml(value: Any, kind: Any) -> Any:
             return _number(value, float, kind)
     elif isinstance(value, target) and isinstance(value, bool) == (target is bool):
         return value
-    raise ValueError(f"expected {_describe(kind)}, got {value!r}")
+    quotes = "; put it in quotes" if target is str and isinstance(value, int | float) else ""  # as in `gpu: 0`
+    raise ValueError(f"expected {_describe(kind)}, got {value!r}{quotes}")
 
 
 def _from_text(text: str, kind: Any) -> Any:

@@ -22,11 +22,10 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from metaperturb.cli import EXIT_ERROR, describe_unexpected, keep_freed_memory
+from metaperturb.cli import EXIT_ERROR, RESUME, describe_unexpected, keep_freed_memory
 from metaperturb.errors import Diverged, UserError
 
 EXIT_PEER_LOST = 75  # this process is well, but another one is gone
-RESUME = "the same command resumes from the last checkpoint"
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
 TIMEOUT = timedelta(minutes=10)  # of a collective: longer than the slowest step, or the reading of a large data set
 
@@ -115,7 +114,10 @@ def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
 
 
 def make_current(device: torch.device) -> None:
-    """What names no GPU, pinned memory for one, then uses this one: each other would lose half a gigabyte to it."""
+    """Let CUDA calls that name no GPU, such as pinning memory, go to this one.
+
+    They would go to GPU 0 otherwise, and open a context of half a gigabyte there for each process.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

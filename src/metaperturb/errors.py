@@ -4,8 +4,9 @@
 class UserError(Exception):
     """Something the user can put right: a path, a setting, a file, a machine.
 
-    The message is one line that says what was wrong, where, and what to do. The programs print it without a
-    traceback (`--traceback` shows one); library users catch it like any exception.
+    The message is one line that says what was wrong, where, and what to do; of several things at once, a line each
+    under a heading. The programs print it without a traceback (`--traceback` shows one); library users catch it like
+    any exception.
     """
 
     exit_code = 1

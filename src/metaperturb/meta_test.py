@@ -21,9 +21,8 @@ from metaperturb import finetuning, kernels, methods, models
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
 from metaperturb.data import TARGETS
-from metaperturb.data.batches import DeviceImages, TrainingBatches
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
 from metaperturb.data.parts import load_parts
-from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import make_current, parse_devices
 from metaperturb.dry_run import watch
 from metaperturb.errors import Diverged, UserError
@@ -64,8 +63,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         report(finished)
         return finished
 
-    check_settings(config)
-    device = parse_devices(config.gpu, "gpu")[0]
+    device = check_settings(config)
     make_current(device)
     perturbed = config.method == "metaperturb"
     phi = load_phi(config.phi) if perturbed else None
@@ -192,8 +190,11 @@ def meta_test(config: MetaTestConfig) -> dict:
     return result
 
 
-def check_settings(config: MetaTestConfig) -> None:
+def check_settings(config: MetaTestConfig) -> torch.device:
     """Whatever is wrong with the settings, and with the files they name, is said before data are prepared.
+
+    Returns:
+        the device that `config.gpu` names.
 
     Raises:
         UserError: settings that do not go together, a device or file that is not there, a network that does not run.
@@ -214,7 +215,8 @@ def check_settings(config: MetaTestConfig) -> None:
     ablated = [key for key in ABLATION if getattr(config, key) != getattr(MetaTestConfig, key)]
     if ablated and not perturbed:
         raise UserError(f"{ablated[0]}: only method metaperturb uses it, this is {config.method}")
-    if len(parse_devices(config.gpu, "gpu")) != 1:
+    devices = parse_devices(config.gpu, "gpu")
+    if len(devices) != 1:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     phi = load_phi(config.phi) if perturbed else None
     if perturbed:
@@ -222,6 +224,10 @@ def check_settings(config: MetaTestConfig) -> None:
     methods.create(config, phi)
     if unused := methods.unused_settings(config):
         print(f"method {config.method} does not use {', '.join(unused)}", file=sys.stderr)
+    if config.init is None and config.init_batch_norm != MetaTestConfig.init_batch_norm:
+        print("init_batch_norm does nothing without init", file=sys.stderr)
+    if config.eval_split != "holdout" and config.holdout != MetaTestConfig.holdout:
+        print("holdout does nothing without eval_split=holdout", file=sys.stderr)
     model, image_size = small_network(config), config.image_size or spec.image_size
     if perturbed:
         find_sites(model, image_size)
@@ -230,6 +236,7 @@ def check_settings(config: MetaTestConfig) -> None:
     if config.init is not None and not (Path(config.run_dir) / "checkpoints" / "latest.pt").exists():
         weights = finetuning.read_weights(config.init)
         finetuning.initialize(model, image_size, weights, config.init_batch_norm, verbose=False)
+    return devices[0]
 
 
 def small_network(config: MetaTestConfig) -> torch.nn.Module:

@@ -31,10 +31,9 @@ from metaperturb.attach import attach
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
 from metaperturb.data import ImageArrays
-from metaperturb.data.batches import DeviceImages, TrainingBatches
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
 from metaperturb.data.parts import load_source_images
 from metaperturb.data.splits import TaskSplit, class_split, load_split, save_split
-from metaperturb.data.targets import crop_padding
 from metaperturb.distributed import Group, choose_devices, launch
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms, set_mode
@@ -390,6 +389,14 @@ class Checkpoints:
         group: Group,
         run: Run | None,
     ) -> None:
+        """Write the state after `step` steps, then forget the one before.
+
+        Each process writes the files of its tasks, that of rank 0 (the one with a `run`) φ's, too. Only when all have
+        written, behind the barrier, does rank 0 name the new folder in `latest.json` and remove the old one.
+
+        Raises:
+            Diverged: a parameter is not finite; the checkpoint before stays the latest.
+        """
         folder = self.step_folder(step)
         check_finite_parameters(phi.parameters(), "φ", step, self.run_dir)
         for task in tasks:
@@ -412,6 +419,7 @@ class Checkpoints:
 def finish(
     run: Run, config: MetaTrainConfig, source: ImageArrays, split_seed: int, phi: MetaPerturb, group: Group
 ) -> None:
+    """What a run leaves when it is done: the picture of its curves, `phi.pt` with its card, `result.json`."""
     if config.steps:
         plot_meta_training(read_metrics(run.dir), run.dir / "curves.png")
     content = card(run, config.steps, source, split_seed, group)

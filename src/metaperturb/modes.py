@@ -13,7 +13,7 @@ def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The same for either mode."""
+    """Training or evaluation mode inside; afterwards every module has its own mode again."""
     before = {module: module.training for module in model.modules()}
     model.train(training)
     try:

@@ -89,15 +89,17 @@ def check_same_run(config: Any, program: str) -> None:
     """Refuse a folder that holds a run with other settings.
 
     Raises:
-        UserError: naming the settings that differ.
+        UserError: naming the settings that differ; or there is a checkpoint or a result, but no record of the settings.
     """
     if not config.run_dir:
         raise UserError("run_dir: must name a folder")
     folder = Path(config.run_dir)
     path = folder / "config.yaml"
     something_done = any(folder.glob("checkpoints/latest.*")) or (folder / "result.json").exists()
-    if not (something_done and path.exists()):  # a run that failed at its start may be put right and started again
+    if not something_done:  # a run that failed at its start may be put right and started again
         return
+    if not path.exists():
+        raise UserError(f"{folder}: holds a run without its config.yaml; choose another run_dir or remove the folder")
     try:
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         UserError: disk full, read-only folder, a device or folder of this name and the like, with the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    # Not by the process's number: containers that share a folder have the same ones.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is no file that could be replaced; choose another name")
@@ -54,6 +56,11 @@ def save_tensors(content: Any, path: Path) -> None:
 
 
 def save_json(content: Any, path: Path) -> None:
+    """Indented JSON in UTF-8, atomically.
+
+    Raises:
+        UserError: see `write_atomically`.
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -77,6 +84,11 @@ def load_tensors(path: Path) -> Any:
 
 
 def load_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: unreadable, or no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -68,6 +68,8 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
         if content.get("version") != VERSION:
             raise UserError(f"{path}: of version {content.get('version')!r}; this code reads version {VERSION}")
         content, card = content.get("state"), content.get("card", {})
+        if not isinstance(card, Mapping):
+            raise UserError(f"{path}: its card is a {type(card).__name__}, expected names and values")
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
 
@@ -86,9 +88,9 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
         if not _is_plain(value) or tuple(s for s in value.shape if s != 1) != shape:
             found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise UserError(f"{path}: {name} should be an array of numbers of shape {list(shape)}, found {found}")
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: {name} holds values that are not finite")
         state[name] = value.reshape(shape).float()
+        if not torch.isfinite(state[name]).all():
+            raise UserError(f"{path}: {name} holds values that are not finite in float32")
     phi.load_state_dict(state)
     phi.requires_grad_(False)
     phi.card = card
@@ -107,7 +109,7 @@ def _is_plain(value: Any) -> bool:
 
 def find_phi(source: str | os.PathLike) -> Path:
     """The file behind a path or a shipped name."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return path
     shipped = sorted(p.stem for p in SHIPPED.glob("*.pt"))

@@ -1,4 +1,7 @@
-"""Figure 7: what φ does to the channels of a trained network, place by place: the scales s, and how much z scatters."""
+"""Figure 7: what φ does to the channels of a trained network, place by place: the scales s, and how much z scatters.
+
+Both are computed in float32, whatever precision the network was trained in.
+"""
 
 import math
 from typing import Any

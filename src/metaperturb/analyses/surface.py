@@ -3,11 +3,11 @@
 The directions are normalized filter by filter: a filter of the direction has the norm of the network's filter, so that
 networks whose weights differ in scale can be compared. Biases and batch norm stay as they are.
 
-What is drawn is the cross-entropy of training images, not augmented, with two choices that a picture's caption should
-name:
+What is drawn is the cross-entropy of training images, not augmented, with choices that a picture's caption should name:
 
 - Batch norm and the scales s of MetaPerturb take the statistics of the images at hand, as in training. The running ones
   belong to the weights in the middle; a step away from them the loss would mostly show that they no longer fit.
+- Whatever precision the network was trained in, the loss is measured in float32.
 - A network that draws noise draws the same noise at every point (common random numbers), and the losses of some draws
   are averaged: what differs between points is the weights alone.
 """
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaperturb.analyses.records import begun, describe
+from metaperturb.attach import REGULARIZER
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms, set_mode
@@ -33,7 +34,7 @@ from metaperturb.runs import StepProgress
 from metaperturb.storage import save_json
 from metaperturb.trained import TrainedRun
 
-REVISION = 2  # of how the loss is measured: results of another one are not continued
+REVISION = 3  # of how the loss is measured: results of another one are not continued
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,30 @@ class Plane:
         return np.linspace(-self.reach, self.reach, self.points).tolist()
 
 
-def filter_normalized_direction(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """A random direction in weight space: Gaussian, each filter scaled to the norm of the network's.
+def filter_normalized_directions(model: nn.Module, generator: torch.Generator) -> tuple[dict[str, Tensor], ...]:
+    """Two random directions in weight space: Gaussian, each filter scaled to the norm of the network's.
 
     Of a convolution `[out, in, k, k]` a filter is `[in, k, k]`, of a linear layer `[out, in]` a row. Vectors (biases,
     batch norm) do not move.
 
+    What a regularizer learns beside the network is drawn last, so that the network itself moves the same way under
+    every method.
+
     Returns:
-        parameter name → its part of the direction; only of parameters that move.
+        of each direction, parameter name → its part; only of parameters that move.
     """
-    direction = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            continue
-        random = torch.randn(parameter.shape, generator=generator).to(parameter)
-        axes = tuple(range(1, parameter.dim()))
-        norm, wanted = (torch.linalg.vector_norm(w, dim=axes, keepdim=True) for w in (random, parameter.detach()))
-        direction[name] = random * wanted / norm
-    return direction
+    moving = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    directions: tuple[dict[str, Tensor], ...] = ({}, {})
+    for of_regularizer in (False, True):
+        for direction in directions:
+            for name, parameter in moving.items():
+                if (REGULARIZER in name.split(".")) != of_regularizer:
+                    continue
+                random = torch.randn(parameter.shape, generator=generator).to(parameter)
+                axes = tuple(range(1, parameter.dim()))
+                norm, wanted = (torch.linalg.vector_norm(w, dim=axes, keepdim=True) for w in (random, parameter.data))
+                direction[name] = random * wanted / norm
+    return directions
 
 
 def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
@@ -132,7 +139,7 @@ class _Measured:
         self.draws = plane.draws if run.stochastic else 1
         device = next(self.model.parameters()).device
         generator = torch.Generator().manual_seed(plane.seed)
-        self.first, self.second = (filter_normalized_direction(self.model, generator) for _ in range(2))
+        self.first, self.second = filter_normalized_directions(self.model, generator)
         parameters = dict(self.model.named_parameters())
         self.parameters = {name: parameters[name] for name in self.first}
         self.center = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

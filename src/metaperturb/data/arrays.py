@@ -124,11 +124,14 @@ def to_pixels(content: bytes | np.ndarray, image_size: int) -> np.ndarray:
         uint8 `[3, image_size, image_size]`.
 
     Raises:
-        ValueError: more than 8 bits a channel: a conversion would clip instead of scale.
+        ValueError: more than 8 bits a channel: a conversion would clip instead of scale; or PostScript, a program
+            that PIL would have Ghostscript run.
         Exception: whatever PIL raises on a broken image.
     """
     image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else Image.fromarray(content)
     with image:
+        if image.format == "EPS":
+            raise ValueError("PostScript is a program, which is not run; convert it to an image")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixel mode {image.mode}: more than 8 bits a channel, convert to 8")
         rgb = image.convert("RGB")

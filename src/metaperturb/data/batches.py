@@ -118,6 +118,11 @@ class TrainingBatches:
         return self.epochs[epoch]
 
 
+def crop_padding(image_size: int) -> int:
+    """Width in pixels of the black border that images are cropped from: 4 at 32 px, 8 above."""
+    return 4 if image_size <= 32 else 8
+
+
 def crop_and_flip(images: Tensor, padding: int) -> Tensor:
     """Random crop from a black border of `padding` pixels, then a random horizontal flip, per image.
 

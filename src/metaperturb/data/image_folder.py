@@ -1,5 +1,6 @@
 """The user's own images: `train/<class>/*`, `test/<class>/*`, optionally `val/<class>/*`; folder or archive."""
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,9 @@ def _plan(archive: Archive, split: str) -> Plan:
         raise UserError(f"{archive.path}: holds no train/<class>/ folders with images")
     classes = sorted({s.class_name for s in _samples(archive, root, "train")})
     samples = _samples(archive, root, split)
+    folder = f"{root}{split}/"
+    if stray := sum(name.startswith(folder) and "/" not in name[len(folder) :] for name in archive.files):
+        print(f"{archive.path}: {stray} files in {folder} itself are of no class, not used", file=sys.stderr)
     for name in sorted({s.class_name for s in samples} - set(classes)):
         raise UserError(f"{archive.path}: class {name} is in {root}{split}/ but not in {root}train/")
     return plan_from_samples(samples, classes)

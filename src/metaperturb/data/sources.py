@@ -46,6 +46,8 @@ def load_source(
         paths = [paths]
     data_root = Path(data_root).expanduser()
     if name == "embedded":
+        if paths:
+            raise UserError(f"source embedded: its images are drawn, so it takes no path (got {paths[0]})")
         from metaperturb.data.embedded import embedded_source
 
         return from_memory("embedded-source", *embedded_source(image_size=image_size))

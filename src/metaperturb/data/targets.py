@@ -42,11 +42,6 @@ DOGS_MD5 = {
 AIRCRAFT_MD5 = "d4acdd33327262359767eeaa97a4f732"
 
 
-def crop_padding(image_size: int) -> int:
-    """Padding of the random crop in pixels: 4 at 32 px, 8 above."""
-    return 4 if image_size <= 32 else 8
-
-
 @dataclass(frozen=True)
 class TargetSpec:
     """What is known of a target set before it is loaded.
@@ -150,6 +145,8 @@ def load_target(
             raise UserError(f"target {name}: no split {split!r}; it has {', '.join(spec.splits)}")
     data_root = Path(data_root).expanduser()
     size = spec.image_size if image_size is None else image_size
+    if name in ("embedded", "embedded_source") and path is not None:
+        raise UserError(f"target {name}: its images are drawn, so it takes no path (got {path})")
     if name == "embedded":
         return _embedded(size, splits)
     if name == "embedded_source":

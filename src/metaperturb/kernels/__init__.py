@@ -65,7 +65,7 @@ def kernel_name(device: torch.device | str = "cpu") -> str:
 
 
 def batch_kernel(device: torch.device) -> str | None:
-    """Name of the kernels that make image batches on this device, to the bit as tensor code does; None: that does."""
+    """Name of the kernels that make image batches on this device; None: PyTorch operators do, with the same bits."""
     found = _load(device) if _choice != "plain" else None
     return found.NAME if isinstance(found, ModuleType) else None
 

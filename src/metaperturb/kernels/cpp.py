@@ -175,6 +175,12 @@ def crop_flip_normalize(
 
 # --- building
 
+# No -ffast-math: a NaN has to stay one, and sums keep their order.
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+# Tried in turn: Apple's compiler lacks OpenMP.
+VARIANTS = (("-march=native", *WIDE, "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd",), ())
+
 
 @functools.cache
 def library() -> ctypes.CDLL:
@@ -185,7 +191,7 @@ def library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
-    for text in (*compiler, _compiler_version(compiler), _processor()):
+    for text in (*compiler, _compiler_version(compiler), _processor(), repr((FLAGS, VARIANTS))):
         key.update(text.encode() + b"\0")
     path = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     if not path.exists():
@@ -194,6 +200,9 @@ def library() -> ctypes.CDLL:
         except OSError as error:
             where = f"{path.parent} cannot be written ({error.strerror})"
             raise Unavailable(f"{where}; set XDG_CACHE_HOME to a folder that can") from None
+    for place in (path.parent, path):  # a library of somebody else is not loaded: it could do anything
+        if place.stat().st_uid not in (0, os.getuid()):
+            raise Unavailable(f"{place} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -205,17 +214,11 @@ def library() -> ctypes.CDLL:
 
 
 def _build(compiler: tuple[str, ...], path: Path) -> None:
-    # No -ffast-math: a NaN has to stay one, and sums keep their order.
-    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-    native = ["-march=native"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        native.append("-mprefer-vector-width=512")
-    variants = [[*native, "-fopenmp"], ["-fopenmp"], ["-fopenmp-simd"], []]  # Apple's compiler lacks OpenMP
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         built = Path(folder) / "kernels.so"
-        for variant in variants:
-            command = [*compiler, *flags, *variant, *map(str, SOURCES), "-o", str(built)]
+        for variant in VARIANTS:
+            command = [*compiler, *FLAGS, *variant, *map(str, SOURCES), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if result.returncode == 0:
                 os.replace(built, path)

@@ -5,8 +5,9 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.attach import REGULARIZER, Sites, find_sites, place
+from metaperturb.attach import REGULARIZER, Sites, place
 from metaperturb.data.arrays import ImageArrays
+from metaperturb.sites import find_sites
 
 
 class Method:

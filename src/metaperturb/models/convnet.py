@@ -54,12 +54,15 @@ class ConvNet(nn.Module):
 
 
 def conv4(num_classes: int, image_size: int) -> ConvNet:
+    """Four convolutions of 64 channels, all followed by a pooling."""
     return ConvNet(CONV4, num_classes, image_size)
 
 
 def conv6(num_classes: int, image_size: int) -> ConvNet:
+    """Six convolutions of 64 channels, four followed by a pooling."""
     return ConvNet(CONV6, num_classes, image_size)
 
 
 def vgg9(num_classes: int, image_size: int) -> ConvNet:
+    """Eight convolutions of 64 to 512 channels, five followed by a pooling, and the classifier."""
     return ConvNet(VGG9, num_classes, image_size)
