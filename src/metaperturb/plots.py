@@ -70,6 +70,7 @@ PHI_LABELS = {
 }
 DASHES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 POINTS = {"marker": "o", "markersize": 3.5}
+MARKERS = ("o", "s", "^", "D")  # of a method's variants, as the dashes: a point alone has no dashes
 FEW = 10  # images: too few for an accuracy to be drawn
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
@@ -237,7 +238,7 @@ def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str,
         title: of the picture.
         path: without suffix: PNG, SVG, and the numbers as CSV.
     """
-    rows, lines = [], _lines(results)
+    rows, lines = [], _lines(results, markers=True)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.5, 3.6))
         for method, by_amount in results.items():
@@ -339,7 +340,7 @@ def _draw_growth(
     spread = [_mean_std(by_amount[n]) for n in amounts]
     mean, std = np.array(spread).T
     std = np.where([len(by_amount[n]) > 1 for n in amounts], std, np.nan)  # a band would taper to points of one run
-    axes.errorbar(amounts, mean, yerr=std, label=label, capsize=3, **line, **POINTS)
+    axes.errorbar(amounts, mean, yerr=std, label=label, capsize=3, **POINTS | line)
     return [(n, *of_n, len(by_amount[n])) for n, of_n in zip(amounts, spread, strict=True)]
 
 
@@ -564,8 +565,8 @@ def name_of(method: str) -> str:
     return ", ".join(LABELS.get(part, part) for part in method.split(", "))
 
 
-def _lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The line of each: a method's variants have its color, and their dashes tell them apart.
+def _lines(names: Iterable[str], markers: bool = False) -> dict[str, dict[str, Any]]:
+    """The line of each: a method's variants have its color, and their dashes (and markers) tell them apart.
 
     Adversarial training, the reference of figure 6, is dashed.
     """
@@ -574,6 +575,8 @@ def _lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         base = name.partition(",")[0]
         dashes = "--" if base == "adversarial" else DASHES[drawn[base] % len(DASHES)]
         lines[name] = {"color": COLORS.get(base), "linestyle": dashes}
+        if markers:
+            lines[name]["marker"] = MARKERS[drawn[base] % len(MARKERS)]
         drawn[base] += 1
     return lines
 
