@@ -173,6 +173,7 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         (["gpu=cpu,cpu"], "gpu: expected one device"),
         (["phi=null"], "phi: method metaperturb needs"),
         (["phi=nowhere.pt"], "nowhere.pt: no such φ file"),
+        (["phi=."], ".: is a folder; φ is a file, for instance phi.pt"),
         (["eval_split=val"], "val"),
         (["method=dropuot"], "method: expected one of base, metaperturb"),
         (["train_per_class=9"], "train_per_class 9: class class00 has 8 training images"),

@@ -22,14 +22,7 @@ class Perturbation(Method):
     sites: Attachment
 
     def __init__(
-        self,
-        phi: MetaPerturb,
-        clip: float | None,
-        ramp: float,
-        where: str = "all",
-        noise: bool = True,
-        gate: bool = True,
-        clip_eval: bool = False,
+        self, phi: MetaPerturb, clip: float | None, ramp: float, where: str, noise: bool, gate: bool, clip_eval: bool
     ) -> None:
         self.phi, self.clip, self.clip_eval, self.ramp = phi, clip, clip_eval, ramp
         self.where, self.noise, self.gate = where, noise, gate
