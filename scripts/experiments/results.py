@@ -186,7 +186,7 @@ def images_of(result: Mapping[str, Any]) -> str:
         return ""
     size = config.get("image_size") or TARGETS[name].image_size
     split = config.get("eval_split", "test")
-    held_out = "held-out" if split == "holdout" else "validation" if split == "val" else split
+    held_out = {"holdout": "held-out", "val": "validation"}.get(split, split)
     return f"{name}, {size} pixels: {target['train']:,} training and {target['test']:,} {held_out} images"
 
 
