@@ -8,17 +8,20 @@ Markdown file beside it says the same to people, and what the φ was tested on: 
 (`PHI=tiny_imagenet_resnet20 ./run.sh table1 …`).
 """
 
+import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Grid
+from experiments.finished import OF_A_RUN
+from experiments.grid import Grid, fingerprint_of
 from experiments.results import DIVERGED, images_of, read_diverged, read_record, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
 from metaperturb.cli import argument_parser, run_program
+from metaperturb.config import MetaTestConfig, default_of
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import write_atomically
@@ -75,7 +78,9 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int,
     Those that a table took over from another count there.
     """
     suffix = id_suffix(phi)
-    for folder in sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke"):
+    folders = sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke")
+    controls = not_meta_trained(record for folder in folders for record in map(read_record, folder.glob("*--*.json")))
+    for folder in folders:
         records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]
         with_it = [record for record in records if record["needs"].get("phi", "").endswith(suffix)]
@@ -100,6 +105,7 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int,
                 {seed: 100 * some[seed]["result"]["metrics"]["accuracy"] for seed in with_phi if seed in some}
                 for some in (with_phi, others.get((baseline, column), {}))
             )
+            control = summarize([*controls.get(making(result), {}).values()])
             weight = -config["steps"], -len(accuracies)
             yield (
                 weight,
@@ -111,10 +117,29 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int,
                     f"{config['model']}, {config['steps']:,} steps of {config['batch_size']}",
                     ", ".join(map(str, accuracies)),
                     f"{baseline}: {summarize([*without.values()])}" if without else "",
+                    f"{control} ({control.n})" if control.n else "",
                     str(summarize([*accuracies.values()])),
                     str(paired_difference(accuracies, without) or ""),
                 ],
             )
+
+
+def not_meta_trained(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Accuracies in % with a φ of no meta-training step, by `making` and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        card = record["result"].get("phi_card") or {}
+        if card.get("config", {}).get("steps") == 0:
+            place = found.setdefault(making(record["result"]), {})
+            place[record["seed"]] = 100 * record["result"]["metrics"]["accuracy"]
+    return found
+
+
+def making(result: Mapping[str, Any]) -> str:
+    """Equal for trainings that differ in their seed and φ alone."""
+    fields = (field for field in dataclasses.fields(MetaTestConfig) if field.name not in OF_A_RUN)
+    settings = {field.name: result["config"].get(field.name, default_of(field)) for field in fields}
+    return fingerprint_of([result["target"]["fingerprints"], settings])
 
 
 def id_suffix(phi: MetaPerturb) -> str:
@@ -173,7 +198,8 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `./run.sh ship`.', ""]
     lines += [f"- **{what}**: {text}" for what, text in facts.items()]
     lines += ["", "## Tested on", ""]
-    head = ["table", "row", "column", "images", "training", "seeds", "without φ %", "with φ %", "difference [95 %]"]
+    head = ["table", "row", "column", "images", "training", "seeds", "without φ %", "φ not meta-trained % (seeds)"]
+    head += ["with φ %", "difference to without [95 %]"]
     lines.append(markdown_table(head, tested) if tested else "Nothing yet.")
     if diverged:
         known = "[what is known of such](../../../results/beyond.md#does-it-help-networks-of-other-families)"

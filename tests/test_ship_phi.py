@@ -44,12 +44,12 @@ def phi(tmp_path) -> Path:
 
 
 def record(
-    folder: Path, row: str, seed: int, accuracy: float, phi: str | None, taken_from: str | None = None, **settings
+    folder: Path, row: str, seed: int, accuracy: float, phi: str | None, taken_from=None, phi_card=None, **settings
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model": "resnet20", "steps": 4000, "batch_size": 32, "seed": seed, **settings}
     metrics = {"accuracy": accuracy, "nll": 1.0, "ece": 0.1}
-    result = {"metrics": metrics, "config": config, "target": {"fingerprints": ["train", "test"]}}
+    result = {"metrics": metrics, "config": config, "target": {"fingerprints": ["train", "test"]}, "phi_card": phi_card}
     content = {
         "row": row,
         "column": "CUB",
@@ -101,12 +101,12 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
     assert text.count("not finite") == 1
     assert "\n- networks, preset cpu: MetaPerturb, Net, seed 1: step 3: not finite\n" in text
     (recipe,) = (line for line in text.splitlines() if line.startswith("| recipe"))
-    assert recipe.endswith("| 0 | Recipe: 40.00 | 40.50 | +0.50 |")  # what the row says that it is compared with
+    assert recipe.endswith("| 0 | Recipe: 40.00 |  | 40.50 | +0.50 |")  # what the row says that it is compared with
     lines = [line for line in text.splitlines() if line.startswith("| schedule")]
-    expected = "| 0, 1 | Base: 31.00 ± 1.41 | 33.50 ± 0.71 | +2.50 [-3.85, +8.85] |"  # t = 12.706
+    expected = "| 0, 1 | Base: 31.00 ± 1.41 |  | 33.50 ± 0.71 | +2.50 [-3.85, +8.85] |"  # t = 12.706
     assert len(lines) == 1 and lines[0].endswith(expected) and "4,000 steps of 32" in lines[0]
     (finetuned,) = (line for line in text.splitlines() if line.startswith("| table1"))
-    assert finetuned.endswith("| Finetuning (FT): 41.00 ± 1.41 | 43.50 ± 0.71 | +2.50 [-3.85, +8.85] |")
+    assert finetuned.endswith("| Finetuning (FT): 41.00 ± 1.41 |  | 43.50 ± 0.71 | +2.50 [-3.85, +8.85] |")
     for part in ("40,000 images of 200 classes", "disjoint, 10 tasks, seed 3", "750 steps, batches of 32", "`abc`"):
         assert part in text
     chosen = "src-3, the best of 2 meta-trainings by accuracy (seeds) on s_cifar100, val images: "
@@ -136,6 +136,20 @@ def table_lines(card: Path) -> list[str]:
     return [line for line in card.read_text().partition("## Tested on")[2].splitlines() if line.startswith("|")]
 
 
+def test_the_control_is_of_the_same_settings_in_any_table(phi, tmp_path):
+    """Not of another number of steps, nor a φ that was meta-trained; settings that came later have their defaults."""
+    results, ours = tmp_path / "results", f"phi-{phi_digest(load_phi(phi)):.8}"
+    record(results / "schedule" / "cpu", "MetaPerturb", 0, 0.5, ours, clip_eval=False)
+    for seed, accuracy in enumerate((0.44, 0.46)):
+        record(results / "recipe" / "cpu", "Control", seed, accuracy, "p-0", phi_card={"config": {"steps": 0}})
+    record(results / "recipe" / "cpu", "Longer", 2, 0.9, "p-1", phi_card={"config": {"steps": 0}}, steps=8000)
+    record(results / "recipe" / "cpu", "Clipped", 2, 0.9, "p-2", phi_card={"config": {"steps": 0}}, clip_eval=True)
+    record(results / "recipe" / "cpu", "Learned", 2, 0.9, "p-3", phi_card={"config": {"steps": 750}})
+    assert ship("mine", phi, "--results", results, "--out", tmp_path / "out") == 0
+    (_, _, line) = table_lines(tmp_path / "out" / "mine.md")
+    assert line.endswith("| 0 |  | 45.00 ± 1.41 (2) | 50.00 |  |")
+
+
 def test_what_counts_as_tested(phi, tmp_path, capsys):
     """On test images; without φ, of the seeds that φ has; folders of other settings and damaged records are said."""
     results, ours = tmp_path / "results", f"phi-{phi_digest(load_phi(phi)):.8}"
@@ -148,7 +162,7 @@ def test_what_counts_as_tested(phi, tmp_path, capsys):
     assert ship("mine", phi, "--results", results, "--out", tmp_path / "out") == 0
     assert "cpu-1a2b3c4d: left out (" in capsys.readouterr().err
     lines = table_lines(tmp_path / "out" / "mine.md")
-    assert len(lines) == 3 and lines[2].endswith("| 1 | Base: 20.00 | 50.00 | +30.00 |")
+    assert len(lines) == 3 and lines[2].endswith("| 1 | Base: 20.00 |  | 50.00 | +30.00 |")
     # A training that a table took over counts where it was run.
     (origin,) = (results / "schedule" / "cpu").glob("metaperturb--*")
     record(results / "table1" / "cpu", "MetaPerturb", 1, 0.5, ours, f"schedule/cpu/{origin.name}")
