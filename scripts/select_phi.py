@@ -2,6 +2,7 @@
 
     SEED="0 1 2 3 4" ./run.sh src       # five meta-trainings
     ./run.sh select                     # of all finished ones in runs/; or name them: ./run.sh select runs/src-…
+    ./run.sh select --report            # no training, no choice: the page of the choice that was made
 
 Each φ trains networks on s-CIFAR100, which are evaluated on images of CIFAR-100 that are in neither its training nor
 its test set. The best mean accuracy wins. The chosen φ is copied to --out, its card extended by the evidence, which
@@ -16,13 +17,13 @@ from typing import Any
 
 from experiment import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
 from experiments.grid import Grid
-from experiments.results import Results
+from experiments.results import DIVERGED, Results, read_diverged, read_record, take_recorded
 from experiments.statistics import summarize
 
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTrainConfig, differences
 from metaperturb.errors import UserError
-from metaperturb.storage import save_json
+from metaperturb.storage import load_json, save_json
 from metaperturb.weights import load_phi, save_phi
 
 
@@ -36,6 +37,12 @@ def main() -> int:
 
 
 def select(arguments: argparse.Namespace) -> None:
+    if arguments.report and not arguments.sources:
+        grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
+        folder = results_folder(grid, arguments)
+        take_rows(grid, folder)
+        print(f"{write_table(grid, folder, arguments.runs)}: of the choice that is recorded", file=sys.stderr)
+        return
     folders = arguments.sources or [path for path in sorted(arguments.runs.glob("src-*")) if (path / "phi.pt").exists()]
     if len(folders) < 2:
         raise UserError(f'needs two or more finished meta-trainings, found {len(folders)} (SEED="0 1 …" ./run.sh src)')
@@ -74,6 +81,23 @@ def select(arguments: argparse.Namespace) -> None:
         )
         print(f"{'*' if name == best else ' '} {name}: {text}")
     print(f"chosen: {out}   evidence: {page}", file=sys.stderr)
+
+
+def take_rows(grid: Grid, folder: Path) -> None:
+    """The rows of a choice that was made, from its records: the files of its φ may be gone.
+
+    Raises:
+        UserError: none was made there.
+    """
+    path = folder.with_name(folder.name + ".json")
+    if not path.is_file():
+        raise UserError(f"{path}: no choice was made there yet; name two or more meta-trainings to choose from")
+    records = [*map(read_record, folder.glob("*--*.json")), *map(read_diverged, folder.glob(f"{DIVERGED}/*--*.json"))]
+    started = {record["row"]: record["needs"] for record in records}
+    for row in load_json(path)["accuracy"]:
+        if row in started:
+            grid.add_row(row, started[row]["phi"])
+    take_recorded(grid, folder)
 
 
 def other_settings(sources: dict[str, Path]) -> list[str]:

@@ -529,9 +529,19 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
     for seed in (0, 1):
         diverge(Results(grid, results.folder), "src-c", seed, "Validation")
     named = ("--report", "--sources", *map(str, sources))
+    assert "no choice was made there yet" in refused(tmp_path, "--report")
     select_phi.select(arguments(tmp_path, grid.path, *named))
     said = capsys.readouterr().out
     assert "* src-a: 50.00 %" in said and "  src-b: 1 diverged\n  src-c: 2 diverged\n" in said
+    page = results.folder.with_name("paper.md")
+    text = page.read_text()
+    page.unlink()
+    for folder in sources:  # what was chosen among is gone
+        (folder / "phi.pt").rename(folder / "gone.pt")
+    select_phi.select(arguments(tmp_path, grid.path, "--report"))
+    assert page.read_text() == text and "| src-c |" in text
+    for folder in sources:
+        (folder / "gone.pt").rename(folder / "phi.pt")
     for seed in (0, 1):
         results.path(grid.cell("src-a", "Validation", seed)).unlink()
         diverge(Results(grid, results.folder), "src-a", seed, "Validation")

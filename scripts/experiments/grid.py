@@ -195,8 +195,12 @@ class Grid:
         if row in self.rows:
             raise UserError(f"{self.path}: has a row {row!r} already; rename the folder of this φ")
         name = f"phi_{phi_digest(load_phi(path)):.8}"  # whichever others come before it, its cells keep their names
-        self._needs = {**self._needs, name: {"program": "meta_train", "config": "src.yaml"}}
+        self.add_row(row, name)
         self._given[name] = path
+
+    def add_row(self, row: str, name: str) -> None:
+        """A further row: MetaPerturb with the φ that `add_phi` called so when it had the file."""
+        self._needs = {**self._needs, name: {"program": "meta_train", "config": "src.yaml"}}
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
 
     def runs_not_given(self) -> dict[str, str]:

@@ -427,7 +427,7 @@ def take_recorded(grid: Grid, folder: Path) -> list[Need]:
     started |= {id_ for path in folder.glob(f"{DIVERGED}/*--*.json") for id_ in read_diverged(path)["needs"].values()}
     taken = []
     for name, program in grid.runs_not_given().items():
-        ids = [id_ for id_ in started if (content := content_of(id_)) and id_ == f"{name}-{content}"]
+        ids = [id_ for id_ in started if (content := content_of(id_)) and id_ in (name, f"{name}-{content}")]
         if len(ids) != 1 or "-seed" in ids[0]:
             continue
         kept = folder / "needs" / f"{ids[0]}.json"

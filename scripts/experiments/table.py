@@ -26,10 +26,11 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
     entries = results.entries()
     marks = _marks(entries)
     below = ", and below it the paper's" if grid.paper else ""
+    standard = "the paper's setting" if grid.paper else "that of the preset `paper`"
     parts = [
         f"# {grid.title}",
         f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number)"
-        f"{below}. A letter marks a reduced setting, explained below; no letter: the paper's setting.",
+        f"{below}. A letter marks a reduced setting, explained below; no letter: {standard}.",
         _overview(grid, entries, marks),
         *_notes(grid, results, needs, entries, marks),
         "## In detail",
