@@ -17,7 +17,7 @@ from typing import Any
 
 from experiment import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
 from experiments.grid import Grid
-from experiments.results import DIVERGED, Results, read_diverged, read_record, take_recorded
+from experiments.results import Results, read_all, take_recorded
 from experiments.statistics import summarize
 
 from metaperturb.cli import run_program
@@ -92,8 +92,7 @@ def take_rows(grid: Grid, folder: Path) -> None:
     path = folder.with_name(folder.name + ".json")
     if not path.is_file():
         raise UserError(f"{path}: no choice was made there yet; name two or more meta-trainings to choose from")
-    records = [*map(read_record, folder.glob("*--*.json")), *map(read_diverged, folder.glob(f"{DIVERGED}/*--*.json"))]
-    started = {record["row"]: record["needs"] for record in records}
+    started = {record["row"]: record["needs"] for record in read_all(folder)}
     for row in load_json(path)["accuracy"]:
         if row in started:
             grid.add_row(row, started[row]["phi"])

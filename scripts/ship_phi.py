@@ -8,20 +8,18 @@ Markdown file beside it says the same to people, and what the φ was tested on: 
 (`PHI=tiny_imagenet_resnet20 ./run.sh table1 …`).
 """
 
-import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.finished import OF_A_RUN
-from experiments.grid import Grid, fingerprint_of
-from experiments.results import DIVERGED, images_of, read_diverged, read_record, shortened
+from experiments.grid import Grid, fingerprint
+from experiments.results import DIVERGED, SETTINGS, images_of, read_diverged, read_record, shortened
 from experiments.statistics import paired_difference, summarize
 from experiments.table import markdown_table
 
 from metaperturb.cli import argument_parser, run_program
-from metaperturb.config import MetaTestConfig, default_of
+from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import write_atomically
@@ -79,9 +77,9 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int,
     """
     suffix = id_suffix(phi)
     folders = sorted(path for path in results.glob("*/*") if path.is_dir() and path.name != "smoke")
-    controls = not_meta_trained(record for folder in folders for record in map(read_record, folder.glob("*--*.json")))
-    for folder in folders:
-        records = [read_record(path) for path in sorted(folder.glob("*--*.json"))]
+    found = {folder: [read_record(path) for path in sorted(folder.glob("*--*.json"))] for folder in folders}
+    controls = not_meta_trained(record for records in found.values() for record in records)
+    for folder, records in found.items():
         records = [record for record in records if record["result"]["config"].get("eval_split", "test") == "test"]
         with_it = [record for record in records if record["needs"].get("phi", "").endswith(suffix)]
         own = [r for r in with_it if "taken_from" not in r or not (results / r["taken_from"]).is_file()]
@@ -124,9 +122,9 @@ def trainings_with(phi: MetaPerturb, results: Path) -> Iterator[tuple[tuple[int,
             )
 
 
-def not_meta_trained(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, float]]:
+def not_meta_trained(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, float]]:
     """Accuracies in % with a φ of no meta-training step, by `making` and seed."""
-    found: dict[str, dict[int, float]] = {}
+    found: dict[tuple[str, ...], dict[int, float]] = {}
     for record in records:
         card = record["result"].get("phi_card") or {}
         if card.get("config", {}).get("steps") == 0:
@@ -135,11 +133,11 @@ def not_meta_trained(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, f
     return found
 
 
-def making(result: Mapping[str, Any]) -> str:
+def making(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Equal for trainings that differ in their seed and φ alone."""
-    fields = (field for field in dataclasses.fields(MetaTestConfig) if field.name not in OF_A_RUN)
-    settings = {field.name: result["config"].get(field.name, default_of(field)) for field in fields}
-    return fingerprint_of([result["target"]["fingerprints"], settings])
+    settings = {key: value for key, value in result["config"].items() if key in SETTINGS}
+    config = MetaTestConfig(**settings | {"phi": None})
+    return fingerprint("meta_test", config), *result["target"]["fingerprints"]
 
 
 def id_suffix(phi: MetaPerturb) -> str:

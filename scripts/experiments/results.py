@@ -414,6 +414,16 @@ def _version(result: Mapping[str, Any]) -> str:
     return f"{result.get('commit') or 'no commit'} ({result.get('code') or 'no digest'})"
 
 
+def read_all(folder: Path) -> Iterator[dict[str, Any]]:
+    """What is recorded of the trainings in a folder, and of those that diverged.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    yield from map(read_record, folder.glob("*--*.json"))
+    yield from map(read_diverged, folder.glob(f"{DIVERGED}/*--*.json"))
+
+
 def take_recorded(grid: Grid, folder: Path) -> list[Need]:
     """Let what the command line gives nothing for be what the records in `folder` started from; returns these needs.
 
@@ -423,8 +433,7 @@ def take_recorded(grid: Grid, folder: Path) -> list[Need]:
     Raises:
         UserError: a record is damaged.
     """
-    started = {id_ for path in folder.glob("*--*.json") for id_ in read_record(path)["needs"].values()}
-    started |= {id_ for path in folder.glob(f"{DIVERGED}/*--*.json") for id_ in read_diverged(path)["needs"].values()}
+    started = {id_ for record in read_all(folder) for id_ in record["needs"].values()}
     taken = []
     for name, program in grid.runs_not_given().items():
         ids = [id_ for id_ in started if (content := content_of(id_)) and id_ in (name, f"{name}-{content}")]
