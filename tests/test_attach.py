@@ -5,6 +5,7 @@ hand the feature map that a site should receive.
 """
 
 import copy
+import functools
 import io
 import os
 import subprocess
@@ -1276,3 +1277,194 @@ def test_importing_the_library_leaves_signals_as_they_are(tmp_path):
     as_it_was = output("-c", handler)  # a background job of a shell ignores SIGINT
     for arguments in (["mine.train"], ["mine.train", "metaperturb.meta_train"]):
         assert output("-m", *arguments) == as_it_was
+
+
+def test_training_that_cannot_be_tried_is_told():
+    class WithLabels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Residual(lambda: Noisy(False), blocks=1)
+
+        def forward(self, x, labels=None):
+            logits = self.net(x)
+            return F.cross_entropy(logits, labels) if self.training else logits
+
+    with pytest.warns(UserWarning, match="sums in training is not known"):
+        quiet(WithLabels(), image_size=8)
+
+
+class Dropped(nn.Module):
+    """Residual blocks that training leaves out by chance, as modules or in the network's own forward."""
+
+    def __init__(self, inlined: bool):
+        super().__init__()
+        self.stem, self.head, self.inlined = conv(3, 4), Head(4), inlined
+        self.blocks = nn.ModuleList(Noisy(False) if not inlined else conv(4, 4) for _ in range(3))
+        self.dropped: set[int] = set()
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, block in enumerate(self.blocks):
+            if not (self.training and i in self.dropped):
+                x = block(x) + x if self.inlined else block(x)
+        return self.head(x)
+
+
+def test_layers_dropped_at_random():
+    blocks = quiet(Dropped(inlined=False), image_size=8)
+    blocks.dropped = {1}
+    received = record_inputs(blocks.train())
+    blocks(images(2, 8))
+    assert [site for site, _ in received] == [blocks.metaperturb.sites[i] for i in (0, 2)]
+
+    inlined = quiet(Dropped(inlined=True), image_size=8)
+    inlined.train()(images(2, 8))
+    inlined.dropped = {0}
+    with pytest.raises(UserError, match="2 sums in this pass, but φ acts on sum 3"):
+        inlined(images(2, 8))
+
+
+def test_a_block_that_does_nothing_in_a_step():
+    class Skipping(Noisy):
+        def forward(self, x):
+            return x if self.training else super().forward(x)
+
+    model = quiet(Residual(lambda: Skipping(False)), image_size=8)
+    assert site_names(model) == ["blocks.0", "blocks.1"]
+    model.train()(images(2, 8))
+
+
+class Pair(nn.Module):
+    """A block of an encoder: its feature map, and the same for a decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x) + x)
+        return x, x
+
+
+class Encoder(nn.Module):
+    def __init__(self, result):
+        super().__init__()
+        self.stem, self.block1, self.block2, self.head, self.result = conv(3, 4), Pair(), Pair(), Head(4), result
+
+    def forward(self, x):
+        x, skip = self.block1(F.relu(self.stem(x)))
+        x, _ = self.block2(x)
+        return self.result(self.head(x + skip))
+
+
+@pytest.mark.parametrize(
+    "result", [lambda y: y, lambda y: (y,), lambda y: {"logits": y}], ids=["plain", "tuple", "dict"]
+)
+def test_blocks_that_return_several_values(result):
+    model = quiet(Encoder(result), image_size=8)
+    assert site_names(model) == ["block1", "block2", "model.sum0"]
+    received = record_inputs(model.train())
+    model(images(2, 8))
+    assert [site for site, _ in received] == model.metaperturb.sites
+    assert site_names(quiet(Encoder(result), image_size=8, sites=["block2"])) == ["block2"]
+
+
+def test_what_the_network_returns_is_no_site():
+    class Restored(nn.Module):
+        """An image plus what its blocks add to it."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.tail = conv(3, 4), Noisy(False), conv(4, 3)
+
+        def forward(self, x):
+            return x + self.tail(self.block(self.stem(x)))
+
+    assert site_names(quiet(Restored(), image_size=8)) == ["block"]
+
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.boxes, self.classes = conv(3, 4), conv(4, 8), conv(4, 5)
+
+        def forward(self, x):
+            x = F.relu(self.body(x))
+            return {"boxes": self.boxes(x), "classes": self.classes(x)}
+
+    assert site_names(quiet(TwoHeads(), image_size=8)) == ["body"]
+
+
+def test_a_forward_replaced_on_the_block():
+    def checkpointed(model):
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        return model
+
+    assert "'blocks.0' was replaced" in refused(checkpointed(Residual(lambda: Noisy(False))), 8)
+    model = checkpointed(quiet(Residual(lambda: Noisy(False)), image_size=8))  # afterwards it may be
+    constant_sites(model.train())
+    assert (model.blocks(torch.randn(2, 4, 8, 8)) == CONSTANT).all()
+
+
+def test_phi_cannot_be_exchanged():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16)
+    parameters, state = list(model.parameters()), model.state_dict().keys()
+    for module in (model.metaperturb, model.metaperturb.sites[0]):
+        with pytest.raises(AttributeError, match="cannot be exchanged"):
+            module.phi = MetaPerturb()
+    assert len(list(model.parameters())) == len(parameters) and model.state_dict().keys() == state
+
+
+def test_a_part_of_a_network_with_phi():
+    model = quiet(nn.Sequential(Residual(lambda: Noisy(False))), image_size=8)
+    with pytest.raises(UserError, match="already"):
+        quiet(model[0], image_size=8)
+    assert "metaperturb" not in dict(model[0].named_children())
+
+
+def test_classes_that_register_their_subclasses():
+    registered = []
+
+    class Registered(Noisy):
+        def __init_subclass__(cls, *, key, **kwargs):
+            super().__init_subclass__(**kwargs)
+            registered.append(key)
+
+    model = quiet(Residual(lambda: Registered(False)), image_size=8)
+    assert site_names(model) == ["blocks.0", "blocks.1"] and not registered
+
+
+def test_networks_of_torch_fx():
+    traced = quiet(torch.fx.symbolic_trace(Residual(lambda: Noisy(False)).eval()), image_size=8).eval()
+    before = seeded(traced, images(2, 8))
+    assert not torch.equal(before, seeded(traced, images(2, 8), seed=1))
+    for copied in (copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
+        with pytest.raises(UserError, match="detach"):
+            copied(traced)
+    assert torch.equal(before, seeded(traced, images(2, 8)))
+    copy.deepcopy(detach(traced))
+
+    with pytest.raises(UserError, match="without φ"):
+        torch.fx.symbolic_trace(quiet(Residual(lambda: Noisy(False)), image_size=8))
+
+
+def test_loading_into_nothing():
+    saved = quiet(models.create("resnet8", 5, 16), image_size=16).state_dict()
+    with torch.device("meta"):
+        model = quiet(models.create("resnet8", 5, 16), image_size=16)
+    with pytest.raises(UserError, match="to_empty"):
+        model.load_state_dict(saved, assign=True)
+    model.to_empty(device="cpu").load_state_dict(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_slots_in_a_network_of_functions():
+    class Functions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.slot, self.head = nn.Parameter(torch.randn(4, 3, 3, 3)), metaperturb.Slot(), Head(4)
+
+        def forward(self, x):
+            return self.head(F.relu(self.slot(F.conv2d(x, self.weight, padding=1))))
+
+    assert site_names(quiet(Functions(), image_size=8)) == ["slot"]

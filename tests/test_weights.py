@@ -112,6 +112,29 @@ def test_the_card_comes_back(tmp_path):
     assert load_phi(tmp_path / "bare.pt").card == {}
 
 
+def test_save_phi_writes_what_load_phi_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_phi(make_phi(), "~/phi.pt")
+    assert_same_phi(make_phi(), load_phi("~/phi.pt"))
+    assert (tmp_path / "phi.pt").exists()
+
+    broken = make_phi()
+    with torch.no_grad():
+        broken.self1[0, 0] = float("nan")
+    for phi, path, card in (
+        (broken, "broken.pt", None),
+        (make_phi().to("meta"), "meta.pt", None),
+        (make_phi(), "list.pt", [1]),
+        (make_phi(), "text.pt", "from here"),
+        (make_phi(), "set.pt", {"seeds": {0}}),
+        (make_phi(), ".", None),
+    ):
+        with pytest.raises(UserError) as error:
+            save_phi(phi, tmp_path / path if path != "." else path, card)
+        one_line(error)
+    assert os.listdir(tmp_path) == ["phi.pt"]
+
+
 def test_phi_in_double_precision(tmp_path):
     phi = make_phi().double()
     save_phi(phi, tmp_path / "phi.pt")

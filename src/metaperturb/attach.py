@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaperturb.dry_run import summed_maps
 from metaperturb.errors import UserError
-from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite
+from metaperturb.perturbation import CLIP, MetaPerturb, PerturbSite, UsesPhi
 from metaperturb.sites import PLACES, SiteSpec, choose_sites, find_sites
 
 # What methods add to a network: its children of these names.
@@ -57,7 +57,7 @@ class Sites(nn.Module):
         """
         if self._placed is not None:
             model, hosts = self._placed
-            there = {module for module in model.modules() if _acts(module)}
+            there = {module for module in model.modules() if _acting(module)}
             lost = [spec.module for spec, host in zip(self.specs, hosts, strict=True) if host not in there]
             if lost:
                 raise UserError(
@@ -83,7 +83,7 @@ class Sites(nn.Module):
         return "\n".join(map(str, self.specs))
 
 
-class Attachment(Sites):
+class Attachment(UsesPhi, Sites):
     """The perturbation's sites in one network, as its last child, `metaperturb`.
 
     `strength`, `clip` and `clip_eval` set those of all sites. The state dict holds the running statistics of every
@@ -96,11 +96,7 @@ class Attachment(Sites):
 
     def __init__(self, phi: MetaPerturb, specs: list[SiteSpec], sites: list[PerturbSite]) -> None:
         super().__init__(specs, sites)
-        self._phi = (phi,)  # not a child: φ is not among the network's parameters
-
-    @property
-    def phi(self) -> MetaPerturb:
-        return self._phi[0]
+        self._phi = (phi,)
 
     @property
     def noise(self) -> bool:
@@ -149,6 +145,8 @@ class Attachment(Sites):
             self.strength = strength
             self.clip_eval = bool(bound)
             self.clip = bound[0] if bound else self.clip
+        if parameters[0].is_meta:
+            raise UserError("φ is on the meta device and takes no values: model.to_empty(device=…) before loading")
         with torch.no_grad():
             for p, saved in zip(parameters, values, strict=True):
                 p.copy_(saved.view_as(p))
@@ -200,7 +198,7 @@ def attach(
         raise UserError("noise=False and gate=False leave nothing of φ; choose one of the two")
     if clip_eval and clip is None:
         raise UserError("clip_eval=True needs a clip")
-    if any(isinstance(module, Attachment) for module in model.modules()):
+    if any(isinstance(m, Attachment) or any(isinstance(s, PerturbSite) for s in _acting(m)) for m in model.modules()):
         raise UserError("this network has a perturbation attached already (detach(model) removes it)")
     if sites is None or sites in PLACES:
         found = find_sites(model, image_size)
@@ -226,7 +224,8 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
         verbose: say on stderr, in one line, where the sites are.
 
     Raises:
-        UserError: the network has something of this name already.
+        UserError: the network has something of this name already, or the `forward` of a block with a sum was replaced
+            on the block itself and not in its class.
     """
     if hasattr(model, name):
         raise UserError(f"{type(model).__name__} has a {name!r} of its own; rename that")
@@ -236,6 +235,12 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
         sites.to(parameter.device)
     modules = dict(model.named_modules())
     hosts = [modules[spec.module] for spec in sites.specs]
+    for spec, host in zip(sites.specs, hosts, strict=True):
+        if spec.addition is not None and "forward" in vars(host):
+            raise UserError(
+                f"{type(model).__name__}: the forward of {spec.module!r} was replaced, by torch.compile(….forward) or "
+                "the like, so that its sums cannot be reached; attach before that"
+            )
     for spec, site, host in zip(sites.specs, sites.sites, hosts, strict=True):
         if spec.addition is None:
             host.register_forward_hook(_OutputHook(site))
@@ -349,10 +354,22 @@ class _Tapped(nn.Module):
     _untapped: type[nn.Module]
     _metaperturb_tap: Mapping[int, list[nn.Module]] = MappingProxyType({})  # a block made later from its class has none
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A tapped class is none of the user's, whose classes may count or register their subclasses."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _check_replica(self)
-        with _TapMode(self._metaperturb_tap):
-            return super().forward(*args, **kwargs)
+        if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
+            raise UserError("torch.fx would trace the network without φ: trace it first, and attach to what comes out")
+        mode = _TapMode(self._metaperturb_tap)
+        with mode:
+            output = super().forward(*args, **kwargs)
+        if 0 < mode.count <= max(mode.sites, default=0):  # none at all: a block that is left out in this step
+            raise UserError(
+                f"{type(self).__name__}: {mode.count} sums in this pass, but φ acts on sum {max(mode.sites) + 1}: "
+                "which is which cannot be told; put a metaperturb.Slot() there, or name other modules: sites=[…]"
+            )
+        return output
 
     def __reduce_ex__(self, protocol: int) -> Any:
         """So that it can be pickled and copied, though its class is made at run time."""
@@ -362,10 +379,16 @@ class _Tapped(nn.Module):
         return make, arguments, *state
 
 
+def _refuse_copies(self: _Tapped, *arguments: Any) -> None:
+    raise UserError("a network made by torch.fx cannot be copied or pickled while φ acts on its sums: detach it first")
+
+
 @functools.cache
 def _tapped_class(untapped: type[nn.Module]) -> type[_Tapped]:
-    same = {"__module__": untapped.__module__, "__qualname__": untapped.__qualname__, "__doc__": untapped.__doc__}
-    return type(untapped.__name__, (_Tapped, untapped), {**same, "_untapped": untapped})
+    members = {"__module__": untapped.__module__, "__qualname__": untapped.__qualname__, "__doc__": untapped.__doc__}
+    if issubclass(untapped, torch.fx.GraphModule):  # it writes its class anew when it is copied
+        members |= {"__deepcopy__": _refuse_copies, "__reduce_ex__": _refuse_copies}
+    return type(untapped.__name__, (_Tapped, untapped), {**members, "_untapped": untapped})
 
 
 def _new_tapped(untapped: type[nn.Module], *arguments: Any) -> _Tapped:
@@ -386,7 +409,8 @@ def _untap(module: nn.Module) -> None:
         vars(module).pop("_metaperturb_tap", None)
 
 
-def _acts(module: nn.Module) -> bool:
-    """Whether sites act on its sums or its output."""
-    tapped = isinstance(module, _Tapped) and bool(module._metaperturb_tap)
-    return tapped or any(isinstance(hook, _OutputHook) for hook in module._forward_hooks.values())
+def _acting(module: nn.Module) -> list[nn.Module]:
+    """The sites that act on its sums or its output."""
+    tap = module._metaperturb_tap if isinstance(module, _Tapped) else {}
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, _OutputHook)]
+    return [*(site for sites in tap.values() for site in sites), *(hook.site for hook in hooks)]

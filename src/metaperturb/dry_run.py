@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaperturb.errors import UserError
 from metaperturb.modes import in_mode
+from metaperturb.perturbation import Slot
 
 ADDITIONS = {
     torch.add,
@@ -44,11 +45,12 @@ NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 class Watched:
     """What the dry run saw. Tensors are kept, so that their identities stay unique."""
 
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # module → its last output, in order of completion
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # module → its last output, if that is a tensor
     sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # module → index of sum → value, innermost only
     activated: set[int] = field(default_factory=set)  # identities of tensors that an activation received
     normalized: set[int] = field(default_factory=set)  # … that a normalization received
-    calls: Counter[str] = field(default_factory=Counter)  # module → how often it ran
+    calls: Counter[str] = field(default_factory=Counter)  # module → how often it ran, in order of first completion
+    returned: set[int] = field(default_factory=set)  # … that the network returned, and no function received
     weights: set[str] = field(default_factory=set)  # modules whose output, of one pixel, weights larger maps
     kept: list[Any] = field(default_factory=list)
 
@@ -77,9 +79,9 @@ class _Watcher(TorchFunctionMode):
         operands = summed_maps(func, args, kwargs, out)
         if operands:
             self._note_sum(operands, out)
-        values = [*args, *(kwargs or {}).values(), *(x for arg in args if isinstance(arg, list | tuple) for x in arg)]
-        received = [value for value in values if isinstance(value, Tensor)]
-        self.uses.update({id(value) for value in received})
+        received = list(_tensors((args, kwargs or {})))
+        if next(_tensors(out), None) is not None:  # what asks for a size, say, does not use it
+            self.uses.update({id(value) for value in received})
         self._follow_pixels(received, out)
         self.seen.kept.append((args, out))
         return out
@@ -116,11 +118,24 @@ class _Watcher(TorchFunctionMode):
                     self.seen.leave_out(name, index)
 
     def finish(self) -> Watched:
-        """a + b + x is one sum: its first half goes nowhere but into the second."""
+        """a + b + x is one sum: its first half goes nowhere but into the second. The network's output is no sum."""
         for name, index, value in self.parts:
             if self.uses[id(value)] == 1:
                 self.seen.leave_out(name, index)
+        self.seen.returned = {identity for identity in self.seen.returned if not self.uses[identity]}
+        for name, index, value in [(n, i, v) for n, sums in self.seen.sums.items() for i, v in sums.items()]:
+            if id(value) in self.seen.returned:
+                self.seen.leave_out(name, index)
         return self.seen
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in it, however deep in tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _is_pixel(value: Tensor) -> bool:
@@ -130,20 +145,21 @@ def _is_pixel(value: Tensor) -> bool:
 def watch(model: nn.Module, image_size: int, *, training: bool = False) -> Watched:
     """Run the network once on zeros, in evaluation (or training) mode, and note what happens.
 
-    Modes, buffers and the state of the random generators stay as they are.
+    Modes, buffers and the state of the random generators stay as they are; hooks of the network run, too.
 
     Raises:
-        UserError: the network has no convolution, or does not run on such images.
+        UserError: the network has neither a convolution nor a slot, or does not run on such images.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if not convolutions:
+    if not convolutions and not any(isinstance(m, Slot) for m in model.modules()):
         raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
     # Which convolution sees the image is not known before the network has run; mostly the one declared first.
-    candidates = dict.fromkeys([convolutions[0].in_channels, 3, *(m.in_channels for m in convolutions)])
+    candidates = dict.fromkeys([*(m.in_channels for m in convolutions[:1]), 3, *(m.in_channels for m in convolutions)])
+    like = next((m.weight for m in convolutions), next(model.parameters(), torch.empty(0)))
     failure: Exception | None = None
     for channels in candidates:
         watcher = _Watcher()
-        image = convolutions[0].weight.new_zeros(2, channels, image_size, image_size)
+        image = like.new_zeros(2, channels, image_size, image_size)
         try:
             _dry_run(model, image, watcher, training)
             return watcher.finish()
@@ -178,7 +194,9 @@ def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher, training: bool)
     try:
         devices = [image.device] if image.is_cuda else []
         with in_mode(model, training), _kept_buffers(model), torch.random.fork_rng(devices), torch.no_grad(), watcher:
-            model(image)
+            result = model(image)
+        watcher.seen.kept.append(result)
+        watcher.seen.returned = {id(value) for value in _tensors(result)}
     finally:
         for handle in handles:
             handle.remove()

@@ -9,6 +9,8 @@ scale a channel, computed from the statistics of the batch. One `MetaPerturb` (�
 a `PerturbSite` adds what belongs to one place in one network: running statistics, strength and clip.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,12 +61,31 @@ class MetaPerturb(nn.Module):
         return f"{sum(p.numel() for p in self.parameters())} parameters"
 
 
-class PerturbSite(nn.Module):
+class UsesPhi(nn.Module):
+    """Uses φ without owning it: φ is neither its child, nor among its parameters or in its state.
+
+    Raises:
+        AttributeError: `phi` is set.
+    """
+
+    _phi: tuple[MetaPerturb]  # in a tuple, so that nn.Module does not register φ as a child
+
+    @property
+    def phi(self) -> MetaPerturb:
+        return self._phi[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "phi":  # the property cannot refuse it: nn.Module makes a module its child before it asks
+            raise AttributeError("φ cannot be exchanged: load into it (phi.load_state_dict), or detach and attach anew")
+        super().__setattr__(name, value)
+
+
+class PerturbSite(UsesPhi):
     """One place in a network where φ perturbs the feature map: `h ← h ∘ ((g(h) − 1)·c + 1)`.
 
     Args:
         phi: the shared φ. It is referred to, not owned: `site.parameters()` is empty and the state dict of a site
-            holds only its running statistics. Moving the site (`.to`, `.double`) moves φ along.
+            holds only its running statistics. Moving the site (`.to`, `.double`) moves φ along, for all who use it.
         channels: C of the feature map.
         channel_norm: channels of the widest perturbed layer of the network (default: `channels`).
         size_norm: height of the network's input images in pixels.
@@ -108,7 +129,7 @@ class PerturbSite(nn.Module):
             raise ValueError(
                 f"channels, channel_norm and size_norm must be positive, got {channels}, {channel_norm}, {size_norm}"
             )
-        self._phi = (phi,)  # in a tuple, so that nn.Module does not register φ as a child
+        self._phi = (phi,)
         self.channels, self.channel_norm, self.size_norm = channels, channel_norm, size_norm
         self.noise, self.gate = noise, gate
         self.strength = 1.0
@@ -117,10 +138,6 @@ class PerturbSite(nn.Module):
         like = {"device": phi.self1.device, "dtype": phi.self1.dtype}
         self.register_buffer("running_mean", torch.zeros(statistics, **like))
         self.register_buffer("running_var", torch.ones(statistics, **like))
-
-    @property
-    def phi(self) -> MetaPerturb:
-        return self._phi[0]
 
     @property
     def strength(self) -> float:

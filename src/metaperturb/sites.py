@@ -6,10 +6,12 @@
 3. plain networks: every convolution, after its normalization if it has one, before the activation. In a network that
    normalizes before it convolves (DenseNet) that is the output of every normalization.
 
-Maps of one pixel that weight the channels of larger ones (attention) are no feature maps, nor are [B, H, W, C].
+Maps of one pixel that weight the channels of larger ones (attention) are no feature maps, nor are [B, H, W, C], nor is
+what the network returns. All of this is made for classifiers: elsewhere look at what was found, and name the places.
 """
 
 import difflib
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -84,6 +86,8 @@ def _check_calls(model: nn.Module, specs: list[SiteSpec], seen: Watched) -> None
 def _check_sums(model: nn.Module, image_size: int, specs: list[SiteSpec], seen: Watched) -> None:
     """Sums are counted, so those before a site must be the same in training as in the dry run.
 
+    Where layers are left out at random one pass may not show that; the first training step that lacks a sum does.
+
     Raises:
         UserError: they are not.
     """
@@ -92,10 +96,12 @@ def _check_sums(model: nn.Module, image_size: int, specs: list[SiteSpec], seen: 
         return
     try:
         in_training = watch(model, image_size, training=True)
-    except UserError:  # a network that wants labels in training, say: nothing can be known of its sums there
+    except UserError as error:  # a network that wants labels in training, say
+        warnings.warn(f"{error}; so whether it makes other sums in training is not known", stacklevel=4)
         return
     for name in sorted(tapped):
-        if seen.sums[name].keys() != in_training.sums.get(name, {}).keys():
+        found = in_training.sums.get(name, {}).keys()
+        if found and found != seen.sums[name].keys():  # none at all: the block is left out in some steps
             raise UserError(
                 f"{type(model).__name__}: {name or 'its forward'!r} makes other sums in training than in evaluation, "
                 "so that none can be told; put a metaperturb.Slot() where φ belongs, or name other modules: sites=[…]"
@@ -136,13 +142,17 @@ def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
 # --- the ways to find them
 
 
+def _is_map(output: Tensor | None) -> bool:
+    return output is not None and output.dim() == 4
+
+
 def _spec(name: str, module: str, addition: int | None, value: Tensor) -> SiteSpec:
     return SiteSpec(name, module, addition, value.shape[1], (value.shape[2], value.shape[3]))
 
 
 def _slot_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
     slots = [n for n, m in model.named_modules() if isinstance(m, Slot) and n in seen.outputs]
-    order = list(seen.outputs)
+    order = list(seen.calls)
     slots.sort(key=order.index)
     parents = Counter(name.rpartition(".")[0] for name in slots)
     specs = []
@@ -157,10 +167,11 @@ def _residual_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
     modules = dict(model.named_modules())
     blocks = {type(modules[name]) for name in seen.sums if name} - {nn.Sequential}
     specs = []
-    for name, output in seen.outputs.items():
+    for name in seen.calls:
+        output = seen.outputs.get(name)
         if name in seen.sums:
             specs += _sum_sites(name, seen)
-        elif type(modules[name]) in blocks and output.dim() == 4:
+        elif type(modules[name]) in blocks and _is_map(output) and id(output) not in seen.returned:
             specs.append(_spec(name, name, None, output))
     return specs
 
@@ -177,7 +188,9 @@ def _plain_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
     layers = [name for name in seen.outputs if isinstance(modules[name], nn.Conv2d | nn.Linear)]
     specs = []
     for name, output in seen.outputs.items():
-        if output.dim() != 4 or name in layers[-1:] or name in seen.weights:  # the last layer is the classifier
+        if not _is_map(output) or name in seen.weights or id(output) in seen.returned:
+            continue
+        if name in layers[-1:]:  # the classifier
             continue
         is_norm = isinstance(modules[name], NORMALIZATIONS)
         is_conv = isinstance(modules[name], nn.Conv2d) and id(output) not in seen.normalized
@@ -195,10 +208,10 @@ def _named_sites(model: nn.Module, seen: Watched, found: list[SiteSpec], names: 
             specs.append(known[name])
         elif name in seen.sums:
             specs += _sum_sites(name, seen)
-        elif name in seen.outputs and seen.outputs[name].dim() == 4:
+        elif _is_map(seen.outputs.get(name)):
             specs.append(_spec(name, name, None, seen.outputs[name]))
         else:
-            candidates = [*known, *(n for n, v in seen.outputs.items() if n and v.dim() == 4), *PLACES]
+            candidates = [*known, *(n for n, v in seen.outputs.items() if n and _is_map(v)), *PLACES]
             near = ", ".join(difflib.get_close_matches(name, candidates, n=3)) or ", ".join(candidates[:3])
             raise UserError(
                 f"sites: {name!r} is neither a place nor a module of {type(model).__name__} with a feature map "
@@ -206,5 +219,5 @@ def _named_sites(model: nn.Module, seen: Watched, found: list[SiteSpec], names: 
             )
     if not specs or len(set(specs)) < len(specs):
         raise UserError(f"sites {names}: name at least one site, and none twice")
-    order = list(seen.outputs)
+    order = list(seen.calls)
     return sorted(specs, key=lambda spec: (order.index(spec.module), spec.addition or 0))

@@ -24,6 +24,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         UserError: disk full, read-only folder, a device or folder of this name and the like, with the path.
     """
+    if not path.name:
+        raise UserError(f"{path}: is the name of no file")
     # Not by the process's number: containers that share a folder have the same ones.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:

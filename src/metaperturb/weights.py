@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.storage import load_tensors, save_tensors
+from metaperturb.storage import load_tensors, reason, save_tensors
 
 FORMAT, VERSION = "metaperturb-phi", 1
 SHIPPED = Path(__file__).parent / "shipped"
@@ -36,13 +36,19 @@ def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] 
     """Write φ atomically; `card` holds plain values that say how it was trained.
 
     Raises:
-        UserError: not a φ, or the file cannot be written.
+        UserError: not a φ that `load_phi` would read, a card that JSON cannot hold, or the file cannot be written.
     """
     if not isinstance(phi, MetaPerturb):
         raise UserError(f"phi: expected a MetaPerturb (of a network: model.metaperturb.phi), got {type(phi).__name__}")
+    if not all(_is_plain(p) and p.isfinite().all() for p in phi.parameters()):
+        raise UserError(f"{path}: not written, since φ holds values that are not finite, or none (meta device)")
     state = {name: p.detach().cpu().clone() for name, p in phi.state_dict().items()}
-    plain_card = json.loads(json.dumps(card or {}))  # whatever JSON can hold, weights_only=True can load
-    save_tensors({"format": FORMAT, "version": VERSION, "state": state, "card": plain_card}, Path(path))
+    try:
+        plain_card = json.loads(json.dumps(dict(card or {})))  # whatever JSON can hold, weights_only=True can load
+    except (TypeError, ValueError) as error:
+        raise UserError(f"card: expected names and plain values ({reason(error)})") from error
+    content = {"format": FORMAT, "version": VERSION, "state": state, "card": plain_card}
+    save_tensors(content, Path(path).expanduser())
 
 
 def phi_digest(phi: MetaPerturb) -> str:
