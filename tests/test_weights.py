@@ -114,6 +114,7 @@ def test_the_card_comes_back(tmp_path):
 
 def test_save_phi_writes_what_load_phi_reads(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     save_phi(make_phi(), "~/phi.pt")
     assert_same_phi(make_phi(), load_phi("~/phi.pt"))
     assert (tmp_path / "phi.pt").exists()
@@ -130,7 +131,7 @@ def test_save_phi_writes_what_load_phi_reads(tmp_path, monkeypatch):
         (make_phi(), ".", None),
     ):
         with pytest.raises(UserError) as error:
-            save_phi(phi, tmp_path / path if path != "." else path, card)
+            save_phi(phi, path, card)
         one_line(error)
     assert os.listdir(tmp_path) == ["phi.pt"]
 

@@ -154,7 +154,8 @@ def watch(model: nn.Module, image_size: int, *, training: bool = False) -> Watch
     if not convolutions and not any(isinstance(m, Slot) for m in model.modules()):
         raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
     # Which convolution sees the image is not known before the network has run; mostly the one declared first.
-    candidates = dict.fromkeys([*(m.in_channels for m in convolutions[:1]), 3, *(m.in_channels for m in convolutions)])
+    inputs = [m.in_channels for m in convolutions]
+    candidates = dict.fromkeys([*inputs[:1], 3, *inputs])
     like = next((m.weight for m in convolutions), next(model.parameters(), torch.empty(0)))
     failure: Exception | None = None
     for channels in candidates:
