@@ -5,7 +5,9 @@ import json
 import shutil
 import statistics
 from collections import Counter, defaultdict
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -16,6 +18,8 @@ from experiment import write_table
 from experiments.grid import Grid
 from experiments.results import take_recorded
 from grid_files import tables
+
+from metaperturb import load_phi
 
 PAGES = sorted(path for path in (ROOT / "results").glob("*/*.csv") if path.with_suffix("").is_dir())
 
@@ -183,3 +187,21 @@ def test_report_makes_the_page_again(page, tmp_path):
     made = write_table(grid, folder, tmp_path / "runs")
     for suffix in (".md", ".csv"):
         assert made.with_suffix(suffix).read_text() == page.with_suffix(suffix).read_text()
+
+
+def words(value: Any) -> Iterator[str]:
+    """The texts in it, however deep; one that lists several, with commas between, is several."""
+    if isinstance(value, str):
+        yield from value.split(",")
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from words(part)
+
+
+def test_records_and_cards_say_nothing_of_folders_of_the_machine():
+    results = ROOT / "results"
+    found = {path: json.loads(path.read_text()) for path in results.rglob("*.json")}
+    found |= {path: load_phi(path).card for path in [*results.rglob("*.pt"), *(ROOT / "src").rglob("shipped/*.pt")]}
+    assert {path.suffix for path in found} == {".json", ".pt"}
+    for path, content in found.items():
+        assert [word for word in words(content) if PurePosixPath(word.strip()).is_absolute()] == [], path
