@@ -13,6 +13,17 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, and no others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The default suite is for everybody and takes minutes; what kills processes, compiles or trains waits for --slow."""
+    wanted = [item for item in items if bool(item.get_closest_marker("slow")) == config.getoption("--slow")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
 def class_pictures(classes: int, per_class: int, split: str, size: int = 12) -> dict[str, bytes]:
     """PNG files `<split>/<class>/<i>.png` whose stripes differ between classes, so that there is something to learn."""
     import io
