@@ -50,7 +50,6 @@ from experiments.grid import fingerprint_of, slug
 
 from metaperturb import plots
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
-from metaperturb.analyses.extras import extra
 from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure_robustness, robustness_curves
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
@@ -257,7 +256,6 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Robustness and calibration."""
     methods = of_one_picture(runs)
     attack, sampling = arguments.analyses[Attack], arguments.analyses[Sampling]
-    extra("torchmetrics")
     trained = {run.dir: loaded(run, arguments) for run in runs}
     for run in trained.values():  # whatever is wrong is told before hours of work
         check_attack(run, attack)

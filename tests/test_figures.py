@@ -328,7 +328,6 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path, capsys):
 
 def test_all_figures(runs, meta_trainings, tmp_path):
     pytest.importorskip("foolbox", reason="foolbox is not installed")
-    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     copies = tmp_path / "runs"
     shutil.copytree(runs, copies)
     for name in ("0", "1"):

@@ -453,7 +453,6 @@ def test_runs_that_cannot_be_attacked(trained_runs, tmp_path):
     ("package", "call"),
     [
         ("foolbox", "robustness.measure_robustness(None, robustness.Attack(), None)"),
-        ("torchmetrics", "calibration.measure_calibration(None, calibration.Sampling(), None)"),
     ],
 )
 def test_a_package_that_is_not_installed(package, call):

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaperturb.analyses.extras import extra
 from metaperturb.analyses.records import begun, check_comparable, describe
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
@@ -69,9 +68,8 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
         None where a bin is empty); `seconds_per_sample`; versions and hardware.
 
     Raises:
-        UserError: torchmetrics is not installed, `path` holds other results, or the network returns what is not finite.
+        UserError: `path` holds other results, or the network returns what is not finite.
     """
-    extra("torchmetrics")
     counts = sorted(set(sampling.counts)) if run.stochastic else [1]
     settings = {"counts": sorted(set(sampling.counts)), "batch_size": sampling.batch_size, "seed": sampling.seed}
     about = describe(run, "calibration", settings)
@@ -94,7 +92,7 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
         for count in counts:
             mean = means[count].add(log_p)
             if mean is not None:
-                examined[count].append({**metrics(mean, draws.labels), "ece": calibration_error(mean, draws.labels)})
+                examined[count].append(metrics(mean, draws.labels))
         progress.update(done)
         if time.monotonic() - saved > SAVE_SECONDS and done < counts[-1]:
             totals = {count: (m.have, m.total) for count, m in means.items()}
@@ -112,20 +110,6 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
     save_json(content, path)
     partial.unlink(missing_ok=True)
     return content
-
-
-def calibration_error(log_probabilities: Tensor, labels: Tensor) -> float:
-    """ECE by torchmetrics, of log-probabilities `[N, K]` and labels `[N]`: 15 bins, as in `evaluation`.
-
-    torchmetrics gives a confidence of exactly 1, which float32 reaches, a bin of its own, the 16th. Such confidences
-    are lowered by their last bit, so that they count in the 15th.
-    """
-    error = extra("torchmetrics.classification").MulticlassCalibrationError(
-        num_classes=log_probabilities.shape[1], n_bins=ECE_BINS, norm="l1"
-    )
-    probabilities = log_probabilities.exp().double()
-    below_one = 1 - torch.finfo(torch.float32).eps
-    return error.to(labels.device)(probabilities.clamp_max(below_one), labels).item()
 
 
 class _Draws:
