@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The default suite is for everybody and takes minutes; what kills processes, compiles or trains waits for --slow."""
+    """The default suite takes minutes; what kills processes, compiles or trains for long waits for --slow."""
     wanted = [item for item in items if bool(item.get_closest_marker("slow")) == config.getoption("--slow")]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted

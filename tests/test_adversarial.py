@@ -10,7 +10,8 @@ from torch import nn
 import metaperturb.meta_test as program
 from metaperturb import models
 from metaperturb.config import MetaTestConfig
-from metaperturb.methods import AdversarialTraining, create
+from metaperturb.methods import create
+from metaperturb.methods.adversarial import AdversarialTraining
 from metaperturb.storage import load_tensors
 from metaperturb.trained import load_run
 

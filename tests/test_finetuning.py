@@ -21,7 +21,7 @@ from torch import nn
 import metaperturb.meta_test as program
 from metaperturb import MetaPerturb, UserError, attach, detach, models, save_phi
 from metaperturb.finetuning import classifier_name, initialize, read_weights
-from metaperturb.methods import METHODS
+from metaperturb.regularizers import REGULARIZERS
 from metaperturb.storage import load_tensors
 
 CLASSIFIERS = {
@@ -292,7 +292,7 @@ def result(run_dir: Path) -> dict:
     return json.loads((run_dir / "result.json").read_text())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REGULARIZERS)
 def test_every_method_begins_with_the_pretrained_weights(method, settings, pretrained, tmp_path):
     """With a learning rate of 0 they are still there at the end; the rest is what a run from scratch begins with."""
     common = [*settings, f"method={method}", "steps=1", "lr=0", "weight_decay=0"]

@@ -16,8 +16,8 @@ from image_files import one_line
 
 from metaperturb.config import MetaTestConfig, option
 from metaperturb.errors import UserError
-from metaperturb.methods import METHODS
 from metaperturb.perturbation import MetaPerturb
+from metaperturb.regularizers import REGULARIZERS
 from metaperturb.weights import load_phi, save_phi
 
 TABLES = ("table1", "table2", "table3")
@@ -294,7 +294,7 @@ def test_the_papers_numbers():
 
 def test_table_1_has_every_regularizer_alone_and_finetuned():
     cells = Grid(CONFIGS / "table1.yaml").cells()
-    regularizers = set(METHODS) - {"adversarial"}  # of a figure, not of this table
+    regularizers = set(REGULARIZERS) - {"adversarial"}  # of a figure, not of this table
     for finetuned in (False, True):
         chosen = [cell for cell in cells if (cell.config.init is not None) == finetuned]
         assert {cell.config.method for cell in chosen} == regularizers

@@ -20,6 +20,7 @@ import yaml
 
 from metaperturb.cli import argument_parser
 from metaperturb.errors import UserError
+from metaperturb.regularizers import REGULARIZERS
 
 Config = TypeVar("Config")
 
@@ -135,20 +136,10 @@ class MetaTestConfig(CommonConfig):
         None, "train on this many images of each class, a fixed choice; null: all", low=1
     )
     clip_eval: bool = option(False, "clip in evaluation, too, which the paper does not")
-    method: Literal[
-        "base",
-        "metaperturb",
-        "info_dropout",
-        "dropblock",
-        "manifold_mixup",
-        "dropout",
-        "mixup",
-        "cutmix",
-        "label_smoothing",
-        "trivial_augment",
-        "adversarial",
-    ] = option("metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment")
-    recipe: list[Literal["trivial_augment", "mixup", "cutmix", "label_smoothing"]] = option(
+    method: Literal[*REGULARIZERS] = option(
+        "metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment"
+    )
+    recipe: list[Literal[*(name for name, of in REGULARIZERS.items() if of.in_recipe)]] = option(
         [], "further regularizers of images and labels, together with the method, in any order"
     )
     phi: str | None = option(None, "file or shipped name of φ (method metaperturb)", by_content=True, path=True)

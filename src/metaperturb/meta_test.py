@@ -79,7 +79,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     train_images, test_images = DeviceImages(train, device), DeviceImages(test, device)
     padding = crop_padding(train.image_size)
     key = (config.seed, 0, "order_train")
-    batches = TrainingBatches(train_images, torch.arange(len(train)).numpy(), None, config.batch_size, padding, key)
+    everything = torch.arange(len(train)).numpy()
+    batches = TrainingBatches(train_images, everything, None, config.batch_size, padding, key, method.augment)
 
     # Network and optimizer
     seed_torch(config.seed, 0, "init")

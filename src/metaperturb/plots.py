@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from metaperturb.regularizers import REGULARIZERS
 from metaperturb.storage import write_atomically
 
 matplotlib.use("Agg")  # files only; no display is needed
@@ -46,19 +47,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-LABELS = {
-    "base": "Base",
-    "metaperturb": "MetaPerturb",
-    "info_dropout": "Info. Dropout",
-    "dropblock": "DropBlock",
-    "manifold_mixup": "Manifold Mixup",
-    "dropout": "Dropout",
-    "mixup": "mixup",
-    "cutmix": "CutMix",
-    "label_smoothing": "Label smoothing",
-    "trivial_augment": "TrivialAugment",
-    "adversarial": "Adversarial training",
-}
+LABELS = {name: regularizer.title for name, regularizer in REGULARIZERS.items()}
 
 PHI_LABELS = {
     "self1": "μ, layer 1, self",

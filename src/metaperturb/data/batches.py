@@ -1,5 +1,7 @@
 """Batches of images: uint8 where they lie, cropped and flipped by batched tensor code on the training device."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,7 @@ class TrainingBatches:
         batch_size: B.
         padding: border of black pixels, in which the crop of the original size moves.
         key: `(seed, task, purpose)` of the shuffling.
+        augment: what further happens to the cropped and flipped uint8 images `[B, 3, S, S]`, or None.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class TrainingBatches:
         batch_size: int,
         padding: int,
         key: tuple[int, int, str],
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.augment = augment
         self.images, self.batch_size, self.padding, self.key = images, batch_size, padding, key
         self.indices = np.ascontiguousarray(indices, dtype=np.int64)
         if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < len(images.arrays):
@@ -80,7 +85,7 @@ class TrainingBatches:
         Crop offsets and flips come from PyTorch's global generator of the device: seed it first to reproduce a batch.
         """
         indices, images = self._indices(step), self.images
-        kernel = kernels.batch_kernel(images.device)
+        kernel = kernels.batch_kernel(images.device) if self.augment is None else "plain"  # kernels give floats
         if kernel == "triton":
             from metaperturb.kernels.triton_batches import training_batch  # importing Triton takes a second
 
@@ -92,7 +97,8 @@ class TrainingBatches:
             labels = torch.from_numpy(images.arrays.labels[indices.numpy()])
         else:
             x, labels = images.take(indices)
-            x = normalize(crop_and_flip(x, self.padding))
+            x = crop_and_flip(x, self.padding)
+            x = normalize(x if self.augment is None else self.augment(x))
         return x, labels if self.new_label is None else self.new_label[labels]
 
     def _indices(self, step: int) -> Tensor:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from metaperturb.data.batches import normalize
 from metaperturb.methods.base import Method
 
 
@@ -17,8 +16,8 @@ class TrivialAugment(Method):
     """
 
     def __init__(self) -> None:
-        self.augment = v2.TrivialAugmentWide()
+        self.transform = v2.TrivialAugmentWide()
 
-    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        images = x.add(1.0).mul_(127.5).round_().to(torch.uint8)  # undoes `normalize`, exactly
-        return normalize(torch.stack([self.augment(image) for image in images])), y
+    def augment(self, images: Tensor) -> Tensor:
+        """uint8 images `[B, 3, S, S]`, cropped and flipped → the same, each changed in its own way."""
+        return torch.stack([self.transform(image) for image in images])

@@ -1,6 +1,7 @@
 """What a regularizer may do to a training run."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,16 +18,19 @@ class Method:
     |---|---|---|
     | `prepare(model, train)` | once, before the optimizer is made | put modules at the network's sites |
     | `set_strength(c)` | before each step | follow a schedule |
+    | `augment(images)` | on each training batch of 8-bit images, where a method has it | change the images |
     | `batch(x, y)` | on each training batch | change images, soften labels |
     | `loss(logits, labels)` | after the forward pass | add a term |
 
     Attributes:
+        augment: None, or a function of uint8 images `[B, 3, S, S]`, cropped and flipped but not normalized yet.
         ramp: the share of the steps over which the strength c rises linearly from 0 to 1; 0: it is 1 from the start.
         stochastic: whether evaluation draws, too, so that predictions are averaged over Monte-Carlo samples.
 
     What a method learns is among the network's parameters, and its state in the network's state dict.
     """
 
+    augment: Callable[[Tensor], Tensor] | None = None
     ramp = 0.0
     stochastic = False
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.errors import UserError
 from metaperturb.methods.adversarial import AdversarialTraining
-from metaperturb.methods.augmentation import TrivialAugment
 from metaperturb.methods.base import Method
 from metaperturb.methods.mixing import Mixing
 
@@ -15,8 +14,8 @@ from metaperturb.methods.mixing import Mixing
 class Recipe(Method):
     """A method, and further ones that change images, labels or the loss alone.
 
-    Images pass through TrivialAugment first, wherever it stands, as it works on pixels; then through the further ones,
-    then through the method.
+    8-bit images are augmented first, wherever TrivialAugment stands; batches then pass through the further ones, then
+    through the method.
 
     Args:
         method: by its name; it may act on feature maps.
@@ -37,7 +36,8 @@ class Recipe(Method):
             if len(found) > 1:
                 raise UserError(f"recipe: {' and '.join(found)} do not go together: each {what}")
         (self.method,) = method.values()
-        self.parts = sorted(parts.values(), key=lambda part: not isinstance(part, TrivialAugment))
+        self.parts = list(parts.values())
+        self.augment = next((part.augment for part in self.parts if part.augment), None)
         self.ramp, self.stochastic = self.method.ramp, self.method.stochastic
         own = [part for part in self.parts if type(part).loss is not Method.loss]
         self._with_loss = own[0] if own else self.method
