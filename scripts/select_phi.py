@@ -21,8 +21,9 @@ from experiments.results import Results, read_all, take_recorded
 from experiments.statistics import summarize
 
 from metaperturb.cli import run_program
-from metaperturb.config import MetaTrainConfig, differences
+from metaperturb.config import MetaTrainConfig
 from metaperturb.errors import UserError
+from metaperturb.identity import differences
 from metaperturb.storage import load_json, save_json
 from metaperturb.weights import load_phi, save_phi
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, differences, load_config, read_yaml, to_assignments
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, load_config, read_yaml, to_assignments
 from metaperturb.errors import UserError
+from metaperturb.identity import differences
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -148,6 +149,6 @@ def test_differences_name_what_changes_a_result_only():
 def test_files_that_moved_are_no_difference():
     old = dataclasses.asdict(MetaTestConfig(phi="here.pt"))
     assert differences(old, MetaTestConfig(phi="there.pt")) == ["phi: here.pt → there.pt"]
-    assert differences(old, MetaTestConfig(phi="there.pt"), moved=True) == []
-    assert differences(old, MetaTestConfig(), moved=True) == ["phi: here.pt → None"]
-    assert differences(old, MetaTestConfig(phi="here.pt", init="run"), moved=True) == ["init: None → run"]
+    assert differences(old, MetaTestConfig(phi="there.pt"), by_content=True) == []
+    assert differences(old, MetaTestConfig(), by_content=True) == ["phi: here.pt → None"]
+    assert differences(old, MetaTestConfig(phi="here.pt", init="run"), by_content=True) == ["init: None → run"]

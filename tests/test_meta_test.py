@@ -265,7 +265,7 @@ def test_unreadable_image(image_folder, target_settings, tmp_path, capsys):
 
 
 def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file, image_folder, tmp_path, capsys):
-    """By a run that is finished and by one that goes on; what is gone is said, and the result told again."""
+    """By a run that is finished and by one that goes on; for what is gone a finished run does not answer."""
     phi = shutil.copy(phi_file, tmp_path / "phi.pt")
     images = shutil.copytree(image_folder, tmp_path / "images")
     run_dir = tmp_path / "tgt"
@@ -273,12 +273,12 @@ def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file
     assert program.main(["--set", *settings]) == 0
     result = capsys.readouterr().out
     moved = images.rename(tmp_path / "moved")
-    assert program.main(["--set", *settings]) == 0
+    assert program.main(["--set", *settings]) == 1
     told = capsys.readouterr()
-    assert told.out == result and f"{run_dir}: not compared with what it saw: " in told.err and "images" in told.err
+    assert not told.out and f"{run_dir}: a finished run cannot answer for what is not there: {images}: " in told.err
     assert program.main(["--set", *settings, f"target_path={moved}"]) == 0
     told = capsys.readouterr()
-    assert told.out == result and "not compared" not in told.err
+    assert told.out == result and not told.err.count("error")
     other = shutil.copytree(moved, images)
     shutil.copy(other / "test/class00/0.png", other / "test/class01/0.png")
 

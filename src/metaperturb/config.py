@@ -290,23 +290,6 @@ def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def differences(old: Mapping[str, Any], new: Any, *, moved: bool = False) -> list[str]:
-    """What distinguishes two runs: the settings, other than those with `identity=False`, that differ.
-
-    A setting that `old` lacks came with a later version, and was at its default when `old` was written.
-
-    Args:
-        moved: files of settings with `by_content=True` may have other names now; the caller compares what they hold.
-    """
-    changed = []
-    for field in dataclasses.fields(new):
-        before, after = old.get(field.name, default_of(field)), getattr(new, field.name)
-        both_files = moved and field.metadata["by_content"] and before and after
-        if field.metadata["identity"] and before != after and not both_files:
-            changed.append(f"{field.name}: {before} → {after}")
-    return changed
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 

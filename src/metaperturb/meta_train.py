@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from metaperturb import kernels, models
+from metaperturb import identity, kernels, models
 from metaperturb.attach import attach
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
@@ -38,9 +38,8 @@ from metaperturb.distributed import Group, choose_devices, launch
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms, set_mode
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.plots import plot_meta_training
 from metaperturb.randomness import seed_torch
-from metaperturb.runs import Run, StepProgress, check_same_run, finished_result, read_metrics
+from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_json, load_tensors, save_json, save_tensors
 from metaperturb.training import (
     ABLATION,
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     """One meta-training run in as many processes as `config.gpus` lists."""
-    check_same_run(config, "meta_train")
+    identity.check_folder(config, "meta_train")
     if finished_result(config.run_dir):
         check_kept(config, config.steps)
         check_unchanged(config)
@@ -103,13 +102,12 @@ def check_unchanged(config: MetaTrainConfig) -> None:
     """Refuse to answer from a finished run for images or a split that it did not see, whatever their files are called.
 
     Raises:
-        UserError: they are others now.
+        UserError: they are others now, or cannot be read.
     """
     try:
         source, splits, _ = load_tasks(dataclasses.replace(config, download=False))
     except UserError as error:
-        print(f"{config.run_dir}: not compared with what it saw: {error}", file=sys.stderr)
-        return
+        raise identity.unanswered(config.run_dir, "phi.pt", error) from error
     Checkpoints(config.run_dir, data_digest(source, splits)).read_latest()
 
 
@@ -421,6 +419,8 @@ def finish(
 ) -> None:
     """What a run leaves when it is done: the picture of its curves, `phi.pt` with its card, `result.json`."""
     if config.steps:
+        from metaperturb.plots import plot_meta_training  # matplotlib: not before there is something to draw
+
         plot_meta_training(read_metrics(run.dir), run.dir / "curves.png")
     content = card(run, config.steps, source, split_seed, group)
     save_phi(phi, run.dir / "phi.pt", card=content)

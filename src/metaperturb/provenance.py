@@ -4,12 +4,12 @@ import hashlib
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # a subclass of str otherwise, which weights_only refuses
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),
             "numpy": np.__version__,
         },
         "commit": commit(),
@@ -29,11 +29,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Identifies this version of the package, in a checkout or installed: of all its source files, 12 hex digits."""
+    """Identifies the code that computes results, in a checkout or installed: 12 hex digits of its source files.
+
+    What only draws or measures finished runs, `plots.py` and `analyses/`, does not enter.
+    """
     here = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(p for p in here.rglob("*") if p.suffix in (".py", ".cpp")):
-        digest.update(f"{path.relative_to(here)} {path.stat().st_size}\n".encode() + path.read_bytes())
+        name = path.relative_to(here)
+        if name.parts[0] not in ("plots.py", "analyses"):
+            digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -13,7 +13,6 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from metaperturb.config import differences
 from metaperturb.errors import UserError
 from metaperturb.provenance import provenance
 from metaperturb.storage import load_json, reason, remove_leftovers, save_json, write_atomically
@@ -27,7 +26,7 @@ class Run:
         program: `"meta_train"` or `"meta_test"`.
 
     Raises:
-        UserError: the folder belongs to a run with other settings, is in use, or cannot be written.
+        UserError: the folder is in use, or cannot be written.
     """
 
     def __init__(self, config: Any, program: str) -> None:
@@ -36,7 +35,6 @@ class Run:
         self.metrics_path = self.dir / "metrics.jsonl"
         self.seconds_before = 0.0  # wall time of earlier sittings, from the checkpoint
         self._started = time.monotonic()
-        check_same_run(config, program)
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the run)
@@ -83,39 +81,6 @@ class Run:
         """Write `result.json`, the last of the files (a run counts as finished once it is there), and let go."""
         save_json(content, self.dir / "result.json")
         self._lock.close()
-
-
-def check_same_run(config: Any, program: str) -> None:
-    """Refuse a folder that holds a run with other settings.
-
-    Raises:
-        UserError: naming the settings that differ; or there is a checkpoint or a result, but no record of the settings.
-    """
-    if not config.run_dir:
-        raise UserError("run_dir: must name a folder")
-    folder = Path(config.run_dir)
-    path = folder / "config.yaml"
-    something_done = any(folder.glob("checkpoints/latest.*")) or (folder / "result.json").exists()
-    if not something_done:  # a run that failed at its start may be put right and started again
-        return
-    if not path.exists():
-        raise UserError(f"{folder}: holds a run without its config.yaml; choose another run_dir or remove the folder")
-    try:
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); choose another run_dir") from error
-    if not isinstance(old, dict):
-        raise UserError(f"{path}: is no record of a run; choose another run_dir")
-    changed = (
-        differences(old, config, moved=True)
-        if old.get("program") == program
-        else [f"program: {old.get('program')} → {program}"]
-    )
-    if changed:
-        raise UserError(
-            f"{config.run_dir}: holds a run with other settings ({'; '.join(changed)}); "
-            "choose another run_dir or remove the folder"
-        )
 
 
 def finished_result(run_dir: str) -> dict[str, Any] | None:

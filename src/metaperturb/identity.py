@@ -1,0 +1,281 @@
+"""Whether two runs are the same, decided in one place: by their settings, and by the content of what these name.
+
+Settings with `identity=False` (where a run is, how often it reports) never matter. Images, φ and initial weights count
+by what they hold, not by the names of their files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from metaperturb import finetuning, methods, models
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
+from metaperturb.data import TARGETS
+from metaperturb.data.parts import load_parts
+from metaperturb.distributed import parse_devices
+from metaperturb.dry_run import watch
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.sites import find_sites
+from metaperturb.storage import reason
+from metaperturb.training import ABLATION, check_ablation, tell_other_ablation
+from metaperturb.weights import load_phi, phi_digest
+
+# Settings in which repetitions of a training differ, and that keep none from being at the paper's setting.
+INCIDENTAL = frozenset({"seed", "threads", "eval_batch_size"})
+
+
+# --- settings
+
+
+def settings(cls: type, recorded: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that make a run what it is.
+
+    Args:
+        cls: which program's.
+        recorded: what was kept of them. One that is missing came with a later version and was at its default.
+        without: names to leave out.
+    """
+    return {
+        field.name: recorded.get(field.name, default_of(field))
+        for field in dataclasses.fields(cls)
+        if field.metadata["identity"] and field.name not in without
+    }
+
+
+def differences(
+    old: Mapping[str, Any], new: Any, *, without: Collection[str] = (), by_content: bool = False
+) -> list[str]:
+    """The settings in which two runs differ, `"steps: 10000 → 1500"`.
+
+    Args:
+        old: recorded settings.
+        new: a configuration.
+        without: names of settings that may differ.
+        by_content: files may have other names now; the caller compares what they hold.
+    """
+    changed = []
+    before, after = (settings(type(new), some, without) for some in (old, vars(new)))
+    for field in dataclasses.fields(new):
+        name = field.name
+        if name in after and before[name] != after[name]:
+            both_files = field.metadata["by_content"] and before[name] and after[name]
+            if not (by_content and both_files):
+                changed.append(f"{name}: {before[name]} → {after[name]}")
+    return changed
+
+
+def fingerprint(program: str, config: Any) -> str:
+    """Identifies what repetitions of a run have in common: 8 hex digits.
+
+    Settings at their defaults do not enter, so that one that a later version adds leaves the results of earlier ones.
+    """
+    chosen = settings(type(config), vars(config), INCIDENTAL)
+    defaults = settings(type(config), {})
+    return digest([program, {name: value for name, value in chosen.items() if value != defaults[name]}])
+
+
+def training(result: Mapping[str, Any]) -> str:
+    """Equal for the folder of a meta-testing run, for its records in whatever tables, and for its repetition.
+
+    Args:
+        result: what `metaperturb.runs.read_result` reads.
+    """
+    own = settings(MetaTestConfig, result["config"], (INCIDENTAL - {"seed"}) | {"phi", "init"})
+    started = [result["phi_digest"], (result["init"] or {}).get("sha256")]
+    return digest([own, result["target"]["fingerprints"], *started])
+
+
+def digest(content: Any) -> str:
+    """8 hex digits of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def data_name(config: MetaTestConfig) -> str:
+    """The target as pictures and tables call it; of an image folder or archive its name."""
+    if config.target != "folder" or not config.target_path:
+        return config.target
+    names = (Path(part.strip()).resolve().name for part in config.target_path.split(","))
+    return ",".join(name.removesuffix(".zip").removesuffix(".tar") for name in names)
+
+
+# --- a run and what is there already
+
+
+def check_folder(config: Any, program: str) -> None:
+    """Refuse a folder that holds a run with other settings.
+
+    Raises:
+        UserError: naming the settings that differ; or there is a checkpoint or a result, but no record of the settings.
+    """
+    if not config.run_dir:
+        raise UserError("run_dir: must name a folder")
+    folder = Path(config.run_dir)
+    path = folder / "config.yaml"
+    something_done = any(folder.glob("checkpoints/latest.*")) or (folder / "result.json").exists()
+    if not something_done:  # a run that failed at its start may be put right and started again
+        return
+    if not path.exists():
+        raise UserError(f"{folder}: holds a run without its config.yaml; choose another run_dir or remove the folder")
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); choose another run_dir") from error
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: is no record of a run; choose another run_dir")
+    if old.get("program") != program:
+        changed = [f"program: {old.get('program')} → {program}"]
+    else:
+        changed = differences(old, config, by_content=True)
+    if changed:
+        raise UserError(
+            f"{config.run_dir}: holds a run with other settings ({'; '.join(changed)}); "
+            "choose another run_dir or remove the folder"
+        )
+
+
+def check_finished(config: MetaTestConfig, result: Mapping[str, Any]) -> None:
+    """Let a finished run answer only for the images, φ and initial weights that it saw, whatever they are called now.
+
+    Raises:
+        UserError: they are others now, or cannot be read.
+    """
+    try:
+        parts = load_parts(dataclasses.replace(config, download=False))
+        phi = load_phi(config.phi) if config.method == "metaperturb" else None
+        init = initial_weights(config)
+    except UserError as error:
+        raise unanswered(config.run_dir, "result.json", error) from error
+    now = {"data": [part.fingerprint for part in parts], "phi": phi and phi_digest(phi), "init": init}
+    saw = {"data": result["target"]["fingerprints"], "phi": result["phi_digest"], "init": result["init"]}
+    _refuse_others(config, saw, now)
+
+
+def unanswered(run_dir: str, file: str, error: UserError) -> UserError:
+    """Of a finished run, whose `file` is not told again because what it is asked for cannot be read."""
+    return UserError(
+        f"{run_dir}: a finished run cannot answer for what is not there: {error} ({file} in it has the old result)"
+    )
+
+
+def check_resumed(config: MetaTestConfig, state: Mapping[str, Any], data: list[str], phi: str | None) -> None:
+    """Refuse to go on with other images, φ or initial weights. The last are not needed any more and may be gone.
+
+    Args:
+        config: the settings.
+        state: the checkpoint: `data`, `phi` and `init` of when the run began.
+        data: fingerprints of the images now.
+        phi: digest of φ now.
+
+    Raises:
+        UserError: naming what changed.
+    """
+    try:
+        init = initial_weights(config)
+    except UserError as error:
+        print(f"{config.run_dir}: not compared with what it began with: {error}", file=sys.stderr)
+        init = state["init"]
+    _refuse_others(config, state, {"data": data, "phi": phi, "init": init})
+
+
+def _refuse_others(config: MetaTestConfig, saw: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    saw, now = ({**some, "init": (some["init"] or {}).get("sha256")} for some in (saw, now))
+    names = {"data": "the target", "phi": f"φ in {config.phi}", "init": f"the network in {config.init}"}
+    for key, name in names.items():
+        if saw[key] != now[key]:
+            raise UserError(f"{config.run_dir}: {name} changed since this run began; choose another run_dir")
+
+
+def initial_weights(config: MetaTestConfig) -> dict[str, Any] | None:
+    """What `init` gives the network, as `finetuning.initialize` says it; None without.
+
+    Raises:
+        UserError: it cannot be read, or is of another network.
+    """
+    if config.init is None:
+        return None
+    weights = finetuning.read_weights(config.init)
+    return finetuning.initialize(
+        small_network(config), image_size(config), weights, config.init_batch_norm, verbose=False
+    )
+
+
+# --- settings that do not go together
+
+
+def check_settings(config: MetaTestConfig) -> torch.device:
+    """Whatever is wrong with the settings, and with the files they name, is said before data are prepared.
+
+    Returns:
+        the device that `config.gpu` names.
+
+    Raises:
+        UserError: settings that do not go together, a device or file that is not there, a network that does not run.
+    """
+    if config.target not in TARGETS:
+        raise UserError(f"target: unknown {config.target!r} (known: {', '.join(TARGETS)})")
+    if config.eval_split not in (*TARGETS[config.target].splits, "holdout"):
+        raise UserError(
+            f"eval_split: {config.target} has no {config.eval_split} images (eval_split=holdout needs none)"
+        )
+    perturbed = config.method == "metaperturb"
+    if perturbed and config.phi is None:
+        raise UserError("phi: method metaperturb needs a file or shipped name of φ (run.sh src makes one)")
+    check_ablation(config)
+    if config.clip_eval and config.clip is None:
+        raise UserError("clip_eval: needs a clip")
+    ablated = [key for key in ABLATION if getattr(config, key) != getattr(MetaTestConfig, key)]
+    if ablated and not perturbed:
+        raise UserError(f"{ablated[0]}: only method metaperturb uses it, this is {config.method}")
+    devices = parse_devices(config.gpu, "gpu")
+    if len(devices) != 1:
+        raise UserError(f"gpu: expected one device, got {config.gpu!r}")
+    phi = load_phi(config.phi) if perturbed else None
+    if perturbed:
+        tell_phi(config.phi, phi)
+        tell_other_ablation(config, phi.card)
+    methods.create(config, phi)
+    if unused := methods.unused_settings(config):
+        print(f"method {config.method} does not use {', '.join(unused)}", file=sys.stderr)
+    if config.init is None and config.init_batch_norm != MetaTestConfig.init_batch_norm:
+        print("init_batch_norm does nothing without init", file=sys.stderr)
+    if config.eval_split != "holdout" and config.holdout != MetaTestConfig.holdout:
+        print("holdout does nothing without eval_split=holdout", file=sys.stderr)
+    if perturbed:
+        find_sites(small_network(config), image_size(config))
+    else:
+        watch(small_network(config), image_size(config))
+    if not (Path(config.run_dir) / "checkpoints" / "latest.pt").exists():
+        initial_weights(config)
+    return devices[0]
+
+
+def small_network(config: MetaTestConfig) -> torch.nn.Module:
+    """The network, with two classes: how many the data have is not known without them."""
+    return models.create(config.model, 2, image_size(config))
+
+
+def image_size(config: MetaTestConfig) -> int:
+    """In pixels; the data set's own where none is given."""
+    return config.image_size or TARGETS[config.target].image_size
+
+
+def tell_phi(source: str, phi: MetaPerturb) -> None:
+    """Say how φ was made, and warn where that is far from the paper's meta-training."""
+    made, images = phi.card.get("config") or {}, phi.card.get("source") or {}
+    if "steps" not in made:
+        print(f"φ {source}: its file does not say how it was meta-trained", file=sys.stderr)
+        return
+    saw = f", {images['images']:,} images of {images['name']}" if {"images", "name"} <= images.keys() else ""
+    print(f"φ {source}: meta-trained in {made['steps']} steps of {made.get('tasks')} tasks{saw}", file=sys.stderr)
+    for name in ("steps", "tasks"):
+        usual = getattr(MetaTrainConfig, name)
+        if made.get(name, usual) < usual / 2:
+            print(f"warning: {made[name]} {name} are far from the paper's {usual}; φ may do little", file=sys.stderr)
