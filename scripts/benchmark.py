@@ -1,191 +1,208 @@
-"""Measure how fast everything is, and write it up: JSON, page and figures.
+"""Measure what φ costs: the perturbed network beside the plain one, as ratios with their bars, and the times behind.
 
-    ./run.sh bench                          # all suites on the CPU, or on the GPU where there is one
-    ./run.sh bench --only bars,site         # some of them; the others in the JSON stay
-    ./run.sh bench --resume                 # only what the JSON does not have yet
-    ./run.sh bench --smoke                  # seconds: tiny sizes, which test the program and measure nothing
+    ./run.sh bench                            # minutes on two CPU cores; on the GPU where there is one
+    ./run.sh bench --only steps,memory        # some parts
+    ./run.sh bench --smoke                    # seconds: tiny sizes, which test the program and measure nothing
 
-Suites: `bars` (the perturbed network beside the plain one, with the ratios to keep), `site` (one perturbation site),
-`scaling` (tasks, processes, channels, image size, batch), `exchange` (the processes' collective; projection to very
-many GPUs), `training` (whole trainings; on a GPU only).
+Parts: `start` (imports), `steps` (θ-steps in float32, bfloat16 and channels-last, meta-steps, joint steps of tasks),
+`evaluation`, `memory`, `site` (one site alone), `exchange` (the processes' collective).
+The table is printed, in Markdown; a whole run goes into results/benchmark/, a JSON for each kind of processor.
+
+Variants take turns within one run, after a warm-up, and every round begins with another one. A time is the median of
+the rounds; a ratio is that of the medians, its quartiles those of the ratios of single rounds. Images are noise.
 """
 
 import argparse
 import dataclasses
-import json
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from bench.bars import bars
-from bench.exchange import exchange
-from bench.figures import draw_figures
-from bench.growth import scaling, site
-from bench.page import write_page
-from bench.training import training
-from bench.workload import Bench
+from bench import parts
+from bench.parts import IMPORTS, PASSES, Bench, Groups
+from bench.timing import ratio
 
 from metaperturb import kernels
-from metaperturb.cli import Stopped, argument_parser, run_program
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.errors import UserError
 from metaperturb.provenance import available_cores, provenance
-from metaperturb.storage import load_json, save_json, write_atomically
+from metaperturb.storage import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "bars": bars,
-    "site": site,
-    "scaling": scaling,
-    "exchange": exchange,
-    "training": training,
+PARTS: dict[str, Callable[[Bench], Groups]] = {
+    "start": parts.start,
+    "steps": parts.steps,
+    "evaluation": parts.evaluation,
+    "memory": parts.memory,
+    "site": parts.site,
+    "exchange": parts.exchange,
 }
 ROUNDS = {"cpu": 12, "cuda": 20}
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    return run_program(lambda: benchmark(arguments, argv), show_traceback=arguments.traceback)
+class Bar(NamedTuple):
+    """A ratio to print, and the most it may be on a CPU and on a GPU; None: no bar."""
+
+    what: str
+    group: str
+    numerator: str
+    denominator: str
+    cpu: float | None = None
+    cuda: float | None = None
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+BARS = (
+    Bar("import metaperturb / torch", "start", f"import {IMPORTS[1]}", f"import {IMPORTS[0]}", 1.15),
+    Bar("import metaperturb.meta_test / torch", "start", f"import {IMPORTS[2]}", f"import {IMPORTS[0]}", 1.3),
+    Bar("θ-step, float32", "steps", "perturbed, float32", "plain, float32", 1.25, 1.2),
+    Bar("θ-step, bfloat16", "steps", "perturbed, bfloat16", "plain, bfloat16", 1.35),
+    Bar("θ-step, channels-last", "steps", "perturbed, channels-last", "plain, channels-last", 1.4),
+    Bar("θ-step, float32, plain operators", "steps", "perturbed, plain operators", "plain, float32"),
+    Bar("meta-step of a task / two plain θ-steps", "steps", "meta-step", "two plain steps", 1.15, 1.3),
+    Bar("joint step of ten tasks / two plain θ-steps each", "joint", "joint step", "two plain steps a task", 1.2),
+    Bar("evaluation: a Monte-Carlo sample / a plain pass", "evaluation", "Monte-Carlo sample", "plain pass", 1.15, 1.2),
+    Bar("peak memory of a θ-step", "memory", "perturbed", "plain", 1.3, 1.3),
+    *(Bar(f"one site, {what}: plain operators / kernel", "site", f"{what}, plain", f"{what}, auto") for what in PASSES),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--only", metavar="SUITE[,SUITE]", help=f"of {', '.join(SUITES)}")
+    parser.add_argument("--only", metavar="PART[,PART]", help=f"of {', '.join(PARTS)}; nothing is kept but --json")
     parser.add_argument("--device", metavar="cpu|cuda", help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 2; on a GPU one a core; smoke 1)")
-    parser.add_argument("--rounds", type=int, help="turns of each variant (default: 12; on a GPU 20)")
-    parser.add_argument("--resume", action="store_true", help="keep suites that the JSON has with these settings")
+    parser.add_argument("--rounds", type=int, help="turns of each variant (default: 12; on a GPU 20; smoke 2)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: results/benchmark/<device>.json")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="default: README.md beside the JSON")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default: figures; beside the page if smoke")
-    return parser.parse_args(argv)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: results/benchmark/<processor>.json")
+    arguments = parser.parse_args(argv)
+    line = shlex.join(["./run.sh", "bench", *(sys.argv[1:] if argv is None else argv)])
+    return run_program(lambda: benchmark(arguments, line), show_traceback=arguments.traceback)
 
 
-def benchmark(arguments: argparse.Namespace, argv: list[str] | None = None) -> None:
+def benchmark(arguments: argparse.Namespace, command: str) -> None:
     bench, wanted = checked(arguments)
-    folder = ROOT / ("runs/benchmark-smoke" if bench.smoke else "results/benchmark")
-    path = arguments.json or folder / f"{bench.device.type}.json"
-    page = arguments.page or path.parent / "README.md"
-    figures = arguments.figures or (page.parent if bench.smoke else ROOT / "figures")
-
     torch.set_num_threads(bench.threads)
-    document = describe(bench)
-    document["suites"] = earlier_suites(path, document)
-    settings = {"threads": bench.threads, "rounds": bench.rounds}
-    try:
-        for name in wanted:
-            if arguments.resume and document["suites"].get(name, {}).get("settings") == settings:
-                print(f"{name}: kept", file=sys.stderr)
-                continue
-            print(f"{name}: measuring", file=sys.stderr, flush=True)
-            started, load = time.monotonic(), os.getloadavg()[0]
-            measured = SUITES[name](bench)
-            seconds = time.monotonic() - started
-            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-            entry = {
-                "command": command(sys.argv[1:] if argv is None else argv),
-                "date": datetime.now(UTC).date().isoformat(),
-                "commit": provenance(bench.device)["commit"],
-                "load_before": round(load, 2),
-                "seconds": round(seconds, 1),
-                "settings": settings,
-                **measured,
-            }
-            suites = {**document["suites"], name: entry}
-            document["suites"] = {known: suites[known] for known in SUITES if known in suites}
-            save_json(document, path)
-    except (KeyboardInterrupt, Stopped) as stop:
-        raise UserError("stopped; with --resume, the same command keeps the suites that were measured") from stop
-    save_json(document, path)
-    write_up(path, page, figures, bench.smoke)
-    print(f"{path}\n{page}")
+    about = provenance(bench.device)
+    document: dict[str, Any] = {
+        "smoke": arguments.smoke,
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor(bench.device, about["hardware"]),
+        **about,
+        "kernel": kernels.kernel_name(bench.device),
+        "settings": {key: value for key, value in dataclasses.asdict(bench).items() if key != "device"},
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+    started, groups = time.monotonic(), {}
+    for name in wanted:
+        print(f"{name}: measuring", file=sys.stderr, flush=True)
+        groups |= PARTS[name](bench)
+    document |= {"seconds": round(time.monotonic() - started, 1), "ratios": ratios(groups, bench), "groups": groups}
+    print(page(document))
+    path = arguments.json
+    if path is None and not (arguments.smoke or arguments.only):
+        path = ROOT / "results" / "benchmark" / (re.sub(r"[^a-z0-9]+", "-", document["processor"].lower()) + ".json")
+    if path is not None:
+        save_json(document, path)
+        print(path, file=sys.stderr)
 
 
 def checked(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
-    """Where and how to measure, and which suites, in their order.
+    """Where and how to measure, and which parts, in their order.
 
     Raises:
-        UserError: an unknown suite or device, or a number that makes no sense.
+        UserError: an unknown part or device, or a number that makes no sense.
     """
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: expected cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here; --device cpu works")
-    smoke = arguments.smoke
-    default = 1 if smoke else 2 if name == "cpu" else available_cores()
+    default = 1 if arguments.smoke else 2 if name == "cpu" else available_cores()
     threads = default if arguments.threads is None else arguments.threads
-    rounds = (2 if smoke else ROUNDS[name]) if arguments.rounds is None else arguments.rounds
+    rounds = (2 if arguments.smoke else ROUNDS[name]) if arguments.rounds is None else arguments.rounds
     if threads < 1:
         raise UserError(f"--threads {threads}: must be at least 1")
     if rounds < 2:
         raise UserError(f"--rounds {rounds}: must be at least 2")
-    if arguments.only is None:
-        wanted = [suite for suite in SUITES if suite != "training" or name == "cuda" or smoke]
-    else:
-        asked = [item.strip() for item in arguments.only.split(",")]
-        for item in asked:
-            if item not in SUITES:
-                raise UserError(f"--only: unknown suite {item!r} (known: {', '.join(SUITES)})")
-        wanted = [suite for suite in SUITES if suite in asked]
-        if "training" in asked and name == "cpu" and not smoke:
-            raise UserError("--only training: needs --device cuda (on a CPU it would take many hours)")
-    return Bench(torch.device(name), threads, rounds, smoke), wanted
+    asked = [*PARTS] if arguments.only is None else [item.strip() for item in arguments.only.split(",")]
+    for item in asked:
+        if item not in PARTS:
+            raise UserError(f"--only: unknown part {item!r} (known: {', '.join(PARTS)})")
+    bench = Bench(torch.device(name), threads, rounds, turn=0.02 if name == "cpu" else 0.1)
+    return parts.smoke(bench) if arguments.smoke else bench, [part for part in PARTS if part in asked]
 
 
-def describe(bench: Bench) -> dict[str, Any]:
-    """What a result must share with another to stand in one file with it."""
-    about = provenance(bench.device)
-    hardware = {**about["hardware"], "gpus": torch.cuda.device_count() if bench.device.type == "cuda" else 0}
-    document = {
-        "smoke": bench.smoke,
-        "device": bench.device.type,
-        "hardware": hardware,
-        "versions": about["versions"],
-        "kernel": kernels.kernel_name(bench.device),
-        "sizes": dataclasses.asdict(bench.sizes),
-    }
-    return json.loads(json.dumps(document))  # as it will be read again
+def processor(device: torch.device, hardware: Mapping[str, Any]) -> str:
+    """The kind of processor: of a CPU, whose name may be as vague as "AMD EPYC", its vector instructions too."""
+    return (
+        hardware["device"] if device.type == "cuda" else f"{hardware['cpu']} {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
-def earlier_suites(path: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """The suites that `path` holds, if they were measured on such a machine, with such software, at such sizes."""
-    if not path.exists():
-        return {}
-    earlier = load_json(path)
-    if not isinstance(earlier, dict) or "suites" not in earlier:
-        raise UserError(f"{path}: no result of this program; name another --json")
-    changed = [key for key in document if earlier.get(key) != document[key]]
-    if changed:
-        print(f"{path.name}: measured with other {', '.join(changed)}; its suites are replaced", file=sys.stderr)
-        return {}
-    return earlier["suites"]
+def ratios(groups: Groups, bench: Bench) -> list[dict[str, Any]]:
+    """Those of `BARS` that were measured."""
+    found = []
+    for bar in BARS:
+        if bar.group in groups:
+            limit = getattr(bar, bench.device.type)
+            measured = ratio(groups[bar.group]["timings"], bar.numerator, bar.denominator)
+            met = None if limit is None else measured["ratio"] <= limit
+            found.append({"what": bar.what, "group": bar.group, **measured, "bar": limit, "met": met})
+    return found
 
 
-def command(argv: list[str]) -> str:
-    """The command line, with files by their names alone."""
-    shown = [Path(text).name if os.sep in text else text for text in argv]
-    return shlex.join(["./run.sh", "bench", *shown])
+def page(document: Mapping[str, Any]) -> str:
+    """Markdown: the circumstances, the ratios, and the times."""
+    hardware, versions, settings = document["hardware"], document["versions"], document["settings"]
+    size = settings["image_size"]
+    facts = [f"`{document['command']}`", document["date"], f"commit {document['commit'] or 'unknown'}"]
+    facts += [f"{hardware['cores']} cores", f"{settings['threads']} threads", f"{settings['rounds']} rounds"]
+    facts += [f"load before {document['load_before']}", f"took {quantity(document['seconds'], 's')}"]
+    facts += [f"Python {versions['python']}", f"PyTorch {versions['torch']}", f"kernel {document['kernel']}"]
+    facts += [f"{settings['model']}, batch {settings['batch']} (evaluation {settings['eval_batch']}), {size} × {size}"]
+    rows = []
+    for found in document["ratios"]:
+        spread = "exact" if found["group"] == "memory" else f"{found['q1']:.2f} – {found['q3']:.2f}"
+        sign = "≥" if found["group"] == "loader" else "≤"
+        verdict = (
+            ["–", "–"] if found["bar"] is None else [f"{sign} {found['bar']:g}", "yes" if found["met"] else "**no**"]
+        )
+        rows.append([found["what"], f"{found['ratio']:.2f}", spread, *verdict])
+    times = []
+    for group, of in document["groups"].items():
+        for name, timing in of["timings"].items():
+            median, *quartiles = (quantity(timing[key], of["unit"]) for key in ("median", "q1", "q3"))
+            times.append([group, name, median, " – ".join(quartiles) if timing["n"] > 1 else "–"])
+    warning = ["**A smoke run: tiny sizes, which test the program. Nothing here is a measurement.**"]
+    return "\n\n".join(
+        [
+            f"## {document['processor']}",
+            *(warning if document["smoke"] else []),
+            "; ".join(facts) + ".",
+            table(["perturbed / plain, where nothing else is said", "ratio", "quartiles", "bar", "met"], rows),
+            table(["part", "variant", "median", "quartiles"], times),
+        ]
+    )
 
 
-def write_up(path: Path, page: Path, figures: Path, smoke: bool) -> None:
-    """The page and the figures of all results that lie beside `path`."""
-    documents, drawn = [], {}
-    for file in sorted(path.parent.glob("*.json")):
-        document = load_json(file)
-        if not isinstance(document, dict) or "suites" not in document or document.get("smoke") != smoke:
-            continue
-        documents.append(document)
-        for suite, figure in draw_figures(document, figures).items():
-            drawn[document["device"], suite] = figure
-    text = write_page(documents, drawn, page)
-    write_atomically(page, lambda file: file.write(text.encode()))
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(lines)
+
+
+def quantity(value: float, unit: str) -> str:
+    """Seconds or bytes with three digits, in a unit that suits their size."""
+    scales = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")), "bytes": ((1e6, "MB"), (1e3, "kB"), (1.0, "B"))}[unit]
+    scale, name = next((s for s in scales if value >= s[0]), scales[-1])
+    return f"{float(f'{value / scale:.3g}'):,.10g} {name}"
 
 
 if __name__ == "__main__":

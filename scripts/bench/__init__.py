@@ -1,1 +1,1 @@
-"""The suites of `scripts/benchmark.py`, their page and their figures."""
+"""The parts of `scripts/benchmark.py`, and how they are timed."""

@@ -80,13 +80,8 @@ def ratio(timings: Mapping[str, Mapping[str, Any]], numerator: str, denominator:
     """Ratio of the medians, and quartiles of the ratios of the single rounds."""
     above, below = timings[numerator], timings[denominator]
     q1, _, q3 = _quartiles([a / b for a, b in zip(above["rounds"], below["rounds"], strict=True)])
-    return {
-        "numerator": numerator,
-        "denominator": denominator,
-        "ratio": rounded(above["median"] / below["median"]),
-        "q1": q1,
-        "q3": q3,
-    }
+    found = {"ratio": rounded(above["median"] / below["median"]), "q1": q1, "q3": q3}
+    return {"numerator": numerator, "denominator": denominator, **found}
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
