@@ -178,14 +178,11 @@ pretrain)
     ;;
 table1 | table2 | table3 | schedule | networks | recipe | target_size | meta_training | tune | select)
     setup "$here/requirements.txt"
-    case $command in
-    tune) script=(tune.py) ;;
-    select) script=(select_phi.py) ;;
-    *) script=(experiment.py "$here/configs/$command.yaml") ;;
-    esac
+    what=("$command")
+    [[ $command = tune || $command = select ]] || what=(table "$here/configs/$command.yaml")
     options=(--runs "$RUNS" --data-root "$DATA")
-    [[ -z $PHI || ${script[0]} != experiment.py ]] || options+=(--use "phi=$PHI")
-    exec "$py" "$here/scripts/${script[0]}" "${script[@]:1}" "${options[@]}" "$@"
+    [[ -z $PHI || ${what[0]} != table ]] || options+=(--use "phi=$PHI")
+    exec "$py" "$here/scripts/make_tables.py" "${what[@]}" "${options[@]}" "$@"
     ;;
 fig5 | fig6 | fig7 | fig8 | compare | lengths | amount | effort | learning | figures)
     setup "$here/requirements.txt"
@@ -202,7 +199,7 @@ report)
     ;;
 ship)
     setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/ship_phi.py" "$@"
+    exec "$py" "$here/scripts/make_tables.py" ship "$@"
     ;;
 data)
     setup "$here/requirements.txt"

@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.results import METRICS
-from experiments.runner import Job, run_jobs
-from experiments.statistics import summarize
-from experiments.table import markdown_table
+from tables.page import markdown_table
+from tables.results import METRICS
+from tables.runner import Job, run_jobs
+from tables.statistics import summarize
 
 from metaperturb.cli import PARENT, argument_parser, run_program
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, load_config

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.finished import (
+from tables.finished import (
     EVALUATION,
     Finished,
     by_making,
@@ -46,7 +46,7 @@ from experiments.finished import (
     test_of,
     title,
 )
-from experiments.grid import fingerprint_of, slug
+from tables.grid import fingerprint_of, slug
 
 from metaperturb import plots
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration

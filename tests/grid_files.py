@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
-from experiments.grid import Cell, Grid
+from tables.grid import Cell, Grid
 
 CONFIGS = ROOT / "configs"
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, alive, error_line
-from experiment import check, cost, fingerprints, grid_parser, overrides, run_grid, take_over
-from experiment import experiment as run_experiment
-from experiments.grid import Grid, Overrides
-from experiments.results import Results, content_of, training_of
-from experiments.runner import Job, last_step, run_jobs
 from grid_files import read_csv, tables, write_grid, write_record
+from tables.grid import Grid, Overrides
+from tables.results import Results, content_of, training_of
+from tables.runner import Job, last_step, run_jobs
+from tables.trainings import check, cost, fingerprints, grid_parser, overrides, run_grid, take_over
+from tables.trainings import experiment as run_experiment
 from test_run_sh import run_sh
 
 from metaperturb import models
@@ -149,7 +149,7 @@ def test_a_training_that_cannot_start_or_end_does_not_end_the_others(tmp_path):
 
 
 def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.runner.LINE_EVERY", 0.0)
+    monkeypatch.setattr("tables.runner.LINE_EVERY", 0.0)
     half = "open('metrics.jsonl', 'a').write('{\"step\": 5}\\n'); time.sleep(1.5); done()"
     jobs = [
         script(tmp_path, "one", half, steps=10, work=3.0),
@@ -204,7 +204,7 @@ presets:
 
 def command(path: Path, folder: Path, *more: str, results: Path | None = None) -> list[str]:
     folders = ["--results", str(results or folder / "results"), "--runs", str(folder / "runs")]
-    program = [sys.executable, str(ROOT / "scripts" / "experiment.py"), str(path)]
+    program = [sys.executable, str(ROOT / "scripts" / "make_tables.py"), "table", str(path)]
     return [*program, *folders, "--data-root", str(folder / "data"), *CPU, *more]
 
 
@@ -212,7 +212,7 @@ def parsed(*arguments, **options) -> Namespace:
     """The same command line, for what ends before anything runs: in this process."""
     parser = grid_parser("")
     parser.add_argument("grid", type=Path)
-    return parser.parse_args(command(*arguments, **options)[2:])
+    return parser.parse_args(command(*arguments, **options)[3:])
 
 
 def start(*arguments, **options) -> subprocess.Popen:

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from experiments.results import write_record
 from PIL import Image
+from tables.results import write_record
 
 import figures as scripts_figures
 import metaperturb.meta_test as program

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from experiments.grid import Grid, Overrides, fingerprint
 from grid_files import CONFIGS, GRID, write_grid
 from image_files import one_line
+from tables.grid import Grid, Overrides, fingerprint
 
 from metaperturb.config import MetaTestConfig, option
 from metaperturb.errors import UserError

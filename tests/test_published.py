@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import scipy.stats
-import select_phi
 import yaml
 from conftest import ROOT
-from experiment import write_table
-from experiments.grid import Grid
-from experiments.results import take_recorded
 from grid_files import tables
+from tables import selection
+from tables.grid import Grid
+from tables.results import take_recorded
+from tables.trainings import write_table
 
 from metaperturb import load_phi
 
@@ -181,7 +181,7 @@ def test_report_makes_the_page_again(page, tmp_path):
     grid = Grid(ROOT / "configs" / f"{page.parent.name}.yaml", page.stem)
     if page.parent.name == "select":
         shutil.copy(page.with_suffix(".json"), tmp_path)
-        select_phi.take_rows(grid, folder)
+        selection.take_rows(grid, folder)
     else:
         take_recorded(grid, folder)
     made = write_table(grid, folder, tmp_path / "runs")

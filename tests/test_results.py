@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 import report
 import scipy.stats
-import select_phi
 import torch
-import tune
-from experiment import grid_parser, write_table
-from experiments.grid import Grid, Overrides
-from experiments.results import Results, curve, take_recorded, write_diverged
-from experiments.results import write_record as write_own_record
-from experiments.statistics import paired_difference, summarize, t_cdf, t_quantile
 from grid_files import GRID, fill, read_csv, tables, write_grid, write_record
 from image_files import one_line
+from tables import selection, tuning
+from tables.grid import Grid, Overrides
+from tables.results import Results, curve, take_recorded, write_diverged
+from tables.results import write_record as write_own_record
+from tables.statistics import paired_difference, summarize, t_cdf, t_quantile
+from tables.trainings import grid_parser, write_table
 
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
@@ -417,7 +416,7 @@ def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_w
     fill(grid, tmp_path / "r", {(row, "CUB"): value for row, value in values.items()})
     fill(grid, tmp_path / "r", {(row, "STL10"): [0.5, 0.5 if row != rows[2] else None] for row in rows})
     assert "sources' defaults" not in write_table(grid, tmp_path / "r", tmp_path / "runs").read_text()
-    chosen, evidence = tune.choose(grid, Results(grid, tmp_path / "r"))
+    chosen, evidence = tuning.choose(grid, Results(grid, tmp_path / "r"))
     assert chosen == {"CUB": {"dropout": {"dropout_prob": 0.3}, "mixup": {"mixup_alpha": 0.2}}}
     assert evidence["CUB"][rows[1]] == {"mean": 25.0, "std": pytest.approx(math.sqrt(50)), "seeds": 2}
     said = capsys.readouterr().err
@@ -430,7 +429,7 @@ def test_without_a_complete_column_nothing_is_chosen(tmp_path):
     grid = Grid(write_grid(tmp_path, TUNE, "tune"))
     fill(grid, tmp_path / "r", {("mixup: mixup_alpha 0.2", "CUB"): [0.5, 0.5]})
     with pytest.raises(UserError, match="nothing was chosen"):
-        tune.choose(grid, Results(grid, tmp_path / "r"))
+        tuning.choose(grid, Results(grid, tmp_path / "r"))
 
 
 def arguments(tmp_path: Path, grid: Path, *more: str) -> Namespace:
@@ -450,16 +449,16 @@ def test_tuning_opens_no_test_image(tmp_path):
     ]:
         path = write_grid(tmp_path, TUNE.replace(old, new, 1), "tune")
         with pytest.raises(UserError, match="eval_split must be holdout, so that tuning sees no test image"):
-            tune.tune(arguments(tmp_path, path))
+            tuning.tune(arguments(tmp_path, path))
     with pytest.raises(UserError, match="eval_split must be holdout"):
-        tune.tune(arguments(tmp_path, write_grid(tmp_path, TUNE, "tune"), "--set", "eval_split=test"))
+        tuning.tune(arguments(tmp_path, write_grid(tmp_path, TUNE, "tune"), "--set", "eval_split=test"))
 
 
 def test_what_tuning_writes_is_what_tables_take(tmp_path, capsys):
     grid = Grid(write_grid(tmp_path / "configs", TUNE, "tune"))
     values = {(row, column): [i / 10, i / 10] for column in grid.columns for i, row in enumerate(grid.rows)}
     fill(grid, tmp_path / "results" / "tune" / "paper", values)
-    tune.tune(arguments(tmp_path, grid.path, "--report"))
+    tuning.tune(arguments(tmp_path, grid.path, "--report"))
     assert "CUB: dropout: dropout_prob 0.3\n" in capsys.readouterr().out
     tuned = tmp_path / "results" / "tune" / "paper.json"
     assert json.loads(tuned.read_text())["accuracy"]["CUB"]["mixup: mixup_alpha 1.0"]["mean"] == 40.0
@@ -501,7 +500,7 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
         grid.add_phi(folder.name, folder / "phi.pt")
     values = {"src-a": [0.4, 0.6], "src-b": [0.5, 0.7], "src-c": [0.6, 0.3], "Base": [0.9, 0.9]}
     fill(grid, tmp_path / "results" / "select" / "paper", {(row, "Validation"): v for row, v in values.items()})
-    select_phi.select(arguments(tmp_path, grid.path, "--report", "--sources", *map(str, sources)))
+    selection.select(arguments(tmp_path, grid.path, "--report", "--sources", *map(str, sources)))
     said = capsys.readouterr()
     assert (
         "src-c differs from src-a in more than the seed: steps: 750 → 100; other images" in said.err
@@ -530,7 +529,7 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
         diverge(Results(grid, results.folder), "src-c", seed, "Validation")
     named = ("--report", "--sources", *map(str, sources))
     assert "no choice was made there yet" in refused(tmp_path, "--report")
-    select_phi.select(arguments(tmp_path, grid.path, *named))
+    selection.select(arguments(tmp_path, grid.path, *named))
     said = capsys.readouterr().out
     assert "* src-a: 50.00 %" in said and "  src-b: 1 diverged\n  src-c: 2 diverged\n" in said
     page = results.folder.with_name("paper.md")
@@ -538,7 +537,7 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
     page.unlink()
     for folder in sources:  # what was chosen among is gone
         (folder / "phi.pt").rename(folder / "gone.pt")
-    select_phi.select(arguments(tmp_path, grid.path, "--report"))
+    selection.select(arguments(tmp_path, grid.path, "--report"))
     assert page.read_text() == text and "| src-c |" in text
     for folder in sources:
         (folder / "gone.pt").rename(folder / "phi.pt")
@@ -546,7 +545,7 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
         results.path(grid.cell("src-a", "Validation", seed)).unlink()
         diverge(Results(grid, results.folder), "src-a", seed, "Validation")
     with pytest.raises(UserError, match="with each φ some trainings diverged; nothing was chosen"):
-        select_phi.select(arguments(tmp_path, grid.path, *named))
+        selection.select(arguments(tmp_path, grid.path, *named))
 
 
 def test_further_phi_do_not_rename_the_trainings_of_those_there(tmp_path, sources):
@@ -562,7 +561,7 @@ def test_further_phi_do_not_rename_the_trainings_of_those_there(tmp_path, source
 
 def refused(tmp_path: Path, *more: str, text: str = SELECT) -> str:
     with pytest.raises(UserError) as error:
-        select_phi.select(arguments(tmp_path, write_grid(tmp_path / "configs", text, "select"), *more))
+        selection.select(arguments(tmp_path, write_grid(tmp_path / "configs", text, "select"), *more))
     return one_line(error)
 
 

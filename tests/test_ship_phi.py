@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import ship_phi
 import torch
 from image_files import one_line
+from tables import shipping
 
 from metaperturb import UserError, load_phi, weights
 from metaperturb.perturbation import MetaPerturb
@@ -62,7 +62,7 @@ def record(
 
 
 def ship(*arguments: object) -> int:
-    return ship_phi.main([*map(str, arguments)])
+    return shipping.main([*map(str, arguments)])
 
 
 def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):

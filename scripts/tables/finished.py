@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import INCIDENTAL, fingerprint_of
-from experiments.results import PATHS, content_of, curve
 from metaperturb import plots
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
 from metaperturb.errors import UserError
 from metaperturb.storage import load_json
+from tables.grid import INCIDENTAL, fingerprint_of
+from tables.results import PATHS, content_of, curve
 
 FIELDS = {field.name: field for field in dataclasses.fields(MetaTestConfig)}
 # What may differ between the runs that are averaged; and, as well, between the methods of a picture.

@@ -11,14 +11,10 @@ also stands in results/select/. Further options are those of the tables (`./run.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from experiment import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
-from experiments.grid import Grid
-from experiments.results import Results, read_all, take_recorded
-from experiments.statistics import summarize
 
 from metaperturb.cli import run_program
 from metaperturb.config import MetaTrainConfig
@@ -26,14 +22,18 @@ from metaperturb.errors import UserError
 from metaperturb.identity import differences
 from metaperturb.storage import load_json, save_json
 from metaperturb.weights import load_phi, save_phi
+from tables.grid import Grid
+from tables.results import Results, read_all, take_recorded
+from tables.statistics import summarize
+from tables.trainings import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = grid_parser(__doc__)
     parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
     parser.add_argument("--out", type=Path, help="where the chosen φ goes [<runs>/selected/phi.pt]")
     parser.add_argument("--grid", type=Path, default=ROOT / "configs" / "select.yaml", help="how each φ is tried")
-    arguments = parser.parse_intermixed_args()  # options may stand before, between and behind the folders
+    arguments = parser.parse_intermixed_args(argv)  # options may stand before, between and behind the folders
     return run_program(lambda: select(arguments), show_traceback=arguments.traceback)
 
 
@@ -147,7 +147,3 @@ def describe(grid: Grid) -> str:
     seeds = ", ".join(map(str, grid.seeds))
     name = Path(config.target_path).stem if config.target == "folder" else config.target
     return f"{name}, {config.eval_split} images, {config.model}, {config.steps} steps, seeds {seeds}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

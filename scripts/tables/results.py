@@ -10,14 +10,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.grid import Cell, Grid, Need, changes, config_of, fingerprint
-from experiments.statistics import Difference, Summary, paired_difference, summarize
 from metaperturb.config import MetaTestConfig
 from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
 from metaperturb.provenance import code_digest, commit
 from metaperturb.runs import read_metrics
 from metaperturb.storage import load_json, save_json
+from tables.grid import Cell, Grid, Need, changes, config_of, fingerprint
+from tables.statistics import Difference, Summary, paired_difference, summarize
 
 METRICS = {
     "accuracy": 100,

@@ -20,20 +20,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from experiments.grid import Cell, Grid, Need, Overrides, fingerprint_of, sha256, unknown
-from experiments.results import (
-    DIVERGED,
-    Results,
-    cell_place,
-    keep_need_records,
-    take_recorded,
-    training_of,
-    trainings_elsewhere,
-    write_diverged,
-    write_record,
-)
-from experiments.runner import LOG, Job, Outcome, run_jobs
-from experiments.table import csv_text, markdown
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaperturb import models
@@ -47,8 +33,22 @@ from metaperturb.finetuning import read_weights
 from metaperturb.provenance import available_cores, code_digest
 from metaperturb.storage import load_json, reason, save_json, write_atomically
 from metaperturb.weights import load_phi
+from tables.grid import Cell, Grid, Need, Overrides, fingerprint_of, sha256, unknown
+from tables.page import csv_text, markdown
+from tables.results import (
+    DIVERGED,
+    Results,
+    cell_place,
+    keep_need_records,
+    take_recorded,
+    training_of,
+    trainings_elsewhere,
+    write_diverged,
+    write_record,
+)
+from tables.runner import LOG, Job, Outcome, run_jobs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What decides which images a run loads.
 DATA_SETTINGS = (
     "source",
@@ -64,10 +64,10 @@ DATA_SETTINGS = (
 )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = grid_parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file of the table")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     return run_program(lambda: experiment(arguments), show_traceback=arguments.traceback)
 
 
@@ -415,7 +415,3 @@ def cell_job(results: Results, cell: Cell, runs: Path, images: list[str]) -> Job
 def command_line(config: MetaTestConfig | MetaTrainConfig, made: dict[str, str]) -> list[str]:
     """`--set` and the settings that are not at their defaults."""
     return ["--set", *to_assignments(config, made)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,8 +5,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.grid import Grid
-from experiments.results import Entry, Results, images_of
+from tables.grid import Grid
+from tables.results import Entry, Results, images_of
 
 CSV_COLUMNS = (
     *("row", "column", "seeds", "accuracy", "accuracy_std", "nll", "nll_std", "ece", "ece_std"),

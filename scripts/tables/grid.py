@@ -33,13 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.schema import PROGRAMS, read_grid, unknown
 from metaperturb.config import MetaTestConfig, default_of, load_config, read_yaml
 from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
 from metaperturb.identity import differences
 from metaperturb.storage import load_json
 from metaperturb.weights import find_phi, load_phi, phi_digest
+from tables.schema import PROGRAMS, read_grid, unknown
 
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 # Settings that neither tell two cells of a table apart nor keep one from being at the paper's setting.

@@ -10,23 +10,23 @@ those of the tables (`./run.sh table1 --help`).
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from experiment import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
-from experiments.grid import Grid
-from experiments.results import Results
-from experiments.statistics import Summary, summarize
 
 from metaperturb.cli import run_program
 from metaperturb.errors import UserError
 from metaperturb.storage import save_json
+from tables.grid import Grid
+from tables.results import Results
+from tables.statistics import Summary, summarize
+from tables.trainings import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = grid_parser(__doc__)
     parser.add_argument("--grid", type=Path, default=ROOT / "configs" / "tune.yaml", help="YAML file of the values")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     return run_program(lambda: tune(arguments), show_traceback=arguments.traceback)
 
 
@@ -93,7 +93,3 @@ def tell_edges(column: str, method: str, best: dict[str, Any], tried: list[dict[
         values = sorted({row[key] for row in tried})
         if len(values) > 2 and value in (values[0], values[-1]):
             print(f"{column}: {method}: {key} {value} is at the edge of the values tried {values}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

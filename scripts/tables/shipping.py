@@ -13,19 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.grid import Grid, fingerprint
-from experiments.results import DIVERGED, SETTINGS, images_of, read_diverged, read_record, shortened
-from experiments.statistics import paired_difference, summarize
-from experiments.table import markdown_table
-
 from metaperturb.cli import argument_parser, run_program
 from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import write_atomically
 from metaperturb.weights import SHIPPED, load_phi, phi_digest, save_phi
+from tables.grid import Grid, fingerprint
+from tables.page import markdown_table
+from tables.results import DIVERGED, SETTINGS, images_of, read_diverged, read_record, shortened
+from tables.statistics import paired_difference, summarize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 # What a card must say of the meta-training.
 NEEDED = {
@@ -208,7 +207,3 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
             *(f"- {d}" for d in diverged),
         ]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
