@@ -16,7 +16,7 @@
 #   ./run.sh ship <name> [φ]   put a φ into the package, and write down what it was tested on
 #   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces,
 #                              compare: methods side by side, learning: what φ learns in meta-training, figures: all
-#   ./run.sh diagrams          the method drawn; with PHI=… the 82 numbers of that φ, too
+#   ./run.sh phi <φ>           the 82 numbers of a φ, drawn: a file or a shipped name
 #   ./run.sh report            every table and figure on one page, results/report.html
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
 #   ./run.sh bench             measure how fast it is, into results/benchmark (--help: which parts, --json, --smoke)
@@ -184,14 +184,9 @@ table1 | table2 | table3 | schedule | networks | recipe | target_size | meta_tra
     [[ -z $PHI || ${what[0]} != table ]] || options+=(--use "phi=$PHI")
     exec "$py" "$here/scripts/make_tables.py" "${what[@]}" "${options[@]}" "$@"
     ;;
-fig5 | fig6 | fig7 | fig8 | compare | lengths | amount | effort | learning | figures)
+fig5 | fig6 | fig7 | fig8 | compare | lengths | amount | effort | learning | phi | figures)
     setup "$here/requirements.txt"
     exec "$py" "$here/scripts/figures.py" "$command" --runs "$RUNS" "$@"
-    ;;
-diagrams)
-    setup "$here/requirements.txt"
-    [ -z "$PHI" ] || set -- --phi "$PHI" "$@"
-    exec "$py" "$here/scripts/diagrams.py" "$@"
     ;;
 report)
     setup "$here/requirements.txt"

@@ -9,6 +9,7 @@
     ./run.sh amount results/target_size/cpu               # against the number of training images
     ./run.sh effort results/meta_training/cpu/*cub*       # against the steps, tasks and classes of φ's meta-training
     ./run.sh learning runs/src-*                          # meta-training: what φ learns, a line a setting
+    ./run.sh phi runs/src-seed0/phi.pt                    # the 82 numbers of a φ: a file or a shipped name
     ./run.sh figures                                      # all that can be drawn, of each folder of runs under runs/
 
 A folder that holds runs stands for all of them. Results are enough for fig5, compare, lengths, amount and effort, so a
@@ -58,16 +59,16 @@ from metaperturb.distributed import make_current, parse_devices
 from metaperturb.errors import UserError
 from metaperturb.runs import read_metrics
 from metaperturb.trained import TrainedRun, load_run
+from metaperturb.weights import load_phi
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("figure", choices=[*FIGURES, "figures"])
-    parser.add_argument(
-        "sources", type=Path, nargs="*", help="run folders, records, or folders that hold some [all of --runs]"
-    )
+    parser.add_argument("figure", choices=[*FIGURES, "phi", "figures"])
+    where = "run folders, records, or folders that hold some [all of --runs]; of phi the file or name of a φ"
+    parser.add_argument("sources", type=Path, nargs="*", help=where)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where runs are looked for")
     parser.add_argument("--out", type=Path, default=ROOT / "figures", help="folder of the pictures")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
@@ -84,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def figures(arguments: argparse.Namespace) -> None:
     arguments.analyses = read_settings(arguments.figure, arguments.set)
-    arguments.where, arguments.drawn = "", set()  # see `picture_path`
+    arguments.where, arguments.drawn = "", set()  # see `draw`
+    if arguments.figure == "phi":
+        every_number(arguments)
+        return
     sources = arguments.sources or [arguments.runs]
     meta_trainings = find_meta_trainings(sources) if arguments.figure in ("learning", "figures") else []
     if arguments.figure == "learning":
@@ -145,16 +149,18 @@ def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
     return of_one_length if figure != "effort" else [some for some in of_one_length if effort_panels(some)[0]]
 
 
-def picture_path(arguments: argparse.Namespace, stem: str) -> Path:
-    """Where a picture goes, without suffix; of several folders of runs, its name tells which.
+def draw(arguments: argparse.Namespace, stem: str, plot: Callable[..., None], *content: Any) -> Path:
+    """Draw `content` into a file of this name (of several folders of runs, it tells which); its path without suffix.
 
     Raises:
         UserError: this command has drawn one there already.
     """
-    path = arguments.out / (stem + (f"-{arguments.where}" if arguments.where else ""))
+    path = arguments.out / (slug(stem) + (f"-{arguments.where}" if arguments.where else ""))
     if path in arguments.drawn:
         raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
     arguments.drawn.add(path)
+    plot(*content, path)
+    print(path.with_name(path.name + ".png"))
     return path
 
 
@@ -247,9 +253,7 @@ def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
             rows += [of_run | {key: line[key] for key in EVALUATION} for line in lines]
         if not set.intersection(*({line["step"] for line in lines} for lines in histories[method])):
             raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
-    path = picture_path(arguments, f"fig5-{slug(title(runs[0]))}")
-    plots.plot_convergence(histories, title(runs[0]), path)
-    write_numbers(rows, path)
+    write_numbers(rows, draw(arguments, f"fig5 {title(runs[0])}", plots.plot_convergence, histories, title(runs[0])))
 
 
 def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -273,9 +277,7 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         ("samples", calibration, plots.plot_samples),
         ("robustness", robustness_curves(attacked), plots.plot_robustness),
     ):
-        path = picture_path(arguments, f"fig6-{kind}-{slug(title(runs[0]))}")
-        plot(curves, title(runs[0]), path)
-        print(path.with_name(path.name + ".png"))
+        draw(arguments, f"fig6 {kind} {title(runs[0])}", plot, curves, title(runs[0]))
 
 
 def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -312,9 +314,9 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
     names = dict.fromkeys(run.data for run in perturbed)
     names = ", ".join(names) if len(names) < 4 else f"{len(names)} data sets"
-    path = picture_path(arguments, f"fig7-scales-{slug(names)}-{slug(perturbed[0].config['model'])}")
-    plots.plot_scales(by_data, path)
-    write_numbers(rows, path)
+    write_numbers(
+        rows, draw(arguments, f"fig7 scales {names} {perturbed[0].config['model']}", plots.plot_scales, by_data)
+    )
 
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -325,15 +327,13 @@ def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     for method, same in methods.items():
         run = min(same, key=lambda run: run.config["seed"])
         surfaces[method] = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
-    path = picture_path(arguments, f"fig8-{slug(title(runs[0]))}")
-    plots.plot_surfaces(surfaces, title(runs[0]), path)
     rows = [
         {"method": method, "a": a, "b": b, "loss": loss}
         for method, surface in surfaces.items()
         for a, row in zip(surface["coordinates"], surface["loss"], strict=True)
         for b, loss in zip(surface["coordinates"], row, strict=True)
     ]
-    write_numbers(rows, path)
+    write_numbers(rows, draw(arguments, f"fig8 {title(runs[0])}", plots.plot_surfaces, surfaces, title(runs[0])))
 
 
 def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
@@ -345,9 +345,7 @@ def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy, loss and calibration of methods."""
     results = {name: [run.result["metrics"] for run in same] for name, same in of_one_picture(runs).items()}
-    path = picture_path(arguments, f"compare-{slug(title(runs[0]))}")
-    plots.plot_comparison(results, title(runs[0]), path)
-    print(path.with_name(path.name + ".png"))
+    draw(arguments, f"compare {title(runs[0])}", plots.plot_comparison, results, title(runs[0]))
 
 
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -392,9 +390,7 @@ def growth(
                 results.setdefault(method, {})[n] = accuracies
     if not results:
         raise UserError(f"no method has one seed for all numbers of {unit}")
-    path = picture_path(arguments, f"{kind}-{slug(name)}")
-    plots.plot_growth(results, unit, name, path)
-    print(path.with_name(path.name + ".png"))
+    draw(arguments, f"{kind} {name}", plots.plot_growth, results, unit, name)
 
 
 EFFORT = {  # what φ's card says of its meta-training → what the picture calls it
@@ -422,9 +418,8 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         )
     for run in left_out:
         print(f"{run.path}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
-    path = picture_path(arguments, f"effort-{slug(title(runs[0]))}")
-    plots.plot_effort(panels, [run.accuracy for run in runs if run.method == "base"], title(runs[0]), path)
-    print(path.with_name(path.name + ".png"))
+    base = [run.accuracy for run in runs if run.method == "base"]
+    draw(arguments, f"effort {title(runs[0])}", plots.plot_effort, panels, base, title(runs[0]))
 
 
 def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[float]]], list[Finished]]:
@@ -454,12 +449,21 @@ def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
             raise UserError(f"{run.path}: learned from other images than {runs[0].path}; one picture shows one source")
     histories = {name: [read_metrics(run.dir) for run in same] for name, same in by_making(runs).items()}
     name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.config["model"] for run in runs)])
-    path = picture_path(arguments, f"learning-{slug(name)}")
     try:
-        plots.plot_learning(histories, name, path)
+        draw(arguments, f"learning {name}", plots.plot_learning, histories, name)
     except ValueError as error:
         raise UserError(f"metrics.jsonl of {error}") from error
-    print(path.with_name(path.name + ".png"))
+
+
+def every_number(arguments: argparse.Namespace) -> None:
+    """The 82 numbers of a φ each."""
+    if not arguments.sources:
+        raise UserError("name a φ: its file, or a shipped one")
+    for source in map(str, arguments.sources):
+        values = {name: value.detach().numpy() for name, value in load_phi(source).named_parameters()}
+        name = Path(source).stem
+        name = Path(source).resolve().parent.name if name == "phi" else name
+        draw(arguments, f"phi {name}", plots.plot_phi, values, f"The 82 numbers of φ: {name}")
 
 
 def source_of(run: Finished) -> str:
@@ -482,7 +486,6 @@ FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
 
 def write_numbers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plots.save_numbers([*rows[0]], [[*row.values()] for row in rows], path)
-    print(path.with_name(path.name + ".png"))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
 """The figures' commands on finished runs: pictures and numbers, and what is refused."""
 
 import csv
+import io
 import json
 import shutil
 import statistics
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from PIL import Image
 from tables.results import write_record
 
 import figures as scripts_figures
 import metaperturb.meta_test as program
 import metaperturb.meta_train as meta_training
+from metaperturb import plots
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi, save_phi
@@ -36,13 +37,36 @@ FAST = [
 ]  # the last is of figure 8
 
 
-def command(script: str, *arguments) -> subprocess.CompletedProcess:
-    line = [sys.executable, ROOT / "scripts" / script, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+def figures(*arguments) -> SimpleNamespace:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        returncode = scripts_figures.main([*map(str, arguments), "--device", "cpu"])
+    return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def figures(*arguments) -> subprocess.CompletedProcess:
-    return command("figures.py", *arguments, "--device", "cpu")
+def drawn(*arguments) -> SimpleNamespace:
+    completed = figures(*arguments)
+    assert completed.returncode == 0, completed.stderr
+    return completed
+
+
+def refused(*arguments) -> str:
+    """The one error of a command that fails."""
+    completed = figures(*arguments)
+    assert completed.returncode == 1
+    (error,) = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
+    return error
+
+
+def train(settings: list[str], *changes) -> None:
+    assert program.main(["--set", *settings, *map(str, changes)]) == 0
+
+
+def accuracy(*folders: Path) -> float:
+    """Mean over the runs, in %."""
+    return 100 * statistics.mean(
+        json.loads((run / "result.json").read_text())["metrics"]["accuracy"] for run in folders
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +81,7 @@ def runs(target_settings, tmp_path_factory) -> Path:
         "meta": [f"phi={folder / 'phi.pt'}"],
         "tuned": ["method=base", f"init={folder / 'base-0'}"],
     }.items():
-        assert program.main(["--set", *target_settings, *changes, "steps=8", f"run_dir={folder / name}"]) == 0
+        train(target_settings, *changes, "steps=8", f"run_dir={folder / name}")
     return folder
 
 
@@ -75,8 +99,7 @@ def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
 
 
 def test_convergence(runs, tmp_path):
-    completed = figures("fig5", runs, "--out", tmp_path)
-    assert completed.returncode == 0, completed.stderr
+    completed = drawn("fig5", runs, "--out", tmp_path)
     assert completed.stdout.strip() == str(tmp_path / "fig5-folder-12-px-resnet8-8-steps.png")
     found = check_pictures(tmp_path, "fig5-folder-12-px-resnet8-8-steps")
     logged = [json.loads(line) for line in (runs / "base-1" / "metrics.jsonl").read_text().splitlines()]
@@ -87,8 +110,7 @@ def test_convergence(runs, tmp_path):
 
 
 def test_methods_side_by_side(runs, tmp_path):
-    completed = figures("compare", runs, "--out", tmp_path)
-    assert completed.returncode == 0, completed.stderr
+    completed = drawn("compare", runs, "--out", tmp_path)
     stem = "compare-folder-12-px-resnet8-8-steps"
     assert completed.stdout.strip() == str(tmp_path / f"{stem}.png")
     found = {row["name"]: row for row in check_pictures(tmp_path, stem)}
@@ -108,7 +130,7 @@ def test_methods_side_by_side(runs, tmp_path):
             assert not spread or float(spread) == pytest.approx(statistics.stdev(values))
 
 
-def test_records_stand_for_runs(runs, target_settings, tmp_path, capsys):
+def test_records_stand_for_runs(runs, target_settings, tmp_path):
     """What a table keeps of its cells is enough for pictures of what came out and how, and not for others."""
     folder = tmp_path / "results" / "small" / "paper"
     for name, phi in {"base-0": None, "base-1": None, "meta": "phi-00001234"}.items():
@@ -117,24 +139,24 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path, capsys):
     (folder / "needs").mkdir()
     (folder / "needs" / "phi-00001234.json").write_text('{"need": "phi", "program": "meta_train"}')
 
-    def drawn(name: str, *arguments, figure: str = "compare") -> list[dict[str, str]]:
-        assert scripts_figures.main([figure, *map(str, arguments), "--out", str(tmp_path / name)]) == 0
+    def numbers(name: str, *arguments, figure: str = "compare") -> list[dict[str, str]]:
+        drawn(figure, *arguments, "--out", tmp_path / name)
         return check_pictures(tmp_path / name, f"{figure}-folder-12-px-resnet8-8-steps")
 
     some = [runs / name for name in ("base-0", "base-1", "meta")]
-    assert drawn("a", *some) == drawn("b", folder) == drawn("c", *folder.glob("*.json"))
-    assert drawn("a", *some, figure="fig5") == drawn("b", folder, figure="fig5")
+    assert numbers("a", *some) == numbers("b", folder) == numbers("c", *folder.glob("*.json"))
+    assert numbers("a", *some, figure="fig5") == numbers("b", folder, figure="fig5")
     # The same training in another table: once.
     again = tmp_path / "results" / "other" / "paper"
     write_record({**place, "table": "other", "needs": {"phi": "learned-00001234"}}, runs / "meta", again / "m--b.json")
-    assert drawn("a2", folder, again) == drawn("a", *some)
+    assert numbers("a2", folder, again) == numbers("a", *some)
     # Another φ, whose file has the same name.
     save_phi(MetaPerturb(), tmp_path / "another" / "phi.pt")
     settings = [*target_settings, f"phi={tmp_path / 'another' / 'phi.pt'}", "steps=8", f"run_dir={tmp_path / 'more'}"]
     assert program.main(["--set", *settings]) == 0
     place["needs"]["phi"] = "phi-00005678"
     write_record(place, tmp_path / "more", folder / "other--bugs.json")
-    assert [row["name"] for row in drawn("d", folder)][1:] == [
+    assert [row["name"] for row in numbers("d", folder)][1:] == [
         "metaperturb, φ phi-00001234",
         "metaperturb, φ phi-00005678",
     ]
@@ -149,13 +171,10 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path, capsys):
             for figure in ("fig6", "fig7", "fig8")
         ),
     ):
-        capsys.readouterr()
-        assert scripts_figures.main([figure, str(record), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
-        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert f"{record.name}: {said}" in error
+        assert f"{record.name}: {said}" in refused(figure, record, "--out", tmp_path / "out")
 
 
-def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, capsys):
+def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path):
     """Seeds that one length lacks are left out; every φ has a line and a name of its own."""
     torch.manual_seed(1)
     other = tmp_path / "other.pt"
@@ -166,10 +185,9 @@ def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, ca
         "other": [f"phi={other}", "steps=6"],
         "other-8": [f"phi={other}", "steps=8"],
     }.items():
-        assert program.main(["--set", *target_settings, *changes, f"run_dir={tmp_path / 'more' / name}"]) == 0
+        train(target_settings, *changes, f"run_dir={tmp_path / 'more' / name}")
     chosen = [runs / "base-0", runs / "base-1", runs / "meta", tmp_path / "more"]
-    completed = figures("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ")
-    assert completed.returncode == 0, completed.stderr
+    completed = drawn("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ")
     assert "base, 8 training steps: left out, as others lack them: seeds [1]" in completed.stderr
     found = check_pictures(tmp_path, "lengths-folder-12-px-resnet8")
     accuracy = {(row["name"], row["training_steps"]): float(row["accuracy_percent"]) for row in found}
@@ -189,21 +207,18 @@ def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path, ca
             "this one has batch_size: 16 → 4",
         ),
     ):
-        assert scripts_figures.main([figure, *map(str, some), "--out", str(tmp_path)]) == 1
-        assert said in capsys.readouterr().err
+        assert said in refused(figure, *some, "--out", tmp_path)
     for name, said in (("nobody=x", "no run has a φ of this name (phi)"), ("phi", "expected FILE=NAME")):
-        assert scripts_figures.main(["fig5", str(runs), "--out", str(tmp_path), "--call", name]) == 1
-        assert said in capsys.readouterr().err
+        assert said in refused("fig5", runs, "--out", tmp_path, "--call", name)
 
 
-def test_amount_of_training_images(runs, target_settings, tmp_path, capsys):
+def test_amount_of_training_images(runs, target_settings, tmp_path):
     for name, changes in {"few": ["method=base", "train_per_class=3"], "meta": [f"phi={runs / 'phi.pt'}"]}.items():
         settings = [*target_settings, *changes, "steps=8", f"run_dir={tmp_path / 'more' / name}"]
         assert program.main(["--set", *settings]) == 0
     chosen = [runs / "base-0", tmp_path / "more"]
     # As ./run.sh calls it: the folders behind an option.
-    completed = figures("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
-    assert completed.returncode == 0, completed.stderr
+    drawn("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
     found = check_pictures(tmp_path, "amount-folder-12-px-resnet8-8-steps")
     accuracy = {(row["name"], row["training_images"]): float(row["accuracy_percent"]) for row in found}
     expected = {("base", "30"): "few", ("metaperturb", "80"): "meta"}
@@ -213,11 +228,10 @@ def test_amount_of_training_images(runs, target_settings, tmp_path, capsys):
         metrics = json.loads((folder / "result.json").read_text())["metrics"]
         assert accuracy[place] == pytest.approx(100 * metrics["accuracy"])
     for some, said in (([runs], "all runs have 80 training images"), ([*chosen, runs / "meta"], "with one seed")):
-        assert scripts_figures.main(["amount", *map(str, some), "--out", str(tmp_path)]) == 1
-        assert said in capsys.readouterr().err
+        assert said in refused("amount", *some, "--out", tmp_path)
 
 
-def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
+def test_effort_of_meta_training(runs, target_settings, tmp_path):
     """A panel has those φ that differ in its number alone; seeds are averaged; what no card tells is left out."""
     made = {
         "paper": ({}, 200),
@@ -234,15 +248,10 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
         card = {"config": config, "source": {"classes": classes, "images": images}}
         save_phi(MetaPerturb(), tmp_path / f"{name}.pt", card)
         settings = [*target_settings, f"phi={tmp_path / f'{name}.pt'}", "steps=8"]
-        assert program.main(["--set", *settings, f"run_dir={tmp_path / 'more' / name}"]) == 0
-
-    def accuracy(*folders: Path) -> float:
-        results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-        return sum(100 * result["metrics"]["accuracy"] for result in results) / len(results)
+        train(settings, f"run_dir={tmp_path / 'more' / name}")
 
     more = tmp_path / "more"
-    completed = figures("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path)
-    assert completed.returncode == 0, completed.stderr
+    completed = drawn("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path)
     for name in ("other", "small"):
         assert f"{name}: left out, its φ differs in more than one number from those drawn" in completed.stderr
     found = check_pictures(tmp_path, "effort-folder-12-px-resnet8-8-steps")
@@ -262,7 +271,7 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
     alone = "differ in the steps, tasks or classes of their meta-training alone"
     settings = [*target_settings, f"phi={tmp_path / 'paper.pt'}", "steps=8"]
     for name, changes in {"top": "sites=top", "twice": "log_every=1"}.items():
-        assert program.main(["--set", *settings, changes, f"run_dir={tmp_path / name}"]) == 0
+        train(settings, changes, f"run_dir={tmp_path / name}")
     for some, said in (
         ([runs / "meta"], alone),
         ([more / "paper", more / "other"], alone),
@@ -274,8 +283,7 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path, capsys):
         ([more, tmp_path / "twice"], "there are two runs of metaperturb with seed 0 and the same φ"),
         ([runs], "one use of base, but the runs are of base and of base, finetuned"),
     ):
-        assert scripts_figures.main(["effort", *map(str, some), "--out", str(tmp_path)]) == 1
-        assert said in capsys.readouterr().err
+        assert said in refused("effort", *some, "--out", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +296,9 @@ def meta_trainings(source_settings, tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path, capsys):
+def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     """Each setting is a line; a number is the mean over its seeds, and μ's norm that of all its kernels."""
-    completed = figures("learning", meta_trainings, runs, "--out", tmp_path)
-    assert completed.returncode == 0, completed.stderr
+    drawn("learning", meta_trainings, runs, "--out", tmp_path)
     found = {(row["name"], row["step"]): row for row in check_pictures(tmp_path, "learning-folder-train-resnet8")}
     assert [*found] == [(name, step) for name in ("phi_lr None", "phi_lr 0.1") for step in "246"]
     for name, folders in {"phi_lr None": "01", "phi_lr 0.1": ["fast"]}.items():
@@ -310,8 +317,7 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path, capsys):
             assert row[column] == pytest.approx(statistics.mean(norms), abs=2e-5)  # metrics have five digits
 
     def message(*sources: Path) -> str:
-        assert scripts_figures.main(["learning", *map(str, sources), "--out", str(tmp_path / "refused")]) == 1
-        return capsys.readouterr().err
+        return refused("learning", *sources, "--out", tmp_path / "refused")
 
     shutil.copytree(meta_trainings / "0", tmp_path / "twin")
     assert "two meta-trainings with these settings and one seed" in message(meta_trainings / "0", tmp_path / "twin")
@@ -332,8 +338,7 @@ def test_all_figures(runs, meta_trainings, tmp_path):
     shutil.copytree(runs, copies)
     for name in ("0", "1"):
         shutil.copytree(meta_trainings / name, copies / f"src-{name}")
-    completed = figures("figures", copies, "--out", tmp_path / "out", "--set", *FAST)
-    assert completed.returncode == 0, completed.stderr
+    drawn("figures", copies, "--out", tmp_path / "out", "--set", *FAST)
     assert {row["seeds"] for row in check_pictures(tmp_path / "out", "learning-folder-train-resnet8")} == {"2"}
     for stem in ("fig5", *FIGURE_6, "fig8", "compare"):
         check_pictures(tmp_path / "out", f"{stem}-folder-12-px-resnet8-8-steps")
@@ -352,19 +357,13 @@ def test_all_figures(runs, meta_trainings, tmp_path):
 
 def test_all_figures_of_meta_trainings_alone(meta_trainings, tmp_path):
     shutil.copytree(meta_trainings / "0", tmp_path / "runs" / "src")
-    completed = figures("figures", tmp_path / "runs", "--out", tmp_path / "out")
-    assert completed.returncode == 0, completed.stderr
+    drawn("figures", tmp_path / "runs", "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["learning-folder-train-resnet8.png"]
 
 
-def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings, tmp_path, capsys):
-    def message(figure: str, *arguments) -> str:
-        capsys.readouterr()
-        line = [figure, *map(str, arguments), "--out", str(tmp_path / "out"), "--device", "cpu"]
-        assert scripts_figures.main(line) == 1
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1
-        return said[0]
+def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings, tmp_path):
+    def message(*arguments) -> str:
+        return refused(*arguments, "--out", tmp_path / "out")
 
     for name, changes in {"long": ["steps=6"], "other": ["steps=8", "model=resnet20"], "twin": ["steps=8"]}.items():
         settings = [*target_settings, "method=base", *changes, f"run_dir={tmp_path / name}"]
@@ -394,15 +393,12 @@ def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings,
     assert "not finished" in message("fig5", tmp_path / "long")
 
 
-def test_damaged_runs_are_named(runs, tmp_path, capsys):
+def test_damaged_runs_are_named(runs, tmp_path):
     def message(figure: str, change) -> str:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(runs / "meta", tmp_path / "run")
         change(tmp_path / "run")
-        capsys.readouterr()
-        line = [figure, str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-        assert scripts_figures.main(line) == 1
-        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        said = refused(figure, tmp_path / "run", "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return said
 
@@ -447,10 +443,9 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
         phi = tmp_path / f"src-seed{seed}" / "phi.pt"
         save_phi(MetaPerturb(), phi)
         folder = tmp_path / "runs" / "own" / f"meta-{seed}"
-        assert program.main(["--set", *settings, f"phi={phi}", f"seed={seed}", f"run_dir={folder}"]) == 0
+        train(settings, f"phi={phi}", f"seed={seed}", f"run_dir={folder}")
     called = ["--call", "src-seed0=ours", "src-seed1=ours"]
-    completed = figures("fig5", tmp_path / "runs", "--out", tmp_path / "fig5", *called)
-    assert completed.returncode == 0, completed.stderr
+    completed = drawn("fig5", tmp_path / "runs", "--out", tmp_path / "fig5", *called)
     found = check_pictures(tmp_path / "fig5", "fig5-folder-12-px-resnet8-8-steps")
     assert {(row["method"], row["seed"]) for row in found} == {("metaperturb, ours", "0"), ("metaperturb, ours", "1")}
 
@@ -461,25 +456,34 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
     assert completed.returncode == 1
     assert "fig5 not drawn: " in completed.stderr and "two runs of base with one seed" in completed.stderr
     assert "4 pictures were not drawn, for the reasons above" in completed.stderr
-    drawn = sorted(path.stem for path in (tmp_path / "all").glob("*.png"))
-    assert drawn == sorted(
+    assert sorted(path.stem for path in (tmp_path / "all").glob("*.png")) == sorted(
         [f"{figure}-folder-12-px-resnet8-8-steps-own" for figure in ("fig5", *FIGURE_6, "fig8", "compare")]
         + ["fig7-scales-folder-12-px-resnet8-own"]
     )
 
 
-def test_diagrams(tmp_path):
-    torch.manual_seed(0)
-    save_phi(MetaPerturb(), tmp_path / "phi.pt")
-    completed = command("diagrams.py", "--phi", tmp_path / "phi.pt", "--out", tmp_path / "out")
-    assert completed.returncode == 0, completed.stderr
-    names = ("fig1-concept", "fig2-functions", "fig3-site", "phi-82-numbers")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        f"{name}{suffix}" for name in names for suffix in (".png", ".svg")
-    )
-    for name in names:
-        with Image.open(tmp_path / "out" / f"{name}.png") as image:
-            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
-    without = command("diagrams.py", "--out", tmp_path / "without")
-    assert without.returncode == 0 and "no φ given" in without.stderr
-    assert not list((tmp_path / "without").glob("phi*"))
+def test_the_numbers_of_phi(tmp_path):
+    save_phi(MetaPerturb(), tmp_path / "src-1" / "phi.pt")
+    drawn("phi", tmp_path / "src-1" / "phi.pt", "tiny_imagenet_resnet20", "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"{name}{suffix}" for name in ("phi-src-1", "phi-tiny-imagenet-resnet20") for suffix in (".png", ".svg")
+    ]
+    svg = (tmp_path / "out" / "phi-src-1.svg").read_text()
+    assert svg.count("scale kernel") == 4
+    assert "name a φ" in refused("phi") and "nowhere" in refused("phi", "nowhere")
+
+
+def test_curves_of_one_evaluation(tmp_path):
+    """A point is seen, and the caption does not speak of points before it."""
+    line = {"step": 8, "test_nll": 2.0, "test_accuracy": 0.25, "test_samples": 3}
+    plots.plot_convergence({"metaperturb": [[line]]}, "bugs", tmp_path / "one")
+    before = {**line, "step": 4, "test_samples": 1}
+    plots.plot_convergence({"metaperturb": [[before, line]]}, "bugs", tmp_path / "two")
+    one, two = ((tmp_path / f"{name}.svg").read_text() for name in ("one", "two"))
+    assert "(3 Monte-Carlo samples)" in one and "before" not in one
+    assert "last point: 3 Monte-Carlo samples, before: 1" in two
+    color = plots.COLORS["metaperturb"].lower()
+    with Image.open(tmp_path / "one.png") as image:
+        rgb = tuple(bytes.fromhex(color[1:]))
+        panels = image.convert("RGB").crop((0, 0, image.width, int(0.8 * image.height)))  # without the legend
+        assert sum(n for n, pixel in panels.getcolors(1 << 24) if pixel == rgb) > 50

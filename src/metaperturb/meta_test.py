@@ -159,9 +159,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     progress.close()
     from metaperturb.plots import plot_convergence  # matplotlib: not before there is something to draw
 
-    plot_convergence(
-        {config.method: [read_metrics(run.dir)]}, f"{config.target}, {config.model}", run.dir / "curves.png"
-    )
+    title = f"{identity.data_name(config)}, {config.model}"
+    plot_convergence({config.method: [read_metrics(run.dir)]}, title, run.dir / "curves.png")
     target = {"name": train.name, "train": len(train), "test": len(test), "fingerprints": data}
     result = {
         "target": target,

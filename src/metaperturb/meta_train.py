@@ -419,9 +419,10 @@ def finish(
 ) -> None:
     """What a run leaves when it is done: the picture of its curves, `phi.pt` with its card, `result.json`."""
     if config.steps:
-        from metaperturb.plots import plot_meta_training  # matplotlib: not before there is something to draw
+        from metaperturb.plots import plot_learning  # matplotlib: not before there is something to draw
 
-        plot_meta_training(read_metrics(run.dir), run.dir / "curves.png")
+        title = f"{source.name}, {config.model}"
+        plot_learning({"MetaPerturb": [read_metrics(run.dir)]}, title, run.dir / "curves.png")
     content = card(run, config.steps, source, split_seed, group)
     save_phi(phi, run.dir / "phi.pt", card=content)
     run.finish(content)

@@ -1,9 +1,15 @@
-"""Pictures, in one style, and the numbers in them."""
+"""Pictures, in one style, and the numbers in them.
+
+Each `plot_…` writes PNG, SVG and, where it says so, the numbers as CSV to `path`, which has no suffix; with one, that
+format alone. Lines are means over seeds, in bands of one standard deviation. A method is named as `name_of` reads it:
+`metaperturb, finetuned`.
+"""
 
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +54,6 @@ STYLE = {
     "lines.linewidth": 1.8,
 }
 LABELS = {name: regularizer.title for name, regularizer in REGULARIZERS.items()}
-
 PHI_LABELS = {
     "self1": "μ, layer 1, self",
     "all1": "μ, layer 1, all",
@@ -65,64 +70,63 @@ NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
 
 
+# --- files
+
+
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write the format that the suffix of `path` names, or, where it has none, both `.png` and `.svg`; atomically."""
-    for suffix in (path.suffix,) if path.suffix in FORMATS else FORMATS:
+    for file in [path] if path.suffix in FORMATS else [path.with_name(path.name + suffix) for suffix in FORMATS]:
         buffer = io.BytesIO()
-        metadata = {"Date": None} if suffix == ".svg" else None  # the same figure gives the same file
-        figure.savefig(buffer, format=suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)
-        write_atomically(_with_suffix(path, suffix), lambda file, buffer=buffer: file.write(buffer.getbuffer()))
-    plt.close(figure)
+        metadata = {"Date": None} if file.suffix == ".svg" else None  # the same figure gives the same file
+        figure.savefig(buffer, format=file.suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)
+        write_atomically(file, lambda stream, buffer=buffer: stream.write(buffer.getbuffer()))
 
 
 def save_numbers(columns: Sequence[str], rows: Iterable[Sequence[Any]], path: Path) -> None:
-    """The numbers in a figure as `.csv` beside it; `path` as `save_figure` takes it. None is an empty cell."""
+    """The numbers in a figure as `.csv` beside it, unless `path` names one format. None is an empty cell."""
+    if path.suffix in FORMATS:
+        return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([columns, *rows])
-    write_atomically(_with_suffix(path, ".csv"), lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path.with_name(path.name + ".csv"), lambda file: file.write(text.getvalue().encode()))
 
 
-def _with_suffix(path: Path, suffix: str) -> Path:
-    stem = path.stem if path.suffix in FORMATS else path.name  # which may have a point of its own
-    return path.with_name(stem + suffix)
+@contextmanager
+def _panels(
+    path: Path, rows: int, columns: int, size: tuple[float, float], title: str = "", legend: int = 4, **options: Any
+) -> Iterator[tuple[plt.Figure, np.ndarray]]:
+    """A picture and its axes `[rows, columns]`, which gets title and legend and is saved when they are drawn.
+
+    Args:
+        legend: columns of the one legend for all panels, below them as the methods are many; 0: none.
+        options: of `plt.subplots`; `style` adds to the common one.
+    """
+    with plt.rc_context(STYLE | options.pop("style", {})):
+        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+        try:
+            yield figure, grid
+            if legend:
+                handles, labels = grid[0, 0].get_legend_handles_labels()
+                where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+                figure.legend(handles, labels, ncols=legend, fontsize=9, **where)
+            figure.suptitle(title)
+            save_figure(figure, path)
+        finally:
+            plt.close(figure)
 
 
-def plot_meta_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and accuracy on D_tr and D_te, mean over tasks, and the norms of φ's parts, against meta-training steps."""
-    with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
-        steps = [line["step"] for line in history]
-        for part, label in (("train", r"$D^{tr}$ (θ learns)"), ("test", r"$D^{te}$ (φ learns)")):
-            left.plot(steps, [line[f"{part}_loss"] for line in history], color=COLORS[part], label=label)
-            middle.plot(steps, [100 * line[f"{part}_accuracy"] for line in history], color=COLORS[part], label=label)
-        told = [line for line in history if "phi_norms" in line]  # runs that an earlier version began lack some
-        for color, (name, label) in zip(SERIES, PHI_LABELS.items(), strict=True):
-            norms = [line["phi_norms"][name] for line in told]
-            right.plot(
-                [line["step"] for line in told],
-                norms,
-                color=color,
-                label=label,
-                linestyle="--" if name.startswith("scale") else "-",
-            )
-        left.set(xlabel="meta-training step", ylabel="cross-entropy (nats)")
-        middle.set(xlabel="meta-training step", ylabel="accuracy (%)")
-        right.set(xlabel="meta-training step", ylabel="norm of a part of φ")
-        left.legend()
-        right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-        save_figure(figure, path)
+# --- training
 
 
 def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
-    """What several meta-trainings learn, against their steps: mean over seeds, band of one standard deviation.
+    """What meta-trainings learn, against their steps; with numbers.
 
-    Loss and accuracy on D_te, mean over tasks, and the norms of φ's two parts: the kernels of μ, and the scale's.
+    Loss and accuracy on D_te, mean over tasks (of a single setting on D_tr too), and the norms of φ's two parts: the
+    kernels of μ, and the scale's.
 
     Args:
         runs: name → for each seed, the lines of `metrics.jsonl`; the steps that all seeds have are drawn.
-        title: of the picture.
-        path: without suffix: PNG, SVG, and the numbers as CSV.
 
     Raises:
         ValueError: seeds of a name have no step in common, or lines lack a number.
@@ -134,25 +138,77 @@ def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], tit
         "norm_of_scale": "norm of the scale's parameters",
     }
     rows: list[tuple[Any, ...]] = []
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    with _panels(path, 2, 2, (9, 6), title, legend=2, sharex=True) as (_, grid):
         for i, (name, histories) in enumerate(runs.items()):
             steps, values = _at_common_steps(histories, _learned)
             if not steps:
                 raise ValueError(f"{name}: no step that all seeds have")
             drawn: list[np.ndarray] = []
-            for axes, of_quantity in zip(grid.flat, values, strict=True):
+            for axes, of_quantity in zip(grid.flat, values[:4], strict=True):
                 drawn += _draw_band(axes, name, steps, of_quantity, color=SERIES[i % len(SERIES)])
             rows += [(name, *row, len(histories)) for row in zip(steps, *drawn, strict=True)]
+            if len(runs) == 1:
+                for axes, of_quantity in zip(grid[0], values[4:], strict=True):
+                    train = {"color": "0.4", "linestyle": ":", "label": r"on $D^{tr}$, where θ learns"}
+                    axes.plot(steps, of_quantity.mean(axis=0), **train, **_alone(steps))
         for axes, label in zip(grid.flat, quantities.values(), strict=True):
             axes.set(ylabel=label)
         for axes in grid[1]:
             axes.set(xlabel="meta-training step", ylim=(0, None))
-        _legend_below(figure, grid[0, 0], columns=2)
-        figure.suptitle(title)
-        save_figure(figure, path)
     names = [column for quantity in quantities for column in (quantity, f"{quantity}_std")]
     save_numbers(("name", "step", *names, "seeds"), rows, path)
+
+
+def _learned(line: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of a line of metrics: loss and accuracy in % on D_te, norms of μ's kernels and the scale's parameters, D_tr's."""
+    if missing := {"test_loss", "test_accuracy", "phi_norms"} - line.keys():
+        raise ValueError(f"step {line['step']} lacks {', '.join(sorted(missing))}")
+    parts = {"mu": 0.0, "scale": 0.0}
+    for part, norm in line["phi_norms"].items():
+        parts["scale" if part.startswith("scale") else "mu"] += norm**2
+    test, train = ((line[f"{part}_loss"], 100 * line[f"{part}_accuracy"]) for part in ("test", "train"))
+    return *test, parts["mu"] ** 0.5, parts["scale"] ** 0.5, *train
+
+
+def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
+    """Test loss and accuracy against training steps (figure 5).
+
+    A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so. So does
+    the other axis where the last evaluation averages more samples than those before it.
+
+    Args:
+        histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn.
+    """
+    losses: list[tuple[int, float, str]] = []  # all that is drawn: step, mean, color
+    top = 0.0
+    with _panels(path, 1, 2, (9, 3.4), title) as (_, ((left, right),)):
+        lines = _lines(histories)
+        for method, runs in histories.items():
+            evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
+            steps, values = _at_common_steps(evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"]))
+            mean, std = _draw_band(left, method, steps, values[0], **lines[method])
+            _draw_band(right, method, steps, values[1], **lines[method])
+            losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
+            padded = np.pad(mean + std, 1, mode="edge")
+            top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
+        if max(loss for _, loss, _ in losses) > 2 * top:
+            left.set_ylim(top=1.1 * top)
+            for step, loss, color in losses:
+                if loss > 1.1 * top:
+                    left.annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
+        left.set(xlabel="training step", ylabel="test loss (NLL, nats)")
+        note = _samples(run for runs in histories.values() for run in runs)
+        right.set(xlabel=f"training step{note}", ylabel="test accuracy (%)")
+
+
+def _samples(runs: Iterable[Sequence[Mapping[str, Any]]]) -> str:
+    """A line that says how many Monte-Carlo samples the last evaluation has, where those before it have others."""
+    counts = [[line.get("test_samples", 1) for line in run if "test_accuracy" in line] for run in runs]
+    last = max(of_run[-1] for of_run in counts)
+    before = max((n for of_run in counts for n in of_run[:-1]), default=None)
+    if before is None:
+        return f"\n({last} Monte-Carlo samples)" if last > 1 else ""
+    return "" if last == before else f"\n(last point: {last} Monte-Carlo samples, before: {before})"
 
 
 def _at_common_steps(
@@ -164,144 +220,45 @@ def _at_common_steps(
     return steps, np.moveaxis(np.array([[of_seed[step] for step in steps] for of_seed in by_step]), -1, 0)
 
 
-def _learned(line: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """Of a line of a meta-training's metrics: loss, accuracy in %, norm of μ's kernels, of the scale's parameters."""
-    if missing := {"test_loss", "test_accuracy", "phi_norms"} - line.keys():
-        raise ValueError(f"step {line['step']} lacks {', '.join(sorted(missing))}")
-    parts = {"mu": 0.0, "scale": 0.0}
-    for part, norm in line["phi_norms"].items():
-        parts["scale" if part.startswith("scale") else "mu"] += norm**2
-    return line["test_loss"], 100 * line["test_accuracy"], parts["mu"] ** 0.5, parts["scale"] ** 0.5
-
-
-def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
-    """Test loss and accuracy against steps: mean over seeds, band of one standard deviation (figure 5).
-
-    A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so. So does
-    the other axis where the last evaluation averages more samples than those before it.
-
-    Args:
-        histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn.
-    """
-    losses: list[tuple[int, float, str]] = []  # all that is drawn: step, mean, color
-    top = 0.0
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-        lines = _lines(histories)
-        for method, runs in histories.items():
-            evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
-            steps, values = _at_common_steps(evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"]))
-            for axis, of_quantity in zip(axes, values, strict=True):
-                mean, std = _draw_band(axis, method, steps, of_quantity, **lines[method])
-                if axis is axes[0]:
-                    losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
-                    padded = np.pad(mean + std, 1, mode="edge")
-                    top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
-        if max(loss for _, loss, _ in losses) > 2 * top:
-            axes[0].set_ylim(top=1.1 * top)
-            for step, loss, color in losses:
-                if loss > 1.1 * top:
-                    axes[0].annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
-        axes[0].set(xlabel="training step", ylabel="test loss (NLL, nats)")
-        axes[1].set(xlabel="training step", ylabel="test accuracy (%)")
-        before, last = _samples(run for runs in histories.values() for run in runs)
-        if last != before:
-            axes[1].set_xlabel(f"training step\n(last point: {last} Monte-Carlo samples, before: {before})")
-        _legend_below(figure, axes[0])
-        figure.suptitle(title)
-        save_figure(figure, path)
-
-
-def _samples(runs: Iterable[Sequence[Mapping[str, Any]]]) -> tuple[int, int]:
-    """Monte-Carlo samples of the evaluations on the way, and of the last one: the most that a run had."""
-    counts = [[line.get("test_samples", 1) for line in run if "test_accuracy" in line] for run in runs]
-    return max((n for of_run in counts for n in of_run[:-1]), default=1), max(of_run[-1] for of_run in counts)
+# --- final accuracy
 
 
 def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str, title: str, path: Path) -> None:
-    """Final test accuracy against how much there was of something: mean over seeds, a bar of one standard deviation.
+    """Final test accuracy against how much there was of something, with bars of one standard deviation; with numbers.
 
     Args:
         results: method → how much → accuracy in [0, 1] of each seed; all seeds for each amount.
         unit: what is counted: "training steps".
-        title: of the picture.
-        path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     rows, lines = [], _lines(results, markers=True)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    with _panels(path, 1, 1, (5.5, 3.9), title, legend=2) as (_, ((axes,),)):
         for method, by_amount in results.items():
             label = _with_seeds(method, len(next(iter(by_amount.values()))))
             rows += [(method, *row) for row in _draw_growth(axes, label, by_amount, **lines[method])]
-        axes.set(ylabel="test accuracy (%)", title=title)
+        axes.set(ylabel="test accuracy (%)")
         _amounts(axes, {row[1] for row in rows}, unit)
-        _legend_below(figure, axes, columns=2)
-        save_figure(figure, path)
     save_numbers(("name", unit.replace(" ", "_"), "accuracy_percent", "std", "seeds"), rows, path)
-
-
-def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title: str, path: Path) -> None:
-    """Final accuracy, loss and calibration of methods, one below the other: a point a seed, a bar their mean.
-
-    Args:
-        results: method → for each seed `accuracy` and `ece` in [0, 1], `nll` in nats.
-        title: of the picture.
-        path: without suffix: PNG, SVG, and the numbers as CSV.
-    """
-    panels = {
-        "accuracy_percent": ("accuracy", 100, "test accuracy (%)"),
-        "nll": ("nll", 1, "test loss (NLL, nats)"),
-        "ece_percent": ("ece", 100, "ECE (%)"),
-    }
-    rows: list[list[Any]] = [[method] for method in results]
-    lines = _lines(results)
-    labels = [_with_seeds(method, len(of_method)) for method, of_method in results.items()]
-    size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
-        for axis, (key, factor, label) in zip(axes, panels.values(), strict=True):
-            for place, (method, of_method) in enumerate(results.items()):
-                values = factor * np.array([metrics[key] for metrics in of_method])
-                color = lines[method]["color"]
-                axis.plot(values, np.full(len(values), place), "o", color=color, markersize=5, alpha=0.6)
-                axis.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2)
-                rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
-            axis.set(xlabel=label)
-            axis.grid(axis="y", visible=False)
-        axes[0].set_yticks(range(len(results)), labels)
-        axes[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
-        figure.suptitle(title)
-        save_figure(figure, path)
-    names = [name for column in panels for name in (column, f"{column}_std")]
-    counts = [len(of_method) for of_method in results.values()]
-    save_numbers(("name", *names, "seeds"), [[*row, n] for row, n in zip(rows, counts, strict=True)], path)
 
 
 def plot_effort(
     panels: Mapping[str, Mapping[int, Sequence[float]]], base: Sequence[float], title: str, path: Path
 ) -> None:
-    """Final test accuracy with φ against how much its meta-training had of something, a panel each.
+    """Final test accuracy with φ against how much its meta-training had of something, a panel each; with numbers.
 
     Args:
         panels: what is counted → how much → accuracy in [0, 1] of each run; a line where all have as many runs.
         base: the same of networks without φ: a level line, or none if there are none.
-        title: of the picture.
-        path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     rows, lines = [("Base", "", "", *_mean_std(base), len(base))] if base else [], _lines(("base", "metaperturb"))
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            1, len(panels), figsize=(3.8 * len(panels) + 0.6, 3.6), sharey=True, squeeze=False, layout="constrained"
-        )
+    size = 3.8 * len(panels) + 0.6, 3.6
+    with _panels(path, 1, len(panels), size, title, sharey=True) as (_, grid):
         for axes, (unit, by_amount) in zip(grid[0], panels.items(), strict=True):
             counts = {len(of_amount) for of_amount in by_amount.values()}
             line = lines["metaperturb"] | ({"linestyle": "none"} if len(counts) > 1 else {})  # of other seeds: no trend
             drawn = _draw_growth(axes, "MetaPerturb", by_amount, **line)
             for amount, mean, std, count in drawn:
-                above = mean + (std if count > 1 else 0)
-                text = axes.annotate(
-                    f"n = {count}", (amount, above), (0, 5), textcoords="offset points", ha="center", fontsize=9
-                )
+                above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+                text = axes.annotate(f"n = {count}", (amount, mean + (std if count > 1 else 0)), **above)
                 text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # the line may run through it
             rows += [("MetaPerturb", unit, *row) for row in drawn]
             if base:
@@ -311,20 +268,13 @@ def plot_effort(
             _amounts(axes, by_amount, unit)
             axes.margins(x=0.1)  # so that what stands above a point stays off the axis
         grid[0, 0].set(ylabel="test accuracy (%)")
-        _legend_below(figure, grid[0, 0])
-        figure.suptitle(title)
-        save_figure(figure, path)
     save_numbers(("name", "of", "amount", "accuracy_percent", "std", "runs"), rows, path)
 
 
 def _draw_growth(
     axes: plt.Axes, label: str, by_amount: Mapping[int, Sequence[float]], **line: Any
 ) -> list[tuple[int, float, float, int]]:
-    """Mean against the amount, a bar of one standard deviation where there are several runs.
-
-    Returns:
-        What was drawn: amount, mean and standard deviation in %, count.
-    """
+    """Mean against the amount, a bar where there are several runs. Returns amounts, means and deviations, counts."""
     amounts = sorted(by_amount)
     spread = [_mean_std(by_amount[n]) for n in amounts]
     mean, std = np.array(spread).T
@@ -352,58 +302,84 @@ def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
     axes.minorticks_off()
 
 
+def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title: str, path: Path) -> None:
+    """Final accuracy, loss and calibration of methods, one below the other; with numbers.
+
+    Args:
+        results: method → for each seed, a point, `accuracy` and `ece` in [0, 1], `nll` in nats; a bar is their mean.
+    """
+    panels = {
+        "accuracy_percent": ("accuracy", 100, "test accuracy (%)"),
+        "nll": ("nll", 1, "test loss (NLL, nats)"),
+        "ece_percent": ("ece", 100, "ECE (%)"),
+    }
+    rows: list[list[Any]] = [[method] for method in results]
+    lines, labels = _lines(results), [_with_seeds(method, len(same)) for method, same in results.items()]
+    size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
+    with _panels(path, 1, len(panels), size, title, legend=0, sharey=True) as (_, (grid,)):
+        for axis, (key, factor, label) in zip(grid, panels.values(), strict=True):
+            for place, (method, of_method) in enumerate(results.items()):
+                values = factor * np.array([metrics[key] for metrics in of_method])
+                color = lines[method]["color"]
+                axis.plot(values, np.full(len(values), place), "o", color=color, markersize=5, alpha=0.6)
+                axis.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2)
+                rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
+            axis.set(xlabel=label)
+            axis.grid(axis="y", visible=False)
+        grid[0].set_yticks(range(len(results)), labels)
+        grid[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
+    names = [name for column in panels for name in (column, f"{column}_std")]
+    counts = [len(of_method) for of_method in results.values()]
+    save_numbers(("name", *names, "seeds"), [[*row, n] for row, n in zip(rows, counts, strict=True)], path)
+
+
+# --- analyses
+
+
 def plot_robustness(curves: Mapping[str, Any], title: str, path: Path) -> None:
-    """Accuracy against the radius ε of the attack: mean over seeds, band of one standard deviation (figure 6 a-c).
+    """Accuracy against the radius ε of the attack (figure 6 a-c); with numbers.
 
     A method with one seed has no band, but bars: the standard error that comes from the choice of images.
 
     Args:
         curves: of `analyses.robustness.robustness_curves`.
         title: of the picture; the attack's settings follow.
-        path: without suffix: PNG, SVG, and the numbers as CSV.
     """
-    norms = [norm for norm in NORM_LABELS if any(of_norm[norm]["eps"] for of_norm in curves["curves"].values())]
-    rows, lines = [], _lines(curves["curves"])
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(norms), figsize=(4 * len(norms), 3.6), sharey=True, squeeze=False)
-        for axis, norm in zip(axes[0], norms, strict=True):
-            for name, of_norm in curves["curves"].items():
-                eps, accuracy = of_norm[norm]["eps"], 100 * np.array(of_norm[norm]["accuracy"])
-                if eps:
-                    mean, std = _draw_band(axis, name, eps, accuracy, **lines[name], **POINTS)
-                    if len(accuracy) == 1:  # no band: what the choice of images does, the binomial's standard error
-                        error = np.sqrt(mean * (100 - mean) / curves["settings"]["images"])
-                        axis.errorbar(eps, mean, error, fmt="none", ecolor=lines[name]["color"], alpha=0.5, capsize=2)
-                    rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
+    of_norms = {
+        norm: {name: of[norm] for name, of in curves["curves"].items() if of[norm]["eps"]} for norm in NORM_LABELS
+    }
+    of_norms = {norm: of_names for norm, of_names in of_norms.items() if of_names}
+    rows, lines, attack = [], _lines(curves["curves"]), curves["settings"]
+    eot = f"{attack['draws']} draws of the noise each" if attack["draws"] > 1 else "one draw of the noise each"
+    alone = any(len(found["accuracy"]) == 1 for of_names in of_norms.values() for found in of_names.values())
+    bars = "; bars: one standard error, of these images" if alone else ""
+    title += f"\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}{bars}"
+    with _panels(path, 1, len(of_norms), (4 * len(of_norms), 4.0), title, sharey=True) as (_, (grid,)):
+        for axis, (norm, of_names) in zip(grid, of_norms.items(), strict=True):
+            for name, found in of_names.items():
+                eps, accuracy = found["eps"], 100 * np.array(found["accuracy"])
+                mean, std = _draw_band(axis, name, eps, accuracy, **lines[name], **POINTS)
+                if len(accuracy) == 1:  # no band: what the choice of images does, the binomial's standard error
+                    error = np.sqrt(mean * (100 - mean) / attack["images"])
+                    axis.errorbar(eps, mean, error, fmt="none", ecolor=lines[name]["color"], alpha=0.5, capsize=2)
+                rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
             axis.axhline(100 * curves["chance"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
             axis.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
             axis.set_xlim(left=0)
-        axes[0, 0].set(ylabel="accuracy under attack (%)")
-        attack = curves["settings"]
-        eot = f"{attack['draws']} draws of the noise each" if attack["draws"] > 1 else "one draw of the noise each"
-        alone = any(len(of_norm[norm]["accuracy"]) == 1 for of_norm in curves["curves"].values() for norm in norms)
-        bars = "; bars: one standard error, of these images" if alone else ""
-        figure.suptitle(f"{title}\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}{bars}", y=1.05)
-        _legend_below(figure, axes[0, 0])
-        save_figure(figure, path)
+        grid[0].set(ylabel="accuracy under attack (%)")
     save_numbers(("name", "norm", "eps", "accuracy_percent", "std", "seeds"), rows, path)
 
 
 def plot_reliability(curves: Mapping[str, Any], title: str, path: Path) -> None:
     """Accuracy against confidence, bin by bin, seeds pooled; below it the share of images in each bin (figure 6 d).
 
-    Bins of a few images, whose accuracy is mere chance, are among the numbers but not in the picture.
+    With numbers. Bins of a few images, whose accuracy is mere chance, are among these but not in the picture.
 
     Args:
         curves: of `analyses.calibration.calibration_curves`.
-        title: of the picture.
-        path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     rows, lines = [], _lines(curves)
-    with plt.rc_context(STYLE):
-        figure, (upper, lower) = plt.subplots(
-            2, 1, figsize=(5, 5.6), sharex=True, height_ratios=(3, 1), gridspec_kw={"hspace": 0.08}
-        )
+    with _panels(path, 2, 1, (5, 5.6), title, legend=2, sharex=True, height_ratios=(3, 1)) as (_, ((upper,), (lower,))):
         upper.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1.2)
         for name, of_name in curves.items():
             bins, ece = of_name["reliability"], 100 * np.array(of_name["ece"])
@@ -415,38 +391,31 @@ def plot_reliability(curves: Mapping[str, Any], title: str, path: Path) -> None:
             label = f"{name_of(name)}{mean_of}: ECE {ece.mean():.1f}{spread} %"
             upper.plot(confidence, accuracy, label=label, clip_on=False, **lines[name], **POINTS)
             lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **lines[name])
-            rows += [
-                (name, k + 1, count, bins["confidence"][k], bins["accuracy"][k])
-                for k, count in enumerate(bins["count"])
-            ]
-        upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), title=title)
+            columns = zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
+            rows += [(name, k, *row) for k, row in enumerate(columns, 1)]
+        upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
         lower.set(ylabel="images (%)", xlabel=f"confidence (%); above, bins of fewer than {FEW} images are left out")
-        _legend_below(figure, upper, columns=2)
-        save_figure(figure, path)
     save_numbers(("name", "bin", "count", "confidence", "accuracy"), rows, path)
 
 
 def plot_samples(curves: Mapping[str, Any], title: str, path: Path) -> None:
     """Accuracy, calibration error and time of a prediction against its Monte-Carlo samples: what samples buy.
 
-    Bands are over seeds; whiskers are what the draws alone do to one network's prediction: the standard deviation over
+    With numbers. Whiskers are what the draws alone do to one network's prediction: the standard deviation over
     repetitions, where a count has several. A network without noise, which has one prediction, is a level line.
 
     Args:
         curves: of `analyses.calibration.calibration_curves`.
-        title: of the picture.
-        path: without suffix: PNG, SVG, and the numbers as CSV.
     """
     rows, lines, keys = [], _lines(curves), ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
-    most = max(of_name["counts"][-1]["samples"] for of_name in curves.values())
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    ticks = sorted({c["samples"] for of_name in curves.values() for c in of_name["counts"]})
+    with _panels(path, 1, 3, (12, 3.6), title) as (_, (axes,)):
         for name, of_name in curves.items():
             counts = of_name["counts"]
-            samples, noisy = [c["samples"] for c in counts], len(counts) > 1 or most == 1
+            samples, noisy = [c["samples"] for c in counts], len(counts) > 1 or ticks == [1]
             for axis, key, factor in zip(axes, ("accuracy", "ece", "seconds"), (100, 100, 1), strict=True):
                 values = factor * np.array([c[key] for c in counts]).T
-                x, drawn = (samples, values) if noisy else ([1, most], values.repeat(2, axis=1))
+                x, drawn = (samples, values) if noisy else ([1, ticks[-1]], values.repeat(2, axis=1))
                 _draw_band(axis, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
                 if noisy and key != "seconds":
                     scatter = [factor * np.mean(c[f"{key}_scatter"]) for c in counts]
@@ -454,16 +423,11 @@ def plot_samples(curves: Mapping[str, Any], title: str, path: Path) -> None:
             rows += [(name, c["samples"], *(np.mean(c[key]) for key in keys), len(c["ece"])) for c in counts]
         for axis, label in zip(axes, ("accuracy (%)", "ECE (%)", "time for all test images (s)"), strict=True):
             axis.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
-            ticks = sorted({c["samples"] for of_name in curves.values() for c in of_name["counts"]})
             axis.set_xticks(ticks, map(str, ticks), minor=False)
             axis.minorticks_off()
+        seconds = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": "{x:g}"}
         axes[2].set(yscale="log")
-        axes[2].yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
-        )
-        figure.suptitle(title)
-        _legend_below(figure, axes[0])
-        save_figure(figure, path)
+        axes[2].yaxis.set(**seconds, minor_locator=NullLocator())
     save_numbers(("name", "samples", *keys, "seeds"), rows, path)
 
 
@@ -475,38 +439,27 @@ def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], pa
             `spread`: std(z) / mean(z) of them. Boxes hold the middle half of a block's channels, whiskers all but the
             outer twentieths.
     """
-    with plt.rc_context(STYLE):
-        sites = [place["site"] for place in next(iter(by_data.values()))[0]]
-        figure, (upper, lower) = plt.subplots(2, 1, figsize=(max(6.0, 1.05 * len(sites)), 6.0), sharex=True)
-        width = 0.8 / len(by_data)
+    sites = [place["site"] for place in next(iter(by_data.values()))[0]]
+    width, size = 0.8 / len(by_data), (max(6.0, 1.05 * len(sites)), 6.0)
+    with _panels(path, 2, 1, size, legend=2, sharex=True) as (_, ((upper,), (lower,))):
         for i, (data, runs) in enumerate(by_data.items()):
             color = SERIES[i % len(SERIES)]
+            style = {"whis": (5, 95), "showfliers": False, "patch_artist": True, "manage_ticks": False}
+            style |= {"boxprops": {"facecolor": color + "55", "edgecolor": color}}
+            style |= {"medianprops": {"color": color, "linewidth": 2}}
+            style |= {"whiskerprops": {"color": color}, "capprops": {"color": color}}
             places = np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
             for axes, key in ((upper, "s"), (lower, "spread")):
-                axes.boxplot(
-                    [np.concatenate([run[block][key] for run in runs]) for block in range(len(sites))],
-                    positions=places,
-                    widths=0.85 * width,
-                    whis=(5, 95),
-                    showfliers=False,
-                    patch_artist=True,
-                    manage_ticks=False,
-                    boxprops={"facecolor": color + "55", "edgecolor": color},
-                    medianprops={"color": color, "linewidth": 2},
-                    whiskerprops={"color": color},
-                    capprops={"color": color},
-                )
+                channels = [np.concatenate([run[block][key] for run in runs]) for block in range(len(sites))]
+                axes.boxplot(channels, positions=places, widths=0.85 * width, **style)
             label = f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
             upper.plot([], [], color=color, linewidth=6, alpha=0.6, label=label)
         upper.set(ylabel="scale s of a channel", ylim=(0, 1))
-        lower.set(ylabel="noise: std(z) / mean(z)", ylim=(0, None))
-        lower.set(xlabel="block, from the image to the classifier")
+        lower.set(ylabel="noise: std(z) / mean(z)", ylim=(0, None), xlabel="block, from the image to the classifier")
         lower.set_xticks(range(len(sites)), sites)
         lower.tick_params(axis="x", labelsize=9)
         for axes in (upper, lower):
             axes.grid(axis="x", visible=False)
-        _legend_below(figure, upper, columns=2)
-        save_figure(figure, path)
 
 
 def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
@@ -514,24 +467,22 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: P
 
     Args:
         surfaces: method → what `analyses.surface.loss_surface` gives, all on the same plane.
-        title: of the picture.
     """
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        losses = {method: np.array(surface["loss"]) for method, surface in surfaces.items()}
-        low, high = min(loss.min() for loss in losses.values()), max(loss.max() for loss in losses.values())
-        levels = np.geomspace(max(low, 1e-4), max(high, 2e-4), 21)
-        columns = min(len(losses), 4)
-        rows = -(-len(losses) // columns)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(3.1 * columns + 1, 3.0 * rows + 0.6), squeeze=False, sharex=True, sharey=True,
-            layout="constrained",
-        )  # fmt: skip
+    losses = {method: np.array(surface["loss"]) for method, surface in surfaces.items()}
+    low, high = min(loss.min() for loss in losses.values()), max(loss.max() for loss in losses.values())
+    levels = np.geomspace(max(low, 1e-4), max(high, 2e-4), 21)
+    columns = min(len(losses), 4)
+    rows = -(-len(losses) // columns)
+    size, options = (
+        (3.1 * columns + 1, 3.0 * rows + 0.6),
+        {"sharex": True, "sharey": True, "style": {"axes.grid": False}},
+    )
+    with _panels(path, rows, columns, size, title, legend=0, **options) as (figure, grid):
         for axes, (method, loss) in zip(grid.flat, losses.items(), strict=False):
             coordinates = surfaces[method]["coordinates"]
             drawn = {"levels": levels, "norm": LogNorm(levels[0], levels[-1])}
-            image = axes.contourf(
-                coordinates, coordinates, np.clip(loss, levels[0], levels[-1]).T, cmap="cividis", **drawn
-            )
+            clipped = np.clip(loss, levels[0], levels[-1])
+            image = axes.contourf(coordinates, coordinates, clipped.T, cmap="cividis", **drawn)
             axes.contour(coordinates, coordinates, loss.T, colors="white", linewidths=0.5, **drawn)
             axes.plot(0, 0, "+", color="white")
             middle = loss[len(loss) // 2, len(loss) // 2]
@@ -545,8 +496,40 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: P
         figure.supylabel("along direction 2", fontsize=10)
         bar = figure.colorbar(image, ax=grid, label="training loss (nats)", ticks=levels[::4], format="%.3g")
         bar.minorticks_off()
-        figure.suptitle(title)
-        save_figure(figure, path)
+
+
+def plot_phi(values: Mapping[str, np.ndarray], title: str, path: Path) -> None:
+    """All of φ: eight 3×3 kernels and the ten weights of the affine map, with their values.
+
+    Args:
+        values: the six parts by their names in `PHI_LABELS`.
+    """
+    kernels = {label: values[name] for name, label in PHI_LABELS.items() if not name.startswith("scale")}
+    kernels |= {f"scale kernel {i}": kernel for i, kernel in enumerate(values["scale_kernels"], 1)}
+    limit = max(abs(kernel).max() for kernel in kernels.values())
+    with _panels(path, 3, 4, (12, 7.2), title, legend=0, style={"axes.grid": False}) as (figure, grid):
+        for axes, (name, kernel) in zip(grid.flat, kernels.items(), strict=False):
+            image = axes.imshow(kernel.reshape(3, 3), cmap="PuOr", vmin=-limit, vmax=limit)
+            for (row, column), value in np.ndenumerate(kernel.reshape(3, 3)):
+                color = "white" if abs(value) > 0.6 * limit else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
+            axes.set_title(name, fontsize=10)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=grid[:2], fraction=0.02, pad=0.02, label="weight")
+        lowest = grid[2, 0].get_gridspec()
+        for axes in grid[2]:
+            axes.remove()
+        axes = figure.add_subplot(lowest[2, :])
+        names = [*(f"{what} {i}" for what in ("mean", "variance") for i in range(1, 5)), "C / $C_{max}$", "H / S"]
+        colors = np.repeat([COLORS["base"], COLORS["info_dropout"], COLORS["manifold_mixup"]], (4, 4, 2))
+        axes.bar(names, values["scale_affine"].reshape(-1), color=colors)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(ylabel="weight of the affine map")
+        axes.tick_params(axis="x", labelsize=9)
+
+
+# --- lines and labels
 
 
 def name_of(method: str) -> str:
@@ -574,18 +557,17 @@ def _with_seeds(method: str, seeds: int) -> str:
     return f"{name_of(method)} ({seeds} seed{'s' * (seeds > 1)})"
 
 
+def _alone(points: Sequence[Any]) -> dict[str, Any]:
+    """A line of one point, which would not be seen, gets a marker."""
+    return POINTS if len(points) == 1 else {}
+
+
 def _draw_band(
     axis: plt.Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of `values` `[seeds, points]` against `x`, in a band of a standard deviation (0 of one seed); both."""
     mean = values.mean(axis=0)
     std = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
-    (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **line)
+    (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **_alone(x) | line)
     axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
     return mean, std
-
-
-def _legend_below(figure: plt.Figure, axis: plt.Axes, columns: int = 4) -> None:
-    """One legend for all panels, under them, as the methods are many."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=9)
