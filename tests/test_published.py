@@ -122,46 +122,69 @@ def test_each_page_names_its_command():
         assert f"./run.sh {table} --preset {preset}" in text and f"({table}/{preset}.md)" in text, page
 
 
-def check_gains(row: list[str], known: list[dict[str, dict[str, str]]]) -> None:
-    """The last row of the README's table: MetaPerturb over Base, in the paper and by the pages."""
-    _, *papers_and_ours = row
-    papers, ours = papers_and_ours[0:3:2], [papers_and_ours[i] for i in (1, 3, 4)]
-    for paper, of_column in zip(papers, known, strict=False):
-        with_phi, base = (float(of_column[name]["paper"].partition("±")[0]) for name in ("MetaPerturb", "Base"))
-        assert paper == f"{with_phi - base:+.2f}"
-    for text, of_column in zip(ours, known, strict=True):
-        line = of_column["MetaPerturb"]
-        low, high = float(line["low_95"]), float(line["high_95"])
-        assert text == f"{float(line['difference']):+.2f} [{low:+.2f}, {high:+.2f}] ({line['pairs']})"
+COLUMNS = (("s-CIFAR100", "cpu_paper_settings"), ("CUB (50 classes)", "cpu_paper_settings"))
+COLUMNS += (("CUB (50 classes)", "cpu_full_length"),)
 
 
-def test_the_readmes_results_are_those_of_the_pages():
-    """Its table of results: each row's numbers, and the paper's beside them."""
-    text = (ROOT / "README.md").read_text().partition("## What is reproduced")[2].partition("\n## ")[0]
-    known = []
-    for column, preset in (
-        ("s-CIFAR100", "cpu_paper_settings"),
-        ("CUB (50 classes)", "cpu_paper_settings"),
-        ("CUB (50 classes)", "cpu_full_length"),
-    ):
-        page = ROOT / "results" / "table1" / f"{preset}.csv"
-        assert f"({page.relative_to(ROOT).with_suffix('.md')})" in text
-        known.append({line["row"]: line for line in lines(page) if line["column"] == column})
-    control = ROOT / "results" / "meta_training" / "cpu.csv"  # a row of table 1 that at 32 pixels stands there
-    (known[-1]["no meta-training"],) = (
-        line for line in lines(control) if (line["row"], line["column"]) == ("no meta-training", "CUB (50 classes)")
-    )
-    (_, *rows, gain) = tables(text)[0]
-    check_gains(gain, known)
+def of_table1(column: str, preset: str) -> dict[str, dict[str, str]]:
+    """Row → its line; the control at 32 pixels is a row of another table."""
+    known = [*lines(ROOT / "results" / "table1" / f"{preset}.csv")]
+    if preset == "cpu_full_length":
+        known += [
+            line for line in lines(ROOT / "results/meta_training/cpu.csv") if line["row"].startswith("no meta-training")
+        ]
+    return {line["row"]: line for line in known if line["column"] == column}
+
+
+def spread(line: dict[str, str], *, seeds: bool) -> str:
+    deviation = f" ± {float(line['accuracy_std']):.2f}" if line["accuracy_std"] else ""
+    return f"{float(line['accuracy']):.2f}{deviation}" + (f" ({line['seeds']})" if seeds else "")
+
+
+def gain(line: dict[str, str]) -> str:
+    return f"{float(line['difference']):+.2f} [{float(line['low_95']):+.2f}, {float(line['high_95']):+.2f}]"
+
+
+def gain_of_paper(with_phi: str, base: str) -> str:
+    return f"{float(with_phi.partition('±')[0]) - float(base.partition('±')[0]):+.2f}"
+
+
+def test_all_rows_of_table_1_are_those_of_the_pages():
+    """Each row's numbers, and the paper's beside them."""
+    text = (ROOT / "results" / "table1.md").read_text().partition("## All rows")[2].partition("\n## ")[0]
+    known = [of_table1(*place) for place in COLUMNS]
+    (_, *rows, gains) = tables(text)[0]
     assert sorted(row[0] for row in rows) == sorted({name for of_column in known for name in of_column})
     for name, s_cifar100, here, cub, *here_on_cub in rows:
         for of_column, paper, ours in zip(known, (s_cifar100, cub, cub), (here, *here_on_cub), strict=True):
             if (line := of_column.get(name)) is None:
                 assert ours == "–"
                 continue
-            deviation = f" ± {float(line['accuracy_std']):.2f}" if line["accuracy_std"] else ""
-            assert ours == f"{float(line['accuracy']):.2f}{deviation} ({line['seeds']})"
+            assert ours == spread(line, seeds=True)
             assert paper.replace(" ", "") == line["paper"]
+    _, *papers_and_ours = gains
+    for paper, of_column in zip(papers_and_ours[0:3:2], known, strict=False):
+        assert paper == gain_of_paper(of_column["MetaPerturb"]["paper"], of_column["Base"]["paper"])
+    for text, of_column in zip([papers_and_ours[i] for i in (1, 3, 4)], known, strict=True):
+        assert text == f"{gain(of_column['MetaPerturb'])} ({of_column['MetaPerturb']['pairs']})"
+
+
+def test_the_readmes_results_are_those_of_the_pages():
+    (_, *rows) = tables((ROOT / "README.md").read_text().partition("## Does it work?")[2])[0]
+    known = [of_table1(*place) for place in COLUMNS]
+    of_cub = known[-1]
+    known.append({"Base": of_cub["Finetuning (FT)"], "MetaPerturb": of_cub["FT + MetaPerturb"]})
+    ours = [row for row in rows if row[1] == "here"]
+    for (_, _, base, control, with_phi, difference, seeds), of_column in zip(ours, known, strict=True):
+        assert (base, with_phi) == tuple(spread(of_column[name], seeds=False) for name in ("Base", "MetaPerturb"))
+        assert (difference, seeds) == (gain(of_column["MetaPerturb"]), of_column["MetaPerturb"]["pairs"])
+        if (line := of_column.get("no meta-training")) is not None:
+            assert control == spread(line, seeds=False) + (" (1 seed)" if line["seeds"] == "1" else "")
+    papers = [row for row in rows if row[1] == "paper"]
+    for (_, _, base, _, with_phi, difference, _), of_column in zip(papers, (*known[:2], known[3]), strict=True):
+        assert base.replace(" ", "") == of_column["Base"]["paper"]
+        assert with_phi.replace(" ", "") == of_column["MetaPerturb"]["paper"]
+        assert difference == gain_of_paper(with_phi, base)
 
 
 def test_a_curve_ends_with_the_result(page):
