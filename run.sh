@@ -17,7 +17,7 @@
 #   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces,
 #                              compare: methods side by side, learning: what φ learns in meta-training, figures: all
 #   ./run.sh phi <φ>           the 82 numbers of a φ, drawn: a file or a shipped name
-#   ./run.sh report            every table and figure on one page, results/report.html
+#   ./run.sh docs              README, docs/, results/ and the docstrings as a site, in build/site
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
 #   ./run.sh bench             measure how fast it is, into results/benchmark (--help: which parts, --json, --smoke)
 #
@@ -106,13 +106,13 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
     exec 9>&-
 }
 
-browser() { # for the report's tests; without one they are skipped
+browser() { # for the site's test; without one it is skipped
     local name
     for name in chromium chromium-browser google-chrome; do ! command -v "$name" >/dev/null || return 0; done
     [ "$VENV" != none ] && [ ! -e "$VENV/.browser" ] || return 0
     touch "$VENV/.browser" # asked for once
     timeout 120 "$py" -m playwright install chromium-headless-shell >/dev/null 2>&1 ||
-        echo "no Chromium, and none could be fetched: the report is not tested in a browser" >&2
+        echo "no Chromium, and none could be fetched: the site is not tested in a browser" >&2
 }
 
 command=${1:-}
@@ -188,9 +188,12 @@ fig5 | fig6 | fig7 | fig8 | compare | lengths | amount | effort | learning | phi
     setup "$here/requirements.txt"
     exec "$py" "$here/scripts/figures.py" "$command" --runs "$RUNS" "$@"
     ;;
-report)
+docs)
     setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/report.py" "$@"
+    "$py" -c "import material, mkdocs, mkdocstrings" 2>/dev/null ||
+        die "docs needs MkDocs and its theme: $py -m pip install --editable '$here[docs]'"
+    NO_MKDOCS_2_WARNING=1 "$py" -m mkdocs build --quiet --config-file "$here/mkdocs.yml" "$@"
+    echo "$here/build/site/index.html"
     ;;
 ship)
     setup "$here/requirements.txt"

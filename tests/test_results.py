@@ -8,7 +8,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import report
 import scipy.stats
 import torch
 from grid_files import GRID, fill, read_csv, tables, write_grid, write_record
@@ -291,8 +290,6 @@ def test_what_diverged_is_said_beside_the_seeds_that_did_not(grid, folder, tmp_p
     assert details[-1][:4] == ["Dropout", "CUB", "0; 1 diverged", "–"] and details[-1][-1] == "paper"
     assert [lines[row, "CUB"]["diverged"] for row in ("Base", "MetaPerturb", "Dropout")] == ["2", "0", "1"]
     assert (lines["Dropout", "CUB"]["seeds"], lines["Dropout", "CUB"]["accuracy"]) == ("0", "")
-    html = report.render(tmp_path / "results", tmp_path / "no pictures")
-    assert "30.00 (1; 2 diverged)" in html and "– (0; 1 diverged)" in html
 
 
 def test_a_table_in_which_all_diverged_has_a_page_and_says_the_setting(tmp_path):

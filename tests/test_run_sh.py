@@ -92,7 +92,7 @@ def test_packages_are_installed_whenever_their_list_has_changed(project):
     installs = []
     for text in (first, first, other, first, first):
         requirements.write_text(text)
-        installs.append(sum("pip install" in line for line in told("report")))
+        installs.append(sum("pip install" in line for line in told("bench")))
     assert installs == [1, 0, 1, 1, 0]
 
 

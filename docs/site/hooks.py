@@ -11,7 +11,9 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/*.md", "results/**/*.md", "src/metaperturb/shipped/*.md")
 NUMBERS = re.compile(r"<td>([-+−]?\d[^<]{0,29})</td>")
-LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")  # text, path, anchor; the text may be a picture
+LINK = re.compile(
+    r"\[((?:[^][]|\[[^][]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)"
+)  # text, path, anchor; the text may be a picture
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,6 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Folders are no pages: what points to one becomes its text."""
     folder = (ROOT / page.file.src_uri).parent
+    if page.file.src_uri.count("/") > 1:
+        page.meta["search"] = {"boost": 0.5}  # generated: what was found stands on the page of its table
     return LINK.sub(lambda link: link[1] if (folder / link[2]).is_dir() else link[0], markdown)
 
 

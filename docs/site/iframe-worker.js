@@ -1,27 +1,22 @@
 /* Browsers start no workers from files that were opened without a server; there the search runs in a hidden frame. */
 if (location.protocol === "file:") {
-  window.Worker = class extends EventTarget {
+  window.IFrameWorker = window.Worker = class extends EventTarget {
     constructor(url) {
       super();
-      this.waiting = [];
-      this.frame = document.createElement("iframe");
-      this.frame.hidden = true;
+      this.frame = Object.assign(document.createElement("iframe"), { hidden: true });
       document.body.appendChild(this.frame);
-      const inside = this.frame.contentWindow;
-      inside.importScripts = (...urls) => urls.reduce((before, each) => before.then(() => this.load(each)), Promise.resolve());
-      inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
-      this.load(url).then(() => { this.ready = true; this.waiting.forEach((data) => this.postMessage(data)); });
+      this.inside = this.frame.contentWindow;
+      this.inside.importScripts = (...urls) => urls.reduce((before, each) => before.then(() => this.load(each)), Promise.resolve());
+      this.inside.postMessage = (data) => setTimeout(() => this.dispatchEvent(new MessageEvent("message", { data })));
+      this.ready = this.load(url);
     }
     load(url) {
-      return new Promise((done, failed) => {
-        const script = Object.assign(this.frame.contentDocument.createElement("script"), { src: url, onload: done, onerror: failed });
-        this.frame.contentDocument.body.appendChild(script);
-      });
+      const script = Object.assign(this.inside.document.createElement("script"), { src: url });
+      this.inside.document.body.appendChild(script);
+      return new Promise((done, failed) => Object.assign(script, { onload: done, onerror: failed }));
     }
     postMessage(data) {
-      if (!this.ready) return void this.waiting.push(data);
-      const inside = this.frame.contentWindow;
-      inside.dispatchEvent(new inside.MessageEvent("message", { data }));
+      this.ready.then(() => setTimeout(() => this.inside.dispatchEvent(new this.inside.MessageEvent("message", { data }))));
     }
   };
 }

@@ -199,7 +199,7 @@ def describe(name: str, card: Mapping[str, Any], tested: Sequence[Sequence[str]]
     head += ["with φ %", "difference to without [95 %]"]
     lines.append(markdown_table(head, tested) if tested else "Nothing yet.")
     if diverged:
-        known = "[what is known of such](../../../results/beyond.md#does-it-help-networks-of-other-families)"
+        known = "[what is known of such](../../../results/networks.md)"
         lines += [
             "",
             f"Trainings that diverged, and so have no line above ({known}):",
