@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.fx.experimental.optimization
 import torch.nn.functional as F
 import torchvision
+import torchvision.models.feature_extraction
 from image_files import one_line
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
@@ -25,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metaperturb
 from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
-from metaperturb.attach import Sites
-from metaperturb.sites import SiteSpec, choose_sites
+from metaperturb.attach import place
+from metaperturb.sites import Sites, SiteSpec, choose_sites
 
 CONSTANT = 7.0
 
@@ -264,29 +266,6 @@ def test_residual_blocks_after_the_sum_before_the_activation(name, training):
     assert len(leaving) == 2 and all((end == CONSTANT).all() for end in leaving)
 
 
-def test_residual_sums_in_the_networks_own_forward():
-    torch.manual_seed(0)
-    model = quiet(RootSum())
-    received = record_inputs(model)
-    x = images(3, 8)
-    assert len(model.metaperturb.sites) == 2
-    seeded(model, x)
-    with torch.no_grad():
-        start = F.relu(model.conv1(x))
-        first = model.conv2(start) + start
-    torch.testing.assert_close(received[0][1], first)
-    site = model.metaperturb.sites[0]
-    torch.manual_seed(0)
-    with torch.no_grad():
-        start = F.relu(site(first))
-        torch.testing.assert_close(received[1][1], start + model.conv3(start), rtol=1e-4, atol=1e-5)
-    constant_sites(model)
-    seen = []
-    model.head.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    model(x)
-    assert (seen[0] == CONSTANT).all()
-
-
 class BiasedBlock(nn.Module):
     """Adds a learned map first: no residual sum, although at a batch of one both operands have one shape."""
 
@@ -352,36 +331,10 @@ def test_a_sum_of_three_branches_is_one(write):
     model.blocks.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     model(images(2, 8))
     (x,), block = inputs, model.blocks[0]
-    torch.testing.assert_close(received[0][1], (block.large(x) + block.small(x) + x).detach(), rtol=1e-4, atol=1e-5)
+    expected = (block.large(x) + block.small(x) + x).relu().detach()  # the block's output: its activation is no module
+    torch.testing.assert_close(received[0][1], expected, rtol=1e-4, atol=1e-5)
     detach(model).blocks[0].twice = True
-    assert site_names(quiet(model)) == ["blocks.0.sum0", "blocks.0.sum1"]
-
-
-def test_maps_with_channels_behind_are_none():
-    """Of Swin, whose residual sums are [B, H, W, C], the convolution of the patches is left."""
-    assert [spec.name for spec in find_sites(torchvision.models.swin_t(num_classes=5), 64)] == ["features.0.0"]
-
-
-def test_a_block_within_a_block():
-    """The sums of an inner block are not those of the outer one."""
-
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.conv = Block(4, torch.add), conv(4, 4)
-
-        def forward(self, x):
-            return F.relu(self.conv(self.inner(x)) + x)
-
-    torch.manual_seed(0)
-    model = quiet(Residual(Outer, blocks=1))
-    assert site_names(model) == ["blocks.0.inner", "blocks.0"]
-    received, inner = record_inputs(model), []
-    model.blocks[0].inner.register_forward_hook(lambda m, args, out: inner.append((args[0], out)))
-    model(images(2, 8))
-    assert [site for site, _ in received] == model.metaperturb.sites
-    start, end = inner[0]
-    torch.testing.assert_close(received[1][1], (model.blocks[0].conv(end) + start).detach(), rtol=1e-4, atol=1e-5)
+    assert site_names(quiet(model)) == ["blocks.0"]
 
 
 # --- the zoo
@@ -473,9 +426,10 @@ def torchvision_network(name, num_classes=6):
 TORCHVISION = {
     "resnet18": (8, 512, 32, ("BasicBlock",)),
     "resnet50": (16, 2048, 32, ("Bottleneck",)),
-    "vgg11": (8, 512, 32, ("Conv2d",)),
-    "vgg11_bn": (8, 512, 32, ("BatchNorm2d",)),
-    "densenet121": (121, 1024, 32, ("BatchNorm2d",)),
+    "vgg11": (8, 512, 32, ("ReLU",)),
+    "vgg11_bn": (8, 512, 32, ("ReLU",)),
+    "shufflenet_v2_x1_0": (16, 464, 32, ("InvertedResidual",)),
+    "squeezenet1_1": (8, 512, 64, ("Fire",)),
     "mobilenet_v2": (17, 320, 32, ("InvertedResidual",)),
     "mobilenet_v3_small": (11, 96, 32, ("InvertedResidual",)),
     "efficientnet_b0": (16, 320, 32, ("MBConv",)),
@@ -516,7 +470,8 @@ def test_torchvision(name):
             module.register_forward_hook(lambda module, args, output: leaving.append(output.clone()))
     with torch.no_grad():
         model.eval()(x)
-    assert len(leaving) == count
+    assert len(leaving) >= count  # of VGG's activations two are the classifier's
+    leaving = leaving[:count]
     assert all((output == CONSTANT).all() for output in leaving)
 
 
@@ -569,13 +524,16 @@ def test_attach_changes_neither_mode_nor_statistics_nor_random_state(make):
             nn.init.normal_(module.running_mean)
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    children = [name for name, _ in model.named_children()]
     phi = MetaPerturb()
     random_state = torch.get_rng_state()
     quiet(model, phi, image_size=16)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(module.training == modes[n] for n, module in model.named_modules() if not n.startswith("metaperturb"))
+    assert all(module.training == modes[n] for n, module in model.named_modules() if "metaperturb" not in n)
+    assert [name for name, _ in model.named_children()] == children
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
-    assert all(site.training == model.training for site in model.metaperturb.sites)
+    for spec, site in zip(model.metaperturb.specs, model.metaperturb.sites, strict=True):
+        assert site.training == model.get_submodule(spec.module).training
     assert all((site.running_mean == 0).all() and (site.running_var == 1).all() for site in model.metaperturb.sites)
     assert all(p.grad is None for p in [*phi.parameters(), *model.parameters()])
 
@@ -611,7 +569,7 @@ def test_detach_restores_the_network_bit_for_bit(make, training):
     own_calls = []
     model.register_forward_hook(lambda *_: own_calls.append(1))
     quiet(model, image_size=16)
-    assert any(key.startswith("metaperturb") for key in model.state_dict())
+    assert any("metaperturb" in key for key in model.state_dict())
     assert detach(model) is model
     assert list(model.state_dict()) == keys
     assert torch.equal(model(x), twin(x))
@@ -619,7 +577,7 @@ def test_detach_restores_the_network_bit_for_bit(make, training):
     for module in model.modules():
         own = module is model
         assert len(module._forward_hooks) == own and not module._forward_pre_hooks
-        assert not module._forward_hooks_always_called
+        assert not module._forward_hooks_always_called and "metaperturb" not in vars(module)
     assert detach(model) is model  # nothing attached: nothing to do
     quiet(model, image_size=16)  # and it may be attached anew
     assert not torch.equal(seeded(model, x), twin(x))
@@ -743,29 +701,13 @@ def test_a_reloaded_network_has_the_strength_of_the_saved_one(dtype):
 @pytest.mark.parametrize(("clip", "clip_eval"), [(2.0, True), (2.0, False), (None, False)])
 def test_state_dict_holds_what_evaluation_clips_at(clip, clip_eval):
     x = 3 * torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    model = quiet(models.create("resnet8", 5, 16), image_size=16, clip=clip, clip_eval=clip_eval).eval()
+    made = functools.partial(quiet, image_size=16)
+    model = made(models.create("resnet8", 5, 16), clip=clip, clip_eval=clip_eval, paper=clip_eval).eval()
     for other in (False, True):
-        fresh = quiet(models.create("resnet8", 5, 16), image_size=16, clip=0.01, clip_eval=other).eval()
+        fresh = made(models.create("resnet8", 5, 16), clip=0.01, clip_eval=other, paper=True).eval()
         fresh.load_state_dict(model.state_dict())
+        assert fresh.metaperturb.current() == model.metaperturb.current()
         assert torch.equal(seeded(fresh, x), seeded(model, x))
-
-
-def test_the_state_is_as_it_was_before_evaluation_could_clip():
-    """What analyses have of a network is bound to a digest of its state."""
-    model = quiet(models.create("resnet8", 5, 16), image_size=16)
-    assert model.state_dict()["metaperturb._extra_state"].shape == (85,)
-    with pytest.raises(UserError, match="clip_eval=True needs a clip"):
-        quiet(models.create("resnet8", 5, 16), image_size=16, clip=None, clip_eval=True)
-
-
-def test_a_state_of_φ_alone_leaves_the_strength():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16)
-    state = model.state_dict()
-    state["metaperturb._extra_state"] = torch.arange(82.0)
-    model.metaperturb.strength = 0.4
-    model.load_state_dict(state)
-    assert model.metaperturb.strength == 0.4
-    assert torch.cat([p.flatten() for p in model.metaperturb.phi.parameters()]).tolist() == [*range(82)]
 
 
 @pytest.mark.parametrize("part", ["noise", "gate"])
@@ -786,10 +728,11 @@ def test_a_child_of_the_networks_own_is_not_replaced():
 def test_state_dict_does_not_alias_phi():
     model = quiet(models.create("resnet8", 5, 16), image_size=16)
     state = model.state_dict()
-    kept = state["metaperturb._extra_state"].clone()
+    (key,) = [key for key in state if key.endswith("shared._extra_state")]
+    kept = state[key].clone()
     with torch.no_grad():
         model.metaperturb.phi.self1.add_(1)
-    assert torch.equal(state["metaperturb._extra_state"], kept)
+    assert torch.equal(state[key], kept)
 
 
 @pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), RootSum, RESIDUAL_NETS["out + x"]])
@@ -1009,9 +952,9 @@ def test_several_slots_in_one_module(listed):
 
 
 def test_sites_of_one_name():
-    spec = SiteSpec("a.b", "a.b", None, 3, (4, 4))
+    spec = SiteSpec("a.b", "a.b", "output", 3, (4, 4))
     with pytest.raises(ValueError, match=r"called 'a.b'"):
-        Sites([spec, spec], [nn.Identity(), nn.Identity()])
+        place(models.create("resnet8", 5, 16), Sites([spec, spec], [nn.Identity(), nn.Identity()]), "regularizer")
 
 
 class Reused(nn.Module):
@@ -1098,7 +1041,7 @@ def test_a_network_with_an_attached_part():
     assert torch.equal(seeded(whole.eval(), images(2, 16)), whole(images(2, 16)))
 
 
-@pytest.mark.parametrize("size", [(16, 16), 16.0, "16", -1, 0, None])
+@pytest.mark.parametrize("size", [(16, 16.0), 16.0, "16", -1, 0, None, (16, 0), (8, 8, 8)])
 def test_a_size_that_is_none(size):
     assert "image_size" in refused(models.create("resnet8", 5, 16), size)
 
@@ -1123,32 +1066,23 @@ class Noisy(nn.Module):
         return F.relu(self.conv(x) + shortcut)
 
 
-def test_sums_that_only_training_has():
-    """Counted from the first, the site would act on the wrong sum."""
-    assert "'blocks.0' makes other sums in training" in refused(Residual(lambda: Noisy(True), blocks=1), 8)
-    model = Residual(lambda: Noisy(True), blocks=1)
-    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with pytest.raises(UserError):
-        quiet(model)
-    assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
-    assert site_names(quiet(model, sites=["blocks.0.conv"])) == ["blocks.0.conv"]
-    assert site_names(quiet(Residual(lambda: Noisy(False), blocks=1))) == ["blocks.0"]
-
-
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_a_module_that_was_replaced_after_attach_is_told(name):
     model = quiet(models.create(name, 5, 32), image_size=32)
-    model.train().eval()
-    copied = copy.deepcopy(model).train()
+    x = images()
+    model.train()(x)
+    copied = copy.deepcopy(model)
     if name == "resnet18":
         model.layer4[1] = type(copied.layer4[1])(512, 512)
     else:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for i in range(len(model.features)):
+            if isinstance(model.features[i], nn.ReLU):
+                model.features[i] = nn.ReLU()
     with pytest.raises(UserError) as error:
-        model.train()
-    assert ("'layer4.1' (1 in all)" if name == "resnet18" else "'features.1' (8 in all)") in one_line(error)
-    detach(model).train()
-    copied.eval()  # has all its modules
+        model(x)
+    assert ("'layer4.1' (1 in all)" if name == "resnet18" else "'features.2' (8 in all)") in one_line(error)
+    detach(model)(x)
+    copied(x)  # has all its modules
 
 
 def test_a_network_without_phi_is_of_its_own_class_again():
@@ -1235,16 +1169,6 @@ def test_an_exception_in_the_forward_leaves_no_mode_behind(make):
     assert torch.equal(seeded(model, x), expected)
 
 
-def test_an_exception_in_a_site_leaves_no_mode_behind():
-    model = quiet(RootSum(), image_size=16)
-    with pytest.raises(ValueError, match="2 images"):
-        model(images(1, 16))
-    assert not _get_current_function_mode_stack()
-    received = record_inputs(model)
-    model(images(2, 16))
-    assert len(received) == 2  # and the sites act afterwards
-
-
 def test_layers_declared_in_another_order_than_called():
     class Reversed(nn.Module):
         def __init__(self):
@@ -1279,20 +1203,6 @@ def test_importing_the_library_leaves_signals_as_they_are(tmp_path):
         assert output("-m", *arguments) == as_it_was
 
 
-def test_training_that_cannot_be_tried_is_told():
-    class WithLabels(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = Residual(lambda: Noisy(False), blocks=1)
-
-        def forward(self, x, labels=None):
-            logits = self.net(x)
-            return F.cross_entropy(logits, labels) if self.training else logits
-
-    with pytest.warns(UserWarning, match="sums in training is not known"):
-        quiet(WithLabels(), image_size=8)
-
-
 class Dropped(nn.Module):
     """Residual blocks that training leaves out by chance, as modules or in the network's own forward."""
 
@@ -1320,8 +1230,9 @@ def test_layers_dropped_at_random():
     inlined = quiet(Dropped(inlined=True), image_size=8)
     inlined.train()(images(2, 8))
     inlined.dropped = {0}
-    with pytest.raises(UserError, match="2 sums in this pass, but φ acts on sum 3"):
-        inlined(images(2, 8))
+    received = record_inputs(inlined)
+    inlined(images(2, 8))
+    assert len(received) == len(inlined.metaperturb.sites)
 
 
 def test_a_block_that_does_nothing_in_a_step():
@@ -1362,7 +1273,7 @@ class Encoder(nn.Module):
 )
 def test_blocks_that_return_several_values(result):
     model = quiet(Encoder(result), image_size=8)
-    assert site_names(model) == ["block1", "block2", "model.sum0"]
+    assert site_names(model) == ["block1", "block2", "head"]
     received = record_inputs(model.train())
     model(images(2, 8))
     assert [site for site, _ in received] == model.metaperturb.sites
@@ -1392,18 +1303,6 @@ def test_what_the_network_returns_is_no_site():
             return {"boxes": self.boxes(x), "classes": self.classes(x)}
 
     assert site_names(quiet(TwoHeads(), image_size=8)) == ["body"]
-
-
-def test_a_forward_replaced_on_the_block():
-    def checkpointed(model):
-        for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        return model
-
-    assert "'blocks.0' was replaced" in refused(checkpointed(Residual(lambda: Noisy(False))), 8)
-    model = checkpointed(quiet(Residual(lambda: Noisy(False)), image_size=8))  # afterwards it may be
-    constant_sites(model.train())
-    assert (model.blocks(torch.randn(2, 4, 8, 8)) == CONSTANT).all()
 
 
 def test_phi_cannot_be_exchanged():
@@ -1438,14 +1337,7 @@ def test_networks_of_torch_fx():
     traced = quiet(torch.fx.symbolic_trace(Residual(lambda: Noisy(False)).eval()), image_size=8).eval()
     before = seeded(traced, images(2, 8))
     assert not torch.equal(before, seeded(traced, images(2, 8), seed=1))
-    for copied in (copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
-        with pytest.raises(UserError, match="detach"):
-            copied(traced)
-    assert torch.equal(before, seeded(traced, images(2, 8)))
-    copy.deepcopy(detach(traced))
-
-    with pytest.raises(UserError, match="without φ"):
-        torch.fx.symbolic_trace(quiet(Residual(lambda: Noisy(False)), image_size=8))
+    assert torch.equal(before, seeded(copy.deepcopy(traced), images(2, 8)))
 
 
 def test_loading_into_nothing():
@@ -1468,3 +1360,163 @@ def test_slots_in_a_network_of_functions():
             return self.head(F.relu(self.slot(F.conv2d(x, self.weight, padding=1))))
 
     assert site_names(quiet(Functions(), image_size=8)) == ["slot"]
+
+
+# --- any CNN: finite, sound places, state where it acts, never lost silently
+
+
+def acts(network, x):
+    with torch.no_grad():
+        return not torch.equal(network(x), network(x))
+
+
+def foreach(f, x):
+    torch._foreach_add_([f], [x])
+    return f
+
+
+SUMS = {
+    "addcmul": lambda f, x: torch.addcmul(x, torch.full_like(f, 0.5), f),
+    "lerp": lambda f, x: torch.lerp(x, f, 0.3),
+    "stack": lambda f, x: torch.stack([f, x]).sum(0),
+    "minus": lambda f, x: x - (-f),
+    "foreach": foreach,
+    "chain": lambda f, x: f.add_(x).add_(2 * x).add_(f),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_counts_once_however_it_is_written(name):
+    model = quiet(Residual(lambda: Block(4, SUMS[name])), image_size=16)
+    assert site_names(model) == ["blocks.0", "blocks.1"]
+    constant_sites(model)
+    with torch.no_grad():
+        assert (model.blocks(torch.randn(2, 4, 8, 8)) == CONSTANT).all()
+
+
+def test_what_is_finite_in_training_is_finite_in_evaluation():
+    """z grows with h: a site behind which everything is large already enlarges nothing, on either side of zero."""
+    phi = MetaPerturb()
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.copy_(torch.full_like(p, 1.0))
+    model = quiet(models.create("resnet8", 5, 16), phi, image_size=16).eval()
+    h = (
+        torch.cat([torch.linspace(-1e4, 1e4, 64), torch.tensor([-3.0, 0.0, 3.0])])
+        .reshape(1, 1, 1, 67)
+        .repeat(2, 16, 1, 1)
+    )
+    site = model.metaperturb.sites[0]
+    for _ in range(30):
+        h, before = site(h), h
+        assert (h.abs() <= before.abs().clamp(min=100.0)).all()
+    paper = quiet(models.create("resnet8", 5, 16), phi, image_size=16, paper=True).eval()
+    assert paper.metaperturb.sites[0](torch.full((2, 16, 4, 4), 90.0)).max() > 100.0  # as in the paper's evaluation
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
+def test_networks_of_tokens_are_refused(name):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=5)
+    assert "cuts the image into patches" in refused(model, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"), [("maxvit_t", 224, 11), ("densenet121", 64, 4), ("shufflenet_v2_x1_0", 64, 16)]
+)
+def test_sites_of_other_families(name, size, count):
+    with torch.device("meta"):
+        specs = find_sites(torchvision.models.get_model(name, num_classes=5), size)
+    assert len(specs) == count and not any("attention" in spec.name for spec in specs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+def test_a_part_has_the_state_of_its_sites(name):
+    model = quiet(torchvision_network(name))
+    part = nn.Sequential(*list(model.children())[:-1]).eval()
+    statistics = [site.running_mean.clone() for site in model.metaperturb.sites]
+    assert acts(part, images(2)) and acts(part, images(1))
+    assert all(not site.training for site in model.metaperturb.sites)
+    assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))
+    assert sum("running_mean" in key and "metaperturb" in key for key in part.state_dict()) == 8
+    detach(model)
+    assert not acts(part, images(2))
+
+
+def test_an_average_has_the_strength_of_the_network():
+    swa = torch.optim.swa_utils
+    for options in ({}, {"multi_avg_fn": swa.get_ema_multi_avg_fn(0.9), "use_buffers": True}):
+        model = quiet(models.create("resnet8", 5, 16), image_size=16)
+        model.metaperturb.strength = 0.1
+        average, kept = swa.AveragedModel(model, **options), copy.deepcopy(model)
+        for strength in (0.1, 0.5, 0.75):
+            model.metaperturb.strength = strength
+            average.update_parameters(model)
+        assert average.module.metaperturb.strength == 0.75 and kept.metaperturb.strength == 0.1
+    states = [quiet(models.create("resnet8", 5, 16), image_size=16).state_dict() for _ in range(10)]
+    mean = {key: sum(0.1 * state[key] for state in states) for key in states[0]}
+    kept.load_state_dict(mean)
+    assert kept.metaperturb.strength == 1.0
+
+
+def test_a_state_of_an_earlier_version_is_told():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16)
+    state = {key: value for key, value in model.state_dict().items() if "metaperturb" not in key}
+    with pytest.raises(UserError, match="a version that kept the state of the sites elsewhere"):
+        model.load_state_dict({**state, "metaperturb._extra_state": torch.zeros(85)})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+def test_traces_keep_phi(name):
+    model, x = quiet(torchvision_network(name).eval()), images(2)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(seeded(traced, x), seeded(model, x)) and acts(copy.deepcopy(traced), x)
+    assert acts(torch.fx.experimental.optimization.fuse(model), x)
+    assert acts(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), x)
+    extract = torchvision.models.feature_extraction.create_feature_extractor
+    extractor = extract(model.train(), {"avgpool": "y"}).eval()
+    assert acts(lambda x: extractor(x)["y"], x) and not model.metaperturb.sites[0].training
+    with pytest.raises(UserError, match=r"torch.jit.script"):
+        torch.jit.script(model)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_keep_phi(strict):
+    model, x = quiet(torchvision_network("resnet18").eval()), images(2)
+    assert acts(torch.export.export(model, (x,), strict=strict).module(), x)
+
+
+def test_single_images():
+    model = quiet(Residual(lambda: Block(4, torch.add)), image_size=16).train()
+    statistics = model.metaperturb.sites[0].running_mean.clone()
+    model(images(1, 16)).sum().backward()
+    assert torch.equal(statistics, model.metaperturb.sites[0].running_mean)
+    with pytest.raises(UserError, match="no gradients of single ones"):
+        parameters = dict(model.named_parameters())
+        per_image = torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x[None],)).sum())
+        torch.func.vmap(per_image, in_dims=(None, 0), randomness="different")(parameters, images(2, 16))
+
+
+def test_networks_that_take_more_than_a_square_image():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cnn, self.head = Residual(lambda: Block(4, torch.add)), nn.Linear(7, 2)
+
+        def forward(self, image, table):
+            return self.head(torch.cat([self.cnn(image), table], 1))
+
+    assert "attach to its part 'cnn'" in refused(Two(), 16)
+    model = attach(Two(), MetaPerturb(), example=(torch.zeros(2, 3, 24, 16), torch.zeros(2, 2)), verbose=False)
+    assert site_names(model) == ["cnn.blocks.0", "cnn.blocks.1"] and model.metaperturb.sites[0].size_norm == 24
+    fixed = nn.Sequential(conv(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 8, 2))
+    assert "(height, width)" in refused(fixed, 16)
+    assert quiet(fixed, image_size=(16, 8)).metaperturb.specs[0].size == (16, 8)
+    with pytest.raises(UserError, match="run the network once"):
+        quiet(nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), image_size=16)
+
+
+def test_a_compiled_network_is_a_wrapper():
+    model = models.create("resnet8", 5, 16)
+    model.compile()
+    assert "before that" in refused(model, 16)

@@ -191,7 +191,7 @@ def test_one_line_says_what_was_taken(tmp_path, capsys):
 def test_a_network_with_phi_gives_its_own_weights_only(tmp_path):
     pretrained = attach(network("resnet8", seed=1), MetaPerturb(), 32, verbose=False)
     path = saved(pretrained, tmp_path / "weights.pt")
-    assert any(key.startswith("metaperturb.") for key in load_tensors(path))
+    assert any(".metaperturb." in key for key in load_tensors(path))
     model = network("resnet8", seed=2)
     quietly(model, path, batch_norm="keep")
     plain = detach(pretrained).state_dict()
@@ -301,7 +301,7 @@ def test_every_method_begins_with_the_pretrained_weights(method, settings, pretr
     ours, scratch, weights = (model_state(d) for d in (tmp_path / "ft", tmp_path / "scratch", pretrained))
     assert ours.keys() == scratch.keys()
     for key, value in ours.items():
-        if "conv" in key and not key.startswith("regularizer"):
+        if "conv" in key and "regularizer" not in key:
             assert torch.equal(value, weights[key]) and not torch.equal(value, scratch[key])
         elif not key.endswith(("running_mean", "running_var")):
             assert torch.equal(value, scratch[key]), key
@@ -315,7 +315,7 @@ def test_a_run_pretrained_with_a_method(method, settings, tmp_path):
     common = [*settings, "method=base", "steps=1", "lr=0", "weight_decay=0", "init_batch_norm=keep"]
     assert program.main(["--set", *common, f"init={pre}", f"run_dir={ft}"]) == 0
     ours, weights = model_state(ft), model_state(pre)
-    assert any(key.startswith(("metaperturb", "regularizer")) for key in weights)
+    assert any(".metaperturb." in key or ".regularizer." in key for key in weights)
     assert all(torch.equal(value, weights[key]) for key, value in ours.items() if "conv" in key or key == "bn1.weight")
 
 

@@ -112,7 +112,9 @@ def test_killed_in_the_last_evaluation_nothing_is_trained_again(settings, tmp_pa
 
 
 def test_phi_is_frozen_and_saved_with_the_network(reference, phi_file):
-    saved = model_state(reference)["metaperturb._extra_state"]
+    (saved,) = [
+        value for key, value in model_state(reference).items() if key.endswith("metaperturb.shared._extra_state")
+    ]
     expected = torch.cat([p.flatten() for p in program.load_phi(phi_file).parameters()])
     assert torch.equal(saved[:82], expected)
 

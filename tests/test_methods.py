@@ -168,9 +168,9 @@ def test_information_dropout_loss_and_gradients():
     assert loss.item() == pytest.approx(F.cross_entropy(logits, y).item() + 2.0 / 60 * kl, rel=1e-5)
     assert all(site.kl is None for site in method.sites.sites)
     loss.backward()
-    own = dict(model.regularizer.named_parameters())
+    own = {n: p for n, p in model.named_parameters() if ".regularizer." in n}
     assert len(own) == 6 and all(p.grad.any() for p in own.values())
-    assert {f"regularizer.{name}" for name in own} <= dict(model.named_parameters()).keys() & model.state_dict().keys()
+    assert own.keys() <= model.state_dict().keys()
     copy.deepcopy(model)  # no graph is left in it
 
 
@@ -523,7 +523,7 @@ def trained(method):
     model = WithDropout()
     seed_torch(0, 0, "method_init")
     method.prepare(model, TrainingSet())
-    theta = [p for name, p in model.named_parameters() if not name.startswith("regularizer")]
+    theta = [p for name, p in model.named_parameters() if "regularizer" not in name]
     optimizer = torch.optim.SGD(theta, lr=0.1)
     for step in range(3):
         method.set_strength(1.0)
@@ -554,7 +554,7 @@ def test_run_interrupt_resume(name, common, base_state, tmp_path, monkeypatch):
     assert (own or name == "trivial_augment") and all(result["config"][key] == defaults[key] for key in own)
     whole = model_state(tmp_path / "whole")
     assert any(not torch.equal(value, whole[key]) for key, value in base_state.items())
-    assert any(key.startswith("regularizer") for key in whole) == (name == "info_dropout")
+    assert any("regularizer" in key for key in whole) == (name == "info_dropout")
 
     save = program.save_tensors
 

@@ -1,228 +1,303 @@
-"""A dry run: one forward pass on zeros that notes which modules and functions a network calls, and with what."""
+"""A dry run: one forward pass that notes which operators a network computes, and in which of its modules.
+
+It needs no pixels: the network runs on the meta device, where tensors have shapes and no values. A network that asks
+for values runs on zeros instead.
+"""
 
 import contextlib
-from collections import Counter
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaperturb.errors import UserError
-from metaperturb.modes import in_mode
-from metaperturb.perturbation import Slot
 
-ADDITIONS = {
-    torch.add,
-    torch.Tensor.add,
-    torch.Tensor.add_,
-    torch.Tensor.__add__,
-    torch.Tensor.__iadd__,
-    torch.Tensor.__radd__,
-}
-ACTIVATIONS = {
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardtanh_",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "selu",
-        "celu",
-    ),
-    *("gelu", "silu", "hardswish", "mish", "prelu", "rrelu", "softplus", "tanh"),
-}
-NORMALIZATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+SUMS = {"add", "sub", "rsub", "addcmul", "lerp", "_foreach_add", "_foreach_sub", "_foreach_addcmul", "_foreach_lerp"}
+GATHERS = {"cat", "stack"}
+LAYERS = {"convolution", "addmm", "mm", "bmm", "baddbmm"}
+_LIKE = ("rand", "zeros", "ones", "empty", "full", "new_", "bernoulli")  # operators that take no more than a shape
+_VIEWS = {"view", "_unsafe_view", "reshape", "expand", "squeeze", "unsqueeze", "stack", "sum", "mean"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A result of an operator that follows from the network's input.
+
+    Attributes:
+        op: of ATen, without overload and the `_` of in-place ones; "input" for what the network is given.
+        inputs: positions (in `Trace.values`) of the operands that follow from the input, too.
+        shape: of the result.
+        module: name of the innermost module that ran.
+        space: which dimensions are rows and columns of the image, or None if none are: `(2, 3)` of a feature map,
+            `(1, 2)` of `[B, H, W, C]`; tokens, attention scores and channel weights have none.
+        join: "sum" where several maps of one shape are added, "cat" where they are concatenated, else "".
+        gathered: whether several maps lie side by side in it, so that a sum over them is a join.
+        depthwise: a convolution of each channel by itself.
+    """
+
+    op: str
+    inputs: tuple[int, ...]
+    shape: torch.Size
+    module: str
+    space: tuple[int, int] | None = None
+    join: str = ""
+    gathered: bool = False
+    depthwise: bool = False
+
+    @property
+    def is_map(self) -> bool:
+        return len(self.shape) == 4 and self.space == (2, 3)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: positions in `Trace.values` of its first argument and of its (first) result, or None."""
+
+    module: str
+    parent: str
+    taken: int | None
+    given: int | None
 
 
 @dataclass
-class Watched:
-    """What the dry run saw. Tensors are kept, so that their identities stay unique."""
+class Trace:
+    """What the dry run saw."""
 
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)  # in the order in which they ended
     outputs: dict[str, Tensor] = field(default_factory=dict)  # module → its last output, if that is a tensor
-    sums: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # module → index of sum → value, innermost only
-    activated: set[int] = field(default_factory=set)  # identities of tensors that an activation received
-    normalized: set[int] = field(default_factory=set)  # … that a normalization received
-    calls: Counter[str] = field(default_factory=Counter)  # module → how often it ran, in order of first completion
-    returned: set[int] = field(default_factory=set)  # … that the network returned, and no function received
-    weights: set[str] = field(default_factory=set)  # modules whose output, of one pixel, weights larger maps
-    kept: list[Any] = field(default_factory=list)
+    returned: set[int] = field(default_factory=set)  # positions of what the network returned
 
-    def leave_out(self, name: str, index: int) -> None:
-        """A sum that is none of feature maps, or only a part of one."""
-        sums = self.sums.get(name, {})
-        sums.pop(index, None)
-        if not sums:
-            self.sums.pop(name, None)
+    def users(self) -> list[list[int]]:
+        """For each value the positions of those that are computed from it."""
+        users: list[list[int]] = [[] for _ in self.values]
+        for position, value in enumerate(self.values):
+            for operand in set(value.inputs):
+                users[operand].append(position)
+        return users
 
 
-class _Watcher(TorchFunctionMode):
+class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen = Watched()
-        self.stack: list[list] = []  # [module name, residual sums so far inside this call]
-        # Identity of a map of one pixel → where it comes from: module, and index of the sum or None for its output.
-        self.origins: dict[int, set[tuple[str, int | None]]] = {}
-        self.parts: list[tuple[str, int, Tensor]] = []  # sums that another sum of the same module took: likewise, value
-        self.uses: Counter[int] = Counter()  # identity of a tensor → how many functions received it
+        self.trace = Trace()
+        self.stack = [""]  # names of the running modules
+        self.positions: dict[int, int] = {}  # identity of a tensor → position of its value
+        self.first_of: dict[int, int] = {}  # storage → identity of the first tensor in it, to follow writing into views
+        self.kept: list[Any] = []  # keeps identities unique
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in ACTIVATIONS and args and isinstance(args[0], Tensor):
-            self.seen.activated.add(id(args[0]))
+    def position(self, tensor: Any) -> int | None:
+        return self.positions.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def add(self, tensor: Tensor, value: Value) -> None:
+        self.kept.append(tensor)
+        self.trace.values.append(value)
+        self.positions[id(tensor)] = len(self.trace.values) - 1
+
+    def add_input(self, tensor: Tensor) -> None:
+        self.add(tensor, Value("input", (), tensor.shape, "", (2, 3) if tensor.dim() == 4 else None))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        operands = summed_maps(func, args, kwargs, out)
-        if operands:
-            self._note_sum(operands, out)
-        received = list(_tensors((args, kwargs or {})))
-        if next(_tensors(out), None) is not None:  # what asks for a size, say, does not use it
-            self.uses.update({id(value) for value in received})
-        self._follow_pixels(received, out)
-        self.seen.kept.append((args, out))
+        op = func._schema.name.partition("::")[2]
+        op, in_place = op.rstrip("_"), op.endswith("_")
+        if op.startswith(_LIKE):
+            return out
+        if op.startswith("_foreach"):  # lists of operands: the first of each with the first of each, …
+            lists = [operand for operand in args if isinstance(operand, list | tuple)]
+            results = args[0] if in_place else out
+            for i, result in enumerate(results):
+                self._note(op, [operand[i] for operand in lists if len(operand) > i], args, result, in_place)
+            return out
+        operands = list(tensors((args, kwargs or {})))
+        for result in tensors(out):
+            self._note(op, operands, args, result, in_place)
         return out
 
-    def _note_sum(self, operands: tuple[Tensor, Tensor], out: Tensor) -> None:
-        name, index = self.stack[-1]
-        _, channels, height, width = out.shape
-        transposed = channels == height != width  # [B, H, W, C], as of Swin: images here are squares
-        if operands[0].shape == operands[1].shape and not transposed:
-            sums = self.seen.sums.setdefault(name, {})
-            sums[index] = out
-            self.parts += [(name, i, s) for i, s in sums.items() if s is not out and any(s is o for o in operands)]
-            self.note_pixel(name, index, out)
-        for call in self.stack:
-            call[1] += 1
-
-    def note_pixel(self, name: str, index: int | None, value: Tensor) -> None:
-        """A sum in a module, or (`None`) its output; only maps of one pixel are followed."""
-        if _is_pixel(value):
-            self.origins.setdefault(id(value), set()).add((name, index))
-
-    def _follow_pixels(self, received: list[Tensor], out: Any) -> None:
-        """Maps of one pixel that a larger map is multiplied by are no feature maps, but weights of its channels."""
-        origins = set().union(*(self.origins.get(id(value), ()) for value in received))
-        if not origins or not isinstance(out, Tensor):
+    def _note(self, op: str, operands: list[Tensor], args: tuple, result: Tensor, in_place: bool) -> None:
+        storage = result.untyped_storage()._cdata
+        owner = self.first_of.setdefault(storage, id(result))
+        self.kept.append(result)
+        inputs = tuple(p for p in map(self.position, operands) if p is not None)
+        if not inputs:
             return
-        if _is_pixel(out):
-            self.origins.setdefault(id(out), set()).update(origins)
-        elif any(value.shape == out.shape for value in received):
-            for name, index in origins:
-                if index is None:
-                    self.seen.weights.add(name)
-                else:
-                    self.seen.leave_out(name, index)
-
-    def finish(self) -> Watched:
-        """a + b + x is one sum: its first half goes nowhere but into the second. The network's output is no sum."""
-        for name, index, value in self.parts:
-            if self.uses[id(value)] == 1:
-                self.seen.leave_out(name, index)
-        self.seen.returned = {identity for identity in self.seen.returned if not self.uses[identity]}
-        for name, index, value in [(n, i, v) for n, sums in self.seen.sums.items() for i, v in sums.items()]:
-            if id(value) in self.seen.returned:
-                self.seen.leave_out(name, index)
-        return self.seen
+        values = [self.trace.values[p] for p in inputs]
+        space = _space(op, args, values, result)
+        gathered = op not in LAYERS and any(v.gathered for v in values)
+        join = ""
+        alike = {p for p, v in zip(inputs, values, strict=True) if v.shape == result.shape}
+        if op in SUMS and len(alike) >= 2 and space == (2, 3) and result.dim() == 4:
+            join = "sum"
+        elif op in GATHERS and len({p for p, v in zip(inputs, values, strict=True) if v.space}) >= 2:
+            join, gathered = ("cat" if space == (2, 3) else ""), True
+        elif op in ("sum", "mean") and values[0].gathered and space == (2, 3) and result.shape[1] > 1:
+            join, gathered = "sum", False
+        depthwise = op == "convolution" and 1 < args[8] == args[0].shape[1]
+        value = Value(op, inputs, result.shape, self.stack[-1], space, join, gathered, depthwise)
+        self.add(result, value)
+        if in_place and owner != id(result):  # out[:, :8] += x changes out
+            self.positions[owner] = len(self.trace.values) - 1
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _space(op: str, args: tuple, values: list[Value], result: Tensor) -> tuple[int, int] | None:
+    """`Value.space` of a result: whether the rows and columns of its operands are still dimensions of their own."""
+    shape, before = result.shape, next((v for v in values if v.space), None)
+    if op == "convolution":  # one of a single pixel may as well mix tokens
+        is_wide = result.dim() == 4 and args[1].shape[2:].numel() > 1
+        return (2, 3) if is_wide else (before.space if before and values[0] is before else None)
+    if before is None or op in LAYERS:
+        return None
+    rank, (rows, columns) = len(before.shape), before.space
+    if op in ("permute", "transpose", "t"):
+        order = list(range(rank))
+        if op == "permute":
+            order = [d % rank for d in args[1]]
+        else:
+            a, b = (0, 1) if op == "t" else (args[1] % rank, args[2] % rank)
+            order[a], order[b] = order[b], order[a]
+        return order.index(rows), order.index(columns)
+    if op in _VIEWS or len(shape) != rank:
+        if rows == rank - 2 and columns == rank - 1 and len(shape) >= 3 and shape[-2:] == before.shape[-2:]:
+            return len(shape) - 2, len(shape) - 1
+        return (rows, columns) if shape[: columns + 1] == before.shape[: columns + 1] else None
+    sizes, sizes_before = [(s[rows], s[columns]) for s in (shape, before.shape)]
+    if op not in ("max_pool2d_with_indices", "cat", "slice") and any(
+        now == 1 < was for now, was in zip(sizes, sizes_before, strict=True)
+    ):
+        return None  # pooled to one pixel, row or column: no map any more
+    return rows, columns
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
     """Those in it, however deep in tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
-def _is_pixel(value: Tensor) -> bool:
-    return value.dim() == 4 and value.shape[2:].numel() == 1
+def example_of(model: nn.Module, image_size: int | tuple[int, int]) -> list[Tensor]:
+    """Zeros `[2, C, H, W]` for each number of channels that the network's images may have, the likeliest first."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    # Which convolution sees the image is not known before the network has run; mostly the one declared first.
+    channels = dict.fromkeys([*(m.in_channels for m in convolutions[:1]), 3, 1, *(m.in_channels for m in convolutions)])
+    like = next((m.weight for m in convolutions), next(model.parameters(), torch.empty(0)))
+    return [torch.zeros(2, c, height, width, dtype=like.dtype, device=like.device) for c in channels]
 
 
-def watch(model: nn.Module, image_size: int, *, training: bool = False) -> Watched:
-    """Run the network once on zeros, in evaluation (or training) mode, and note what happens.
+def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, example: Any = None) -> Trace:
+    """Run the network once, in evaluation mode, and note what happens.
 
-    Modes, buffers and the state of the random generators stay as they are; hooks of the network run, too.
+    Modes, parameters, buffers and the state of the random generators stay as they are; hooks of the network run, too.
+
+    Args:
+        model: any network.
+        image_size: side of the images in pixels, or (height, width).
+        example: what to run it on instead: a tuple of its arguments, or its one argument.
 
     Raises:
-        UserError: the network has neither a convolution nor a slot, or does not run on such images.
+        UserError: the network does not run on such images, or is not ready to run.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if not convolutions and not any(isinstance(m, Slot) for m in model.modules()):
-        raise UserError(f"{type(model).__name__}: has no nn.Conv2d; the perturbation acts on feature maps of CNNs")
-    # Which convolution sees the image is not known before the network has run; mostly the one declared first.
-    inputs = [m.in_channels for m in convolutions]
-    candidates = dict.fromkeys([*inputs[:1], 3, *inputs])
-    like = next((m.weight for m in convolutions), next(model.parameters(), torch.empty(0)))
+    if lazy := [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]:
+        raise UserError(
+            f"{type(model).__name__}: {lazy[0]!r} has no shape yet; run the network once on a batch before attach"
+        )
+    if example is not None:
+        candidates = [example if isinstance(example, tuple) else (example,)]
+    else:
+        candidates = [(image,) for image in example_of(model, image_size)]
     failure: Exception | None = None
-    for channels in candidates:
-        watcher = _Watcher()
-        image = like.new_zeros(2, channels, image_size, image_size)
-        try:
-            _dry_run(model, image, watcher, training)
-            return watcher.finish()
-        except Exception as error:
-            failure = failure or error
+    for arguments in candidates:
+        for device in ("meta", None):
+            try:
+                return _dry_run(model, arguments, device)
+            except Exception as error:
+                last = error
+        failure = failure or last  # that of the run on zeros: of the meta device a user need not know
     cause = str(failure).strip().split("\n")[0]
+    if example is not None:
+        raise UserError(f"{type(model).__name__}: does not run on the example ({cause})") from failure
+    shape = list(candidates[0][0].shape)
     raise UserError(
-        f"{type(model).__name__}: does not run on images [2, {next(iter(candidates))}, {image_size}, {image_size}] "
-        f"({cause}); is image_size right?"
+        f"{type(model).__name__}: does not run on images {shape} ({cause}); {_way_out(model, image_size, failure)}"
     ) from failure
 
 
-def _dry_run(model: nn.Module, image: Tensor, watcher: _Watcher, training: bool) -> None:
+def _way_out(model: nn.Module, image_size: int | tuple[int, int], failure: Exception | None) -> str:
+    """What to do with a network that takes no such images: a part that does, or the arguments to give."""
+    takes_more = isinstance(failure, TypeError | LookupError | AttributeError)  # than an image
+    for name, part in model.named_modules():
+        if takes_more and name and any(isinstance(m, nn.Conv2d) for m in part.modules()) and list(part.children()):
+            with contextlib.suppress(Exception):
+                _dry_run(part, (example_of(part, image_size)[0],), "meta")
+                return f"attach to its part {name!r}, or give example=(…), what it runs on"
+    return "is image_size right? (image_size=(height, width), or example=(…), what it runs on)"
+
+
+def _dry_run(model: nn.Module, arguments: tuple, device: str | None) -> Trace:
+    recorder = _Recorder()
     names = {module: name for name, module in model.named_modules()}
 
-    def enter(module: nn.Module, args: tuple) -> None:
-        watcher.stack.append([names[module], 0])
-        if args and isinstance(args[0], Tensor) and isinstance(module, NORMALIZATIONS):
-            watcher.seen.normalized.add(id(args[0]))
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to(device) if device else value.detach().clone()
+        if isinstance(value, Mapping):
+            return {key: moved(part) for key, part in value.items()}
+        return type(value)(map(moved, value)) if type(value) in (list, tuple) else copy.copy(value)
+
+    def enter(module: nn.Module, args: tuple) -> tuple | None:
+        recorder.stack.append(names[module])
+        taken.append(recorder.position(args[0]) if args else None)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        watcher.stack.pop()
-        watcher.seen.calls[names[module]] += 1
-        watcher.seen.outputs.pop(names[module], None)
+        name = recorder.stack.pop()
+        first = output[0] if type(output) is tuple and output else output
+        recorder.trace.calls.append(Call(name, recorder.stack[-1], taken.pop(), recorder.position(first)))
+        recorder.trace.outputs.pop(name, None)
         if isinstance(output, Tensor):
-            watcher.seen.outputs[names[module]] = output
-            watcher.note_pixel(names[module], None, output)
+            recorder.trace.outputs[name] = output
 
-    handles = []
-    for module in model.modules():
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        devices = [image.device] if image.is_cuda else []
-        with in_mode(model, training), _kept_buffers(model), torch.random.fork_rng(devices), torch.no_grad(), watcher:
-            result = model(image)
-        watcher.seen.kept.append(result)
-        watcher.seen.returned = {id(value) for value in _tensors(result)}
-    finally:
-        for handle in handles:
-            handle.remove()
+    taken: list[int | None] = []
+    images = moved(arguments)
+    for image in tensors(images):
+        recorder.add_input(image)
+    state = {name: moved(buffer) for name, buffer in model.named_buffers()}
+    if device:
+        state |= {name: moved(parameter) for name, parameter in model.named_parameters()}
+    devices = [t.device for t in tensors(images) if t.is_cuda]
+    with (
+        _kept_attributes(model),
+        torch.random.fork_rng(devices[:1]),
+        torch.no_grad(),
+        torch.device(device) if device else contextlib.nullcontext(),
+    ):
+        model.eval()
+        for module in names:
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+        with recorder:
+            result = torch.func.functional_call(model, state, images, strict=False)
+    recorder.trace.returned = {p for p in map(recorder.position, tensors(result)) if p is not None}
+    return recorder.trace
 
 
 @contextlib.contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Afterwards the buffers are the same tensors with the same values, whatever the network did to them."""
-    buffers = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    values = [buffer.clone() for *_, buffer in buffers]
+def _kept_attributes(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module has the mode, hooks and attributes that it had, whatever its forward pass stored in it."""
+    before = [
+        (vars(module), dict(vars(module)), [(v, dict(v)) for v in vars(module).values() if isinstance(v, dict)])
+        for module in model.modules()
+    ]
     try:
         yield
     finally:
-        for (names, name, buffer), value in zip(buffers, values, strict=True):
-            names[name] = buffer.copy_(value)
-
-
-def summed_maps(func: Any, args: tuple, kwargs: dict | None, out: Any) -> tuple[Tensor, Tensor] | None:
-    """The operands, if this call adds two tensors to a feature map.
-
-    Whether their shapes are equal (a residual sum) or one is broadcast (a bias, a position) is for the dry run to say:
-    there the batch has two images, while a later batch of one may make a broadcast look like a residual sum.
-    """
-    if func not in ADDITIONS or not isinstance(out, Tensor) or out.dim() != 4:
-        return None
-    named = kwargs or {}
-    operands = (*args, *(named[key] for key in ("input", "other") if key in named))
-    return operands[:2] if len(operands) >= 2 and all(isinstance(o, Tensor) for o in operands[:2]) else None
+        for attributes, own, contents in before:
+            for kept, content in [(attributes, own), *contents]:  # in place: handles of hooks refer to the dictionary
+                kept.clear()
+                kept.update(content)

@@ -97,8 +97,8 @@ def initialize(
     classifier = classifier_name(model, image_size)
     own = model.state_dict()  # tensors that share the network's memory
     fresh = (f"{classifier}.", *(f"{name}." for name in _batch_norm_names(model) if batch_norm == "drop"))
-    added = (f"{PERTURBATION}.", f"{REGULARIZER}.")
-    given = {name: value for name, value in weights.state.items() if name in own or not name.startswith(added)}
+    added = {PERTURBATION, REGULARIZER}
+    given = {n: value for n, value in weights.state.items() if n in own or added.isdisjoint(n.split("."))}
     taken = [name for name in own if not name.startswith(fresh) and not _may_be_absent(name, given)]
     _check_same_network(taken, own, given, weights.source)
     with torch.no_grad():

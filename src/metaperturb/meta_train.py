@@ -159,7 +159,9 @@ class Task:
         seed_torch(config.seed, index, "init")
         model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
         ablation = {key: getattr(config, key) for key in ABLATION}
-        self.model = attach(model, phi, config.image_size, **ablation, clip=config.clip, verbose=False).train()
+        self.model = attach(
+            model, phi, config.image_size, **ablation, clip=config.clip, paper=True, verbose=False
+        ).train()
         self.batch_norms = batch_norms(self.model)
         self.autocast = autocast(images.device, config.precision)
         self.theta = list(self.model.parameters())  # φ is not among them

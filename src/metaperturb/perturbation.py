@@ -9,11 +9,14 @@ scale a channel, computed from the statistics of the batch. One `MetaPerturb` (�
 a `PerturbSite` adds what belongs to one place in one network: running statistics, strength and clip.
 """
 
-from typing import Any
+import copy
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metaperturb.errors import UserError
 from metaperturb.kernels import fused, fused_backend, plain
 from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
 
@@ -61,23 +64,171 @@ class MetaPerturb(nn.Module):
         return f"{sum(p.numel() for p in self.parameters())} parameters"
 
 
+class Usage(NamedTuple):
+    """How a network uses φ; `Attachment` says what each of these is."""
+
+    strength: float = 1.0
+    noise: bool = True
+    gate: bool = True
+    clip: float | None = CLIP
+    paper: bool = True
+    clip_eval: bool = False
+    deterministic: bool = False
+
+
 class UsesPhi(nn.Module):
-    """Uses φ without owning it: φ is neither its child, nor among its parameters or in its state.
-
-    Raises:
-        AttributeError: `phi` is set.
-    """
-
-    _phi: tuple[MetaPerturb]  # in a tuple, so that nn.Module does not register φ as a child
-
-    @property
-    def phi(self) -> MetaPerturb:
-        return self._phi[0]
+    """Uses φ without owning it: φ is neither its child, nor among its parameters."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "phi":  # the property cannot refuse it: nn.Module makes a module its child before it asks
             raise AttributeError("φ cannot be exchanged: load into it (phi.load_state_dict), or detach and attach anew")
         super().__setattr__(name, value)
+
+
+class Attachment(UsesPhi):
+    """φ in one network: what all its sites share. It belongs to the first of them, and is in their state once.
+
+    Its state is the 82 values of φ and a buffer with all of `Usage`, so that a reloaded network evaluates identically.
+    An average of the network (timm's `ModelEma`, PyTorch's `AveragedModel`) averages buffers, which makes no sense of a
+    strength: a copy whose buffer something else has changed takes what its original has then.
+
+    Attributes:
+        phi: the shared φ, not to be set. It is referred to, not owned: `parameters()` is empty.
+        strength: c in [0, 1]; 0 makes every site the identity.
+        clip: k, the bound of what sites return, or None.
+        paper: whether values are bounded as in the paper, from above and in training only.
+        clip_eval: whether the paper's bound holds in evaluation, too (`paper` off: it does).
+        deterministic: whether sites multiply by the expectation of z given h instead of drawing z.
+        noise: whether the sites multiply by z; a choice of `attach`, not to be set here.
+        gate: whether the sites multiply by s; likewise.
+        specs: where the sites are, in the order in which the network runs them.
+        sites: the sites, likewise.
+
+    Raises:
+        UserError: a state is loaded that was saved with other `noise` or `gate`.
+        ValueError: a strength or clip out of range.
+    """
+
+    def __init__(self, phi: MetaPerturb, **usage: Any) -> None:
+        super().__init__()
+        self._phi = (phi,)  # in a tuple, so that nn.Module does not register φ as a child
+        self._original: weakref.ref[Attachment] | None = None
+        self.specs: list[Any] = []
+        self.sites: list[PerturbSite] = []
+        like = next(phi.parameters())
+        with torch.inference_mode(False):
+            self.register_buffer("usage", torch.zeros(len(Usage._fields), device=like.device, dtype=_precision(like)))
+        self._write(Usage(**usage))
+
+    @property
+    def phi(self) -> MetaPerturb:
+        return self._phi[0]
+
+    def current(self) -> Usage:
+        """What the buffer says; a GPU is waited for only where something has changed the buffer."""
+        buffer = self.usage
+        if (
+            torch.compiler.is_compiling()
+            or type(buffer) is not Tensor
+            or buffer.is_meta
+            or torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+        ):
+            return self._usage
+        if buffer.device.type != "cpu" and self._seen == _identity(buffer):
+            return self._usage
+        values = buffer.tolist()
+        if values != self._written:
+            original = self._original() if self._original else None
+            self._write(original.current() if original else _usage(values))
+        self._seen = _identity(self.usage)
+        return self._usage
+
+    def _write(self, usage: Usage) -> None:
+        if not 0.0 <= usage.strength <= 1.0:
+            raise ValueError(f"strength must lie in [0, 1], got {usage.strength}")
+        if usage.clip is not None and not usage.clip > 0:
+            raise ValueError(f"clip must be positive or None, got {usage.clip}")
+        values = torch.tensor([float(value or 0) for value in usage], dtype=self.usage.dtype, device="cpu")
+        with torch.no_grad():
+            self.usage.copy_(values)
+        self._usage, self._written, self._seen = usage, values.tolist(), _identity(self.usage)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        copied.__dict__["_original"] = weakref.ref(self)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.current()
+        return {**self.__dict__, "_original": None}
+
+    def _apply(self, fn, recurse: bool = True):
+        usage = self.current()
+        super()._apply(fn, recurse)
+        self.usage = self.usage.to(_precision(self.usage))  # .half() would round the strength
+        self._write(usage)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """φ: `[82]`."""
+        return torch.cat([p.detach().reshape(-1) for p in self.phi.parameters()])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        parameters = list(self.phi.parameters())
+        if parameters[0].is_meta:
+            raise UserError("φ is on the meta device and takes no values: model.to_empty(device=…) before loading")
+        with torch.no_grad():
+            for p, saved in zip(parameters, state.split([p.numel() for p in parameters]), strict=True):
+                p.copy_(saved.view_as(p))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        saved = state_dict.get(f"{prefix}usage")
+        if saved is None:
+            return super()._load_from_state_dict(state_dict, prefix, *arguments)
+        usage = _usage(saved.tolist())
+        for name in ("noise", "gate"):
+            if getattr(usage, name) != (own := getattr(self._usage, name)):
+                raise UserError(
+                    f"this state was saved with {name}={getattr(usage, name)}, the network was attached with {own}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._original = None
+        self._write(usage)
+
+    def extra_repr(self) -> str:
+        return "\n".join(map(str, (self._usage, *self.specs)))
+
+
+def _precision(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _identity(buffer: Tensor) -> tuple[int, int] | None:
+    """Of a buffer as it is now; another one when something has written to it."""
+    return None if buffer.is_inference() else (id(buffer), buffer._version)
+
+
+def _usage(values: list[float]) -> Usage:
+    """`Usage` as a state holds it. Averaged states are a little off: ten times 0.1 is 1.0000001."""
+    strength, noise, gate, clip, *switches = values
+    if not -1e-3 <= strength <= 1 + 1e-3:
+        raise UserError(f"this state has strength {strength:g}, which must lie in [0, 1]")
+    switches = [value > 0.5 for value in switches]
+    return Usage(min(max(strength, 0.0), 1.0), noise > 0.5, gate > 0.5, clip or None, *switches)
+
+
+def _shared(name: str, settable: bool = True) -> property:
+    def get(self: "Attachment | PerturbSite") -> Any:
+        return getattr((self if isinstance(self, Attachment) else self.attachment).current(), name)
+
+    def set_(self: "Attachment | PerturbSite", value: Any) -> None:
+        attachment = self if isinstance(self, Attachment) else self.attachment
+        if name in ("paper", "clip_eval", "deterministic") and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+        attachment._write(attachment.current()._replace(**{name: value}))
+
+    return property(get, set_ if settable else None)
 
 
 class PerturbSite(UsesPhi):
@@ -89,29 +240,30 @@ class PerturbSite(UsesPhi):
         channels: C of the feature map.
         channel_norm: channels of the widest perturbed layer of the network (default: `channels`).
         size_norm: height of the network's input images in pixels.
-        noise, gate: ablations of table 3 (a): `noise=False` sets z to 1, `gate=False` sets s to 1.
+        noise: False is an ablation of table 3 (a), which sets z to 1.
+        gate: False is another, which sets s to 1.
+        attachment: what it shares with the other sites of a network; else it has one of its own, with the paper's
+            arithmetic.
 
     Attributes:
-        strength: c in [0, 1]; 0 makes the site the identity.
-        clip: upper bound of the output in training, or None.
-        clip_eval: whether evaluation clips, too; the paper's does not [False].
-        running_mean, running_var: `[C, 4]` buffers, the statistics that evaluation uses.
+        strength, clip, paper, clip_eval, deterministic: those of the `Attachment`, for all its sites.
+        running_mean: `[C, 4]`, what evaluation computes the scale from.
+        running_var: `[C, 4]`, likewise.
 
     In training mode the scale comes from the batch and the running statistics follow it (momentum 0.1, unbiased
-    variance); in evaluation mode it comes from the running statistics. Noise is drawn in both modes from PyTorch's
-    global generator of the device, or given by the caller.
+    variance); in evaluation mode it comes from the running statistics. A single image has no variance: in training it
+    takes the running statistics, too, and leaves them. Noise is drawn in both modes from PyTorch's global generator of
+    the device, or given by the caller.
 
     Raises:
-        ValueError: a feature map of other shape, a batch of one image in training, noise of other shape, or a
-            strength or clip out of range.
+        ValueError: a feature map of other shape, noise of other shape, or a strength or clip out of range.
+        UserError: gradients of single images under `torch.func.vmap`, in training.
 
-    Example:
+    Examples:
         >>> site = PerturbSite(MetaPerturb(), channels=16, channel_norm=64, size_norm=32)
         >>> site(torch.randn(8, 16, 32, 32)).shape
         torch.Size([8, 16, 32, 32])
     """
-
-    _clip_eval = False  # of the class, for what was pickled before there was a choice
 
     def __init__(
         self,
@@ -122,6 +274,7 @@ class PerturbSite(UsesPhi):
         *,
         noise: bool = True,
         gate: bool = True,
+        attachment: Attachment | None = None,
     ) -> None:
         super().__init__()
         channel_norm = channels if channel_norm is None else channel_norm
@@ -129,61 +282,41 @@ class PerturbSite(UsesPhi):
             raise ValueError(
                 f"channels, channel_norm and size_norm must be positive, got {channels}, {channel_norm}, {size_norm}"
             )
-        self._phi = (phi,)
+        self._attachment = (attachment or Attachment(phi, noise=noise, gate=gate),)
         self.channels, self.channel_norm, self.size_norm = channels, channel_norm, size_norm
-        self.noise, self.gate = noise, gate
-        self.strength = 1.0
-        self.clip = CLIP
-        statistics = (channels, NUM_SCALE_FEATURES)
-        like = {"device": phi.self1.device, "dtype": phi.self1.dtype}
-        self.register_buffer("running_mean", torch.zeros(statistics, **like))
-        self.register_buffer("running_var", torch.ones(statistics, **like))
+        statistics, like = (channels, NUM_SCALE_FEATURES), next(phi.parameters())
+        self.register_buffer("running_mean", torch.zeros(statistics, device=like.device, dtype=like.dtype))
+        self.register_buffer("running_var", torch.ones(statistics, device=like.device, dtype=like.dtype))
 
     @property
-    def strength(self) -> float:
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"strength must lie in [0, 1], got {value}")
-        self._strength = float(value)
+    def attachment(self) -> Attachment:
+        return self._attachment[0]
 
     @property
-    def clip(self) -> float | None:
-        return self._clip
-
-    @clip.setter
-    def clip(self, value: float | None) -> None:
-        if value is not None and not value > 0:
-            raise ValueError(f"clip must be positive or None, got {value}")
-        self._clip = None if value is None else float(value)
-
-    @property
-    def clip_eval(self) -> bool:
-        return self._clip_eval
-
-    @clip_eval.setter
-    def clip_eval(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise ValueError(f"clip_eval must be True or False, got {value!r}")
-        self._clip_eval = value
+    def phi(self) -> MetaPerturb:
+        return self.attachment.phi
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
+        usage = self.attachment.current()
+        if usage.strength == 0.0 and not (
+            self.training and h.dim() == 4 and h.shape[:2] == (h.shape[0], self.channels)
+        ):
+            return h
         self._check(h, noise)
         phi, settings = self.phi.tensors(), self._settings(h)
         backend = fused_backend(h, phi, noise, self.running_mean, self.running_var)
         if backend is not None:
-            return fused.perturb(backend, h, phi, noise, self.running_mean, self.running_var, settings)
+            out = fused.perturb(backend, h, phi, noise, self.running_mean, self.running_var, settings)
+            return _bounded(out, h, usage)
         mean, var = self._statistics(h, phi)
-        if self.training:
+        if settings.training:
             self._track(mean, var)
-        if self.strength == 0.0:
+        if settings.strength == 0.0:
             return h
-        if self.noise and noise is None:
+        if settings.noise and noise is None:
             noise = torch.randn_like(h)
-        return plain.perturb(h, phi, mean, var, noise, settings)
+        return _bounded(plain.perturb(h, phi, mean, var, noise, settings), h, usage)
 
     def scale(self, h: Tensor) -> Tensor:
         """s: `[C]`, from the batch in training mode, from the running statistics in evaluation mode."""
@@ -192,27 +325,31 @@ class PerturbSite(UsesPhi):
         return plain.scale(*self._statistics(h, phi), phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)
 
     def _settings(self, h: Tensor) -> Settings:
+        usage = self.attachment.current()
         return Settings(
-            training=self.training,
-            noise=self.noise,
-            gate=self.gate,
-            strength=self.strength,
-            clip=self.clip if self.training or self.clip_eval else None,
+            training=self._uses_batch(h),
+            noise=usage.noise,
+            gate=usage.gate,
+            strength=usage.strength,
+            clip=usage.clip if usage.paper and (self.training or usage.clip_eval) else None,
             channel_ratio=self.channels / self.channel_norm,
             size_ratio=h.shape[2] / self.size_norm,
         )
 
+    def _uses_batch(self, h: Tensor) -> bool:
+        return self.training and h.shape[0] > 1
+
     def _statistics(self, h: Tensor, phi: Phi) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance over the batch (training) or the running ones: `[C, 4]` each."""
-        return plain.batch_statistics(h, phi) if self.training else (self.running_mean, self.running_var)
+        return plain.batch_statistics(h, phi) if self._uses_batch(h) else (self.running_mean, self.running_var)
 
     def _check(self, h: Tensor, noise: Tensor | None = None) -> None:
         if h.dim() != 4 or h.shape[1] != self.channels:
             raise ValueError(f"expected a feature map [B, {self.channels}, H, W], got {list(h.shape)}")
-        if self.training and h.shape[0] < 2:
-            raise ValueError("the perturbation needs at least 2 images a batch in training (variance over the batch)")
         if noise is not None and noise.shape != h.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
+        if self.training and not torch.compiler.is_compiling() and _is_batched(h):
+            raise UserError("φ mixes the images of a batch: there are no gradients of single ones (torch.func.vmap)")
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -225,6 +362,31 @@ class PerturbSite(UsesPhi):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
+
+
+def _bounded(out: Tensor, h: Tensor, usage: Usage) -> Tensor:
+    """No value is enlarged beyond ±k: z grows with h, and what is large would be squared from site to site.
+
+    What is larger before the site may stay so: in networks whose ordinary values are, nothing is cut.
+    """
+    if usage.paper or usage.clip is None or usage.strength == 0.0:
+        return out
+    bound = h.detach().abs().clamp(min=usage.clip)
+    return out.clamp(min=-bound, max=bound)
+
+
+def _is_batched(h: Tensor) -> bool:
+    """Whether `torch.func.vmap` runs over it, under whatever other transform."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(h):
+        if torch._C._functorch.is_batchedtensor(h):
+            return True
+        h = torch._C._functorch.get_unwrapped(h)
+    return False
+
+
+for _name in Usage._fields:
+    setattr(Attachment, _name, _shared(_name, settable=_name not in ("noise", "gate")))
+    setattr(PerturbSite, _name, _shared(_name))
 
 
 class Slot(nn.Identity):

@@ -1,111 +1,126 @@
 """Where φ acts in a CNN (section 3.2, figure 3, and the authors' code), in this order of preference:
 
 1. the network's own `Slot`s (the zoo);
-2. residual networks: every block, after the addition (the last of a + b + x); a block of the same class without an
-   addition (a strided one of MobileNet, say): its output;
-3. plain networks: every convolution, after its normalization if it has one, before the activation. In a network that
-   normalizes before it convolves (DenseNet) that is the output of every normalization.
+2. residual networks: every block, that is every module whose forward adds feature maps; of nested ones the outer one,
+   unless it holds more than two (a stage). A block of the same class without a sum (a strided one) is one, too;
+3. networks that concatenate (Inception, Fire, ShuffleNet, DenseNet): every block whose output is a concatenation;
+4. plain networks: every convolution (with its normalization) that an activation follows. A convolution of each channel
+   by itself is a part of the layer that follows it.
 
-Maps of one pixel that weight the channels of larger ones (attention) are no feature maps, nor are [B, H, W, C], nor is
-what the network returns. All of this is made for classifiers: elsewhere look at what was found, and name the places.
+A block has one site, however many sums it makes, and however they are written: before the block's last activation if
+that is a module that gets the sum, else on the block's output. A sum in the forward pass of the network itself has one
+where a single module gets it.
+
+Feature maps are `[B, C, H, W]` with rows and columns of the image: no attention scores, tokens, `[B, H, W, C]`, channel
+weights, nor what the network returns. All of this is made for classifiers: elsewhere look at what was found, and name
+the places.
 """
 
 import difflib
-import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from metaperturb.dry_run import NORMALIZATIONS, Watched, watch
+from metaperturb.dry_run import LAYERS, Call, Trace, watch
 from metaperturb.errors import UserError
 from metaperturb.perturbation import Slot
 
 PLACES = ("all", "before_pooling", "top", "bottom")  # what `choose_sites` knows
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+ACTIVATIONS = {
+    *("relu", "hardtanh", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "hardswish", "mish", "prelu", "tanh"),
+    *("_prelu_kernel", "rrelu", "rrelu_with_noise", "softplus", "sigmoid", "hardsigmoid", "threshold", "clamp_min"),
+}
+NORMALIZATIONS = {
+    *("native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update", "cudnn_batch_norm"),
+    *("native_group_norm", "native_layer_norm", "batch_norm_with_update", "_native_batch_norm_legit"),
+}
+STAGE = 3  # blocks, from which on an outer block is a stage
 
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """Where a site acts: on the output of `module`, or on the result of the `addition`-th residual sum inside it."""
+    """Where a site acts.
+
+    Attributes:
+        name: of the block or layer.
+        module: the module that the site is a child of.
+        where: "output" of that module, its "input", or the name of its child that gets the map in its last call.
+        channels: C of the feature map.
+        size: (H, W) of it.
+        calls: of that child, in one pass.
+    """
 
     name: str
     module: str
-    addition: int | None
+    where: str
     channels: int
     size: tuple[int, int]
+    calls: int = 1
 
     def __str__(self) -> str:
-        place = "output" if self.addition is None else "residual sum"
         height, width = self.size
+        inside = {"output": "output", "input": f"input of {self.module}"}
+        place = inside.get(self.where, f"before the last {self.where}")
         return f"{self.name}: {place}, [{self.channels}, {height}, {width}]"
 
 
-def find_sites(model: nn.Module, image_size: int, names: Iterable[str] | None = None) -> list[SiteSpec]:
+@dataclass
+class Sites:
+    """Modules that act at the sites of one network, one a site (see `metaperturb.attach.place`).
+
+    Attributes:
+        specs: the places, as `find_sites` gives them.
+        sites: the modules: feature map `[B, C, H, W]` → the same shape.
+    """
+
+    specs: list[SiteSpec]
+    sites: list[nn.Module]
+
+    @property
+    def strength(self) -> float:
+        return self.sites[0].strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        for site in self.sites:
+            site.strength = value
+
+
+def find_sites(
+    model: nn.Module,
+    image_size: int | tuple[int, int] | None = None,
+    names: Iterable[str] | None = None,
+    *,
+    example: Any = None,
+) -> list[SiteSpec]:
     """The sites that `attach` would choose, in the order in which the network runs them.
 
     Raises:
-        UserError: no site found, unknown or repeated name, a wrapper, or the network does not run on such images,
-            makes other sums in training than in evaluation, or runs the module of a site several times a pass.
+        UserError: no site found, unknown or repeated name, a wrapper, or the network does not run on such images, or
+            runs the module of a site several times a pass.
     """
+    kind = type(model).__name__
     if isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
-        raise UserError(f"{type(model).__name__} wraps a network; attach to that one, before it is wrapped")
-    if type(image_size) is not int or image_size < 1:
-        raise UserError(f"image_size: expected the side of the images in pixels, got {image_size!r}")
-    seen = watch(model, image_size)
-    specs = _slot_sites(model, seen) or _residual_sites(model, seen) or _plain_sites(model, seen)
-    if names is not None:
-        specs = _named_sites(model, seen, specs, names)
-    if not specs:
+        raise UserError(f"{kind} wraps a network; attach to that one, before it is wrapped")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise UserError(f"{kind}: model.compile() has been called, which wraps it; attach before that")
+    if scripted := [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
         raise UserError(
-            f"{type(model).__name__}: found no place to perturb (no residual sum of feature maps, no convolution "
-            "before an activation); name modules with sites=[…]"
+            f"{kind}: {scripted[0] or 'it'} is a ScriptModule, which takes no sites; attach before scripting"
         )
-    _check_calls(model, specs, seen)
-    _check_sums(model, image_size, specs, seen)
-    return specs
-
-
-def _check_calls(model: nn.Module, specs: list[SiteSpec], seen: Watched) -> None:
-    """A site has the statistics of one place.
-
-    Raises:
-        UserError: a site's module runs several times a pass.
-    """
-    for spec in specs:
-        if (calls := seen.calls[spec.module]) > 1:
+    if example is None:
+        sides = image_size if isinstance(image_size, tuple) and len(image_size) == 2 else (image_size, image_size)
+        if any(type(side) is not int or side < 1 for side in sides):
             raise UserError(
-                f"{type(model).__name__}: {spec.module!r} runs {calls} times a pass, and a site has the statistics of "
-                "one place; give each place a module of its own, or name other modules: sites=[…]"
+                f"image_size: expected the side of the images in pixels or (height, width), got {image_size!r}"
             )
-
-
-def _check_sums(model: nn.Module, image_size: int, specs: list[SiteSpec], seen: Watched) -> None:
-    """Sums are counted, so those before a site must be the same in training as in the dry run.
-
-    Where layers are left out at random one pass may not show that; the first training step that lacks a sum does.
-
-    Raises:
-        UserError: they are not.
-    """
-    tapped = {spec.module for spec in specs if spec.addition is not None}
-    if not tapped:
-        return
-    try:
-        in_training = watch(model, image_size, training=True)
-    except UserError as error:  # a network that wants labels in training, say
-        warnings.warn(f"{error}; so whether it makes other sums in training is not known", stacklevel=4)
-        return
-    for name in sorted(tapped):
-        found = in_training.sums.get(name, {}).keys()
-        if found and found != seen.sums[name].keys():  # none at all: the block is left out in some steps
-            raise UserError(
-                f"{type(model).__name__}: {name or 'its forward'!r} makes other sums in training than in evaluation, "
-                "so that none can be told; put a metaperturb.Slot() where φ belongs, or name other modules: sites=[…]"
-            )
+    return _Finder(model, watch(model, image_size, example)).find(names)
 
 
 def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
@@ -124,7 +139,7 @@ def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
     Raises:
         UserError: an unknown word.
 
-    Example:
+    Examples:
         >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
         >>> [spec.name for spec in choose_sites(find_sites(model, 32), "before_pooling")]
         ['layer1.2', 'layer2.2', 'layer3.2']
@@ -139,85 +154,237 @@ def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
     return [stage[-1] for stage in stages] if where == "before_pooling" else list(specs)
 
 
-# --- the ways to find them
+class _Finder:
+    """Finds the sites of one network in the trace of its dry run. Found places: position of the value → spec."""
 
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model, self.trace, self.values = model, trace, trace.values
+        self.modules = dict(model.named_modules())
+        self.users = trace.users()
+        self.calls: dict[str, list[Call]] = {}
+        for call in trace.calls:
+            self.calls.setdefault(call.module, []).append(call)
 
-def _is_map(output: Tensor | None) -> bool:
-    return output is not None and output.dim() == 4
+    def find(self, names: Iterable[str] | None) -> list[SiteSpec]:
+        found = self.slots() or self.blocks("sum") or self.blocks("cat") or self.layers()
+        specs = [found[position] for position in sorted(found)]
+        if names is not None:
+            specs = self.named(specs, names)
+        if not specs:
+            raise UserError(f"{type(self.model).__name__}: {self._why_none()}")
+        for spec in specs:
+            self._check_called_once(spec.module)
+        return specs
 
+    # --- the ways to find them
 
-def _spec(name: str, module: str, addition: int | None, value: Tensor) -> SiteSpec:
-    return SiteSpec(name, module, addition, value.shape[1], (value.shape[2], value.shape[3]))
+    def slots(self) -> dict[int, SiteSpec]:
+        slots = {n: self.calls[n][-1] for n, m in self.modules.items() if isinstance(m, Slot) and n in self.calls}
+        parents = Counter(name.rpartition(".")[0] for name in slots)
+        found = {}
+        for position, (name, call) in enumerate(sorted(slots.items(), key=lambda item: item[1].taken or 0)):
+            parent = name.rpartition(".")[0]
+            alone = parent and parents[parent] == 1  # then the block is what one thinks of
+            if call.taken is not None and len(self.values[call.taken].shape) == 4:
+                found[position] = self._spec(parent if alone else name, name, "output", call.taken)
+        return found
 
+    def blocks(self, join: str) -> dict[int, SiteSpec]:
+        joined = {v.module for v in self.values if v.join == join and v.module} & self.calls.keys()
+        classes = {type(self.modules[name]) for name in joined} - {nn.Sequential}
+        candidates = [
+            name
+            for name in self.calls
+            if name
+            and (name in joined or type(self.modules[name]) in classes)
+            and self._is_site_value(self.calls[name][-1].given)
+            and (join == "sum" or self._is_concatenation(self.calls[name][-1].given))
+        ]
+        inner = {name: sum(other.startswith(f"{name}.") for other in candidates) for name in candidates}
+        chosen = [name for name in candidates if inner[name] < STAGE]
+        chosen = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
+        found = dict(self._place(name) for name in chosen)
+        if join == "sum":
+            found |= self._sums_of_the_network(found)
+        return found
 
-def _slot_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
-    slots = [n for n, m in model.named_modules() if isinstance(m, Slot) and n in seen.outputs]
-    order = list(seen.calls)
-    slots.sort(key=order.index)
-    parents = Counter(name.rpartition(".")[0] for name in slots)
-    specs = []
-    for name in slots:
-        parent = name.rpartition(".")[0]
-        alone = parent and parents[parent] == 1  # then the block is what one thinks of
-        specs.append(_spec(parent if alone else name, name, None, seen.outputs[name]))
-    return specs
+    def layers(self) -> dict[int, SiteSpec]:
+        last = max((p for p, v in enumerate(self.values) if v.op in LAYERS), default=None)
+        classifier = self._layer_below(last) if last is not None else None
+        found: dict[int, SiteSpec] = {}
+        for value in self.values:
+            if value.op not in ACTIVATIONS or len(value.inputs) != 1:
+                continue
+            name = self._layer_below(value.inputs[0])
+            if name is None or name == classifier or any(spec.name == name for spec in found.values()):
+                continue
+            position, where, module = self._before_activation(name, value.inputs[0])
+            if self._is_site_value(position) and self.values[position].shape[1] > 1:
+                found[position] = self._spec(name, module, where, position)
+        return found
 
+    def named(self, found: list[SiteSpec], names: Iterable[str]) -> list[SiteSpec]:
+        names = [names] if isinstance(names, str) else list(names)
+        known = {spec.name: spec for spec in found}
+        specs: dict[SiteSpec, int] = {}
+        for name in names:
+            given = self.calls[name][-1].given if name in self.calls else None
+            if name in known:
+                spec = known[name]
+            elif name and given is not None and len(self.values[given].shape) == 4:
+                spec = self._place(name)[1]
+            else:
+                maps = [n for n, c in self.calls.items() if n and c[-1].given and self.values[c[-1].given].is_map]
+                candidates = [*known, *maps, *PLACES]
+                near = ", ".join(difflib.get_close_matches(name, candidates, n=3)) or ", ".join(candidates[:3])
+                raise UserError(
+                    f"sites: {name!r} is neither a place nor a module of {type(self.model).__name__} with a feature "
+                    f"map (near: {near}; places: {', '.join(PLACES)})"
+                )
+            specs[spec] = self.calls[spec.module][-1].given or 0
+        if not specs or len(specs) < len(names):
+            raise UserError(f"sites {names}: name at least one site, and none twice")
+        return sorted(specs, key=specs.__getitem__)
 
-def _residual_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
-    modules = dict(model.named_modules())
-    blocks = {type(modules[name]) for name in seen.sums if name} - {nn.Sequential}
-    specs = []
-    for name in seen.calls:
-        output = seen.outputs.get(name)
-        if name in seen.sums:
-            specs += _sum_sites(name, seen)
-        elif type(modules[name]) in blocks and _is_map(output) and id(output) not in seen.returned:
-            specs.append(_spec(name, name, None, output))
-    return specs
+    # --- a place
 
+    def _place(self, name: str) -> tuple[int, SiteSpec]:
+        """Where a block is perturbed: before its last activation, if that is a module that gets its sum, or behind."""
+        given = self.calls[name][-1].given
+        sums = [p for p, v in enumerate(self.values) if v.module == name and v.join == "sum" and p <= given]
+        if sums:
+            for call in self.trace.calls:
+                inside = call.module.startswith(f"{name}.")
+                if inside and (call.taken, call.given) == (sums[-1], given) and self._is_activation(call):
+                    if not self._only_user(sums[-1], call.module):
+                        continue
+                    calls = self.calls[call.module]
+                    if len(calls) == 1:
+                        return sums[-1], self._spec(name, call.module, "input", sums[-1])
+                    if calls[-1] is call and all(f"{c.parent}.".startswith(f"{name}.") for c in calls):
+                        spec = self._spec(name, name, call.module[len(name) + 1 :], sums[-1])
+                        return sums[-1], replace(spec, calls=len(calls))
+        return given, self._output(name, given)
 
-def _sum_sites(name: str, seen: Watched) -> list[SiteSpec]:
-    sums = seen.sums[name]
-    alone = len(sums) == 1 and name
-    return [_spec(name if alone else f"{name or 'model'}.sum{i}", name, k, v) for i, (k, v) in enumerate(sums.items())]
+    def _output(self, name: str, given: int) -> SiteSpec:
+        """The output of a module. A site can be no child of a module that runs its children; then the last of them."""
+        host = name
+        while type(self.modules[host]) is nn.Sequential and len(self.modules[host]):
+            host = f"{host}.{[*self.modules[host]._modules][-1]}"
+        if isinstance(
+            self.modules[host], nn.ModuleDict | nn.ModuleList
+        ):  # DenseNet's: it runs all children that it has
+            for call in self.trace.calls:
+                if call.taken == given and self._only_user(given, call.module) and self._may_host(call.module):
+                    return self._spec(name, call.module, "input", given)
+        return self._spec(name, host, "output", given)
 
+    def _sums_of_the_network(self, found: dict[int, SiteSpec]) -> dict[int, SiteSpec]:
+        """Those that its own forward makes, where one module, whose forward is not the network's, gets the sum."""
+        more = {}
+        for position, value in enumerate(self.values):
+            if value.join != "sum" or value.module or not self._is_site_value(position):
+                continue
+            takers = [c.module for c in self.trace.calls if c.taken == position and self._may_host(c.module)]
+            takers = [n for n in takers if len(self.calls[n]) == 1 and self._only_user(position, n)]
+            if takers and position not in found:
+                more[position] = self._spec(takers[0], takers[0], "input", position)
+        return more
 
-def _plain_sites(model: nn.Module, seen: Watched) -> list[SiteSpec]:
-    modules = dict(model.named_modules())
-    any_norm = any(isinstance(modules[name], NORMALIZATIONS) for name in seen.outputs)
-    layers = [name for name in seen.outputs if isinstance(modules[name], nn.Conv2d | nn.Linear)]
-    specs = []
-    for name, output in seen.outputs.items():
-        if not _is_map(output) or name in seen.weights or id(output) in seen.returned:
-            continue
-        if name in layers[-1:]:  # the classifier
-            continue
-        is_norm = isinstance(modules[name], NORMALIZATIONS)
-        is_conv = isinstance(modules[name], nn.Conv2d) and id(output) not in seen.normalized
-        if is_norm or (is_conv and (not any_norm or id(output) in seen.activated)):
-            specs.append(_spec(name, name, None, output))
-    return specs
+    def _before_activation(self, name: str, position: int) -> tuple[int, str, str]:
+        """Of a layer: the input of the activation, if that is a module that nothing else runs, or the layer's output.
 
+        Tools that fuse a convolution with its normalization leave the activation and what hangs on it in place.
+        """
+        direct = position == self.calls[name][-1].given or self.values[position].module == name
+        for call in self.trace.calls if direct else ():
+            alone = len(self.calls[call.module]) == 1 and call.module != name
+            if (
+                alone
+                and call.taken == position
+                and self._is_activation(call)
+                and self._only_user(position, call.module)
+            ):
+                return position, "input", call.module
+        return self.calls[name][-1].given, "output", name
 
-def _named_sites(model: nn.Module, seen: Watched, found: list[SiteSpec], names: Iterable[str]) -> list[SiteSpec]:
-    names = [names] if isinstance(names, str) else list(names)
-    known = {spec.name: spec for spec in found}
-    specs = []
-    for name in names:
-        if name in known:
-            specs.append(known[name])
-        elif name in seen.sums:
-            specs += _sum_sites(name, seen)
-        elif _is_map(seen.outputs.get(name)):
-            specs.append(_spec(name, name, None, seen.outputs[name]))
-        else:
-            candidates = [*known, *(n for n, v in seen.outputs.items() if n and _is_map(v)), *PLACES]
-            near = ", ".join(difflib.get_close_matches(name, candidates, n=3)) or ", ".join(candidates[:3])
-            raise UserError(
-                f"sites: {name!r} is neither a place nor a module of {type(model).__name__} with a feature map "
-                f"(near: {near}; places: {', '.join(PLACES)})"
+    def _spec(self, name: str, module: str, where: str, position: int) -> SiteSpec:
+        _, channels, height, width = self.values[position].shape
+        return SiteSpec(name, module, where, channels, (height, width))
+
+    # --- questions to the trace
+
+    def _is_site_value(self, position: int | None) -> bool:
+        """Whether it is a feature map, and more than a resized form of what the network returns."""
+        if position is None or not self.values[position].is_map:
+            return False
+        while position not in self.trace.returned:
+            users = self.users[position]
+            if len(users) != 1 or len(self.values[users[0]].inputs) != 1 or self.values[users[0]].op in LAYERS:
+                return True
+            if not self.values[users[0]].is_map:
+                return True
+            position = users[0]
+        return False
+
+    def _is_concatenation(self, position: int) -> bool:
+        """Whether a value is one, up to operators without weights, such as an activation or a channel shuffle."""
+        value = self.values[position]
+        while value.join != "cat" and len(value.inputs) == 1 and value.op not in LAYERS | NORMALIZATIONS:
+            value = self.values[value.inputs[0]]
+        return value.join == "cat"
+
+    def _layer_below(self, position: int) -> str | None:
+        """The module whose convolution or normalization made a value, up to pooling and the like; None if none did."""
+        name, value = None, self.values[position]
+        while len(value.inputs) == 1 and value.op not in ACTIVATIONS:
+            if name is None and value.op in LAYERS | NORMALIZATIONS and value.module in self.calls:
+                name = value.module
+            if value.op in LAYERS:
+                return None if value.depthwise else name
+            value = self.values[value.inputs[0]]
+        return name
+
+    def _is_activation(self, call: Call) -> bool:
+        """A module that does nothing but an activation to one map."""
+        position = call.given
+        while position is not None and position != call.taken:
+            value = self.values[position]
+            if value.module != call.module or value.op in LAYERS | NORMALIZATIONS or not value.inputs:
+                return False
+            position = value.inputs[0]
+        return position is not None and call.given != call.taken
+
+    def _only_user(self, position: int, name: str) -> bool:
+        users = [self.values[user].module for user in self.users[position]]
+        return all(user == name or user.startswith(f"{name}.") for user in users)
+
+    def _may_host(self, name: str) -> bool:
+        return bool(name) and not isinstance(self.modules[name], nn.Sequential | nn.ModuleDict | nn.ModuleList)
+
+    def _check_called_once(self, name: str) -> None:
+        """A site has the statistics of one place."""
+        count = len(self.calls[name])
+        if count == 1:
+            return
+        parts = name.split(".")
+        outer = next(p for i in range(len(parts)) if len(self.calls.get(p := ".".join(parts[: i + 1]), ())) == count)
+        way = f"attach to {outer!r} instead" if outer != name else "give each place a module of its own"
+        raise UserError(
+            f"{type(self.model).__name__}: {outer!r} runs {count} times a pass, and a site has the statistics of one "
+            f"place; {way}, or name other modules: sites=[…]"
+        )
+
+    def _why_none(self) -> str:
+        convolutions = [v for v in self.values if v.op == "convolution" and len(v.shape) == 4]
+        if not convolutions:
+            return "has no nn.Conv2d; the perturbation acts on feature maps of CNNs"
+        if len({v.module for v in convolutions}) <= 2:
+            return (
+                f"its only convolution, {convolutions[0].module!r}, has no activation behind it, as where it cuts the "
+                "image into patches: what follows are tokens, and φ acts on feature maps of CNNs (or name: sites=[…])"
             )
-    if not specs or len(set(specs)) < len(specs):
-        raise UserError(f"sites {names}: name at least one site, and none twice")
-    order = list(seen.calls)
-    return sorted(specs, key=lambda spec: (order.index(spec.module), spec.addition or 0))
+        return (
+            "found no place to perturb (no block with a sum or concatenation of feature maps, no convolution before an "
+            "activation); name modules with sites=[…]"
+        )

@@ -57,6 +57,7 @@ def phi_digest(phi: MetaPerturb) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
+@torch.inference_mode(False)  # a φ made in it could not be trained with
 def load_phi(source: str | os.PathLike) -> MetaPerturb:
     """Read φ from a file of ours or of the authors, or by the name of a φ shipped with the package.
 

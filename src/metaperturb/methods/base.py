@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.attach import REGULARIZER, Sites, place
+from metaperturb.attach import REGULARIZER, place
 from metaperturb.data.arrays import ImageArrays
-from metaperturb.sites import find_sites
+from metaperturb.sites import Sites, find_sites
 
 
 class Method:

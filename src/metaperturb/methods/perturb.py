@@ -29,7 +29,13 @@ class Perturbation(Method):
         self.stochastic = noise
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
-        options = {"noise": self.noise, "gate": self.gate, "clip": self.clip, "clip_eval": self.clip_eval}
+        options = {
+            "noise": self.noise,
+            "gate": self.gate,
+            "clip": self.clip,
+            "clip_eval": self.clip_eval,
+            "paper": True,
+        }
         self.sites = attach(model, self.phi, train.image_size, self.where, **options).metaperturb
 
     def set_strength(self, strength: float) -> None:
