@@ -19,6 +19,7 @@
 #   ./run.sh phi <φ>           the 82 numbers of a φ, drawn: a file or a shipped name
 #   ./run.sh docs              README, docs/, results/ and the docstrings as a site, in build/site
 #   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
+#   ./run.sh panel             try φ in some 120 CNNs of torchvision and timm, into results/panel.md
 #   ./run.sh bench             measure how fast it is, into results/benchmark (--help: which parts, --json, --smoke)
 #
 # Each creates .venv and installs requirements.txt first, where that has not been done (PYTHON=… names the Python to use;
@@ -127,6 +128,10 @@ test)
     browser
     cd "$here"
     PYTHONPATH=src exec "$py" -m pytest "$@"
+    ;;
+panel)
+    setup "$here/requirements.txt"
+    exec "$py" "$here/scripts/panel.py" "$@"
     ;;
 bench)
     setup "$here/requirements.txt"

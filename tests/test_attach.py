@@ -6,6 +6,7 @@ hand the feature map that a site should receive.
 
 import copy
 import functools
+import importlib.util
 import io
 import os
 import subprocess
@@ -20,6 +21,7 @@ import torch.fx.experimental.optimization
 import torch.nn.functional as F
 import torchvision
 import torchvision.models.feature_extraction
+from conftest import ROOT
 from image_files import one_line
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
@@ -1395,7 +1397,7 @@ def test_a_sum_counts_once_however_it_is_written(name):
 
 
 def test_what_is_finite_in_training_is_finite_in_evaluation():
-    """z grows with h: a site behind which everything is large already enlarges nothing, on either side of zero."""
+    """z grows with h, so that what is large would be squared from site to site, on either side of zero."""
     phi = MetaPerturb()
     with torch.no_grad():
         for p in phi.parameters():
@@ -1407,9 +1409,10 @@ def test_what_is_finite_in_training_is_finite_in_evaluation():
         .repeat(2, 16, 1, 1)
     )
     site = model.metaperturb.sites[0]
-    for _ in range(30):
-        h, before = site(h), h
-        assert (h.abs() <= before.abs().clamp(min=100.0)).all()
+    for mode in (True, False):
+        assert site.train(mode)(h).abs().max() == 100.0
+    with pytest.warns(UserWarning, match="exceed clip=100"):
+        model.metaperturb.sites[1].train()(torch.full((2, 32, 4, 4), 200.0))
     paper = quiet(models.create("resnet8", 5, 16), phi, image_size=16, paper=True).eval()
     assert paper.metaperturb.sites[0](torch.full((2, 16, 4, 4), 90.0)).max() > 100.0  # as in the paper's evaluation
 
@@ -1520,3 +1523,17 @@ def test_a_compiled_network_is_a_wrapper():
     model = models.create("resnet8", 5, 16)
     model.compile()
     assert "before that" in refused(model, 16)
+
+
+def test_the_panel_goes_on_where_it_stopped(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("panel", ROOT / "scripts" / "panel.py")
+    panel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(panel)
+    out = ["--size", "32", "--out", str(tmp_path / "panel")]
+    with warnings.catch_warnings():
+        panel.main(["--only", "squeezenet1_1", *out])
+        panel.main(["--only", "squeezenet1_1", "resnet18", "swin_t", *out])
+    said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["squeezenet1_1:", "resnet18:", "swin_t:"]
+    rows = (tmp_path / "panel.md").read_text().splitlines()[-3:]
+    assert rows[0] == "| squeezenet1_1 | 8 | ok |" and rows[1] == "| resnet18 | 8 | ok |" and "patches" in rows[2]

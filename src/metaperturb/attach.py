@@ -48,8 +48,8 @@ def attach(
             modules to perturb (their residual sum, else their output).
         example: what the network is run on to find the sites, where it takes more than an image: a tuple of its
             arguments, or its one argument. Only shapes matter.
-        paper: the paper's arithmetic: values are bounded from above, and in training only. Else `clip` bounds what the
-            sites enlarge, on both sides and in evaluation, too, so that what is finite in training stays so.
+        paper: the paper's arithmetic: values are bounded from above, and in training only. Else `clip` bounds what
+            sites return on both sides and in evaluation, too, so that what is finite in training stays so.
         noise: False is an ablation, which sets z to 1.
         gate: False is an ablation, which sets s to 1.
         clip: the bound, or None.

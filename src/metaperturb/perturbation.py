@@ -10,6 +10,7 @@ a `PerturbSite` adds what belongs to one place in one network: running statistic
 """
 
 import copy
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
@@ -265,6 +266,8 @@ class PerturbSite(UsesPhi):
         torch.Size([8, 16, 32, 32])
     """
 
+    _looked = False
+
     def __init__(
         self,
         phi: MetaPerturb,
@@ -304,11 +307,13 @@ class PerturbSite(UsesPhi):
         ):
             return h
         self._check(h, noise)
+        if self.training and not usage.paper and usage.clip and not self._looked:
+            self._look(h, usage.clip)
         phi, settings = self.phi.tensors(), self._settings(h)
         backend = fused_backend(h, phi, noise, self.running_mean, self.running_var)
         if backend is not None:
             out = fused.perturb(backend, h, phi, noise, self.running_mean, self.running_var, settings)
-            return _bounded(out, h, usage)
+            return _bounded(out, usage)
         mean, var = self._statistics(h, phi)
         if settings.training:
             self._track(mean, var)
@@ -316,7 +321,7 @@ class PerturbSite(UsesPhi):
             return h
         if settings.noise and noise is None:
             noise = torch.randn_like(h)
-        return _bounded(plain.perturb(h, phi, mean, var, noise, settings), h, usage)
+        return _bounded(plain.perturb(h, phi, mean, var, noise, settings), usage)
 
     def scale(self, h: Tensor) -> Tensor:
         """s: `[C]`, from the batch in training mode, from the running statistics in evaluation mode."""
@@ -331,7 +336,7 @@ class PerturbSite(UsesPhi):
             noise=usage.noise,
             gate=usage.gate,
             strength=usage.strength,
-            clip=usage.clip if usage.paper and (self.training or usage.clip_eval) else None,
+            clip=usage.clip if self.training or usage.clip_eval or not usage.paper else None,
             channel_ratio=self.channels / self.channel_norm,
             size_ratio=h.shape[2] / self.size_norm,
         )
@@ -351,6 +356,19 @@ class PerturbSite(UsesPhi):
         if self.training and not torch.compiler.is_compiling() and _is_batched(h):
             raise UserError("φ mixes the images of a batch: there are no gradients of single ones (torch.func.vmap)")
 
+    def _look(self, h: Tensor, clip: float) -> None:
+        """Once: whether the bound would cut what is ordinary here, as in a network that is fed with 0 to 255."""
+        if torch.compiler.is_compiling() or h.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(h):
+            return
+        self._looked = True
+        share = (h.detach().abs() > clip).float().mean().item()
+        if share > 0.01:
+            warnings.warn(
+                f"{share:.0%} of the values before a site of φ exceed clip={clip:g} and are cut; normalize the images "
+                "or attach with a larger clip",
+                stacklevel=2,
+            )
+
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
@@ -364,15 +382,9 @@ class PerturbSite(UsesPhi):
         return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
 
 
-def _bounded(out: Tensor, h: Tensor, usage: Usage) -> Tensor:
-    """No value is enlarged beyond ±k: z grows with h, and what is large would be squared from site to site.
-
-    What is larger before the site may stay so: in networks whose ordinary values are, nothing is cut.
-    """
-    if usage.paper or usage.clip is None or usage.strength == 0.0:
-        return out
-    bound = h.detach().abs().clamp(min=usage.clip)
-    return out.clamp(min=-bound, max=bound)
+def _bounded(out: Tensor, usage: Usage) -> Tensor:
+    """Also from below: z grows with h, and what is large would be squared from site to site."""
+    return out if usage.paper or usage.clip is None or usage.strength == 0.0 else out.clamp(min=-usage.clip)
 
 
 def _is_batched(h: Tensor) -> bool:

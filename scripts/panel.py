@@ -1,0 +1,111 @@
+"""Any CNN: φ in every classification CNN of torchvision up to 60 M parameters and in some of timm, one line each.
+
+    python scripts/panel.py                    # goes on where it stopped; results/panel.jsonl, results/panel.md
+    python scripts/panel.py --only resnet18 timm/repvgg_a0 --out /tmp/panel
+
+A line says how many sites were found, that 20 training steps on random images and an evaluation after them are finite,
+that a network made anew and given the state predicts the same, and that `detach` restores the network.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import metaperturb
+from metaperturb import UserError, models
+from metaperturb.storage import write_atomically
+
+LARGEST, STEPS, BATCH, CLASSES, LR = 60e6, 20, 8, 10, 1e-3
+TIMM = """
+resnet10t resnet26d resnetv2_50 resnext50_32x4d res2net50_14w_8s resnest14d seresnet50 ecaresnet26t skresnet18
+regnetz_b16 nf_regnet_b1 dla34 dla46_c hrnet_w18_small densenet121 dpn68 darknet53 cspresnet50 cs3darknet_s
+vovnet39a ese_vovnet19b_dw mobilenetv1_100 mobilenetv2_100 mobilenetv3_small_100 mobilenetv4_conv_small_035
+mnasnet_small fbnetc_100 spnasnet_100 tinynet_a ghostnet_100 ghostnetv2_100 ghostnetv3_050 mobileone_s0 repvgg_a0
+repghostnet_100 fastvit_t8 mixnet_s efficientnet_b0 efficientnet_lite0 efficientnetv2_rw_t rexnet_100 lcnet_050
+hardcorenas_a semnasnet_100 xception41 inception_v4 inception_resnet_v2 nasnetalarge pnasnet5large selecsls42b
+vgg11_bn convnext_atto convnextv2_atto inception_next_tiny convmixer_768_32 efficientvit_b0 mobilevit_xxs
+mobilevitv2_050 halonet26t lambda_resnet26t vit_tiny_patch16_224
+""".split()  # noqa: SIM905
+
+
+def save_text(path: Path, lines: list[str]) -> None:
+    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+
+
+def networks() -> list[str]:
+    return [*torchvision.models.list_models(module=torchvision.models), *(f"timm/{name}" for name in TIMM)]
+
+
+def try_network(name: str, size: int) -> dict[str, object]:
+    """What became of one network, by the headings of the table."""
+    make = lambda: models.create(name, CLASSES, size)  # noqa: E731
+    torch.manual_seed(0)
+    with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some networks compute with their weights
+        if sum(p.numel() for p in make().parameters()) > LARGEST:
+            return {"network": name, "outcome": f"left out: more than {LARGEST / 1e6:.0f} M parameters"}
+    model, phi = make(), metaperturb.load_phi("tiny_imagenet_resnet20")
+    images, labels = torch.randn(32, 3, size, size), torch.randint(CLASSES, (32,))
+    plain = list(model.state_dict())
+    try:
+        metaperturb.attach(model, phi, size, verbose=False)
+    except UserError as error:
+        return {"network": name, "outcome": f"refused: {error}"}
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    for _ in range(STEPS):
+        chosen = torch.randperm(len(images))[:BATCH]
+        loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        logits = model.eval()(images[:BATCH])
+        again = metaperturb.attach(make(), metaperturb.load_phi("tiny_imagenet_resnet20"), size, verbose=False).eval()
+        again.load_state_dict(model.state_dict())
+        torch.manual_seed(1)
+        same = torch.equal(again(images[:BATCH]), logits)
+        sites = list(map(str, model.metaperturb.specs))
+        metaperturb.detach(model)
+        restored = list(model.state_dict()) == plain and torch.equal(model(images[:2]), model(images[:2]))
+    checks = {"training": loss.isfinite().item(), "evaluation": logits.isfinite().all().item()}
+    checks |= {"state": same, "detach": restored}
+    failed = [check for check, passed in checks.items() if not passed]
+    return {"network": name, "sites": len(sites), "places": sites, "outcome": f"fails: {failed}" if failed else "ok"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="names of networks")
+    parser.add_argument("--size", type=int, default=64, help="side of the images [64]")
+    parser.add_argument("--out", type=Path, default=Path("results/panel"), help="path without suffix [results/panel]")
+    arguments = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    record = arguments.out.with_suffix(".jsonl")
+    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    done = {line["network"] for line in lines}
+    for name in arguments.only or networks():
+        if name in done:
+            continue
+        start = time.time()
+        try:
+            line = try_network(name, arguments.size)
+        except Exception as error:  # one network must not end the panel
+            line = {"network": name, "outcome": f"error: {type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        lines.append(line)
+        print(f"{name}: {line.get('sites', '')} {line['outcome']} ({time.time() - start:.0f} s)", flush=True)
+        save_text(record, [json.dumps(line) for line in lines])
+        rows = [f"| {r['network']} | {r.get('sites', '')} | {r['outcome'].replace('|', '/')} |" for r in lines]
+        head = ["# φ in other CNNs", "", f"`./run.sh panel`: {STEPS} steps, {arguments.size} px, one CPU, seed 0.", ""]
+        table = ["| network | sites | outcome |", "|---|---|---|", *rows]
+        save_text(arguments.out.with_suffix(".md"), [*head, *table])
+
+
+if __name__ == "__main__":
+    main()
