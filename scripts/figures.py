@@ -47,7 +47,7 @@ from tables.finished import (
     test_of,
     title,
 )
-from tables.grid import fingerprint_of, slug
+from tables.grid import slug
 
 from metaperturb import plots
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
@@ -57,6 +57,7 @@ from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import argument_parser, pairs, run_program
 from metaperturb.distributed import make_current, parse_devices
 from metaperturb.errors import UserError
+from metaperturb.identity import digest
 from metaperturb.runs import read_metrics
 from metaperturb.trained import TrainedRun, load_run
 from metaperturb.weights import load_phi
@@ -234,7 +235,7 @@ def parsed(text: str, kind: Any) -> Any:
 def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = ()) -> Path:
     """Where what an analysis found about a run is kept: a file for each choice of settings."""
     chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in without}
-    return run.dir / "analyses" / f"{analysis}-{fingerprint_of(chosen)}.json"
+    return run.dir / "analyses" / f"{analysis}-{digest(chosen)}.json"
 
 
 # --- the figures

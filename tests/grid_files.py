@@ -1,6 +1,7 @@
 """A small grid of trainings, hand-made records of its cells, and its table read back."""
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -57,16 +58,15 @@ def write_grid(folder: Path, text: str = GRID, name: str = "small") -> Path:
 
 def write_record(folder: Path, cell: Cell, accuracy: float, **changes: Any) -> Path:
     """What a finished cell leaves, with the metrics NLL = 2 · accuracy and ECE = accuracy / 10."""
-    config = {"seed": cell.seed, "method": cell.config.method, "steps": cell.config.steps}
-    result = {
-        "target": {"fingerprints": [f"{cell.column} train", f"{cell.column} test"]},
+    record = {
+        "program": "meta_test",
+        "cell": {"table": "small", "row": cell.row, "column": cell.column, "needs": cell.need_ids},
+        "seed": cell.seed,
+        "target": {"train": 3, "test": 2, "fingerprints": [f"{cell.column} train", f"{cell.column} test"]},
         "metrics": {"accuracy": accuracy, "nll": 2 * accuracy, "ece": accuracy / 10, "samples": 1},
-        "config": config,
-        "commit": "c0ffee",
-        "code": "d16e57",
-    }
-    record = {"table": "small", "row": cell.row, "column": cell.column, "seed": cell.seed}
-    record |= {"needs": {key: need.id for key, need in cell.needs.items()}, "result": result | changes}
+        **{"init": None, "phi_card": None, "phi_digest": None, "config": dataclasses.asdict(cell.config)},
+        **{"commit": "c0ffee", "code": "d16e57", "curve": []},
+    } | changes
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cell.id}.json"
     path.write_text(json.dumps(record))

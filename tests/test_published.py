@@ -29,6 +29,10 @@ def page(request) -> Path:
     return request.param
 
 
+def place(record: dict) -> tuple[str, str]:
+    return record["cell"]["row"], record["cell"]["column"]
+
+
 def records(page: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(page.with_suffix("").glob("*--*.json"))]
 
@@ -37,7 +41,9 @@ def diverged(page: Path) -> Counter[tuple[str, str]]:
     """Row and column → how many of its seeds diverged, and have no record."""
     folder = page.with_suffix("")
     found = (path for path in (folder / "diverged").glob("*.json") if not (folder / path.name).exists())
-    return Counter((kept["row"], kept["column"]) for kept in map(json.loads, (path.read_text() for path in found)))
+    return Counter(
+        (kept["cell"]["row"], kept["cell"]["column"]) for kept in map(json.loads, (path.read_text() for path in found))
+    )
 
 
 def lines(page: Path) -> list[dict[str, str]]:
@@ -48,9 +54,9 @@ def accuracies(page: Path) -> dict[tuple[str, str], dict[int, float]]:
     """Row and column → seed → accuracy in %."""
     found = defaultdict(dict)
     for record in records(page):
-        of_place = found[record["row"], record["column"]]
-        assert record["seed"] not in of_place, f"{page}: two records of {record['row']}, {record['column']}"
-        of_place[record["seed"]] = 100 * record["result"]["metrics"]["accuracy"]
+        of_place = found[place(record)]
+        assert record["seed"] not in of_place, f"{page}: two records of {place(record)}"
+        of_place[record["seed"]] = 100 * record["metrics"]["accuracy"]
     return found
 
 
@@ -59,13 +65,15 @@ def test_every_record_has_a_line_and_every_line_its_records(page):
     assert {(line["row"], line["column"]) for line in lines(page)} == accuracies(page).keys() | lost.keys()
     for line in lines(page):
         assert int(line.get("diverged") or 0) == lost[line["row"], line["column"]]
-        of_place = [r for r in records(page) if (r["row"], r["column"]) == (line["row"], line["column"])]
+        of_place = [
+            r for r in records(page) if (r["cell"]["row"], r["cell"]["column"]) == (line["row"], line["column"])
+        ]
         assert int(line["seeds"]) == len(of_place)
         if not of_place:
             assert {line[name] for name in line if name.startswith(("accuracy", "nll", "ece"))} == {""}
             continue
         for name, unit in (("accuracy", 100), ("nll", 1), ("ece", 100)):
-            values = [unit * record["result"]["metrics"][name] for record in of_place]
+            values = [unit * record["metrics"][name] for record in of_place]
             assert float(line[name]) == pytest.approx(statistics.mean(values), abs=1e-4)
             assert (line[f"{name}_std"] == "") == (len(values) == 1)
             if len(values) > 1:
@@ -99,7 +107,7 @@ def test_the_markdown_says_what_the_csv_says(page):
     details = {(cells[0], cells[1]): cells for cells in tables(page.with_suffix(".md").read_text())[1][1:]}
     assert details.keys() == {(line["row"], line["column"]) for line in lines(page)}
     for line in lines(page):
-        _, _, seeds, accuracy, paper, gap, difference, nll, ece, _ = details[line["row"], line["column"]]
+        _, _, seeds, accuracy, paper, gap, difference, nll, ece, *_ = details[line["row"], line["column"]]
         lost = int(line.get("diverged") or 0)
         assert seeds == line["seeds"] + (f"; {lost} diverged" if lost else "")
         assert paper.replace(" ", "") == (line["paper"] or "–")
@@ -189,11 +197,11 @@ def test_the_readmes_results_are_those_of_the_pages():
 
 def test_a_curve_ends_with_the_result(page):
     for record in records(page):
-        if not (curve := record.get("curve")):  # of an older version
+        if not (curve := record["curve"]):  # it was not recorded
             continue
         steps = [line["step"] for line in curve]
-        assert steps == sorted(set(steps)) and steps[-1] == record["result"]["config"]["steps"]
-        last, metrics = curve[-1], record["result"]["metrics"]
+        assert steps == sorted(set(steps)) and steps[-1] == record["config"]["steps"]
+        last, metrics = curve[-1], record["metrics"]
         assert {key: last[f"test_{key}"] for key in metrics} == {key: round(metrics[key], 6) for key in metrics}
 
 

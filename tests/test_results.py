@@ -1,5 +1,6 @@
 """What tables say of finished cells: statistics, comparisons, what is not mixed; tuning and selection by them."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -127,8 +128,8 @@ def test_the_page_has_ours_beside_the_papers(grid, folder, tmp_path):
     base = details[2]
     assert base[2:7] == ["2", "31.00 ± 1.41", "30.63 ± 0.66", "+0.37", "–"] and base[-1] == "paper"
     assert "to Base, n = 2" in details[3][6]
-    assert "their sources' defaults where nothing else stands here" in page
-    assert "21 of 30 cells have no result: not run yet, or failed" in page
+    assert "defaults of their sources where nothing else stands here" in page
+    assert "21 of 30 cells have not run yet, or failed" in page
 
 
 def test_reduced_cells_are_marked_and_explained(tmp_path):
@@ -146,9 +147,9 @@ def test_reduced_cells_are_marked_and_explained(tmp_path):
     ]
     assert overview[2][0] == "Drop | out"
     assert {line[5] for line in details[1:]} == {"–"}  # other data: no difference to the paper
-    assert "- Common to all cells: target: cub → embedded; image_size: 84 → 32; steps: 100 → 10\n" in text
+    assert "- All cells differ in: target: cub → embedded; image_size: 84 → 32; steps: 100 → 10\n" in text
     assert "- (b) phi: steps: 750 → 7\n" in text
-    assert "Birds stands in for the paper's CUB; other data, so no difference is given" in text
+    assert "`Birds` stands in for the paper's CUB. Its images differ" in text
     for line in read_csv(page).values():
         assert line["setting"] == "reduced" and "steps: 100 → 10" in line["departs_from_paper"]
         assert line["ours_minus_paper"] == ""
@@ -177,14 +178,14 @@ def test_versions_of_the_code_are_said(grid, folder, tmp_path, capsys):
     write_record(folder, grid.cell("Base", "CUB", 2), 0.3, code="0ther", commit="fade")
     write_record(folder, grid.cell("Base", "STL10", 1), 0.3, commit="beef")  # a commit that left the package alone
     page = write_table(grid, folder, tmp_path / "runs")
-    assert "**Cells of 2 versions of the code**: c0ffee (d16e57), fade (0ther)" in page.read_text()
+    assert "The cells come from 2 versions of the code" in page.read_text()
     assert "2 versions of the code: c0ffee (d16e57), fade (0ther)" in capsys.readouterr().err
     lines = read_csv(page)
     assert lines["Base", "CUB"]["code"] == "c0ffee (d16e57); fade (0ther)"
     assert lines["MetaPerturb", "CUB"]["code"] == lines["Base", "STL10"]["code"] == "c0ffee (d16e57)"
 
 
-def test_what_cells_started_from_is_kept_beside_them_and_its_version_said(grid, folder, tmp_path):
+def test_what_cells_started_from_is_kept_beside_them(grid, folder, tmp_path):
     phi = grid.cell("MetaPerturb", "CUB", 0).needs["phi"]
     made = tmp_path / "runs" / "needs" / phi.id / "result.json"
     made.parent.mkdir(parents=True)
@@ -192,33 +193,14 @@ def test_what_cells_started_from_is_kept_beside_them_and_its_version_said(grid, 
     result = {"program": "meta_train", "config": {"steps": 750, "run_dir": str(made.parent)}, "hardware": hardware}
     result |= {"metrics": {"train_loss": 2.5, "test_loss": 2.75}, "seconds": 1500, "processes": 2}
     result |= {"source": {"images": 40000}}
-    made.write_text(json.dumps(result | {"code": "0ld", "commit": "aged"}))
+    made.write_text(json.dumps(result))
     write_table(grid, folder, tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs")  # another machine
     text = write_table(grid, folder, tmp_path / "runs").read_text()
     assert tables(text)[-1][1] == [
         *("phi", "40,000", "750", "2.00", "2.500", "2.750", "cpu, 2 processes (a processor, 2 cores)", f"`{phi.id}`"),
     ]
-    assert f"`{phi.id}` is of another version of the code: aged (0ld)." in text
     assert str(tmp_path) not in (folder / "needs" / f"{phi.id}.json").read_text()
-
-
-def test_cells_of_two_makings_of_one_phi_are_said(grid, folder, tmp_path, capsys):
-    for seed, digest in enumerate(("one", "one")):  # at another time, on another machine, of the same values
-        write_record(folder, grid.cell("MetaPerturb", "CUB", seed), 0.4, phi_card={"seconds": seed}, phi_digest=digest)
-    assert "was made" not in write_table(grid, folder, tmp_path / "runs").read_text()
-    write_record(folder, grid.cell("MetaPerturb", "CUB", 2), 0.4, phi_digest="another")
-    page = write_table(grid, folder, tmp_path / "runs")
-    phi = grid.cell("MetaPerturb", "CUB", 0).needs["phi"].id
-    assert f"{phi} was made 2 times" in page.read_text() and f"{phi} was made 2 times" in capsys.readouterr().err
-
-
-def test_a_given_phi_is_one_whatever_its_cards_say_of_its_making(grid, folder, tmp_path, capsys):
-    save_phi(MetaPerturb(), tmp_path / "phi.pt")
-    given = Grid(grid.path, grid.preset, Overrides(files={"phi": tmp_path / "phi.pt"}))
-    for seed in (0, 1):
-        write_record(folder, given.cell("MetaPerturb", "CUB", seed), 0.4, phi_card={"seconds": seed})
-    assert "was made" not in write_table(given, folder, tmp_path / "runs").read_text() + capsys.readouterr().err
 
 
 def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_path):
@@ -248,8 +230,22 @@ def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_
     trained_with("another.pt", 2, {})
     assert reported()[1] == []  # which of the two is not for us to say
     (folder / "metaperturb--damaged.json").write_text("{}")
-    with pytest.raises(UserError, match="is no record of a training run"):
+    with pytest.raises(UserError, match="is no result of a run"):
         reported()
+
+
+def test_one_pass_has_columns_where_it_was_measured(grid, folder, tmp_path):
+    assert "one_pass_nll" not in read_csv(write_table(grid, folder, tmp_path / "runs"))["Base", "CUB"]
+    for seed, accuracy in enumerate((0.3, 0.34)):
+        write_record(folder, grid.cell("Base", "CUB", seed), 0.5, one_pass={"accuracy": accuracy, "nll": 2, "ece": 0.1})
+    page = write_table(grid, folder, tmp_path / "runs")
+    base, other = (read_csv(page)[row, "CUB"] for row in ("Base", "MetaPerturb"))
+    assert (base["one_pass_accuracy"], base["one_pass_nll"], base["accuracy"]) == ("32.0000", "2.0000", "50.0000")
+    assert float(base["one_pass_accuracy_std"]) == pytest.approx(math.sqrt(8), abs=1e-4)
+    assert other["one_pass_accuracy"] == other["one_pass_ece_std"] == ""
+    details = {tuple(line[:2]): line[-3:] for line in tables(page.read_text())[1]}
+    assert details["Base", "CUB"] == ["32.00 ± 2.83", "2.00 ± 0.00", "10.00 ± 0.00"]
+    assert details["MetaPerturb", "CUB"] == ["–"] * 3
 
 
 def test_other_images_are_not_mixed(grid, folder):
@@ -284,8 +280,8 @@ def test_what_diverged_is_said_beside_the_seeds_that_did_not(grid, folder, tmp_p
     overview, details = tables(page)
     cells = {row[0]: row[2].partition("<br>")[0] for row in overview}
     assert cells["Base"].startswith("30.00 (1; 2 diverged)") and cells["Dropout"] == "diverges (1)"
-    assert "\n- Diverged: Dropout, CUB, seed 0: step 3: not finite.\n" in page and "finished later" not in page
-    assert "/home" not in page and "19 of 30 cells have no result" in page
+    assert "\n- Dropout on CUB, seed 0, diverged: step 3: not finite.\n" in page and "finished later" not in page
+    assert "/home" not in page and "19 of 30 cells have not run yet" in page
     assert [row[2] for row in details if row[0] == "Base"] == ["1", "1; 2 diverged"]
     assert details[-1][:4] == ["Dropout", "CUB", "0; 1 diverged", "–"] and details[-1][-1] == "paper"
     assert [lines[row, "CUB"]["diverged"] for row in ("Base", "MetaPerturb", "Dropout")] == ["2", "0", "1"]
@@ -300,37 +296,23 @@ def test_a_table_in_which_all_diverged_has_a_page_and_says_the_setting(tmp_path)
     assert "diverges (1) (a)" in page and "reduced (a)" in page and "steps: " in page
 
 
-def test_what_is_kept_of_a_divergence_is_checked(grid, folder):
-    path = diverge(Results(grid, folder), "Dropout", 0)
-    whole = json.loads(path.read_text())
-    lacking = [{key: value for key, value in whole.items() if key != part} for part in ("diverged", "needs", "config")]
-    wrong = [whole | {"needs": {"phi": None}}, whole | {"seed": 1}, whole | {"fingerprints": ["x", "y"]}]
-    for damaged in ([], {}, whole | {"diverged": 5}, *lacking, *wrong):
-        path.write_text(json.dumps(damaged))
-        assert str(path) in refusal(grid, folder) and "remove" in refusal(grid, folder)
-    path.write_text(json.dumps(whole))
+def test_what_is_no_record_is_named(grid, folder):
+    """Neither of a training that finished nor of one that diverged."""
+    lost = diverge(Results(grid, folder), "Dropout", 0)
+    for path, own in ((folder / f"{grid.cell('Base', 'CUB', 0).id}.json", {"metrics": 5}), (lost, {"diverged": 5})):
+        whole = path.read_text()
+        record = json.loads(whole)
+        parts = ("program", "cell", "config", "metrics", "target", "phi_digest", *own)
+        damaged = [{key: value for key, value in record.items() if key != part} for part in parts]
+        damaged += [{**record, "cell": {"row": "Base", "column": "CUB"}}, record | own, [], {}]
+        damaged.append(record | {"target": {"fingerprints": ["one"]}})
+        for text in ("", "{", *map(json.dumps, damaged)):
+            path.write_text(text)
+            assert str(path) in refusal(grid, folder)
+        path.write_text(whole)
     assert [*Results(grid, folder).diverged] == [("Dropout", "CUB", 0)]
-    path.rename(path.with_name("dropout--cub--seed0--other.json"))
+    lost.rename(lost.with_name("dropout--cub--seed0--other.json"))
     assert "diverged/dropout--cub--seed0--other.json" in Results(grid, folder).strangers()
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"result": {"config": {}, "metrics": 5}}'])
-def test_a_damaged_record_is_named(grid, folder, content):
-    path = folder / f"{grid.cell('Base', 'CUB', 0).id}.json"
-    path.write_text(content)
-    assert str(path) in refusal(grid, folder)
-
-
-def test_every_part_that_a_record_lacks_is_noticed(grid, folder):
-    path = folder / f"{grid.cell('Base', 'CUB', 0).id}.json"
-    whole = json.loads(path.read_text())
-    for part in ("row", "column", "seed", "needs", "result"):
-        path.write_text(json.dumps({key: value for key, value in whole.items() if key != part}))
-        assert f"{path}: is no record of a training run; remove it" in refusal(grid, folder)
-    for part in ("config", "metrics", "target"):
-        result = {key: value for key, value in whole["result"].items() if key != part}
-        path.write_text(json.dumps(whole | {"result": result}))
-        assert f"{path}: is no record of a training run; remove it" in refusal(grid, folder)
 
 
 def test_a_record_of_another_seed_row_phi_or_setting_is_not_taken(grid, folder):
@@ -341,7 +323,8 @@ def test_a_record_of_another_seed_row_phi_or_setting_is_not_taken(grid, folder):
     path = write_record(folder, grid.cell("MetaPerturb", "CUB", 0), 0.4)
     path.write_text(path.read_text().replace("phi-seed0", "phi-seed1"))
     assert "it started from another φ or network" in refusal(grid, folder)
-    write_record(folder, grid.cell("MetaPerturb", "CUB", 0), 0.4, config={"seed": 0, "steps": 99})
+    cell = grid.cell("MetaPerturb", "CUB", 0)
+    write_record(folder, cell, 0.4, config=dataclasses.asdict(cell.config) | {"steps": 99})
     assert "steps: 99 → 100" in refusal(grid, folder)
 
 
@@ -382,7 +365,10 @@ def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):
         "target_path": f"{run / 'b.zip'}, {run / 'c.zip'}",
         "source_paths": [str(run / "a.zip")],
     }
-    result = {"config": config, "init": {"from": str(run), "tensors": 7}, "phi_card": {"config": config}}
+    config |= {"seed": 0}
+    result = {"program": "meta_test", "config": config, "init": {"from": str(run), "tensors": 7}, "phi_digest": "d"}
+    result |= {"phi_card": {"config": config}, "target": {"fingerprints": ["a", "b"]}}
+    result |= {"metrics": {"accuracy": 0.5, "nll": 1, "ece": 0.1}}
     (run / "result.json").write_text(json.dumps(result))
     write_own_record({"row": "Base"}, run, tmp_path / "record.json")
     text = (tmp_path / "record.json").read_text()

@@ -16,8 +16,8 @@
     presets:
       paper: {}                  # what the others are measured against
       quick: {set: …, seeds: …, needs: {phi: {steps: 100}}, rows: [names] , columns: [names] or {name: settings},
-              also: {another row: settings}, tuned: file that scripts/tune.py wrote,
-              tuned_as: the column it was tuned for, where that is none of the same name}
+              also: {another row, or settings of one: settings},
+              tuned: file that ./run.sh tune wrote}
 
 A column that stands in for one of the paper says so: `stands_for: CUB`, and `comparable: false` (of a preset: for all
 its columns) where the data differ so much that a difference between the numbers would mean nothing.
@@ -26,24 +26,21 @@ its columns) where the data differ so much that a difference between the numbers
 import dataclasses
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metaperturb.config import MetaTestConfig, default_of, load_config, read_yaml
+from metaperturb.config import MetaTestConfig, load_config, read_yaml
 from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
-from metaperturb.identity import differences
+from metaperturb.identity import INCIDENTAL, differences, fingerprint
 from metaperturb.storage import load_json
 from metaperturb.weights import find_phi, load_phi, phi_digest
 from tables.schema import PROGRAMS, read_grid, unknown
 
 REFERENCE = re.compile(r"\$\{(\w+)\}")
-# Settings that neither tell two cells of a table apart nor keep one from being at the paper's setting.
-INCIDENTAL = {"seed", "threads", "eval_batch_size"}
 COLUMN_KEYS = {"stands_for", "comparable"}
 VERSUS = "versus"  # of a row: what it is compared with
 # Settings that --set cannot give to cells, and how they are given.
@@ -171,8 +168,7 @@ class Grid:
                 raise unknown(f"{self.path}: presets: {preset}: need", name, self._needs)
         tuned = overrides.tuned or (path.parent.parent / chosen["tuned"] if "tuned" in chosen else None)
         self.tuned_path = tuned
-        self.tuned_as: str | None = chosen.get("tuned_as")
-        self.tuned = read_tuned(tuned, self.columns, self.tuned_as) if tuned else {}
+        self.tuned = read_tuned(tuned, self.columns) if tuned else {}
         self.untuned = [column for column in self.columns if tuned and column not in self.tuned]
         self._apply_command_line()
 
@@ -399,11 +395,8 @@ def candidate_rows(candidates: Mapping[str, Mapping[str, Sequence[Any]]]) -> dic
     return rows
 
 
-def read_tuned(path: Path, columns: Collection[str], tuned_as: str | None) -> dict[str, dict[str, dict[str, Any]]]:
+def read_tuned(path: Path, columns: Collection[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Hyperparameters that tuning chose: column → method → settings, of the columns that were tuned.
-
-    Args:
-        tuned_as: the tuned column whose values all `columns` take; None: each its own.
 
     Raises:
         UserError: no such file, or it has none of the columns.
@@ -414,39 +407,20 @@ def read_tuned(path: Path, columns: Collection[str], tuned_as: str | None) -> di
     chosen = content.get("chosen") if isinstance(content, dict) else None
     if not isinstance(chosen, dict):
         raise UserError(f"{path}: holds no choice of hyperparameters; ./run.sh tune writes one")
-    tuned = {column: chosen[tuned_as or column] for column in columns if (tuned_as or column) in chosen}
+    tuned = {column: chosen[column] for column in columns if column in chosen}
     if not tuned:
-        raise UserError(f"{path}: nothing was tuned for {tuned_as or ', '.join(columns)} (tuned: {', '.join(chosen)})")
+        raise UserError(f"{path}: nothing was tuned for {', '.join(columns)} (tuned: {', '.join(chosen)})")
     return tuned
 
 
-def fingerprint(program: str, config: Any) -> str:
-    """Identifies what a run computes, its seed aside; settings at their defaults do not enter.
-
-    So a setting that a later version adds does not orphan the results of earlier ones.
-    """
-    chosen = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if f.metadata["identity"] and f.name not in INCIDENTAL and getattr(config, f.name) != default_of(f)
-    }
-    return fingerprint_of([program, chosen])
-
-
-def fingerprint_of(content: Any) -> str:
-    """8 hex digits of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+def changes(paper: Any, ours: Any) -> list[str]:
+    """Settings in which `ours` differs from `paper` in a way that matters to the result."""
+    return differences(vars(paper), ours, without=INCIDENTAL)
 
 
 def with_own_size(config: MetaTestConfig) -> MetaTestConfig:
     """The same, with the number of pixels that a data set has when none is given."""
     return dataclasses.replace(config, image_size=config.image_size or TARGETS[config.target].image_size)
-
-
-def changes(paper: Any, ours: Any) -> list[str]:
-    """Settings in which `ours` differs from `paper` in a way that matters to the result."""
-    found = differences(dataclasses.asdict(paper), ours)
-    return [change for change in found if change.partition(":")[0] not in INCIDENTAL]
 
 
 def slug(name: str) -> str:

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tables.grid import Grid
-from tables.results import Entry, Results, images_of
+from tables.results import METRICS, Entry, Results, images_of
 
 CSV_COLUMNS = (
     *("row", "column", "seeds", "accuracy", "accuracy_std", "nll", "nll_std", "ece", "ece_std"),
     *("paper", "ours_minus_paper", "baseline", "difference", "low_95", "high_95", "pairs"),
     *("setting", "departs_from_paper", "code", "diverged"),
 )
+# Behind the others, in tables where it was measured.
+ONE_PASS = tuple(f"one_pass_{name}" for name in ("accuracy", "accuracy_std", "nll", "nll_std", "ece", "ece_std"))
+NONE = "–"
 
 
 def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -24,38 +27,43 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
         needs: results of the runs that cells started from, by id.
     """
     entries = results.entries()
-    marks = _marks(entries)
-    below = ", and below it the paper's" if grid.paper else ""
-    standard = "the paper's setting" if grid.paper else "that of the preset `paper`"
+    ways = dict.fromkeys(entry.differences for entry in entries if entry.differences)
+    marks = {way: f" ({_letter(i)})" for i, way in enumerate(ways)}  # of departing from the paper's setting
+    paper = "The second line is the paper's number. " if grid.paper else ""
+    usual = "the paper's" if grid.paper else "that of the preset `paper`"
     parts = [
         f"# {grid.title}",
-        f"Preset `{grid.preset}`. Accuracy in %, mean ± standard deviation over seeds (their number)"
-        f"{below}. A letter marks a reduced setting, explained below; no letter: {standard}.",
+        f"Preset `{grid.preset}`. Each cell is the accuracy in %: mean ± standard deviation (number of seeds). {paper}"
+        f"A letter marks a setting that differs from {usual}.",
         _overview(grid, entries, marks),
-        *_notes(grid, results, needs, entries, marks),
+        "\n".join(_notes(grid, results, entries, marks)),
         "## In detail",
-        "Difference to the baseline: mean over seeds that both have, with the 95 % interval of Student's t over these "
-        "pairs. NLL in nats.",
+        "The difference to the baseline is the mean over the seeds that both have, with the 95 % interval of Student's "
+        "t over these pairs. NLL is in nats.",
         _details(entries, marks),
     ]
-    if runs := _meta_trainings(needs):
-        parts += ["## The meta-trainings behind it", runs]
-    return "\n\n".join(parts) + "\n"
+    if trained := _meta_trainings(needs):
+        parts += ["## The φ behind it", trained]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def csv_text(results: Results) -> str:
     """One line a row and column."""
-    out = io.StringIO()
+    out, entries = io.StringIO(), results.entries()
+    once = any(entry.one_pass for entry in entries)
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for entry in results.entries():
+    writer.writerow([*CSV_COLUMNS, *(ONE_PASS if once else ())])
+    for entry in entries:
         d = entry.difference
-        numbers = [x for m in entry.metrics.values() for x in (_number(m.mean), _number(m.std))]
-        paper = [entry.paper, _number(entry.gap)]
+        numbers, one_pass = (
+            [_number(x) for m in some.values() for x in (m.mean, m.std)] if some else [""] * (2 * len(METRICS))
+            for some in (entry.metrics, entry.one_pass)
+        )
         difference = [entry.versus, *([_number(d.mean), _number(d.low), _number(d.high), d.n] if d else [None] * 4)]
         setting = ["reduced" if entry.differences else "paper", "; ".join(entry.differences), "; ".join(entry.code)]
-        n = entry.metrics["accuracy"].n
-        writer.writerow([entry.row, entry.column, n, *numbers, *paper, *difference, *setting, entry.diverged])
+        place = [entry.row, entry.column, entry.metrics["accuracy"].n]
+        line = [*place, *numbers, entry.paper, _number(entry.gap), *difference, *setting, entry.diverged]
+        writer.writerow([*line, *(one_pass if once else ())])
     return out.getvalue()
 
 
@@ -63,12 +71,11 @@ def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ..
     by_place = {(entry.row, entry.column): entry for entry in entries}
 
     def text(row: str, column: str) -> str:
-        entry = by_place.get((row, column))
-        ours = "–"
-        if entry is not None:
+        ours = NONE
+        if (entry := by_place.get((row, column))) is not None:
             accuracy = entry.metrics["accuracy"]
-            number = f"{accuracy} ({entry.seeds})" if accuracy.n else f"diverges ({entry.diverged})"
-            ours = f"{number}{_mark(entry, marks)}"
+            ours = f"{accuracy} ({entry.seeds})" if accuracy.n else f"diverges ({entry.diverged})"
+            ours += marks.get(entry.differences, "")
         return f"{ours}<br>{_paper(grid.paper_value(row, column))}" if grid.paper else ours
 
     rows = [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows]
@@ -76,137 +83,102 @@ def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ..
 
 
 def _details(entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
+    once = any(entry.one_pass for entry in entries)
     head = ["", "", "seeds", "accuracy %", "paper", "ours − paper", "difference to baseline", "NLL", "ECE %", "setting"]
+    head += ["one pass: accuracy %", "one pass: NLL", "one pass: ECE %"] if once else []
     rows = []
     for entry in entries:
-        accuracy, nll, ece = (entry.metrics[key] for key in ("accuracy", "nll", "ece"))
-        gap = "–" if entry.gap is None else f"{entry.gap:+.2f}"
-        versus = "–" if entry.difference is None else f"{entry.difference} to {entry.versus}, n = {entry.difference.n}"
-        setting = f"reduced{_mark(entry, marks)}" if entry.differences else "paper"
-        ours = [entry.row, entry.column, entry.seeds, str(accuracy), _paper(entry.paper), gap, versus]
-        rows.append([*ours, str(nll), str(ece), setting])
+        accuracy, nll, ece = (str(entry.metrics[key]) for key in METRICS)
+        gap = NONE if entry.gap is None else f"{entry.gap:+.2f}"
+        versus = f"{entry.difference} to {entry.versus}, n = {entry.difference.n}" if entry.difference else NONE
+        setting = f"reduced{marks[entry.differences]}" if entry.differences else "paper"
+        line = [entry.row, entry.column, entry.seeds, accuracy, _paper(entry.paper), gap, versus, nll, ece, setting]
+        one_pass = [str(entry.one_pass[key]) for key in METRICS] if entry.one_pass else [NONE] * len(METRICS)
+        rows.append([*line, *(one_pass if once else ())])
     return markdown_table(head, rows)
 
 
 def _notes(
-    grid: Grid,
-    results: Results,
-    needs: Mapping[str, Mapping[str, Any]],
-    entries: Sequence[Entry],
-    marks: Mapping[tuple[str, ...], str],
-) -> list[str]:
+    grid: Grid, results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]
+) -> Iterable[str]:
     """What a reader must know so as not to compare what cannot be compared."""
     common = set.intersection(*(set(entry.differences) for entry in entries))
-    lines = [f"- Common to all cells: {'; '.join(c for c in entries[0].differences if c in common)}"] if common else []
+    if common:
+        yield f"- All cells differ in: {'; '.join(c for c in entries[0].differences if c in common)}"
     for differences, mark in marks.items():
         own = [change for change in differences if change not in common]
-        lines.append(f"- ({mark}) {'; '.join(own) or 'only what is common to all'}")
+        yield f"-{mark} {'; '.join(own) or 'differs in nothing else'}"
     if grid.tuned_path is not None:
         chosen: dict[str, list[str]] = {}  # values → columns
         for column, methods in grid.tuned.items():
-            values = "; ".join(f"{method} {_settings(s)}" for method, s in methods.items() if s)
-            chosen.setdefault(values, []).append(column)
-        lines += [
-            f"- Hyperparameters tuned on held-out training images of {grid.tuned_as or ', '.join(columns)}: {values}"
-            for values, columns in chosen.items()
-        ]
+            values = (f"{name} {', '.join(f'{k} {v}' for k, v in own.items())}" for name, own in methods.items() if own)
+            chosen.setdefault("; ".join(values), []).append(column)
+        for values, columns in chosen.items():
+            yield f"- Hyperparameters tuned on held-out training images of {', '.join(columns)}: {values}"
         if grid.untuned:
-            lines.append(f"- Hyperparameters not tuned, but their sources' defaults, on {', '.join(grid.untuned)}.")
+            yield f"- Hyperparameters on {', '.join(grid.untuned)} are the defaults of their sources, not tuned."
     elif not grid.tunes:
-        lines.append(
-            "- Hyperparameters of the regularizers: their sources' defaults where nothing else stands here, not tuned "
-            "for these data."
+        yield (
+            "- Hyperparameters of the regularizers are the defaults of their sources where nothing else stands here. "
+            "They were not tuned for these data."
         )
-    for name, column in grid.columns.items():
-        if column.stands_for != name and any(grid.paper_value(row, name) for row in grid.rows):
-            how = "" if column.comparable else "; other data, so no difference is given"
-            lines.append(f"- {name} stands in for the paper's {column.stands_for}{how}.")
-    others = [
-        name
-        for name, column in grid.columns.items()
-        if column.stands_for == name and not column.comparable and any(grid.paper_value(row, name) for row in grid.rows)
-    ]
-    if others:
-        lines.append(
-            f"- {', '.join(others)}: on other images than the paper's; its numbers are not comparable to ours."
-        )
-    lines += _images(results)
-    versions = results.code_versions()
-    if len(versions) > 1:
-        lines.append(f"- **Cells of {len(versions)} versions of the code**: {', '.join(versions)}; the CSV says which.")
-    elif versions:
-        lines.append(f"- Code: {versions[0]}.")
-    for id_, version in results.needs_of_other_code(needs).items():
-        lines.append(f"- `{id_}` is of another version of the code: {version}.")
-    lines += [f"- **{text}**." for text in results.several_makings()]
-    if taken := sum("taken_from" in record for record in results.records.values()):
-        were = "was" if taken == 1 else "were"
-        lines.append(f"- {taken} of these trainings {were} run for another table or preset; the records say for which.")
-    lines += [
-        f"- Diverged: {row}, {column}, seed {seed}: {found['diverged']}."
-        for (row, column, seed), found in results.diverged.items()
-    ]
-    missing = len(results.cells) - len(results.records) - len(results.diverged)
-    if missing:
-        lines.append(f"- {missing} of {len(results.cells)} cells have no result: not run yet, or failed.")
-    return ["\n".join(lines)] if lines else []
-
-
-def _images(results: Results) -> Iterable[str]:
-    """Which images columns have, a line each."""
+    with_paper = [name for name in grid.columns if any(grid.paper_value(row, name) for row in grid.rows)]
+    for name in with_paper:
+        column = grid.columns[name]
+        if column.stands_for != name:
+            how = "" if column.comparable else " Its images differ, so no difference to the paper is given."
+            yield f"- `{name}` stands in for the paper's {column.stands_for}.{how}"
+    own = [name for name in with_paper if grid.columns[name].stands_for == name]
+    if others := [name for name in own if not grid.columns[name].comparable]:
+        yield f"- {', '.join(others)}: the images differ from the paper's, so its numbers are not comparable to ours."
     by_images: dict[str, dict[str, None]] = {}
     for (_, column, _), record in results.records.items():
-        if images := images_of(record["result"]):
-            by_images.setdefault(images, {})[column] = None
+        by_images.setdefault(images_of(record), {})[column] = None
     for images, columns in by_images.items():
         yield f"- {', '.join(columns)}: {images}."
+    versions = results.code_versions()
+    if len(versions) > 1:
+        yield f"- The cells come from {len(versions)} versions of the code. The CSV names the version of each."
+    elif versions:
+        yield f"- Code: {versions[0]}."
+    if taken := sum("taken_from" in record["cell"] for record in results.records.values()):
+        were = "was" if taken == 1 else "were"
+        yield f"- {taken} of these trainings {were} run for another table or preset. The records say for which."
+    for (row, column, seed), record in results.diverged.items():
+        yield f"- {row} on {column}, seed {seed}, diverged: {record['diverged']}."
+    if missing := len(results.cells) - len(results.records) - len(results.diverged):
+        yield f"- {missing} of {len(results.cells)} cells have not run yet, or failed."
 
 
 def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
     """Loss and time of each: what joint training saves over the lookahead, for one."""
     rows = []
     for id_, result in needs.items():
-        if not {"source", "metrics", "seconds", "hardware"} <= result.keys():
+        if not (result.get("source") and result.get("hardware")):
             continue  # no meta-training, or a φ of which less is known
-        config, m = result["config"], result["metrics"] or {}
-        hardware = result["hardware"]
+        steps, m, hardware = result["config"]["steps"], result["metrics"] or {}, result["hardware"]
+        processes = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
         rows.append(
             [
                 result["need"],
                 f"{result['source']['images']:,}",
-                str(config["steps"]),
-                f"{result['seconds'] / config['steps']:.2f}" if config["steps"] else "–",
-                *(f"{m[key]:.3f}" if key in m else "–" for key in ("train_loss", "test_loss")),
-                f"{hardware['device']}, {result['processes']} process{'es' * (result['processes'] > 1)}"
-                f" ({hardware['cpu']}, {hardware['cores']} cores)",
+                str(steps),
+                f"{result['seconds'] / steps:.2f}" if steps else NONE,
+                *(f"{m[key]:.3f}" if key in m else NONE for key in ("train_loss", "test_loss")),
+                f"{hardware['device']}, {processes} ({hardware['cpu']}, {hardware['cores']} cores)",
                 f"`{id_}`",
             ]
         )
-    if not rows:
-        return ""
-    return markdown_table(["φ", "images", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"], rows)
-
-
-def _marks(entries: Sequence[Entry]) -> dict[tuple[str, ...], str]:
-    """A letter for each way of departing from the paper's setting."""
-    ways = dict.fromkeys(entry.differences for entry in entries if entry.differences)
-    return {way: _letter(i) for i, way in enumerate(ways)}
+    head = ["φ", "images", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"]
+    return markdown_table(head, rows) if rows else ""
 
 
 def _letter(i: int) -> str:
     return ("" if i < 26 else _letter(i // 26 - 1)) + chr(ord("a") + i % 26)
 
 
-def _mark(entry: Entry, marks: Mapping[tuple[str, ...], str]) -> str:
-    return f" ({marks[entry.differences]})" if entry.differences else ""
-
-
 def _paper(value: str | None) -> str:
-    return "–" if value is None else value.replace("±", " ± ")
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items())
+    return NONE if value is None else value.replace("±", " ± ")
 
 
 def _number(value: float | None) -> str:

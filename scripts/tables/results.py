@@ -1,39 +1,79 @@
 """One JSON a cell under `results/`: writing it, and reading back those that belong to a grid."""
 
-import contextlib
-import dataclasses
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from metaperturb.config import MetaTestConfig
 from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
+from metaperturb.identity import INCIDENTAL, differences
 from metaperturb.provenance import code_digest, commit
-from metaperturb.runs import read_metrics
+from metaperturb.runs import read_metrics, read_result
 from metaperturb.storage import load_json, save_json
-from tables.grid import Cell, Grid, Need, changes, config_of, fingerprint
+from tables.grid import Cell, Grid, Need, config_of
 from tables.statistics import Difference, Summary, paired_difference, summarize
 
-METRICS = {
-    "accuracy": 100,
-    "nll": 1,
-    "ece": 100,
-}  # as the programs write them → what they are multiplied with to be read
+METRICS = {"accuracy": 100, "nll": 1, "ece": 100}  # as runs have them → what they are multiplied with to be read
 CLASSES, IMAGES_A_CLASS = 200, 500  # of Tiny ImageNet's training set
-STARTS = ("phi", "init")  # settings that say what a training starts from
-SETTINGS = {field.name for field in dataclasses.fields(MetaTestConfig)}
 DIVERGED = "diverged"  # folder beside the records, for those cells that have none because they diverged
 PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "from", "split_file", "source_paths")
 
 
-def write_record(place: Mapping[str, Any], run_dir: Path, path: Path) -> None:
-    """Make a finished run's record: its place in the table, `result.json` without this machine's folders, its curve."""
-    save_json({**place, "result": shortened(load_json(run_dir / "result.json")), "curve": curve(run_dir)}, path)
+# --- records: `metaperturb.runs.read_result` says what is in them
+
+
+def write_record(cell: Mapping[str, Any], run_dir: Path, path: Path) -> None:
+    """Make a finished run's record: its `result.json` without this machine's folders, place in the table and curve."""
+    result = shortened(read_result(run_dir / "result.json"))
+    save_json({"program": result["program"], "cell": cell, **result, "curve": curve(run_dir)}, path)
+
+
+def write_diverged(results: "Results", cell: Cell, images: Iterable[str], run_dir: Path, said: str) -> None:
+    """Keep of a run that diverged what it said last instead of metrics; `images`: fingerprints of those it has."""
+    record = {
+        "program": "meta_test",
+        "cell": place_of(results.grid, cell),
+        "seed": cell.seed,
+        "target": {"name": None, "train": None, "test": None, "fingerprints": [*images]},
+        "metrics": None,
+        "diverged": said.removeprefix(f"{run_dir}: ").replace(str(run_dir), run_dir.name),
+        **dict.fromkeys(("init", "sites", "phi_card", "phi_digest", "kernel", "seconds", "versions", "hardware")),
+        "config": shortened(asdict(cell.config)),
+        "commit": commit(),
+        "code": code_digest(),
+        "curve": [],
+    }
+    save_json(record, results.diverged_path(cell))
+
+
+def place_of(grid: Grid, cell: Cell) -> dict[str, Any]:
+    return {"table": grid.name, "row": cell.row, "column": cell.column, "needs": cell.need_ids}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A cell's record, also of one that diverged.
+
+    Raises:
+        UserError: the file cannot be read or is none.
+    """
+    record = read_result(path)
+    cell = record.get("cell")
+    if not (isinstance(cell, dict) and {"row", "column"} <= cell.keys() and isinstance(cell.get("needs"), dict)):
+        raise UserError(f"{path}: is no record of a table's cell; remove it")
+    return record
+
+
+def read_all(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records in a folder, and those of trainings that diverged.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    yield from map(read_record, sorted(folder.glob("*--*.json")))
+    yield from map(read_record, sorted(folder.glob(f"{DIVERGED}/*--*.json")))
 
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
@@ -53,159 +93,27 @@ def curve(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def cell_place(grid: Grid, cell: Cell) -> dict[str, Any]:
-    return {"table": grid.name, "row": cell.row, "column": cell.column, "seed": cell.seed, "needs": cell.need_ids}
-
-
-def write_diverged(results: "Results", cell: Cell, images: Iterable[str], run_dir: Path, said: str) -> None:
-    """Keep of a run that diverged, instead of a record, its place in the table, settings, version and what it said.
-
-    `images`: fingerprints of those it trained and is evaluated on.
-    """
-    said = said.removeprefix(f"{run_dir}: ").replace(str(run_dir), run_dir.name)
-    made = {
-        "diverged": said,
-        "fingerprints": [*images],
-        "config": shortened(dataclasses.asdict(cell.config)),
-        "code": code_digest(),
-    }
-    save_json({**cell_place(results.grid, cell), **made, "commit": commit()}, results.diverged_path(cell))
-
-
-def read_diverged(path: Path) -> dict[str, Any]:
-    """What `write_diverged` wrote.
-
-    Raises:
-        UserError: the file cannot be read or is none.
-    """
-    found = load_json(path)
-    try:
-        _ = found["row"], found["column"], found["seed"], found["config"]["seed"]
-        whole = isinstance(found["diverged"], str) and len(found["fingerprints"]) == 2
-        whole = whole and all(isinstance(id_, str) for id_ in found["needs"].values())
-    except (AttributeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: does not say which training diverged; remove it")
-    return found
-
-
-def content_of(id_: str) -> str | None:
-    """What the id of a need says of its content, without what a table calls it: a digest, or a run's settings."""
-    found = re.fullmatch(r".*?[-_]((seed\d+-)?[0-9a-f]{8})", id_)
-    return found and found[1]
-
-
-@dataclass(frozen=True)
-class Training:
-    """What makes two trainings of meta-testing one, in whatever table they stand.
-
-    Attributes:
-        settings: fingerprint of the settings, without what the training starts from.
-        seed: of the training.
-        images: fingerprints of those it trains and is evaluated on.
-        started: what it starts from: setting, content, and for one that was made, not given, its images.
-    """
-
-    settings: str
-    seed: int
-    images: tuple[str, ...]
-    started: tuple[tuple[str, str, tuple[str, ...]], ...]
-
-
-def training_of(
-    config: MetaTestConfig, needs: Mapping[str, str], images: Iterable[str], sources: Mapping[str, Iterable[str]]
-) -> Training | None:
-    """Of settings, of needs (setting → id), and of fingerprints of images; None where too little is known.
-
-    Args:
-        config: the settings.
-        needs: setting → id of what it refers to.
-        images: those it trains and is evaluated on.
-        sources: setting → those that what it refers to was made of.
-    """
-    contents = {key: content_of(id_) for key, id_ in needs.items()}
-    unknown = None in contents.values() or any(getattr(config, key) and key not in needs for key in STARTS)
-    made = {key: tuple(sources.get(key, ())) for key, content in contents.items() if str(content).startswith("seed")}
-    if unknown or not all(made.values()):
-        return None
-    settings = fingerprint("meta_test", dataclasses.replace(config, **dict.fromkeys(needs)))
-    started = tuple((key, content, made.get(key, ())) for key, content in sorted(contents.items()))
-    return Training(settings, config.seed, tuple(images), started)
-
-
-def trainings_elsewhere(root: Path, folder: Path) -> dict[Training, Path]:
-    """The records under `root` of trainings that were run for another folder of it than this one."""
-    found: dict[Training, Path] = {}
-    for path in sorted(root.glob("*/*/*--*.json")):
-        if path.parent.resolve() == folder.resolve():
-            continue
-        try:
-            record = read_record(path)
-            result = record["result"]
-            settings = {key: value for key, value in result["config"].items() if key in SETTINGS}
-            sources = {"phi": [], "init": []}
-            with contextlib.suppress(AttributeError, KeyError, TypeError):
-                sources["phi"] = [result["phi_card"]["source"]["fingerprint"]]
-            with contextlib.suppress(AttributeError, KeyError, TypeError):
-                sources["init"] = result["init"]["run"]["data"]["fingerprints"]
-            images = result["target"]["fingerprints"]
-            training = training_of(MetaTestConfig(**settings), record["needs"], images, sources)
-        except (AttributeError, KeyError, TypeError, UserError, RecursionError):
-            print(f"{path}: passed over, is no record of a training", file=sys.stderr)
-            continue
-        if training is not None and "taken_from" not in record:
-            found.setdefault(training, path)
-    return found
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of a training run.
-
-    Raises:
-        UserError: the file cannot be read or is none.
-    """
-    record = load_json(path)
-    try:
-        result, metrics = record["result"], record["result"]["metrics"]
-        _ = record["row"], record["column"], record["seed"], result["config"]["seed"]
-        whole = all(isinstance(metrics[key], int | float) for key in METRICS) and isinstance(record["needs"], Mapping)
-        whole = whole and len(result["target"]["fingerprints"]) == 2
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: is no record of a training run; remove it")
-    return record
-
-
 def images_of(result: Mapping[str, Any]) -> str:
     """What a run trained and was evaluated on: `cub50.zip, 84 pixels: 1,500 training and 1,389 test images`."""
     target, config = result["target"], result["config"]
-    name = Path(config["target_path"]).name if config.get("target") == "folder" else config.get("target", "")
-    if not (name and {"train", "test"} <= target.keys()):  # of an older version
-        return ""
-    size = config.get("image_size") or TARGETS[name].image_size
-    split = config.get("eval_split", "test")
-    held_out = {"holdout": "held-out", "val": "validation"}.get(split, split)
+    name = Path(config["target_path"]).name if config["target"] == "folder" else config["target"]
+    size = config["image_size"] or TARGETS[name].image_size
+    held_out = {"holdout": "held-out", "val": "validation"}.get(config["eval_split"], config["eval_split"])
     return f"{name}, {size} pixels: {target['train']:,} training and {target['test']:,} {held_out} images"
 
 
-def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
+def shortened(value: Any, key: str = "") -> Any:
     """The same with file names for paths, so that a record says nothing of the machine's folders."""
+    if isinstance(value, Mapping):
+        return {name: shortened(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [shortened(part, key) for part in value]
+    if key in PATHS and isinstance(value, str):
+        return ",".join(Path(part.strip()).resolve().name for part in value.split(","))  # may list several
+    return value
 
-    def name(value: Any) -> Any:
-        if isinstance(value, list):
-            return [name(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        return ",".join(Path(part.strip()).name for part in value.split(","))  # `target_path` may list several
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: name(v) if k in PATHS and not isinstance(v, Mapping) else walk(v) for k, v in value.items()}
-        return [walk(item) for item in value] if isinstance(value, list) else value
-
-    return walk(result)
+# --- the records of a grid
 
 
 @dataclass(frozen=True)
@@ -215,6 +123,7 @@ class Entry:
     row: str
     column: str
     metrics: Mapping[str, Summary]  # of accuracy (%), NLL (nats), ECE (%)
+    one_pass: Mapping[str, Summary] | None  # the same of deterministic predictions, where they were measured
     versus: str | None  # the baseline's row
     difference: Difference | None  # of accuracy, to the baseline
     paper: str | None
@@ -244,16 +153,23 @@ class Results:
     def __init__(self, grid: Grid, folder: Path) -> None:
         self.grid, self.folder = grid, folder
         self.cells = {cell.place: cell for cell in grid.cells()}
-        self.records = {}
-        self.diverged: dict[tuple[str, str, int], dict[str, Any]] = {}  # what is kept of those that did
-        self.images: dict[str, Any] = {}  # column → fingerprints of its training and evaluation images
+        self.records: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self.diverged: dict[tuple[str, str, int], dict[str, Any]] = {}  # records of those that did, and not later ran
+        self.images: dict[str, list[str]] = {}  # column → fingerprints of its training and evaluation images
+        first: dict[str, Path] = {}
         for place, cell in self.cells.items():
-            path = self.path(cell)
-            if path.exists():
-                self.records[place] = self._read(path, cell)
-            elif self.diverged_path(cell).exists():
-                self.diverged[place] = self._read_diverged(self.diverged_path(cell), cell)
-        self._check_data()
+            for path, records in ((self.path(cell), self.records), (self.diverged_path(cell), self.diverged)):
+                if not path.exists():
+                    continue
+                records[place] = self._read(path, cell)
+                column, images = place[1], records[place]["target"]["fingerprints"]
+                if self.images.setdefault(column, images) != images:
+                    raise UserError(
+                        f"{path}: trained or evaluated on other images than {first[column].name}, and a column mixes "
+                        "no data; remove one"
+                    )
+                first.setdefault(column, path)
+                break
 
     def path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.id}.json"
@@ -279,67 +195,42 @@ class Results:
 
     def accuracies(self, row: str, column: str) -> dict[int, float]:
         """Seed → accuracy in %."""
-        return {seed: 100 * m["accuracy"] for seed, m in self._metrics(row, column).items()}
+        return {seed: 100 * record["metrics"]["accuracy"] for seed, record in self._of(row, column).items()}
 
     def code_versions(self) -> list[str]:
-        return _versions([*self.records.values(), *({"result": found} for found in self.diverged.values())])
+        return _versions([*self.records.values(), *self.diverged.values()])
 
     def made_by_other_code(self, digest: str) -> int:
         """How many records are of another version of the package than this one."""
-        made = [*(record["result"] for record in self.records.values()), *self.diverged.values()]
-        return sum(result.get("code") != digest for result in made)
+        return sum(record["code"] != digest for record in [*self.records.values(), *self.diverged.values()])
 
-    def needs_of_other_code(self, needs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """Of runs that cells started from, id → result, those whose version made no cell: id → version."""
-        ours = {record["result"].get("code") for record in self.records.values()}
-        return {id_: _version(result) for id_, result in needs.items() if result.get("code") not in ours}
-
-    def several_makings(self) -> list[str]:
-        """A line for each φ or network that was made more than once: by equal settings, but of other values."""
-        makings: dict[str, set[str]] = {}
-        for place, record in self.records.items():
-            result = record["result"]
-            for key, id_ in record["needs"].items():
-                if self.cells[place].needs[key].file is not None:  # given, not made: its id is that of its values
-                    continue
-                made = result.get("init")
-                made = result.get("phi_digest") if key == "phi" else isinstance(made, Mapping) and made.get("sha256")
-                if made:  # records of older versions do not tell
-                    makings.setdefault(id_, set()).add(made)
-        return [
-            f"{id_} was made {len(found)} times: cells that start from it do not all start from the same values"
-            for id_, found in makings.items()
-            if len(found) > 1
-        ]
-
-    def _metrics(self, row: str, column: str) -> dict[int, dict[str, float]]:
-        places = ((seed, self.records.get((row, column, seed))) for seed in self.grid.seeds)
-        return {seed: record["result"]["metrics"] for seed, record in places if record is not None}
+    def _of(self, row: str, column: str) -> dict[int, dict[str, Any]]:
+        """Seed → record."""
+        found = {seed: self.records.get((row, column, seed)) for seed in self.grid.seeds}
+        return {seed: record for seed, record in found.items() if record is not None}
 
     def _entry(self, row: str, column: str) -> Entry | None:
-        metrics, diverged = self._metrics(row, column), self.lost(row, column)
-        if not metrics and not diverged:
+        records, diverged = self._of(row, column), self.lost(row, column)
+        if not records and not diverged:
             return None
-        summaries = {key: summarize([factor * m[key] for m in metrics.values()]) for key, factor in METRICS.items()}
-        versus = self.grid.baseline(row) if metrics else None
-        difference = None
-        if versus is not None:
-            difference = paired_difference(self.accuracies(row, column), self.accuracies(versus, column))
-        records = {seed: self.records[row, column, seed] for seed in metrics}
-        differences = self._differences(row, column, records)
+        once = [record["one_pass"] for record in records.values() if record.get("one_pass")]
+        metrics = _summaries([record["metrics"] for record in records.values()])
+        versus = self.grid.baseline(row) if records else None
+        difference = versus and paired_difference(self.accuracies(row, column), self.accuracies(versus, column))
+        settings = self._differences(row, column, records)
         paper = self.grid.paper_value(row, column)
-        comparable = metrics and paper is not None and self.grid.columns[column].comparable
-        shorter = any(change.startswith(("steps:", "batch_size:")) for change in differences)
-        gap = summaries["accuracy"].mean - float(paper.partition("±")[0]) if comparable and not shorter else None
+        shorter = any(change.startswith(("steps:", "batch_size:")) for change in settings)
+        comparable = records and paper is not None and self.grid.columns[column].comparable and not shorter
         return Entry(
             row=row,
             column=column,
-            metrics=summaries,
+            metrics=metrics,
+            one_pass=_summaries(once) if once else None,
             versus=versus,
             difference=difference,
             paper=paper,
-            gap=gap,
-            differences=differences,
+            gap=metrics["accuracy"].mean - float(paper.partition("±")[0]) if comparable else None,
+            differences=settings,
             code=tuple(_versions(records.values())),
             diverged=diverged,
         )
@@ -347,53 +238,29 @@ class Results:
     def _differences(self, row: str, column: str, records: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """From the paper's setting: those of the settings, and which part of Tiny ImageNet cells started from."""
         cells = {seed: self.cells[row, column, seed] for seed in self.grid.seeds}  # of one setting
-        parts = [_part_of_source(cells[seed], record["result"]) for seed, record in records.items()]
-        settings = cells[self.grid.seeds[0]].differences
-        return tuple(dict.fromkeys([*settings, *(text for texts in parts for text in texts)]))
+        parts = [text for seed, record in records.items() for text in _part_of_source(cells[seed], record)]
+        return tuple(dict.fromkeys([*cells[self.grid.seeds[0]].differences, *parts]))
 
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
         record = read_record(path)
-        recorded, needs = record["result"]["config"], record["needs"]
-        own = record["row"], record["column"], record["seed"]
-        # A setting that the record's version did not know: the file's name says that the cell has it at its default.
-        # References to needs are compared by id, below.
-        before = dataclasses.replace(
-            cell.config, **{k: v for k, v in recorded.items() if k in SETTINGS and k not in cell.needs}
-        )
-        differing = changes(before, cell.config)
-        if own != cell.place or recorded.get("seed") != cell.seed:
-            differing.append(f"it is of {own}")
-        if needs != cell.need_ids:
-            differing.append("it started from another φ or network")
-        if differing:
-            raise UserError(f"{path}: holds other settings than its name says ({'; '.join(differing)}); remove it")
+        place = record["cell"]["row"], record["cell"]["column"], record["config"]["seed"]
+        wrong = [f"it is of {place}"] if place != cell.place else []
+        if record["cell"]["needs"] != cell.need_ids:
+            wrong.append("it started from another φ or network")
+        wrong += differences(record["config"], cell.config, without=INCIDENTAL | cell.needs.keys())
+        if wrong:
+            raise UserError(f"{path}: holds other settings than its name says ({'; '.join(wrong)}); remove it")
         return record
 
-    def _read_diverged(self, path: Path, cell: Cell) -> dict[str, Any]:
-        found = read_diverged(path)
-        if (found["row"], found["column"], found["seed"]) != cell.place or found["needs"] != cell.need_ids:
-            raise UserError(f"{path}: is of another training than its name says; remove it")
-        return found
 
-    def _check_data(self) -> None:
-        first: dict[str, Path] = {}
-        data_of = {place: record["result"]["target"]["fingerprints"] for place, record in self.records.items()}
-        data_of |= {place: found["fingerprints"] for place, found in self.diverged.items()}
-        for place, data in data_of.items():
-            cell, column = self.cells[place], place[1]
-            path = self.path(cell) if place in self.records else self.diverged_path(cell)
-            if self.images.setdefault(column, data) != data:
-                raise UserError(
-                    f"{path}: trained or evaluated on other images than {first[column].name}, and a column mixes no "
-                    "data; remove one"
-                )
-            first.setdefault(column, path)
+def _summaries(metrics: Iterable[Mapping[str, float]]) -> dict[str, Summary]:
+    return {key: summarize([factor * m[key] for m in metrics]) for key, factor in METRICS.items()}
 
 
-def _part_of_source(cell: Cell, result: Mapping[str, Any]) -> Iterator[str]:
+def _part_of_source(cell: Cell, record: Mapping[str, Any]) -> Iterator[str]:
     """For each φ or network that a cell started from and that saw a part of Tiny ImageNet only: how many images."""
     for key, need in cell.needs.items():
-        made = result.get("phi_card" if key == "phi" else "init") or {}
+        made = record["phi_card" if key == "phi" else "init"] or {}
         data = made.get("source") if key == "phi" else (made.get("run") or {}).get("data")
         if not data or not str(data.get("name")).startswith("tiny_imagenet"):
             continue
@@ -404,24 +271,15 @@ def _part_of_source(cell: Cell, result: Mapping[str, Any]) -> Iterator[str]:
 
 def _versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """`"commit (digest)"` of each version of the package; commits between which it did not change count as one."""
-    found: dict[str | None, str] = {}
-    for result in (record["result"] for record in records):
-        found.setdefault(result.get("code") or result.get("commit"), _version(result))
+    found: dict[str, str] = {}
+    for record in records:
+        found.setdefault(
+            record["code"] or record["commit"], f"{record['commit'] or 'no commit'} ({record['code'] or 'no digest'})"
+        )
     return sorted(found.values())
 
 
-def _version(result: Mapping[str, Any]) -> str:
-    return f"{result.get('commit') or 'no commit'} ({result.get('code') or 'no digest'})"
-
-
-def read_all(folder: Path) -> Iterator[dict[str, Any]]:
-    """What is recorded of the trainings in a folder, and of those that diverged.
-
-    Raises:
-        UserError: a record is damaged.
-    """
-    yield from map(read_record, folder.glob("*--*.json"))
-    yield from map(read_diverged, folder.glob(f"{DIVERGED}/*--*.json"))
+# --- what cells start from
 
 
 def take_recorded(grid: Grid, folder: Path) -> list[Need]:
@@ -433,16 +291,15 @@ def take_recorded(grid: Grid, folder: Path) -> list[Need]:
     Raises:
         UserError: a record is damaged.
     """
-    started = {id_ for record in read_all(folder) for id_ in record["needs"].values()}
+    started = {id_ for record in read_all(folder) for id_ in record["cell"]["needs"].values()}
     taken = []
     for name, program in grid.runs_not_given().items():
-        ids = [id_ for id_ in started if (content := content_of(id_)) and id_ in (name, f"{name}-{content}")]
-        if len(ids) != 1 or "-seed" in ids[0]:
-            continue
-        kept = folder / "needs" / f"{ids[0]}.json"
-        card = {key: value for key, value in load_json(kept).items() if key != "need"} if kept.exists() else {}
-        taken.append(Need(name, ids[0], config=config_of(program, card), file=Path(ids[0]), card=card))
-        grid.give(taken[-1])
+        ids = [id_ for id_ in started if re.fullmatch(rf"{re.escape(name)}(-[0-9a-f]{{8}})?", id_)]
+        if len(ids) == 1:
+            kept = folder / "needs" / f"{ids[0]}.json"
+            card = {key: value for key, value in load_json(kept).items() if key != "need"} if kept.exists() else {}
+            taken.append(Need(name, ids[0], config=config_of(program, card), file=Path(ids[0]), card=card))
+            grid.give(taken[-1])
     return taken
 
 
@@ -450,8 +307,7 @@ def keep_need_records(needs: Iterable[Need], runs: Path, folder: Path) -> dict[s
     """Copy what is known of the runs that cells start from beside the cells' records: id → `result.json`."""
     kept = {}
     for need in needs:
-        path = folder / "needs" / f"{need.id}.json"
-        made = runs / need.id / "result.json"
+        path, made = folder / "needs" / f"{need.id}.json", runs / need.id / "result.json"
         known = load_json(made) if need.program is not None and made.exists() else need.card
         if not path.exists() and known:
             save_json({"need": need.name, **shortened(known)}, path)

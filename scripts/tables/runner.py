@@ -7,7 +7,6 @@ is one of the two training programs, started as anybody would start it, in a run
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import shlex
 import subprocess
@@ -18,16 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from tqdm import tqdm
-
 from metaperturb.cli import PARENT
 from metaperturb.errors import Diverged, UserError
-from metaperturb.runs import clock
+from metaperturb.runs import clock, read_metrics
 from metaperturb.storage import reason
 
 LOG = "log.txt"
 POLL = 0.5  # seconds between two looks at the processes
-LINE_EVERY = 60.0  # seconds between two progress lines where there is no terminal
+LINE_EVERY = 60.0  # seconds between two lines that say how far it is
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,7 @@ class Job:
         record: the JSON that says that it is done.
         finish: makes the record from the finished run folder.
         needs: ids of jobs that must be done before.
-        steps: how many it has, for the time left.
-        work: how much there is to compute, in any unit common to all jobs.
+        steps: how many it has, and `weight`, what one takes beside those of other jobs: for the time left.
         diverge: called if the run diverged, with what it said last; keeps that, so that `diverged` tells.
         diverged: whether it was kept.
     """
@@ -53,10 +49,10 @@ class Job:
     arguments: Sequence[str]
     run_dir: Path
     record: Path
-    finish: Callable[[], None]
+    finish: Callable[[], None] = lambda: None
     needs: tuple[str, ...] = ()
     steps: int = 1
-    work: float = 1.0
+    weight: float = 1.0
     diverge: Callable[[str], None] | None = None
     diverged: Callable[[], bool] = lambda: False
 
@@ -64,10 +60,18 @@ class Job:
     def done(self) -> bool:
         return self.record.exists()
 
+    @property
+    def lock(self) -> Path:
+        return self.record.parent / ".running" / self.id
+
     def command(self, device: str) -> list[str]:
         """The process that does it on this device: GPU number or `"cpu"`."""
         key = "gpus" if self.program == "meta_train" else "gpu"
         return [sys.executable, "-m", f"metaperturb.{self.program}", *self.arguments, f"{key}={device}"]
+
+    def left(self) -> float:
+        """The work before it."""
+        return 0.0 if self.done else self.weight * max(0, self.steps - last_step(self.run_dir))
 
 
 @dataclass
@@ -93,7 +97,7 @@ def run_jobs(title: str, jobs: Sequence[Job], devices: Sequence[str], at_once: i
     """Run the jobs that are not done, in their order as far as what they need allows.
 
     Args:
-        title: heads the progress line.
+        title: heads the lines that say how far it is.
         jobs: those that others need among them.
         devices: of each a share of the jobs, in turn.
         at_once: how many run at a time.
@@ -107,13 +111,16 @@ def run_jobs(title: str, jobs: Sequence[Job], devices: Sequence[str], at_once: i
 
 class _Runner:
     def __init__(self, title: str, jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries: int) -> None:
+        self.title = title
         self.jobs = {job.id: job for job in jobs}
         self.waiting = [job for job in jobs if not job.done]
         self.slots = dict(zip(range(at_once), itertools.cycle(devices), strict=False))  # slot → device
-        self.tries = {job.id: retries for job in jobs}
+        self.tries = dict.fromkeys(self.jobs, retries)
         self.running: list[_Running] = []
         self.outcome = Outcome()
-        self.progress = _Progress(title, jobs, self)
+        self.asked = [*self.waiting]
+        self.work = sum(job.left() for job in self.asked)
+        self.started = self.told = time.monotonic()
 
     def run(self) -> Outcome:
         try:
@@ -122,15 +129,15 @@ class _Runner:
                 if not self.running and not self._worth_waiting():
                     break
                 time.sleep(POLL)
-                self._collect()
-                self.progress.show()
+                for each in [each for each in self.running if each.process.poll() is not None]:
+                    self._end(each)
+                self._tell()
             self.outcome.elsewhere = [job.id for job in self.waiting]
         finally:
             for each in self.running:
                 each.process.terminate()
             for each in self.running:
                 each.process.wait()
-            self.progress.close()
         return self.outcome
 
     def _start(self) -> None:
@@ -143,17 +150,17 @@ class _Runner:
             if lost := [need for need in job.needs if need in self.outcome.failed]:
                 self.waiting.remove(job)
                 self._fail(job, f"not run, because {lost[0]} failed")
-            elif all(self.jobs[need].done for need in job.needs) and (lock := _lock(job)):
+            elif all(self.jobs[need].done for need in job.needs) and (lock := _hold(job.lock)):
                 self.waiting.remove(job)
                 if job.done or job.diverged():  # another runner has seen to it since we looked
                     lock.close()
-                else:
-                    try:
-                        self.running.append(self._launch(job, free[0], lock))
-                        del free[0]
-                    except OSError as error:  # one that cannot start does not end the others
-                        lock.close()
-                        self._fail(job, f"{job.run_dir}: cannot be started ({reason(error)})")
+                    continue
+                try:
+                    self.running.append(self._launch(job, free[0], lock))
+                    del free[0]
+                except OSError as error:  # one that cannot start does not end the others
+                    lock.close()
+                    self._fail(job, f"{job.run_dir}: cannot be started ({reason(error)})")
 
     def _launch(self, job: Job, slot: int, lock: IO) -> _Running:
         job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -166,102 +173,59 @@ class _Runner:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         return _Running(job, process, slot, lock, said_before)
 
-    def _collect(self) -> None:
-        """See which processes have ended, and how."""
-        for each in [each for each in self.running if each.process.poll() is not None]:
-            self.running.remove(each)
-            job = each.job
-            said = last_line(job.run_dir / LOG, each.said_before)
-            if each.process.returncode == 0:
-                try:
-                    job.finish()
-                except (UserError, OSError) as error:
-                    said = str(error)
-            if each.process.returncode == 0 and job.done:
-                self.outcome.finished.append(job.id)
-                _lock_path(job).unlink(missing_ok=True)  # whoever takes it now sees the record
-                self.progress.write(f"{job.id}: {said}")
-            elif self.tries[job.id] > 0 and each.process.returncode != Diverged.exit_code:
-                self.tries[job.id] -= 1
-                self.waiting.append(job)
-                self.progress.write(f"{job.id}: failed, will be tried again: {said}")
-            elif each.process.returncode == Diverged.exit_code and self._keep(job, said):
-                self.outcome.diverged[job.id] = said
-                self.progress.write(f"{job.id}: diverged: {said}")
-            else:
-                self._fail(job, said)
-            each.lock.close()
-
-    def _keep(self, job: Job, said: str) -> bool:
-        if job.diverge is not None:
-            try:
+    def _end(self, ended: _Running) -> None:
+        """See how a process has ended."""
+        self.running.remove(ended)
+        job, code = ended.job, ended.process.returncode
+        said = last_line(job.run_dir / LOG, ended.said_before)
+        try:
+            if code == 0:
+                job.finish()
+            elif code == Diverged.exit_code and job.diverge is not None:
                 job.diverge(said)
-            except UserError as error:
-                self.progress.write(f"{job.id}: {error}")
-        return job.diverged()
+        except (UserError, OSError) as error:
+            said = f"{said}; {error}" if code else str(error)
+        if code == 0 and job.done:
+            self.outcome.finished.append(job.id)
+            job.lock.unlink(missing_ok=True)  # whoever takes it now sees the record
+            print(f"{job.id}: {said}", file=sys.stderr)
+        elif code == Diverged.exit_code and job.diverged():
+            self.outcome.diverged[job.id] = said
+            print(f"{job.id}: diverged: {said}", file=sys.stderr)
+        elif self.tries[job.id] > 0 and code != Diverged.exit_code:
+            self.tries[job.id] -= 1
+            self.waiting.append(job)
+            print(f"{job.id}: failed, will be tried again: {said}", file=sys.stderr)
+        else:
+            self._fail(job, said)
+        ended.lock.close()
 
     def _fail(self, job: Job, why: str) -> None:
         self.outcome.failed[job.id] = why
-        self.progress.write(f"{job.id}: failed: {why}")
+        print(f"{job.id}: failed: {why}", file=sys.stderr)
 
     def _worth_waiting(self) -> bool:
         """Whether something that is with another runner would let us go on once it is done."""
         self.waiting = [job for job in self.waiting if not job.done]
         return any(not self.jobs[need].done for job in self.waiting for need in job.needs)
 
-
-class _Progress:
-    """Jobs done, running and failed, and the time left: a bar on a terminal, elsewhere a line a minute."""
-
-    def __init__(self, title: str, jobs: Sequence[Job], runner: _Runner) -> None:
-        self.title, self.runner, self.total = title, runner, len(jobs)
-        self.todo = sum(job.work * _remaining(job) for job in runner.waiting)
-        self.before = [job.id for job in runner.waiting]
-        self.started = self.last = time.monotonic()
-        self.bar = tqdm(total=self.total, desc=title, unit="run") if sys.stderr.isatty() else None
-
-    def show(self) -> None:
+    def _tell(self) -> None:
+        """Now and then, how far it is."""
         now = time.monotonic()
-        if now - self.last < (2.0 if self.bar is not None else LINE_EVERY):
+        if now - self.told < LINE_EVERY:
             return
-        self.last = now
-        jobs = self.runner.jobs.values()
-        outcome = self.runner.outcome
-        done, failed = sum(job.done for job in jobs), len(outcome.failed) + len(outcome.diverged)
-        text = f"{len(self.runner.running)} running, {failed} failed, {self.time_left(now)}"
-        if self.bar is not None:
-            self.bar.n = done
-            self.bar.set_postfix_str(text)
-        else:
-            print(f"{self.title}: {done}/{self.total} done, {text}", file=sys.stderr, flush=True)
-
-    def time_left(self, now: float) -> str:
-        jobs = self.runner.jobs
-        remaining = {id_: jobs[id_].work * _remaining(jobs[id_]) for id_ in self.before}
-        done = self.todo - sum(remaining.values())
-        ended = {*self.runner.outcome.failed, *self.runner.outcome.diverged}
-        left = sum(work for id_, work in remaining.items() if id_ not in ended)
-        if done <= 0:
-            return "time left not known yet"
-        return f"about {clock((now - self.started) * left / done)} left"
-
-    def write(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.n = sum(job.done for job in self.runner.jobs.values())
-            self.bar.close()
+        self.told = now
+        lost = {**self.outcome.failed, **self.outcome.diverged}
+        work = {job.id: job.left() for job in self.asked}
+        done = self.work - sum(work.values())
+        left = sum(work for id_, work in work.items() if id_ not in lost)
+        time_left = f"about {clock((now - self.started) * left / done)} left" if done > 0 else "time left not known yet"
+        jobs = f"{sum(job.done for job in self.jobs.values())}/{len(self.jobs)} done, {len(self.running)} running"
+        print(f"{self.title}: {jobs}, {len(lost)} failed, {time_left}", file=sys.stderr, flush=True)
 
 
-def _remaining(job: Job) -> float:
-    """Share of its steps that a job has before it."""
-    return 0.0 if job.done or not job.steps else 1.0 - min(1.0, last_step(job.run_dir) / job.steps)
-
-
-def _lock(job: Job) -> IO | None:
-    """Held until it is closed, or this process is gone; None: another runner holds it."""
-    path = _lock_path(job)
+def _hold(path: Path) -> IO | None:
+    """A lock that is held until it is closed, or this process is gone; None: another runner holds it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")  # noqa: SIM115 (held as long as the job)
@@ -275,17 +239,10 @@ def _lock(job: Job) -> IO | None:
     return lock
 
 
-def _lock_path(job: Job) -> Path:
-    return job.record.parent / ".running" / job.id
-
-
 def last_step(run_dir: Path) -> int:
-    """The step that the newest complete line of a run's metrics is of; 0 before the first."""
-    with contextlib.suppress(OSError, ValueError, KeyError), open(run_dir / "metrics.jsonl", "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        for line in reversed(file.read().split(b"\n")[:-1]):
-            return int(json.loads(line)["step"])
-    return 0
+    """The step that the newest line of a run's metrics is of; 0 before the first."""
+    lines = read_metrics(run_dir)
+    return lines[-1]["step"] if lines else 0
 
 
 def last_line(log: Path, begin: int) -> str:

@@ -71,7 +71,6 @@ class _Checker:
             "also": lambda where, value: self.named(where, value, self.settings),
             "comparable": self.truth,
             "tuned": self.text,
-            "tuned_as": self.text,
         }
         return self.keys(where, self.settings(where, value), parts)
 

@@ -44,6 +44,12 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(mean, statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
+def evidence(accuracies: Mapping[int, float], diverged: int) -> dict[str, float | int | None]:
+    """What a choice keeps of one candidate's seeds: mean and deviation, or how many diverged, by which it loses."""
+    summary = summarize([*accuracies.values()])
+    return {"diverged": diverged} if diverged else {"mean": summary.mean, "std": summary.std, "seeds": summary.n}
+
+
 def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Student's t interval of mean(ours − baseline) over the seeds that both have; None if they share none.
 

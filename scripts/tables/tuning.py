@@ -11,7 +11,6 @@ those of the tables (`./run.sh table1 --help`).
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from metaperturb.cli import run_program
@@ -19,32 +18,27 @@ from metaperturb.errors import UserError
 from metaperturb.storage import save_json
 from tables.grid import Grid
 from tables.results import Results
-from tables.statistics import Summary, summarize
-from tables.trainings import ROOT, grid_parser, overrides, results_folder, run_grid, write_table
+from tables.statistics import evidence
+from tables.trainings import grid_parser, read_grid, results_folder, run_grid, write_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = grid_parser(__doc__)
-    parser.add_argument("--grid", type=Path, default=ROOT / "configs" / "tune.yaml", help="YAML file of the values")
-    arguments = parser.parse_args(argv)
+    arguments = grid_parser(__doc__, "tune.yaml").parse_args(argv)
     return run_program(lambda: tune(arguments), show_traceback=arguments.traceback)
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    grid = Grid(arguments.grid, arguments.preset, overrides(arguments))
-    for cell in grid.cells():
-        if cell.config.eval_split != "holdout":
-            raise UserError(
-                f"{arguments.grid}: {cell.row}: eval_split must be holdout, so that tuning sees no test image"
-            )
+    grid = read_grid(arguments)
+    if wrong := [cell.row for cell in grid.cells() if cell.config.eval_split != "holdout"]:
+        raise UserError(f"{grid.path}: {wrong[0]}: eval_split must be holdout, so that tuning sees no test image")
     run_grid(grid, arguments)
     if arguments.list:
         return
     folder = results_folder(grid, arguments)
     page = write_table(grid, folder, arguments.runs)
-    chosen, evidence = choose(grid, Results(grid, folder))
+    chosen, accuracy = choose(grid, Results(grid, folder))
     path = folder.with_name(folder.name + ".json")
-    save_json({"chosen": chosen, "accuracy": evidence}, path)
+    save_json({"chosen": chosen, "accuracy": accuracy}, path)
     for column, methods in chosen.items():
         for method, settings in methods.items():
             if settings:
@@ -61,35 +55,30 @@ def choose(grid: Grid, results: Results) -> tuple[dict[str, Any], dict[str, Any]
         UserError: no column is complete.
     """
     chosen: dict[str, Any] = {}
-    evidence: dict[str, Any] = {}
+    accuracy: dict[str, Any] = {}
     for column in grid.columns:
-        lost = [row for row in grid.rows if results.lost(row, column)]
-        finished = [row for row in grid.rows if row not in lost]
-        missing = sum(len(results.accuracies(row, column)) < len(grid.seeds) for row in finished)
+        found = {row: evidence(results.accuracies(row, column), results.lost(row, column)) for row in grid.rows}
+        missing = sum(one.get("seeds", len(grid.seeds)) < len(grid.seeds) for one in found.values())
         if missing:
-            print(
-                f"{column}: {missing} of {len(grid.rows)} candidates have not run yet: nothing chosen", file=sys.stderr
-            )
+            left = f"{missing} of {len(grid.rows)} candidates have not run yet"
+            print(f"{column}: {left}: nothing chosen", file=sys.stderr)
             continue
-        means: dict[str, Summary] = {row: summarize([*results.accuracies(row, column).values()]) for row in finished}
-        evidence[column] = {row: {"mean": m.mean, "std": m.std, "seeds": m.n} for row, m in means.items()}
-        evidence[column] |= {row: {"diverged": results.lost(row, column)} for row in lost}
-        chosen[column] = {}
+        accuracy[column], chosen[column] = found, {}
         for method in dict.fromkeys(settings["method"] for settings in grid.rows.values()):
-            rows = [row for row in finished if grid.rows[row]["method"] == method]
+            rows = [row for row in grid.rows if grid.rows[row]["method"] == method and "mean" in found[row]]
             if not rows:
                 print(f"{column}: {method}: all candidates diverged, nothing chosen", file=sys.stderr)
                 continue
-            best = max(rows, key=lambda row: means[row].mean)
+            best = max(rows, key=lambda row: found[row]["mean"])
             chosen[column][method] = {key: value for key, value in grid.rows[best].items() if key != "method"}
-            tell_edges(column, method, chosen[column][method], [grid.rows[row] for row in rows])
+            tell_edges(f"{column}: {method}", chosen[column][method], [grid.rows[row] for row in rows])
     if not chosen:
         raise UserError("nothing was chosen: no column has all its candidates yet")
-    return chosen, evidence
+    return chosen, accuracy
 
 
-def tell_edges(column: str, method: str, best: dict[str, Any], tried: list[dict[str, Any]]) -> None:
+def tell_edges(place: str, best: dict[str, Any], tried: list[dict[str, Any]]) -> None:
     for key, value in best.items():
         values = sorted({row[key] for row in tried})
         if len(values) > 2 and value in (values[0], values[-1]):
-            print(f"{column}: {method}: {key} {value} is at the edge of the values tried {values}", file=sys.stderr)
+            print(f"{place}: {key} {value} is at the edge of the values tried {values}", file=sys.stderr)

@@ -7,6 +7,7 @@ by what they hold, not by the names of their files.
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -98,12 +99,20 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def data_name(config: MetaTestConfig) -> str:
-    """The target as pictures and tables call it; of an image folder or archive its name."""
-    if config.target != "folder" or not config.target_path:
-        return config.target
-    names = (Path(part.strip()).resolve().name for part in config.target_path.split(","))
-    return ",".join(name.removesuffix(".zip").removesuffix(".tar") for name in names)
+def data_name(recorded: MetaTestConfig | Mapping[str, Any]) -> str:
+    """The target of a configuration, or of recorded settings, as pictures and tables call it.
+
+    Of an image folder or archive it is the name of that.
+
+    >>> data_name(MetaTestConfig(target="folder", target_path="data/Birds.v1i.folder")), data_name({"target": "cub"})
+    ('Birds.v1i.folder', 'cub')
+    """
+    known = recorded if isinstance(recorded, Mapping) else vars(recorded)
+    target, path = known["target"], known.get("target_path")
+    if target != "folder" or not path:
+        return target
+    names = (Path(part.strip()).resolve().name for part in path.split(","))
+    return ",".join(re.sub(r"\.(zip|tar|tar\.gz|tgz)$", "", name) for name in names)
 
 
 # --- a run and what is there already

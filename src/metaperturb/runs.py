@@ -1,5 +1,6 @@
 """One folder a run: `config.yaml`, `metrics.jsonl`, `checkpoints/`, and at the end `result.json` and `curves.png`."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -83,22 +84,50 @@ class Run:
         self._lock.close()
 
 
-def finished_result(run_dir: str) -> dict[str, Any] | None:
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """What a run left: its `result.json`, or a record of it under `results/`, which has the same shape.
+
+    Of both programs: `program`, `config`, `seed`, `metrics`, `kernel`, `seconds`, `versions`, `commit`, `code`,
+    `hardware`; of meta-testing also `target` with the fingerprints of its images, `init`, `sites`, `phi_card`,
+    `phi_digest` and, where it was measured, `one_pass`. A record adds `cell`, its place in a table, and `curve`, its
+    evaluations. One of a training that diverged has `diverged`, what it said last, and no `metrics`.
+
+    Raises:
+        UserError: the file cannot be read, or is none of these.
+    """
+    result = load_json(Path(path))
+    try:
+        whole = result["program"] in ("meta_train", "meta_test") and isinstance(result["config"], dict)
+        if whole and result["program"] == "meta_test":
+            _ = result["config"]["seed"], result["phi_digest"], result["init"]
+            of_metrics = isinstance(result["diverged"], str) if result["metrics"] is None else _all_numbers(result)
+            whole = of_metrics and len(result["target"]["fingerprints"]) == 2
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: is no result of a run; remove it")
+    return result
+
+
+def _all_numbers(result: dict[str, Any]) -> bool:
+    return all(isinstance(result["metrics"][name], int | float) for name in ("accuracy", "nll", "ece"))
+
+
+def finished_result(run_dir: str | os.PathLike) -> dict[str, Any] | None:
     """The content of `result.json`, or None while the run is not finished."""
     path = Path(run_dir) / "result.json"
-    return load_json(path) if path.exists() else None
+    return read_result(path) if path.exists() else None
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a half-written last one (a killed process) is left out."""
+    """The lines of `metrics.jsonl`. One that is damaged is left out, as is a last one of a killed process."""
     path = Path(run_dir) / "metrics.jsonl"
     lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 

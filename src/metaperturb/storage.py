@@ -7,6 +7,7 @@ import os
 import pickle
 import secrets
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,12 +72,23 @@ def load_tensors(path: Path) -> Any:
     """`torch.load` on the CPU with `weights_only=True`: tensors and plain values, never code.
 
     Raises:
-        UserError: unreadable, damaged, or holding anything but tensors and plain values.
+        UserError: unreadable, damaged (PyTorch writes a checksum of each part, but does not compare it), or holding
+            anything but tensors and plain values.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                damaged = parts.testzip()
+            if damaged is not None:
+                raise UserError(
+                    f"{path}: damaged ({damaged} does not match its checksum); take a copy of it, or let the run begin "
+                    "anew without its folder checkpoints"
+                )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on odd files; the caller judges the content
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: not loaded, because it is damaged or holds more than tensors and plain values (it could run code)"
