@@ -181,14 +181,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def example_of(model: nn.Module, image_size: int | tuple[int, int]) -> list[Tensor]:
+def example_of(model: nn.Module, image_size: int | tuple[int, int]) -> Iterator[Tensor]:
     """Zeros `[2, C, H, W]` for each number of channels that the network's images may have, the likeliest first."""
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     # Which convolution sees the image is not known before the network has run; mostly the one declared first.
     channels = dict.fromkeys([*(m.in_channels for m in convolutions[:1]), 3, 1, *(m.in_channels for m in convolutions)])
     like = next((m.weight for m in convolutions), next(model.parameters(), torch.empty(0)))
-    return [torch.zeros(2, c, height, width, dtype=like.dtype, device=like.device) for c in channels]
+    for c in channels:
+        yield torch.zeros(2, c, height, width, dtype=like.dtype, device=like.device)
 
 
 def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, example: Any = None) -> Trace:
@@ -211,9 +212,10 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
     if example is not None:
         candidates = [example if isinstance(example, tuple) else (example,)]
     else:
-        candidates = [(image,) for image in example_of(model, image_size)]
-    failure: Exception | None = None
+        candidates = ((image,) for image in example_of(model, image_size))
+    failure, shape = None, None
     for arguments in candidates:
+        shape = shape or [list(t.shape) for t in tensors(arguments)]
         for device in ("meta", None):
             try:
                 return _dry_run(model, arguments, device)
@@ -223,9 +225,8 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
     cause = str(failure).strip().split("\n")[0]
     if example is not None:
         raise UserError(f"{type(model).__name__}: does not run on the example ({cause})") from failure
-    shape = list(candidates[0][0].shape)
     raise UserError(
-        f"{type(model).__name__}: does not run on images {shape} ({cause}); {_way_out(model, image_size, failure)}"
+        f"{type(model).__name__}: does not run on images {shape[0]} ({cause}); {_way_out(model, image_size, failure)}"
     ) from failure
 
 
@@ -235,7 +236,7 @@ def _way_out(model: nn.Module, image_size: int | tuple[int, int], failure: Excep
     for name, part in model.named_modules():
         if takes_more and name and any(isinstance(m, nn.Conv2d) for m in part.modules()) and list(part.children()):
             with contextlib.suppress(Exception):
-                _dry_run(part, (example_of(part, image_size)[0],), "meta")
+                _dry_run(part, (next(example_of(part, image_size)),), "meta")
                 return f"attach to its part {name!r}, or give example=(…), what it runs on"
     return "is image_size right? (image_size=(height, width), or example=(…), what it runs on)"
 
