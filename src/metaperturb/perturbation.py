@@ -74,7 +74,6 @@ class Usage(NamedTuple):
     clip: float | None = CLIP
     paper: bool = True
     clip_eval: bool = False
-    deterministic: bool = False
 
 
 class UsesPhi(nn.Module):
@@ -99,7 +98,6 @@ class Attachment(UsesPhi):
         clip: k, the bound of what sites return, or None.
         paper: whether values are bounded as in the paper, from above and in training only.
         clip_eval: whether the paper's bound holds in evaluation, too (`paper` off: it does).
-        deterministic: whether sites multiply by the expectation of z given h instead of drawing z.
         noise: whether the sites multiply by z; a choice of `attach`, not to be set here.
         gate: whether the sites multiply by s; likewise.
         specs: where the sites are, in the order in which the network runs them.
@@ -225,7 +223,7 @@ def _shared(name: str, settable: bool = True) -> property:
 
     def set_(self: "Attachment | PerturbSite", value: Any) -> None:
         attachment = self if isinstance(self, Attachment) else self.attachment
-        if name in ("paper", "clip_eval", "deterministic") and not isinstance(value, bool):
+        if name in ("paper", "clip_eval") and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
         attachment._write(attachment.current()._replace(**{name: value}))
 
@@ -247,7 +245,7 @@ class PerturbSite(UsesPhi):
             arithmetic.
 
     Attributes:
-        strength, clip, paper, clip_eval, deterministic: those of the `Attachment`, for all its sites.
+        strength, clip, paper, clip_eval: those of the `Attachment`, for all its sites.
         running_mean: `[C, 4]`, what evaluation computes the scale from.
         running_var: `[C, 4]`, likewise.
 
