@@ -13,7 +13,8 @@ from metaperturb.errors import UserError
 from metaperturb.evaluation import evaluate
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.randomness import seed_torch
-from metaperturb.runs import finished_result
+from metaperturb.runs import finished_result, read_metrics
+from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.trained import load_run
 from metaperturb.weights import save_phi
 
@@ -75,3 +76,21 @@ def test_what_is_no_finished_run_is_said(runs, tmp_path, source_settings):
     for text in ("[1, 2", "just text", "steps: 3"):
         (copy / "config.yaml").write_text(text)
         assert "is no record of a run" in message(copy)
+
+
+@pytest.mark.parametrize("place", [0.25, 0.5, 0.75])
+def test_a_flipped_byte_is_noticed(tmp_path, place):
+    path = tmp_path / "latest.pt"
+    save_tensors({"model": {"weight": torch.randn(64, 64)}}, path)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="does not match its checksum") as error:
+        load_tensors(path)
+    assert "begin anew without its folder checkpoints" in one_line(error)
+
+
+def test_a_damaged_line_of_metrics_loses_itself_alone(tmp_path):
+    lines = [b'{"step": 1}', b'{"step": 2, "l\x00\xff', b"[3]", b'{"step": 4}', b'{"step": 5']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 4]
