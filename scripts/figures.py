@@ -150,19 +150,30 @@ def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
     return of_one_length if figure != "effort" else [some for some in of_one_length if effort_panels(some)[0]]
 
 
-def draw(arguments: argparse.Namespace, stem: str, plot: Callable[..., None], *content: Any) -> Path:
-    """Draw `content` into a file of this name (of several folders of runs, it tells which); its path without suffix.
+def draw(
+    arguments: argparse.Namespace,
+    kind: str,
+    plot: Callable[..., None],
+    content: Any,
+    title: str,
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Draw `content` into a file named after kind and title (of several folders of runs, it tells which).
+
+    Args:
+        rows: the numbers in the picture, where `plot` does not write them itself.
 
     Raises:
         UserError: this command has drawn one there already.
     """
-    path = arguments.out / (slug(stem) + (f"-{arguments.where}" if arguments.where else ""))
+    path = arguments.out / (slug(f"{kind} {title}") + (f"-{arguments.where}" if arguments.where else ""))
     if path in arguments.drawn:
         raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
     arguments.drawn.add(path)
-    plot(*content, path)
+    plot(content, title, path)
+    if rows:
+        plots.save_numbers([*rows[0]], [[*row.values()] for row in rows], path)
     print(path.with_name(path.name + ".png"))
-    return path
 
 
 @functools.cache
@@ -254,7 +265,7 @@ def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
             rows += [of_run | {key: line[key] for key in EVALUATION} for line in lines]
         if not set.intersection(*({line["step"] for line in lines} for lines in histories[method])):
             raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
-    write_numbers(rows, draw(arguments, f"fig5 {title(runs[0])}", plots.plot_convergence, histories, title(runs[0])))
+    draw(arguments, "fig5", plots.plot_convergence, histories, title(runs[0]), rows)
 
 
 def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -278,7 +289,7 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         ("samples", calibration, plots.plot_samples),
         ("robustness", robustness_curves(attacked), plots.plot_robustness),
     ):
-        draw(arguments, f"fig6 {kind} {title(runs[0])}", plot, curves, title(runs[0]))
+        draw(arguments, f"fig6 {kind}", plot, curves, title(runs[0]))
 
 
 def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -297,10 +308,8 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
                 raise UserError(f"{of_name[0].dir}: is about other images than another run about {name}")
             for run in of_name:
                 trained = loaded(run, arguments)
-                scales = [
-                    {**place, "spread": spread}
-                    for place, spread in zip(learned_scales(trained), noise_spread(trained), strict=True)
-                ]
+                spreads = noise_spread(trained)
+                scales = [{**at, "spread": of} for at, of in zip(learned_scales(trained), spreads, strict=True)]
                 by_data.setdefault(name, []).append(scales)
                 rows += [
                     {"data": name, "run": run.dir.name, "seed": run.config["seed"]}
@@ -308,16 +317,12 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
                     for place in scales
                     for channel, (s, spread) in enumerate(zip(place["s"], place["spread"], strict=True))
                 ]
-    networks = {
-        tuple((place["site"], place["channels"]) for place in scales) for same in by_data.values() for scales in same
-    }
-    if len(networks) > 1:
+    networks = [[(at["site"], at["channels"]) for at in scales] for same in by_data.values() for scales in same]
+    if any(sites != networks[0] for sites in networks):
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
     names = dict.fromkeys(run.data for run in perturbed)
     names = ", ".join(names) if len(names) < 4 else f"{len(names)} data sets"
-    write_numbers(
-        rows, draw(arguments, f"fig7 scales {names} {perturbed[0].config['model']}", plots.plot_scales, by_data)
-    )
+    draw(arguments, "fig7 scales", plots.plot_scales, by_data, f"{names}, {perturbed[0].config['model']}", rows)
 
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -334,7 +339,7 @@ def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         for a, row in zip(surface["coordinates"], surface["loss"], strict=True)
         for b, loss in zip(surface["coordinates"], row, strict=True)
     ]
-    write_numbers(rows, draw(arguments, f"fig8 {title(runs[0])}", plots.plot_surfaces, surfaces, title(runs[0])))
+    draw(arguments, "fig8", plots.plot_surfaces, surfaces, title(runs[0]), rows)
 
 
 def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
@@ -346,7 +351,7 @@ def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy, loss and calibration of methods."""
     results = {name: [run.result["metrics"] for run in same] for name, same in of_one_picture(runs).items()}
-    draw(arguments, f"compare {title(runs[0])}", plots.plot_comparison, results, title(runs[0]))
+    draw(arguments, "compare", plots.plot_comparison, results, title(runs[0]))
 
 
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -391,7 +396,7 @@ def growth(
                 results.setdefault(method, {})[n] = accuracies
     if not results:
         raise UserError(f"no method has one seed for all numbers of {unit}")
-    draw(arguments, f"{kind} {name}", plots.plot_growth, results, unit, name)
+    draw(arguments, kind, functools.partial(plots.plot_growth, unit), results, name)
 
 
 EFFORT = {  # what φ's card says of its meta-training → what the picture calls it
@@ -420,7 +425,7 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     for run in left_out:
         print(f"{run.path}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
     base = [run.accuracy for run in runs if run.method == "base"]
-    draw(arguments, f"effort {title(runs[0])}", plots.plot_effort, panels, base, title(runs[0]))
+    draw(arguments, "effort", functools.partial(plots.plot_effort, base), panels, title(runs[0]))
 
 
 def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[float]]], list[Finished]]:
@@ -451,7 +456,7 @@ def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     histories = {name: [read_metrics(run.dir) for run in same] for name, same in by_making(runs).items()}
     name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.config["model"] for run in runs)])
     try:
-        draw(arguments, f"learning {name}", plots.plot_learning, histories, name)
+        draw(arguments, "learning", plots.plot_learning, histories, name)
     except ValueError as error:
         raise UserError(f"metrics.jsonl of {error}") from error
 
@@ -464,7 +469,7 @@ def every_number(arguments: argparse.Namespace) -> None:
         values = {name: value.detach().numpy() for name, value in load_phi(source).named_parameters()}
         name = Path(source).stem
         name = Path(source).resolve().parent.name if name == "phi" else name
-        draw(arguments, f"phi {name}", plots.plot_phi, values, f"The 82 numbers of φ: {name}")
+        draw(arguments, "phi", plots.plot_phi, values, name)
 
 
 def source_of(run: Finished) -> str:
@@ -483,10 +488,6 @@ FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
     "effort": effort,
     "learning": learning,
 }
-
-
-def write_numbers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    plots.save_numbers([*rows[0]], [[*row.values()] for row in rows], path)
 
 
 if __name__ == "__main__":

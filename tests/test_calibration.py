@@ -1,4 +1,4 @@
-"""Calibration: its error by hand and by torchmetrics, and what Monte-Carlo samples buy, against a plain loop."""
+"""Calibration: its error by torchmetrics, and what Monte-Carlo samples buy, against a plain loop."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from torch import nn
 from metaperturb import UserError
 from metaperturb.analyses import calibration
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
-from metaperturb.evaluation import expected_calibration_error, metrics, reliability_bins
+from metaperturb.evaluation import expected_calibration_error, metrics
 from metaperturb.plots import plot_reliability, plot_samples
 from metaperturb.trained import load_run
 
@@ -22,29 +22,6 @@ SOME = Sampling(counts=(1, 3, 6), batch_size=64)
 @pytest.fixture(scope="module")
 def runs(trained_runs):
     return {method: load_run(folder) for method, folder in trained_runs.items()}
-
-
-def log_probabilities(confidences, classes=4):
-    """Predictions of class 0 with these confidences."""
-    p = torch.tensor([[c, *[(1 - c) / (classes - 1)] * (classes - 1)] for c in confidences], dtype=torch.float64)
-    return p.log()
-
-
-@pytest.mark.parametrize(
-    ("confidences", "right", "expected"),
-    [
-        ([0.9], [1], 0.1),
-        ([0.9], [0], 0.9),
-        ([0.99, 0.99, 0.99, 0.99], [1, 1, 1, 0], 0.24),
-        ([0.95, 0.97, 0.5, 0.52], [1, 0, 1, 1], (abs(1 - 1.92) + abs(2 - 1.02)) / 4),  # bins 15 and 8
-        ([0.45, 0.48], [1, 0], (0.55 + 0.48) / 2),  # bins 7 and 8: apart
-        ([0.95, 1.0], [0, 1], 0.95 / 2),  # a confidence of 1 shares the last bin: |1 − 1.95| / 2
-    ],
-)
-def test_calibration_error_by_hand(confidences, right, expected):
-    labels = torch.tensor([0 if r else 1 for r in right])
-    log_p = log_probabilities(confidences)
-    assert metrics(log_p, labels)["ece"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0, 50.0])
@@ -58,15 +35,6 @@ def test_torchmetrics_agrees(sharpness):
     assert metrics(log_p, labels)["ece"] == pytest.approx(expected, abs=1e-6)
     if sharpness == 50.0:
         assert (log_p.exp().amax(1) == 1).any()
-
-
-def test_bins():
-    confidence = torch.tensor([0.0, 0.2, 0.21, 0.4, 1.0], dtype=torch.float64)
-    count, confidences, hits = reliability_bins(confidence, torch.tensor([1, 0, 1, 1, 1]), 5)
-    assert count.tolist() == [2, 2, 0, 0, 1] and hits.tolist() == [1, 2, 0, 0, 1]
-    assert confidences.tolist() == pytest.approx([0.2, 0.61, 0, 0, 1])
-    by_hand = (abs(1 - 0.2) + abs(2 - 0.61)) / 5
-    assert expected_calibration_error(confidence, torch.tensor([1, 0, 1, 1, 1]), 5) == pytest.approx(by_hand)
 
 
 class Drawing(nn.Module):
@@ -140,10 +108,9 @@ def test_deterministic_and_kept(runs, tmp_path):
         measure_calibration(runs["base"], SOME, tmp_path / "a")
 
 
-def test_cut_off_and_continued(runs, tmp_path, monkeypatch, capsys):
+def test_cut_off_and_continued(runs, tmp_path, monkeypatch):
     run = runs["metaperturb"]
     whole = measure_calibration(run, SOME, tmp_path / "whole.json")
-    assert f"6 samples of 200 images = {6 * 200:,} forward passes" in capsys.readouterr().err
     monkeypatch.setattr(calibration, "SAVE_SECONDS", 0)
     save, saved = calibration.save_tensors, []
 

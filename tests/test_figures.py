@@ -350,7 +350,7 @@ def test_all_figures(runs, meta_trainings, tmp_path):
     assert {row["seeds"] for row in robust if row["name"] == "base"} == {"2"}
     # What takes long is kept, and taken from there.
     again = figures("fig6", copies, "--out", tmp_path / "again", "--set", *FAST[:-1])
-    assert again.returncode == 0 and "passes of an image" not in again.stderr
+    assert again.returncode == 0 and "step" not in again.stderr
     for path in (tmp_path / "again").glob("*.csv"):
         assert path.read_text() == (tmp_path / "out" / path.name).read_text()
 

@@ -4,9 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -35,7 +33,7 @@ def runs(trained_runs):
 
 def accuracy(run, tmp_path, norm, eps, **options):
     radii = {key: (eps,) if key == norm else () for key in ORDERS}
-    options = {"images": 100, "draws": 4, "samples": 10, "steps": 10, **options}
+    options = {"images": 60, "draws": 3, "samples": 8, "steps": 10, **options}
     result = measure_robustness(run, Attack(**radii, **options), tmp_path / f"{len(list(tmp_path.iterdir()))}.json")
     (point,) = result["points"]
     return point["accuracy"]
@@ -112,13 +110,14 @@ def test_without_a_perturbation_it_is_clean_accuracy(runs, tmp_path):
 
 @pytest.mark.parametrize("norm", ORDERS)
 def test_more_steps_leave_less(runs, tmp_path, norm):
-    values = [accuracy(runs["base"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 3, 10, 30)]
+    values = [accuracy(runs["base"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 3, 20)]
     assert values == sorted(values, reverse=True)  # exactly: the worst iterate is kept, and the iterates are the same
     assert values[-1] <= values[0] - 0.1
     noisy = [accuracy(runs["metaperturb"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 12)]
     assert noisy[1] <= noisy[0] + 0.02
 
 
+@pytest.mark.slow
 def test_more_draws_leave_less(runs, tmp_path):
     one, many = (accuracy(runs["metaperturb"], tmp_path, "linf", 0.06, draws=draws) for draws in (1, 10))
     assert many <= one + 0.01
@@ -152,6 +151,7 @@ def test_images_stay_in_the_ball_and_the_range(runs, norm, eps):
     assert all(p.grad is None for p in run.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_worst_iterate_is_kept(runs, tmp_path):
     """Steps twice as long as the radius jump about."""
     for norm in ("linf", "l1"):
@@ -248,13 +248,13 @@ def test_a_network_that_overflows_under_attack_has_no_answer(runs, tmp_path, cap
         attack = dataclasses.replace(SMALL, linf=(0.0, 1.4 / 255), l2=(), l1=())
         clean, attacked = measure_robustness(run, attack, tmp_path / f"{name}.json")["points"]
         assert clean["accuracy"] > 0.5 and attacked["accuracy"] == 0
-        assert "numbers that are not finite, which counts as wrong" in capsys.readouterr().err
+        assert "returns what is not finite, which counts as wrong" in capsys.readouterr().err
 
 
 # --- results
 
 
-def test_result_cost_and_progress(runs, tmp_path, capsys):
+def test_result_and_progress(runs, tmp_path, capsys):
     result = measure_robustness(runs["metaperturb"], SMALL, tmp_path / "r.json")
     assert result == json.loads((tmp_path / "r.json").read_text())
     assert [(p["norm"], p["eps"]) for p in result["points"]] == SMALL.points
@@ -263,10 +263,7 @@ def test_result_cost_and_progress(runs, tmp_path, capsys):
     assert sum(result["clean"]) == sum(result["points"][0]["correct"])
     assert result["seconds"] > 0 and result["versions"]["torch"]
     told = capsys.readouterr().err
-    # 4 attacks of 60 images: 5 steps of 3 draws; twice 4 samples to judge, and 4 to decide; 4 samples of clean images
-    assert f"{4 * 60 * 5 * 3:,} passes of an image forward and back, {60 * (4 * (8 + 4) + 4):,} forward" in told
-    assert told.index("forward and back") < told.index("attacks on metaperturb: step 1/15") < told.index("in all")
-    assert "attacks on metaperturb: step 15/15" in told
+    assert told.index("attacks on metaperturb: step 1/15") < told.index("attacks on metaperturb: step 15/15")
     again = measure_robustness(runs["metaperturb"], SMALL, tmp_path / "again.json")
     assert comparable(again) == comparable(result)
     other = measure_robustness(runs["metaperturb"], dataclasses.replace(SMALL, seed=1), tmp_path / "other.json")
@@ -277,7 +274,7 @@ def comparable(result):
     return {key: value for key, value in result.items() if key != "seconds"}
 
 
-@pytest.mark.parametrize("cut", [1, 7, 14])
+@pytest.mark.parametrize("cut", [7, 14])
 def test_cut_off_and_continued(runs, tmp_path, monkeypatch, capsys, cut):
     run, save, saved = runs["metaperturb"], robustness.save_json, []
     whole = measure_robustness(run, SMALL, tmp_path / "whole.json")
@@ -314,6 +311,7 @@ def test_further_radii_are_added(runs, tmp_path):
     robustness_curves({"base": [measure_robustness(run, few, tmp_path / "r.json")]})  # nor need it be complete
 
 
+@pytest.mark.slow
 def test_of_kept_and_last_iterate_the_worse_by_fresh_draws_is_taken(runs):
     """Of the margins of both under the same many draws, the result has the larger one, nearly always."""
     run = runs["metaperturb"]
@@ -449,32 +447,9 @@ def test_runs_that_cannot_be_attacked(trained_runs, tmp_path):
         assert expected in one_line(error)
 
 
-@pytest.mark.parametrize(
-    ("package", "call"),
-    [
-        ("foolbox", "robustness.measure_robustness(None, robustness.Attack(), None)"),
-    ],
-)
-def test_a_package_that_is_not_installed(package, call):
-    program = f"""
-        import sys
-
-        class Blocker:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] == "{package}":
-                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-        sys.meta_path.insert(0, Blocker())
-        from metaperturb import UserError
-        from metaperturb.analyses import calibration, robustness
-        try:
-            {call}
-        except UserError as error:
-            print(error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True
-    )
-    (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{package} cannot be imported (No module named '{package}")
-    assert f".venv/bin/pip install {package}" in line and 'pip install -e ".[analyses]"' in line
+def test_foolbox_that_is_not_installed(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "foolbox", None)  # as Python marks what cannot be imported
+    with pytest.raises(UserError, match="foolbox cannot be imported") as error:
+        measure_robustness(runs["base"], SMALL, tmp_path / "r.json")
+    message = one_line(error)
+    assert ".venv/bin/pip install foolbox" in message and 'pip install -e ".[analyses]"' in message

@@ -109,6 +109,7 @@ def test_measuring_leaves_no_trace_in_the_loss(runs, tmp_path):
     assert first == again  # nine points in between: running statistics and noise were where they had been
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_row_by_row(runs, tmp_path):
     whole = loss_surface(load_run(runs / "base"), Plane(points=9, images=40), tmp_path / "whole.json")
     path = tmp_path / "killed.json"

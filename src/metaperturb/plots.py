@@ -223,12 +223,12 @@ def _at_common_steps(
 # --- final accuracy
 
 
-def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str, title: str, path: Path) -> None:
+def plot_growth(unit: str, results: Mapping[str, Mapping[int, Sequence[float]]], title: str, path: Path) -> None:
     """Final test accuracy against how much there was of something, with bars of one standard deviation; with numbers.
 
     Args:
-        results: method → how much → accuracy in [0, 1] of each seed; all seeds for each amount.
         unit: what is counted: "training steps".
+        results: method → how much → accuracy in [0, 1] of each seed; all seeds for each amount.
     """
     rows, lines = [], _lines(results, markers=True)
     with _panels(path, 1, 1, (5.5, 3.9), title, legend=2) as (_, ((axes,),)):
@@ -241,13 +241,13 @@ def plot_growth(results: Mapping[str, Mapping[int, Sequence[float]]], unit: str,
 
 
 def plot_effort(
-    panels: Mapping[str, Mapping[int, Sequence[float]]], base: Sequence[float], title: str, path: Path
+    base: Sequence[float], panels: Mapping[str, Mapping[int, Sequence[float]]], title: str, path: Path
 ) -> None:
     """Final test accuracy with φ against how much its meta-training had of something, a panel each; with numbers.
 
     Args:
-        panels: what is counted → how much → accuracy in [0, 1] of each run; a line where all have as many runs.
-        base: the same of networks without φ: a level line, or none if there are none.
+        base: accuracy in [0, 1] of each network without φ: a level line, or none if there are none.
+        panels: what is counted → how much → the same with φ; a line where all have as many runs.
     """
     rows, lines = [("Base", "", "", *_mean_std(base), len(base))] if base else [], _lines(("base", "metaperturb"))
     size = 3.8 * len(panels) + 0.6, 3.6
@@ -431,7 +431,7 @@ def plot_samples(curves: Mapping[str, Any], title: str, path: Path) -> None:
     save_numbers(("name", "samples", *keys, "seeds"), rows, path)
 
 
-def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
     """The scale s of every channel, block by block, data sets side by side (figure 7), and how much its noise scatters.
 
     Args:
@@ -441,7 +441,7 @@ def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], pa
     """
     sites = [place["site"] for place in next(iter(by_data.values()))[0]]
     width, size = 0.8 / len(by_data), (max(6.0, 1.05 * len(sites)), 6.0)
-    with _panels(path, 2, 1, size, legend=2, sharex=True) as (_, ((upper,), (lower,))):
+    with _panels(path, 2, 1, size, title, legend=2, sharex=True) as (_, ((upper,), (lower,))):
         for i, (data, runs) in enumerate(by_data.items()):
             color = SERIES[i % len(SERIES)]
             style = {"whis": (5, 95), "showfliers": False, "patch_artist": True, "manage_ticks": False}

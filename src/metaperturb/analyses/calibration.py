@@ -5,7 +5,7 @@ draws each, and by 5 samples twenty means over 5. So small counts, which scatter
 counts that do not divide the largest one, the last draws go unused.
 """
 
-import sys
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,95 +75,60 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
     about = describe(run, "calibration", settings)
     if found := begun(path, about, "counts", "reliability"):
         return found
-    draws = _Draws(run, sampling)
-    means = {count: _Mean(count) for count in counts}
+    images = DeviceImages(run.test, next(run.model.parameters()).device)
+    labels = images.take(torch.arange(len(run.test), device=images.device))[1]
     examined: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    totals: dict[int, Tensor] = {}  # of each count, the log of the sum of the samples since its last mean
+    seconds: list[float] = []  # of each sample
     partial = path.with_suffix(".partial.pt")
     if partial.exists() and (state := load_tensors(partial))["about"] == about:
-        examined, draws.seconds = state["examined"], state["seconds"]
-        for count, (have, total) in state["means"].items():
-            means[count].have, means[count].total = have, total if total is None else total.to(draws.labels.device)
-    passes = f"{counts[-1] * len(run.test):,} forward passes of an image"
-    print(f"{run.dir.name}: {counts[-1]} samples of {len(run.test):,} images = {passes}", file=sys.stderr)
-    progress = StepProgress(f"Monte-Carlo samples of {run.dir.name}", counts[-1], len(draws.seconds))
+        examined, seconds = state["examined"], state["seconds"]
+        totals = {count: total.to(images.device) for count, total in state["totals"].items()}
+    progress = StepProgress(f"Monte-Carlo samples of {run.dir.name}", counts[-1], len(seconds))
     saved = time.monotonic()
-    for done in range(len(draws.seconds) + 1, counts[-1] + 1):
-        log_p = draws.next()
+    for done in range(len(seconds) + 1, counts[-1] + 1):
+        began = time.monotonic()
+        seed_torch(sampling.seed, 0, "calibration", done - 1)
+        log_p = _sample(run, images, sampling.batch_size)
+        seconds.append(time.monotonic() - began)
         for count in counts:
-            mean = means[count].add(log_p)
-            if mean is not None:
-                examined[count].append(metrics(mean, draws.labels))
+            totals[count] = log_p if (done - 1) % count == 0 else torch.logaddexp(totals[count], log_p)
+            if done % count == 0:
+                mean = totals[count] - math.log(count)
+                examined[count].append(metrics(mean, labels))
         progress.update(done)
         if time.monotonic() - saved > SAVE_SECONDS and done < counts[-1]:
-            totals = {count: (m.have, m.total) for count, m in means.items()}
-            save_tensors({"about": about, "examined": examined, "seconds": draws.seconds, "means": totals}, partial)
+            save_tensors({"about": about, "examined": examined, "seconds": seconds, "totals": totals}, partial)
             saved = time.monotonic()
     progress.close()
-    seconds = draws.seconds_per_sample
+    each = median(seconds[1:] or seconds)  # the first one starts things up
+    confidence, prediction = mean.exp().max(dim=1)
+    bins = bin_means(*(column.tolist() for column in reliability_bins(confidence, prediction == labels)))
     content = {
         **about,
-        "counts": [{"samples": count, **_columns(examined[count]), "seconds": count * seconds} for count in counts],
-        "reliability": {"samples": counts[-1], **_reliability(mean, draws.labels)},
-        "seconds_per_sample": seconds,
-        **provenance(draws.images.device),
+        "counts": [{"samples": count, **_columns(examined[count]), "seconds": count * each} for count in counts],
+        "reliability": {"samples": counts[-1], **bins},
+        "seconds_per_sample": each,
+        **provenance(images.device),
     }
     save_json(content, path)
     partial.unlink(missing_ok=True)
     return content
 
 
-class _Draws:
-    """One Monte-Carlo sample of the predictions of all test images after the other, and how long they take."""
-
-    def __init__(self, run: TrainedRun, sampling: Sampling) -> None:
-        device = next(run.model.parameters()).device
-        self.run, self.sampling, self.images = run, sampling, DeviceImages(run.test, device)
-        self.chunks = torch.arange(len(run.test), device=device).split(sampling.batch_size)
-        self.labels = torch.cat([self.images.take(chunk)[1] for chunk in self.chunks])
-        self.seconds: list[float] = []
-
-    @torch.no_grad()
-    def next(self) -> Tensor:
-        """Log-probabilities `[N, K]`."""
-        seed_torch(self.sampling.seed, 0, "calibration", len(self.seconds))
-        began = time.monotonic()
-        with autocast(self.images.device, self.run.config.precision):
-            parts = [self.run.model(normalize(self.images.take(chunk)[0])) for chunk in self.chunks]
-        log_p = torch.cat(parts).float().log_softmax(dim=1)
-        if not torch.isfinite(log_p).all():  # waits for the device, so that the time is that of the work
-            raise UserError(f"{self.run.dir}: the network returns numbers that are not finite")
-        self.seconds.append(time.monotonic() - began)
-        return log_p
-
-    @property
-    def seconds_per_sample(self) -> float:
-        """Median over samples; the first, which starts things up, counts only where it is the only one."""
-        return median(self.seconds[1:] or self.seconds)
-
-
-class _Mean:
-    """Mean predictions by `count` samples, one after the other, from a stream of samples."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.have, self.total = count, 0, None
-
-    def add(self, log_p: Tensor) -> Tensor | None:
-        """Take a sample `[N, K]`; returns the log of a mean when it is complete."""
-        self.total = log_p if self.total is None else torch.logaddexp(self.total, log_p)
-        self.have += 1
-        if self.have < self.count:
-            return None
-        mean, self.have, self.total = self.total - torch.tensor(float(self.count)).log().item(), 0, None
-        return mean
+@torch.no_grad()
+def _sample(run: TrainedRun, images: DeviceImages, batch_size: int) -> Tensor:
+    """Log-probabilities `[N, K]` of all test images, by one draw of the noise."""
+    chunks = torch.arange(len(run.test), device=images.device).split(batch_size)
+    with autocast(images.device, run.config.precision):
+        log_p = torch.cat([run.model(normalize(images.take(chunk)[0])) for chunk in chunks]).float().log_softmax(dim=1)
+    if not torch.isfinite(log_p).all():  # waits for the device, so that the time is that of the work
+        raise UserError(f"{run.dir}: the network returns numbers that are not finite")
+    return log_p
 
 
 def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
-
-
-def _reliability(log_p: Tensor, labels: Tensor) -> dict[str, list]:
-    confidence, prediction = log_p.exp().max(dim=1)
-    return bin_means(*(column.tolist() for column in reliability_bins(confidence, prediction == labels)))
 
 
 def bin_means(count: Sequence[float], confidence: Sequence[float], correct: Sequence[float]) -> dict[str, list]:

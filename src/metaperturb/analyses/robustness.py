@@ -5,41 +5,38 @@ prediction p over E draws, so its gradient is the expectation over the noise (At
 that decides. The final prediction is a mean over S draws that the attack has not seen.
 
 The random start, the steps and the projections are foolbox's (`LinfPGD`, `L2PGD`, `SparseL1DescentAttack`). An image
-counts as correct if it is classified correctly as it is *and* after the attack. Five things are done otherwise than
-foolbox does them by itself:
+counts as correct if it is classified correctly as it is *and* after the attack. Otherwise than in foolbox:
 
 - Of all iterates the one with the largest margin (best other class over the true one) is kept, where foolbox returns
-  the last. For a network without noise accuracy can then only fall with the number of steps. With noise an iterate is
-  seen by E draws only, and the largest margin may be luck: so that one and the last are judged once more, by S fresh
-  draws that both share, and the worse is taken. (The kept ones alone are a weaker attack where draws are few: on a
-  ResNet8 with φ, at L2 0.4 with E = 4 and 10 steps, they left 63.8 %, the last ones 59.5 %.)
-- The cross-entropy −log p(y) is ascended by the gradient of log((1 − p(y)) / p(y)), which is a positive multiple of its
-  own, so that the normalized steps are the same. But in float32 the gradient of cross-entropy loses its direction
-  where 1 − p(y) is below 1e-7, and foolbox takes norms below 1e-12 for 1e-12, so that networks would look robust that
-  are merely sure of themselves: with its logits multiplied by 10, the ResNet8 named below keeps 81 % at ε = 1.5 in L2
-  by cross-entropy, 50 % by this, and unmultiplied 48 % by either.
-- In L1 a step moves the one percent of pixels with the largest gradient (Tramèr & Boneh 2019). The steps of foolbox's
-  `L1PGD` move all pixels, and find much less: of a ResNet8 on 12-pixel images, which has 99.5 % without attack, even
-  100 of them leave 97.0 % at ε = 6, where 20 of the sparse ones leave 80.0 %.
-- An image at which the network returns what is not finite counts as misclassified, once the attack has found it. (With
-  the authors' φ, whose μ grows with what it perturbs, evaluation can overflow unless `clip_eval` is on.) How many there
-  were is told. On images as they are it is an error.
+  the last. With noise the largest margin may be luck of E draws: so that iterate and the last one are judged once more,
+  by S fresh draws that both share, and the worse is taken. (The kept ones alone are a weaker attack: on a ResNet8 with
+  φ, at L2 0.4 with E = 4 and 10 steps, they left 63.8 %, the last ones 59.5 %.)
+- The gradient ascended is that of log((1 − p(y)) / p(y)), a positive multiple of cross-entropy's, so that normalized
+  steps are the same. Cross-entropy's own loses its direction in float32 where 1 − p(y) is below 1e-7, and networks
+  would look robust that are merely sure of themselves: with its logits multiplied by 10, that ResNet8 keeps 81 % at
+  ε = 1.5 in L2 by cross-entropy, 50 % by this, and unmultiplied 48 % by either.
+- In L1 a step moves the one percent of pixels with the largest gradient (Tramèr & Boneh 2019). foolbox's `L1PGD` moves
+  all and finds less: of a ResNet8 on 12-pixel images 100 of its steps leave 97.0 % at ε = 6, 20 sparse ones 80.0 %.
+- An image at which the network returns what is not finite counts as misclassified, once the attack has found it, and
+  how many there were is told. On images as they are it is an error.
 - The projection of foolbox 3.3.4 onto the L1 ball overshoots by up to 0.1 %. What lies outside is scaled back.
 """
 
 import dataclasses
+import importlib
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaperturb.analyses.extras import extra
 from metaperturb.analyses.records import begun, check_comparable, describe
 from metaperturb.data.batches import DeviceImages
 from metaperturb.data.splits import shuffled
@@ -47,8 +44,8 @@ from metaperturb.errors import UserError
 from metaperturb.modes import eval_mode
 from metaperturb.provenance import provenance
 from metaperturb.randomness import seed_torch
-from metaperturb.runs import StepProgress, clock
-from metaperturb.storage import save_json
+from metaperturb.runs import StepProgress
+from metaperturb.storage import reason, save_json
 from metaperturb.trained import TrainedRun
 
 REVISION = 2  # of the attack: results of another one are not continued
@@ -207,11 +204,8 @@ def perturb(
 
     Args:
         model: in evaluation mode.
-        images: pixels in [0, 1].
-        labels: `[B]`.
-        norm: "linf", "l2" or "l1".
-        eps: above 0.
-        steps, step_size: as `Attack` has them.
+        images: pixels in [0, 1]; `labels` are `[B]`.
+        norm: "linf", "l2" or "l1"; `eps` is above 0, `steps` and `step_size` are as `Attack` has them.
         judges: draws of the noise by which kept and last iterate are compared; 0: the network has no noise.
 
     Random start and noise come from PyTorch's global generators.
@@ -219,7 +213,8 @@ def perturb(
     Raises:
         UserError: foolbox is not installed, or what comes out is not finite, not in [0, 1] or not in the ball.
     """
-    attacks = extra("foolbox.attacks")
+    foolbox = _foolbox()
+    attacks = foolbox.attacks
     bases = {
         "linf": (_KeepWorst, attacks.LinfPGD),
         "l2": (_KeepWorst, attacks.L2PGD),
@@ -227,7 +222,7 @@ def perturb(
     }
     attack = type("Attack", bases[norm], {})(steps=steps, rel_stepsize=step_size, random_start=True)
     attack.begin(images)
-    bounded = extra("foolbox").PyTorchModel(model, bounds=(0, 1), device=images.device)
+    bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
     last = attack.run(bounded, images, labels, epsilon=eps)
     if judges == 0:
         with torch.no_grad():
@@ -267,12 +262,8 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
     """Attack a run's network and write what it withstands to `path`, after each batch at each ε.
 
     Called again after it was cut off, it goes on where it was, to the same numbers. Called with further ε, it adds
-    them. Networks compute in float32 whatever they trained in: a coarse gradient would be a weaker attack.
-
-    Args:
-        run: of which the test images (its `eval_split`) are taken.
-        attack: how.
-        path: the JSON of this run; its folder is made.
+    them. Networks compute in float32 whatever they trained in: a coarse gradient would be a weaker attack. The images
+    are those of the run's `eval_split`.
 
     Returns:
         the content of `path`, of its points those asked for: what it is about; `clean`, the counts of correct images by
@@ -283,8 +274,7 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
         UserError: foolbox is not installed; ε beyond the range of images; more images than there are; `path` holds
             other results; or a network that returns what is not finite.
     """
-    version = extra("foolbox").__version__
-    check_attack(run, attack)
+    version = check_attack(run, attack)
     victim = _Victim(run, attack)
     settings = {key: value for key, value in dataclasses.asdict(attack).items() if key not in NORMS}
     settings |= {"images": victim.count, "foolbox": version, "revision": REVISION}
@@ -292,50 +282,56 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
     parts = {"clean": [], "points": [], "seconds": 0.0}
     record = begun(path, about, *parts) or {**about, **parts}
     points = [_point(record["points"], norm, eps) for norm, eps in attack.points]
-    todo = [[point for point in points if len(point["correct"]) <= k] for k in range(len(victim.batches))]
-    total, left = len(points) * len(victim.batches), sum(map(len, todo))
+    total, left = len(points) * len(victim.batches), sum(len(victim.batches) - len(p["correct"]) for p in points)
     if left == 0:
         return {**record, "points": points}
-    record |= provenance(victim.device)
-    print(f"{run.dir.name}: {victim.cost(todo)}", file=sys.stderr)
     progress = StepProgress(f"attacks on {run.dir.name}", total, total - left)
-    attacks = sum(point["eps"] > 0 for missing in todo for point in missing)
-    estimated = False
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # which PyTorch has convolutions use on a GPU
     with eval_mode(victim.model), exact:
-        for number, missing in enumerate(todo):
-            clean = victim.clean(number) if missing else None
-            for point in missing:
+        clean = [victim.clean(number) for number in range(len(victim.batches))]
+        record |= {"clean": [int(correct.sum()) for correct in clean], **provenance(victim.device)}
+        for point in points:
+            for number in range(len(point["correct"]), len(victim.batches)):
                 began = time.monotonic()
-                correct = victim.withstands(number, point["norm"], point["eps"], clean)
-                point["correct"].append(correct)
+                point["correct"].append(victim.withstands(number, point["norm"], point["eps"], clean[number]))
                 point["accuracy"] = sum(point["correct"]) / sum(map(len, victim.batches[: number + 1]))
-                record["clean"][number : number + 1] = [int(clean.sum())]
-                seconds = time.monotonic() - began
-                record["seconds"] = round(record["seconds"] + seconds, 3)
+                record["seconds"] = round(record["seconds"] + time.monotonic() - began, 3)
                 save_json(record, path)
                 left -= 1
                 progress.update(total - left, accuracy=point["accuracy"])
-                if point["eps"] > 0 and not estimated:
-                    estimated = True
-                    print(f"{run.dir.name}: by the first batch, {clock(seconds * attacks)} in all", file=sys.stderr)
     progress.close()
     return {**record, "points": points}
 
 
-def check_attack(run: TrainedRun, attack: Attack) -> None:
-    """What can be wrong with an attack on a run, told before anything is computed.
+def check_attack(run: TrainedRun, attack: Attack) -> str:
+    """What can be wrong with an attack on a run, told before anything is computed; returns foolbox's version.
 
     Raises:
         UserError: foolbox is not installed; ε beyond the range of images; more images than there are.
     """
-    extra("foolbox")
     for norm, eps in attack.points:
         reach = (3 * run.test.image_size**2) ** (1 / NORMS[norm])  # from the black image to the white one
         if eps > reach:
             raise UserError(f"{norm}: ε = {eps:g} is beyond {reach:g}, the largest distance of two images")
     if attack.images is not None and attack.images > len(run.test):
         raise UserError(f"images: {run.test.name} has {len(run.test)}, got {attack.images}")
+    return _foolbox().__version__
+
+
+def _foolbox() -> ModuleType:
+    """The package, which only this analysis needs.
+
+    Raises:
+        UserError: it cannot be imported; how to install it.
+    """
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which else wants the git program
+    try:
+        return importlib.import_module("foolbox")
+    except ImportError as error:
+        raise UserError(
+            f"foolbox cannot be imported ({reason(error)}): install it by .venv/bin/pip install foolbox, or with "
+            'the package, in the clone: pip install -e ".[analyses]"'
+        ) from error
 
 
 class _Victim:
@@ -351,20 +347,6 @@ class _Victim:
         self.images = DeviceImages(run.test, self.device)
         order = shuffled(np.arange(len(run.test)), np.random.PCG64(0))[: self.count]
         self.batches = torch.from_numpy(order).to(self.device).split(max(1, attack.batch_size // self.draws))
-
-    def cost(self, todo: list[list[dict[str, Any]]]) -> str:
-        """What is ahead: the points that each batch lacks, in passes of one image."""
-        back, forward = 0, 0
-        for batch, missing in zip(self.batches, todo, strict=True):
-            attacks = sum(point["eps"] > 0 for point in missing)
-            back += len(batch) * attacks * self.attack.steps * self.draws
-            judged = 2 * self.judges or self.draws
-            forward += len(batch) * (attacks * (judged + self.samples) + self.samples * bool(missing))
-        points = sum(point["eps"] > 0 for point in max(todo, key=len))
-        return (
-            f"{points} attacks on {self.count:,} images, {self.attack.steps} steps of {self.draws} draws: "
-            f"{back:,} passes of an image forward and back, {forward:,} forward"
-        )
 
     def clean(self, number: int) -> Tensor:
         """Which images of a batch are classified correctly as they are: bool `[B]`."""
@@ -382,9 +364,7 @@ class _Victim:
         x = perturb(self.model, x, labels, norm, eps, self.attack.steps, self.attack.step_size, self.judges)
         correct, finite = self._answers(x, labels, number)
         if broken := int((~finite).sum()):
-            said = (
-                f"at {broken} perturbed images the network returns numbers that are not finite, which counts as wrong"
-            )
+            said = f"at {broken} perturbed images the network returns what is not finite, which counts as wrong"
             print(f"{self.dir.name}: {norm}, ε = {eps:g}: {said}", file=sys.stderr)
         return int((clean & correct).sum())
 

@@ -13,7 +13,6 @@ What is drawn is the cross-entropy of training images, not augmented, with choic
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,11 +113,6 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
         return record
     measured = _Measured(run, plane)
     total = plane.points**2
-    print(
-        f"{run.dir.name}: {plane.points}² points × {measured.images} images × {measured.draws} draws of the noise "
-        f"= {total * measured.images * measured.draws:,} forward passes of an image",
-        file=sys.stderr,
-    )
     progress = StepProgress(f"loss surface of {run.dir.name}", total, len(rows) * plane.points)
     for a in plane.coordinates[len(rows) :]:
         row = []
