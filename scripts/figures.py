@@ -466,7 +466,7 @@ def every_number(arguments: argparse.Namespace) -> None:
     if not arguments.sources:
         raise UserError("name a φ: its file, or a shipped one")
     for source in map(str, arguments.sources):
-        values = {name: value.detach().numpy() for name, value in load_phi(source).named_parameters()}
+        values = {name: value.detach().numpy() for name, value in load_phi(source).tensors()._asdict().items()}
         name = Path(source).stem
         name = Path(source).resolve().parent.name if name == "phi" else name
         draw(arguments, "phi", plots.plot_phi, values, name)

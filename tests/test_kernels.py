@@ -29,7 +29,7 @@ def make_phi(dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     phi = MetaPerturb().to(dtype)
     with torch.no_grad():
-        for p in phi.parameters():
+        for p in phi.tensors():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
     return phi
 
@@ -52,10 +52,9 @@ def run(kernel, h, epsilon, grad_out, dtype, **settings):
     strided = torch.empty_strided(h.shape, h.stride(), dtype=dtype).copy_(h).requires_grad_()
     with kernels.use_kernel(kernel):
         out = site(strided, noise=epsilon.to(dtype))
-    inputs = [strided, *phi.parameters()]
-    grads = torch.autograd.grad(out, inputs, grad_out.to(dtype), allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
-    return [t.detach().double() for t in (out, *grads, site.running_mean, site.running_var)]
+    grads = torch.autograd.grad(out, [strided, phi.flat], grad_out.to(dtype), materialize_grads=True)
+    results = (out, grads[0], *Phi.of(grads[1]), site.running_mean, site.running_var)
+    return [t.detach().double() for t in results]
 
 
 def assert_equal_to_plain(h, epsilon, grad_out, **settings):
@@ -124,8 +123,7 @@ def test_the_gradient_of_phi_does_not_depend_on_whether_that_of_h_is_wanted(shap
         h = maps(*shape).float().requires_grad_(wanted)
         with kernels.use_kernel("fused"):
             out = site(h, noise=maps(*shape, seed=2).float())
-        grads = torch.autograd.grad(out, [*site.phi.parameters()], maps(*shape, seed=3).float(), allow_unused=True)
-        return torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
+        return torch.autograd.grad(out, site.phi.flat, maps(*shape, seed=3).float())[0]
 
     assert torch.equal(gradient(False), gradient(True)) and gradient(True).abs().max() > 0
 
@@ -181,17 +179,12 @@ def test_first_and_second_derivatives_against_finite_differences(drawn):
     site = PerturbSite(make_phi(torch.float64), 2, 3, 5)
     h, noise = maps(3, 2, 3, 3).requires_grad_(), None if drawn else maps(3, 2, 3, 3, seed=2)
 
-    def function(h, *parameters):
+    def function(h, phi):
         torch.manual_seed(5)  # the same draw every time
-        for name, value in zip(Phi._fields, parameters, strict=True):
-            getattr(site.phi, name).data.copy_(value)
-        return kernels.fused.perturb(
-            cpp, h, Phi(*parameters), noise, site.running_mean, site.running_var, site._settings(h)
-        )
+        return kernels.fused.perturb(cpp, h, phi, noise, site.running_mean, site.running_var, site._settings(h))
 
-    parameters = tuple(p.detach().clone().requires_grad_() for p in site.phi.parameters())
-    assert torch.autograd.gradcheck(function, (h, *parameters))
-    assert torch.autograd.gradgradcheck(function, (h, *parameters))
+    assert torch.autograd.gradcheck(function, (h, site.phi.flat))
+    assert torch.autograd.gradgradcheck(function, (h, site.phi.flat))
 
 
 def test_a_step_ahead_is_differentiated_as_with_the_plain_operators():
@@ -210,7 +203,7 @@ def test_a_step_ahead_is_differentiated_as_with_the_plain_operators():
             steps = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
             ahead = {name: p - 0.5 * g for (name, p), g in zip(theta.items(), steps, strict=True)}
             outer = nn.functional.cross_entropy(torch.func.functional_call(network, ahead, x), y)
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(outer, list(phi.parameters()))]))
+            gradients.append(torch.autograd.grad(outer, phi.flat)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
 
@@ -227,7 +220,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     gradients = []
     for forward in (site, lambda h: torch.utils.checkpoint.checkpoint(site, h, use_reentrant=False)):
         torch.manual_seed(0)
-        gradients.append(torch.autograd.grad(forward(h).square().sum(), [h, *site.phi.parameters()]))
+        gradients.append(torch.autograd.grad(forward(h).square().sum(), [h, site.phi.flat]))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -361,7 +354,7 @@ def test_nothing_depends_on_the_number_of_threads(shape):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
             out = site(h)
-            results.append((out, *torch.autograd.grad(out.square().sum(), [h, *site.phi.parameters()])))
+            results.append((out, *torch.autograd.grad(out.square().sum(), [h, site.phi.flat])))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

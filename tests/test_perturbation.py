@@ -13,6 +13,7 @@ from torch import nn
 from metaperturb import MetaPerturb, PerturbSite, kernels, load_phi, save_phi
 from metaperturb.kernels import cpp, plain
 from metaperturb.kernels.backend import draw_seed
+from metaperturb.kernels.plain import Phi
 
 SHAPES = {
     "self1": (3, 3),
@@ -38,7 +39,7 @@ def make_phi(seed=0, spread=0.5):
     generator = torch.Generator().manual_seed(seed)
     phi = MetaPerturb().double()
     with torch.no_grad():
-        for p in phi.parameters():
+        for p in phi.tensors():
             p.copy_(spread * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return phi
 
@@ -46,7 +47,7 @@ def make_phi(seed=0, spread=0.5):
 def make_pair(channels=3, channel_norm=7, size_norm=11, seed=0):
     """A site and its oracle."""
     phi = make_phi(seed)
-    weights = {name: p.detach().numpy() for name, p in phi.named_parameters()}
+    weights = {name: p.detach().numpy() for name, p in phi.tensors()._asdict().items()}
     return PerturbSite(phi, channels, channel_norm, size_norm), OracleSite(weights, channels, channel_norm, size_norm)
 
 
@@ -255,17 +256,20 @@ def test_statistics_are_tracked_at_strength_0():
 
 def test_82_parameters():
     phi = MetaPerturb()
-    assert {name: tuple(p.shape) for name, p in phi.named_parameters()} == SHAPES
-    assert sum(p.numel() for p in phi.parameters()) == 82
-    assert set(phi.state_dict()) == set(SHAPES)
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in phi.parameters())
+    assert {name: tuple(p.shape) for name, p in phi.named_parameters()} == {"flat": (82,)}
+    assert phi.flat.requires_grad and phi.flat.dtype == torch.float32
+    assert {name: tuple(getattr(phi, name).shape) for name in SHAPES} == SHAPES
+    assert torch.equal(phi.flat, torch.cat([getattr(phi, name).flatten() for name in SHAPES]))  # φ files and ablations
+    with torch.no_grad():  # rely on this order
+        phi.scale_affine[3] = 7.0  # a view, not a copy
+    assert phi.flat[75] == 7.0
 
 
 def test_initial_weights_are_normal_with_std_001():
     torch.manual_seed(0)
     made = [MetaPerturb() for _ in range(60)]
     for name in SHAPES:
-        values = torch.stack([phi.get_parameter(name) for phi in made]).detach()
+        values = torch.stack([getattr(phi, name) for phi in made]).detach()
         count = values.numel()
         assert abs(values.mean()) < 5 * 0.01 / count**0.5, name
         assert abs(values.std() / 0.01 - 1) < 5 / (2 * count) ** 0.5, name
@@ -301,7 +305,7 @@ def test_on_a_gpu():
     site, oracle = make_pair()
     h, noise = maps(3, 3, 5, 5), maps(3, 3, 5, 5, seed=2)
     site.cuda()
-    assert site.phi.self1.is_cuda
+    assert site.phi.flat.is_cuda
     assert_same(site(h.cuda(), noise=noise.cuda()).cpu(), oracle.forward(h.numpy(), noise.numpy()))
     site.cpu(), assert_same_statistics(site, oracle)
 
@@ -318,17 +322,15 @@ def test_gradients_of_phi_and_h_against_finite_differences(strength, training):
     site.strength = strength
     site.train(training)
     h, noise = maps(3, 2, 3, 3, seed=4).requires_grad_(), maps(3, 2, 3, 3, seed=5)
-    names = list(SHAPES)
 
-    def through(h, *weights):
+    def through(h, weights):
         clean = copy.deepcopy(site)
-        for name, weight in zip(names, weights, strict=True):
-            delattr(clean.phi, name)
-            setattr(clean.phi, name, weight)
+        del clean.phi.flat
+        clean.phi.flat = weights
         return clean(h, noise=noise)
 
-    weights = [site.phi.get_parameter(name).detach().clone().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(through, (h, *weights), eps=1e-6, atol=1e-7, rtol=1e-5)
+    weights = site.phi.flat.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(through, (h, weights), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 def test_autocast_leaves_the_scale_in_float32():
@@ -372,7 +374,8 @@ def test_gradient_of_a_network_loss_by_central_differences():
             assert gradient[position].item() == pytest.approx(numeric, rel=1e-4, abs=1e-8), (p.shape, position)
             checked += 1
     assert checked == 82 + 4
-    assert all(gradient.abs().max() > 1e-6 for gradient in gradients)  # every part of φ takes part
+    parts = Phi.of(gradients[0])
+    assert all(gradient.abs().max() > 1e-6 for gradient in (*parts, gradients[1]))  # every part of φ takes part
 
 
 def test_a_frozen_phi_leaves_no_graph():
@@ -395,8 +398,8 @@ def test_running_statistics_carry_no_graph():
         for statistics in (site.running_mean, site.running_var):
             assert not statistics.requires_grad and statistics.grad_fn is None and statistics.grad is None
     out = site.eval()(h)
-    gradients = torch.autograd.grad(out.sum(), site.phi.scale_kernels, allow_unused=True)
-    assert gradients == (None,) or not gradients[0].any()  # running statistics stand in for the batch's
+    (gradient,) = torch.autograd.grad(out.sum(), site.phi.flat)
+    assert not gradient[36:72].any() and gradient[72:].any()  # running statistics stand in for the batch's
 
 
 def test_the_clip_stops_the_gradient_where_it_acts():

@@ -35,7 +35,7 @@ def runs(target_settings, tmp_path_factory):
     phi = MetaPerturb()
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in phi.parameters():
+        for parameter in phi.tensors():
             parameter.normal_(0, 0.2)
     save_phi(phi, folder / "phi.pt")
     for name, changes in {

@@ -13,6 +13,7 @@ import torch
 from image_files import one_line
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, load_phi, models, save_phi
+from metaperturb.weights import phi_digest
 
 AUTHORS = {
     "phi_1.w_identity": ("self1", (1, 1, 3, 3)),
@@ -35,13 +36,11 @@ def make_phi(seed=0):
 
 def authors_state(phi):
     """φ under the authors' names and shapes."""
-    return {theirs: phi.get_parameter(ours).detach().reshape(shape) for theirs, (ours, shape) in AUTHORS.items()}
+    return {theirs: getattr(phi, ours).detach().reshape(shape) for theirs, (ours, shape) in AUTHORS.items()}
 
 
 def assert_same_phi(a, b):
-    names = [name for name, _ in a.named_parameters()]
-    assert names == [name for name, _ in b.named_parameters()]
-    assert all(torch.equal(a.get_parameter(n), b.get_parameter(n)) for n in names)
+    assert torch.equal(a.flat, b.flat)
 
 
 def assert_same_function(a, b):
@@ -65,15 +64,14 @@ def refused(path):
 
 def test_save_and_load(tmp_path):
     phi = make_phi()
-    before = [p.detach().clone() for p in phi.parameters()]
+    before = phi.flat.detach().clone()
     save_phi(phi, tmp_path / "phi.pt")
     loaded = load_phi(tmp_path / "phi.pt")
     assert isinstance(loaded, MetaPerturb) and loaded is not phi
     assert_same_phi(phi, loaded)
     assert_same_function(phi, loaded)
-    assert not any(p.requires_grad for p in loaded.parameters())  # Algorithm 2 keeps φ fixed
-    assert all(p.requires_grad for p in phi.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, phi.parameters(), strict=True))
+    assert not loaded.flat.requires_grad  # Algorithm 2 keeps φ fixed
+    assert phi.flat.requires_grad and torch.equal(phi.flat, before)
     save_phi(loaded, tmp_path / "again.pt")
     assert_same_phi(phi, load_phi(tmp_path / "again.pt"))
     assert os.stat(tmp_path / "phi.pt").st_mode & 0o777 == 0o644
@@ -101,6 +99,14 @@ def test_loading_draws_nothing(tmp_path):
     before = torch.get_rng_state()
     load_phi(tmp_path / "phi.pt")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_phi_that_was_loaded_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        phi = load_phi("tiny_imagenet_resnet20")
+    h = torch.randn(2, 3, 4, 4, requires_grad=True)
+    PerturbSite(phi, 3)(h).sum().backward()
+    assert h.grad.any()
 
 
 def test_the_card_comes_back(tmp_path):
@@ -140,7 +146,7 @@ def test_phi_in_double_precision(tmp_path):
     phi = make_phi().double()
     save_phi(phi, tmp_path / "phi.pt")
     loaded = load_phi(tmp_path / "phi.pt")
-    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert loaded.flat.dtype == torch.float32
     assert_same_phi(phi.float(), loaded)
 
 
@@ -150,12 +156,12 @@ def test_the_authors_format(tmp_path, zip_format, shaped):
     phi = make_phi(3)
     state = authors_state(phi)
     if not shaped:
-        state = {theirs: phi.get_parameter(ours).detach() for theirs, (ours, _) in AUTHORS.items()}
+        state = {theirs: getattr(phi, ours).detach() for theirs, (ours, _) in AUTHORS.items()}
     torch.save(state, tmp_path / "phi_perturb_750.pth", _use_new_zipfile_serialization=zip_format)
     loaded = load_phi(tmp_path / "phi_perturb_750.pth")
     assert_same_phi(phi, loaded)
     assert_same_function(phi, loaded)
-    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not loaded.flat.requires_grad
 
 
 def test_the_released_phi_of_the_authors():
@@ -165,12 +171,27 @@ def test_the_released_phi_of_the_authors():
     raw, phi = torch.load(path, map_location="cpu", weights_only=True), load_phi(path)
     for theirs, (ours, shape) in AUTHORS.items():
         assert tuple(raw[theirs].shape) == shape
-        assert torch.equal(raw[theirs].flatten().float(), phi.get_parameter(ours).flatten())
+        assert torch.equal(raw[theirs].flatten().float(), getattr(phi, ours).flatten())
+
+
+def test_our_file_holds_six_named_tensors_as_it_always_has(tmp_path):
+    """Pinned: the φ of earlier versions has to load, and to be the same."""
+    phi = make_phi()
+    save_phi(phi, tmp_path / "phi.pt")
+    content = torch.load(tmp_path / "phi.pt", weights_only=True)
+    assert content["version"] == 1
+    assert {name: tuple(value.shape) for name, value in content["state"].items()} == {
+        ours: tuple(size for size in shape if size > 1) for ours, shape in AUTHORS.values()
+    }
+    assert all(torch.equal(value, getattr(phi, name)) for name, value in content["state"].items())
+    digest = "780ebaa8736df5e802b03a3c1e32f895e202573b23dee8882d140a1eba668185"
+    assert phi_digest(load_phi("tiny_imagenet_resnet20")) == digest
 
 
 def test_a_bare_state_dict_of_ours(tmp_path):
-    torch.save(make_phi().state_dict(), tmp_path / "phi.pt")
-    assert_same_phi(make_phi(), load_phi(tmp_path / "phi.pt"))
+    for state in (make_phi().state_dict(), {k: v.detach() for k, v in make_phi().tensors()._asdict().items()}):
+        torch.save(state, tmp_path / "phi.pt")
+        assert_same_phi(make_phi(), load_phi(tmp_path / "phi.pt"))
 
 
 # --- what is refused
@@ -305,7 +326,7 @@ def test_damaged_anywhere(tmp_path, zip_format):
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error), position
         else:
-            assert all(torch.isfinite(p).all() for p in phi.parameters())
+            assert torch.isfinite(phi.flat).all()
 
 
 def test_the_home_folder(tmp_path, monkeypatch):

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
 
 from metaperturb import identity, kernels, models
 from metaperturb.attach import attach
@@ -275,7 +274,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
             check_finite(tables, done - len(tables), config.run_dir)
             if run is not None:
                 metrics = summarize(tables)
-                norms = {name: round(p.norm().item(), 5) for name, p in phi.named_parameters()}
+                norms = {name: round(p.norm().item(), 5) for name, p in phi.tensors()._asdict().items()}
                 seconds = round(run.seconds, 2)
                 run.log({"step": done, **metrics, "phi_norms": norms, "strength": strength, "seconds": seconds})
                 progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
@@ -309,22 +308,14 @@ def joint_step(
             train_loss, train_accuracy = task.theta_step(step)
         rows.append(torch.cat([gradient, torch.stack([train_loss, test_loss, train_accuracy, test_accuracy])]))
     table = group.gather_rows(torch.stack(rows), config.tasks)
-    set_gradient(phi, table[:, : -len(METRICS)].mean(dim=0))
+    phi.flat.grad = table[:, : -len(METRICS)].mean(dim=0)
     phi_optimizer.step()
     return table
 
 
 def gradient_of(loss: Tensor, phi: MetaPerturb) -> Tensor:
     """dloss/dφ: `[82]`. Parameters that an ablation leaves without use have gradient 0."""
-    parameters = list(phi.parameters())
-    return parameters_to_vector(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
-
-
-def set_gradient(phi: MetaPerturb, gradient: Tensor) -> None:
-    """Hand the averaged gradient `[82]` to φ's optimizer."""
-    parameters = list(phi.parameters())
-    for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+    return torch.autograd.grad(loss, phi.flat, allow_unused=True, materialize_grads=True)[0]
 
 
 def summarize(tables: Tensor) -> dict:

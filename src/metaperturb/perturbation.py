@@ -19,15 +19,21 @@ from torch import Tensor, nn
 
 from metaperturb.errors import UserError
 from metaperturb.kernels import fused, fused_backend, plain
-from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
+from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, PHI_SHAPES, Phi, Settings
 
 CLIP = 100.0  # k of section 3.2
+
+
+def _part(name: str) -> property:
+    return property(lambda phi: getattr(phi.tensors(), name))
 
 
 class MetaPerturb(nn.Module):
     """The 82 parameters φ of the perturbation and the functions they define (section 3.2, figure 2).
 
-    | parameter | shape | role |
+    They are one parameter, `flat` `[82]`, with a view for each of its parts:
+
+    | view | shape | role |
     |---|---|---|
     | `self1`, `all1` | `[3, 3]` each | first layer of μ: kernels λ₁ (each channel) and γ₁ (mean over channels) |
     | `self2`, `all2` | `[3, 3]` each | second layer of μ: λ₂ and γ₂ |
@@ -37,29 +43,28 @@ class MetaPerturb(nn.Module):
     The all-kernel acts on the *mean* over all channels, as in the authors' code, where the paper writes a sum over the
     other channels: the number of channels then does not set the magnitude.
 
-    All parameters start from N(0, 0.01²). They belong to φ alone: a site or network that uses φ does not list them
-    among its own parameters, so `optimizer(model.parameters())` trains θ and leaves φ as it is.
+    All start from N(0, 0.01²). They belong to φ alone: a site or network that uses φ does not list them among its own
+    parameters, so `optimizer(model.parameters())` trains θ and leaves φ as it is.
 
-    Example:
+    Examples:
         >>> phi = MetaPerturb()
-        >>> sum(p.numel() for p in phi.parameters())
-        82
+        >>> phi.flat.shape, phi.scale_kernels.shape
+        (torch.Size([82]), torch.Size([4, 3, 3]))
     """
+
+    self1, all1, self2, all2, scale_kernels, scale_affine = map(_part, Phi._fields)
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("self1", "all1", "self2", "all2"):
-            setattr(self, name, nn.Parameter(0.01 * torch.randn(3, 3)))
-        self.scale_kernels = nn.Parameter(0.01 * torch.randn(NUM_SCALE_FEATURES, 3, 3))
-        self.scale_affine = nn.Parameter(0.01 * torch.randn(2 * NUM_SCALE_FEATURES + 2))
+        self.flat = nn.Parameter(torch.cat([0.01 * torch.randn(shape).flatten() for shape in PHI_SHAPES]))
 
     def noise_mean(self, h: Tensor) -> Tensor:
         """μ(h), the mean of the noise before softplus: `[B, C, H, W]` → `[B, C, H, W]`."""
         return plain.noise_mean(h, self.tensors())
 
     def tensors(self) -> Phi:
-        """The parameters, by name, in the form that the kernels take."""
-        return Phi(*(getattr(self, name) for name in Phi._fields))
+        """The views by name, which is how the plain operators take φ."""
+        return Phi.of(self.flat)
 
     def extra_repr(self) -> str:
         return f"{sum(p.numel() for p in self.parameters())} parameters"
@@ -114,7 +119,7 @@ class Attachment(UsesPhi):
         self._original: weakref.ref[Attachment] | None = None
         self.specs: list[Any] = []
         self.sites: list[PerturbSite] = []
-        like = next(phi.parameters())
+        like = phi.flat
         with torch.inference_mode(False):
             self.register_buffer("usage", torch.zeros(len(Usage._fields), device=like.device, dtype=_precision(like)))
         self._write(Usage(**usage))
@@ -171,15 +176,13 @@ class Attachment(UsesPhi):
 
     def get_extra_state(self) -> Tensor:
         """φ: `[82]`."""
-        return torch.cat([p.detach().reshape(-1) for p in self.phi.parameters()])
+        return self.phi.flat.detach().clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        parameters = list(self.phi.parameters())
-        if parameters[0].is_meta:
+        if self.phi.flat.is_meta:
             raise UserError("φ is on the meta device and takes no values: model.to_empty(device=…) before loading")
         with torch.no_grad():
-            for p, saved in zip(parameters, state.split([p.numel() for p in parameters]), strict=True):
-                p.copy_(saved.view_as(p))
+            self.phi.flat.copy_(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         saved = state_dict.get(f"{prefix}usage")
@@ -285,9 +288,10 @@ class PerturbSite(UsesPhi):
             )
         self._attachment = (attachment or Attachment(phi, noise=noise, gate=gate),)
         self.channels, self.channel_norm, self.size_norm = channels, channel_norm, size_norm
-        statistics, like = (channels, NUM_SCALE_FEATURES), next(phi.parameters())
-        self.register_buffer("running_mean", torch.zeros(statistics, device=like.device, dtype=like.dtype))
-        self.register_buffer("running_var", torch.ones(statistics, device=like.device, dtype=like.dtype))
+        statistics = (channels, NUM_SCALE_FEATURES)
+        like = {"device": phi.flat.device, "dtype": phi.flat.dtype}
+        self.register_buffer("running_mean", torch.zeros(statistics, **like))
+        self.register_buffer("running_var", torch.ones(statistics, **like))
 
     @property
     def attachment(self) -> Attachment:
@@ -307,11 +311,12 @@ class PerturbSite(UsesPhi):
         self._check(h, noise)
         if self.training and not usage.paper and usage.clip and not self._looked:
             self._look(h, usage.clip)
-        phi, settings = self.phi.tensors(), self._settings(h)
-        backend = fused_backend(h, phi, noise, self.running_mean, self.running_var)
+        flat, settings = self.phi.flat, self._settings(h)
+        backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
         if backend is not None:
-            out = fused.perturb(backend, h, phi, noise, self.running_mean, self.running_var, settings)
+            out = fused.perturb(backend, h, flat, noise, self.running_mean, self.running_var, settings)
             return _bounded(out, usage)
+        phi = Phi.of(flat)
         mean, var = self._statistics(h, phi)
         if settings.training:
             self._track(mean, var)

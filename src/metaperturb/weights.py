@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils import parameters_to_vector
 
 from metaperturb.errors import UserError
+from metaperturb.kernels.plain import PHI_SHAPES
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors, reason, save_tensors
 
@@ -40,9 +40,9 @@ def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] 
     """
     if not isinstance(phi, MetaPerturb):
         raise UserError(f"phi: expected a MetaPerturb (of a network: model.metaperturb.phi), got {type(phi).__name__}")
-    if not all(_is_plain(p) and p.isfinite().all() for p in phi.parameters()):
+    if not (_is_plain(phi.flat) and phi.flat.isfinite().all()):
         raise UserError(f"{path}: not written, since φ holds values that are not finite, or none (meta device)")
-    state = {name: p.detach().cpu().clone() for name, p in phi.state_dict().items()}
+    state = {name: p.detach().cpu().clone() for name, p in phi.tensors()._asdict().items()}
     try:
         plain_card = json.loads(json.dumps(dict(card or {})))  # whatever JSON can hold, weights_only=True can load
     except (TypeError, ValueError) as error:
@@ -53,7 +53,7 @@ def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] 
 
 def phi_digest(phi: MetaPerturb) -> str:
     """Identifies φ by its 82 numbers, as a file changes with what its card says: 64 hex digits."""
-    values = parameters_to_vector(phi.parameters()).detach().cpu().numpy().astype("<f4")
+    values = phi.flat.detach().cpu().numpy().astype("<f4")
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
@@ -80,10 +80,11 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
 
-    with torch.random.fork_rng(devices=[]):  # what comes next draws the same with φ as without
+    # What comes next draws the same with φ as without; φ can be used everywhere, wherever it was loaded.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         phi = MetaPerturb()
-    expected = {name: tuple(p.shape) for name, p in phi.named_parameters()}
     state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
+    expected = {"flat": tuple(phi.flat.shape)} if "flat" in state else PHI_SHAPES._asdict()  # the former: a state dict
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unknown:
         wrong = [f"lacks {name}" for name in sorted(missing)] + [
@@ -95,11 +96,10 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
         if not _is_plain(value) or tuple(s for s in value.shape if s != 1) != shape:
             found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise UserError(f"{path}: {name} should be an array of numbers of shape {list(shape)}, found {found}")
-        state[name] = value.reshape(shape).float()
+        state[name] = value.flatten().float()
         if not torch.isfinite(state[name]).all():
             raise UserError(f"{path}: {name} holds values that are not finite in float32")
-    phi.load_state_dict(state)
-    phi.requires_grad_(False)
+    phi.flat.requires_grad_(False).copy_(torch.cat([state[name] for name in expected]))
     phi.card = card
     return phi
 

@@ -81,7 +81,7 @@ def tell_change(before: str, now: str, run_dir: str) -> None:
 
 
 def fused_backend(
-    h: Tensor, phi: plain.Phi, noise: Tensor | None, running_mean: Tensor, running_var: Tensor
+    h: Tensor, phi: Tensor, noise: Tensor | None, running_mean: Tensor, running_var: Tensor
 ) -> ModuleType | None:
     """The fused backend for a site's input, or None where the plain operators have to do.
 
@@ -89,7 +89,7 @@ def fused_backend(
     derivatives, a noise with a gradient, precisions other than φ's (a half-precision map excepted); and they tell what
     is wrong where tensors are on different devices.
     """
-    tensors = (*phi, running_mean, running_var)
+    tensors = (phi, running_mean, running_var)
     dtype = torch.float32 if h.dtype in HALF_PRECISION else h.dtype
     if (
         torch.compiler.is_compiling()
@@ -149,15 +149,15 @@ def _error(backend: ModuleType, device: torch.device) -> float:
             values = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device=device).mul(0.7).sin()
             return values.view(shape).requires_grad_(requires_grad)
 
-        h, phi = wave(4, 5, 6, 7), plain.Phi(*(wave(3, 3) for _ in range(4)), wave(4, 3, 3), wave(10))
+        h, phi = wave(4, 5, 6, 7), wave(82)
         settings = plain.Settings(True, True, True, 0.7, 1.5, 0.5, 0.5)
         seed = torch.full((), 0x123456789ABCDEF, dtype=torch.int64, device=device)
         running = wave(5, 4, requires_grad=False), wave(5, 4, requires_grad=False)
         actual = fused.apply(backend, h, phi, None, seed, *running, settings)
-        exact_h, exact_phi = h.double(), plain.Phi(*(p.double() for p in phi))
+        exact_h, exact_phi = h.double(), plain.Phi.of(phi.double())
         noise = backend.draw_noise(seed, h).double()
         expected = plain.perturb(exact_h, exact_phi, *plain.batch_statistics(exact_h, exact_phi), noise, settings)
         grad_out = wave(4, 5, 6, 7, requires_grad=False).flip(0)
-        grads = (torch.autograd.grad(out, [h, *phi], grad_out.to(out.dtype)) for out in (actual, expected))
+        grads = (torch.autograd.grad(out, [h, phi], grad_out.to(out.dtype)) for out in (actual, expected))
         pairs = [(actual, expected), *zip(*grads, strict=True)]
         return max(((a - e).norm() / e.norm()).item() for a, e in pairs)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, upper_bound
-from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
+from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, Settings
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 NAME = "cpp"
@@ -61,7 +61,7 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     return noise
 
 
-def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> None:
+def track(h: Tensor, phi: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
     """Only the statistics of a training step, which is what strength 0 leaves to do."""
     running = {"running_mean": running_mean, "running_var": running_var}
     _run("forward", h, phi, None, None, TRACKING, **running, **_scratch(h, training=True))
@@ -69,7 +69,7 @@ def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> Non
 
 def forward(
     h: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
     running_mean: Tensor,
@@ -91,7 +91,7 @@ def forward(
 def backward(
     grad_out: Tensor,
     h: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
     scratch: tuple[Tensor, ...],
@@ -105,7 +105,7 @@ def backward(
     """
     tensors = dict(zip(("features", "statistics", "scale"), scratch, strict=True))
     tensors |= {"grad_out": grad_out.contiguous(), "grad_h": torch.empty(h.shape, dtype=h.dtype)}
-    tensors["grad_phi"] = torch.empty(sum(p.numel() for p in phi), dtype=torch.float64)
+    tensors["grad_phi"] = torch.empty(phi.shape, dtype=torch.float64)
     _run("backward", h, phi, noise, seed, settings, h_gradient=h_gradient, phi_gradient=phi_gradient, **tensors)
     return tensors["grad_h"] if h_gradient else None, tensors["grad_phi"].to(h.dtype) if phi_gradient else None
 
@@ -122,7 +122,7 @@ def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
 def _run(
     name: str,
     h: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
     settings: Settings,
@@ -131,8 +131,7 @@ def _run(
     **tensors: Tensor,
 ) -> None:
     """Call `name` of the library; the tensors have to live, and be contiguous, until it returns."""
-    tensors["h"] = h.contiguous()
-    tensors["phi"] = torch.cat([p.detach().reshape(-1) for p in phi])
+    tensors["h"], tensors["phi"] = h.contiguous(), phi
     if noise is not None:
         tensors["given_noise"] = noise.contiguous()
     site = _Site(

@@ -17,13 +17,13 @@ from metaperturb.kernels.plain import Phi, Settings
 def perturb(
     backend: ModuleType,
     h: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """Perturb `h` `[B, C, H, W]` and, in training, move the running statistics `[C, 4]`.
+    """Perturb `h` `[B, C, H, W]` by φ `[82]` and, in training, move the running statistics `[C, 4]`.
 
     Without `noise` `[B, C, H, W]`, ε is drawn in the kernel, from a seed that PyTorch's generator of the device gives.
     """
@@ -39,7 +39,7 @@ def perturb(
 def apply(
     backend: ModuleType,
     h: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
     running_mean: Tensor,
@@ -51,44 +51,36 @@ def apply(
         noise = None if noise is None else noise.to(running_mean.dtype)
         x = h.to(running_mean.dtype)
         return apply(backend, x, phi, noise, seed, running_mean, running_var, settings).to(h.dtype)
-    return _Perturb.apply(h, *phi, noise, seed, running_mean, running_var, settings, backend)
+    return _Perturb.apply(h, phi, noise, seed, running_mean, running_var, settings, backend)
 
 
 class _Perturb(torch.autograd.Function):
     # `forward` with a context: PyTorch's newer form without one inspects signatures at each call, 60 µs a site.
     @staticmethod
-    def forward(
-        ctx, h, self1, all1, self2, all2, scale_kernels, scale_affine, noise, seed, mean, var, settings, backend
-    ):
-        phi = Phi(self1, all1, self2, all2, scale_kernels, scale_affine)
+    def forward(ctx, h, phi, noise, seed, mean, var, settings, backend):
         out, *scratch = backend.forward(h, phi, noise, seed, mean, var, settings)
         ctx.settings, ctx.backend = settings, backend
-        ctx.save_for_backward(h, *phi, noise, seed, *scratch)
+        ctx.save_for_backward(h, phi, noise, seed, *scratch)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-        h, phi, noise, seed, scratch = saved[0], Phi(*saved[1:7]), saved[7], saved[8], saved[9:]
+        h, phi, noise, seed, *scratch = ctx.saved_tensors  # once: activation checkpointing allows no second look
         nothing = (None,) * 6
         if torch.is_grad_enabled():  # somebody will differentiate this gradient: the plain operators can be
             grads = _differentiable_backward(ctx, grad_out, h, phi, noise, seed, statistics=scratch[1])
             return *grads, *nothing
-        h_gradient, phi_gradient = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:7])
-        wanted = h_gradient, phi_gradient  # of the first site in the φ-step h needs none
-        grad_h, grad_phi = ctx.backend.backward(grad_out, h, phi, noise, seed, scratch, ctx.settings, *wanted)
-        grads = nothing
-        if phi_gradient:
-            parts = grad_phi.split([p.numel() for p in phi])
-            grads = tuple(part.view_as(p) for part, p in zip(parts, phi, strict=True))
-        return grad_h, *grads, *nothing
+        wanted = ctx.needs_input_grad[:2]  # of the first site in the φ-step h needs none
+        grads = ctx.backend.backward(grad_out, h, phi, noise, seed, scratch, ctx.settings, *wanted)
+        return *grads, *nothing
 
 
 def _differentiable_backward(ctx, grad_out, h, phi, noise, seed, statistics):
     if seed is not None:
         noise = ctx.backend.draw_noise(seed, h)
-    inputs = [t for t, needed in zip((h, *phi), ctx.needs_input_grad, strict=False) if needed]
-    mean, var = plain.batch_statistics(h, phi) if ctx.settings.training else statistics
-    out = plain.perturb(h, phi, mean, var, noise, ctx.settings)
+    inputs = [t for t, needed in zip((h, phi), ctx.needs_input_grad, strict=False) if needed]
+    named = Phi.of(phi)
+    mean, var = plain.batch_statistics(h, named) if ctx.settings.training else statistics
+    out = plain.perturb(h, named, mean, var, noise, ctx.settings)
     grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True, allow_unused=True))
-    return [next(grads) if needed else None for needed in ctx.needs_input_grad[:7]]
+    return [next(grads) if needed else None for needed in ctx.needs_input_grad[:2]]

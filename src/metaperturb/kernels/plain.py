@@ -4,6 +4,7 @@ Differentiable any number of times, on any device, under `torch.func` and `torch
 et al., NeurIPS 2020.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ MOMENTUM = 0.1  # of the running statistics
 
 
 class Phi(NamedTuple):
-    """The parameters φ as tensors; `MetaPerturb` documents them."""
+    """The parameters φ by name; `MetaPerturb` documents them."""
 
     self1: Tensor
     all1: Tensor
@@ -25,6 +26,15 @@ class Phi(NamedTuple):
     all2: Tensor
     scale_kernels: Tensor
     scale_affine: Tensor
+
+    @classmethod
+    def of(cls, flat: Tensor) -> "Phi":
+        """Views of the flat parameter `[82]`."""
+        parts = flat.split([math.prod(shape) for shape in PHI_SHAPES])
+        return cls(*(part.view(shape) for part, shape in zip(parts, PHI_SHAPES, strict=True)))
+
+
+PHI_SHAPES = Phi((3, 3), (3, 3), (3, 3), (3, 3), (NUM_SCALE_FEATURES, 3, 3), (2 * NUM_SCALE_FEATURES + 2,))
 
 
 @dataclass(frozen=True, slots=True)

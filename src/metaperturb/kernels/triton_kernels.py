@@ -40,7 +40,7 @@ from metaperturb.kernels.triton_blocks import (
 @jit
 def summarize(
     h,
-    scale_kernels,
+    phi,
     features,
     mean,
     C: tl.constexpr,
@@ -57,7 +57,7 @@ def summarize(
     part = tl.program_id(0) % PARTS
     h += image.to(tl.int64) * (C * H * W)
     if features is not None and part < FEATURE_PARTS:
-        _features(h, scale_kernels, features + image * (C * 4), part * CHANNELS, C, H, W, LAST, CHANNELS, PIXELS)
+        _features(h, phi, features + image * (C * 4), part * CHANNELS, C, H, W, LAST, CHANNELS, PIXELS)
     if mean is not None and part >= FEATURE_PARTS:
         start = (part - FEATURE_PARTS) * PIXELS
         _channel_mean(h, mean + image.to(tl.int64) * (H * W), start, C, H, W, LAST, CHANNELS, PIXELS)
@@ -66,7 +66,7 @@ def summarize(
 @jit
 def _features(
     h,
-    scale_kernels,
+    phi,
     features,
     first,
     C: tl.constexpr,
@@ -76,9 +76,9 @@ def _features(
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = scale_kernels.dtype.element_ty
-    w0, w1 = kernel3x3(scale_kernels, 0), kernel3x3(scale_kernels, 1)
-    w2, w3 = kernel3x3(scale_kernels, 2), kernel3x3(scale_kernels, 3)
+    DTYPE: tl.constexpr = phi.dtype.element_ty
+    w0, w1 = kernel3x3(phi, 4), kernel3x3(phi, 5)
+    w2, w3 = kernel3x3(phi, 6), kernel3x3(phi, 7)
     c = first + tl.arange(0, CHANNELS)[:, None]
     s0 = tl.zeros([CHANNELS, PIXELS], DTYPE)
     s1, s2, s3 = s0, s0, s0
@@ -124,12 +124,10 @@ def _channel_mean(
 def first_layer(
     h,
     mean,
-    self1,
-    all1,
+    phi,
     hidden,
     hidden_mean,
     features,
-    affine,
     running_mean,
     running_var,
     statistics,
@@ -150,12 +148,12 @@ def first_layer(
     SCALE_ROWS: tl.constexpr,
 ):
     """The scale `[C]`; the hidden map `[B, C, H, W]` and its mean `[B, H, W]`: by programs of two kinds."""
-    DTYPE: tl.constexpr = self1.dtype.element_ty
+    DTYPE: tl.constexpr = phi.dtype.element_ty
     SCALES: tl.constexpr = (C + SCALE_CHANNELS - 1) // SCALE_CHANNELS
     if tl.program_id(0) < SCALES:
         _scale(
             features,
-            affine,
+            phi,
             running_mean,
             running_var,
             statistics,
@@ -171,16 +169,14 @@ def first_layer(
         )
     if NOISE and tl.program_id(0) >= SCALES:
         program = tl.program_id(0) - SCALES
-        _hidden_layer(h, mean, self1, all1, None, hidden, hidden_mean, None, program, C, H, W, LAST, CHANNELS, PIXELS)
+        _hidden_layer(h, mean, phi, hidden, hidden_mean, None, program, C, H, W, LAST, CHANNELS, PIXELS)
 
 
 @jit
 def _hidden_layer(
     h,
     mean,
-    self1,
-    all1,
-    scale_kernels,
+    phi,
     hidden,
     hidden_mean,
     signs,
@@ -193,19 +189,19 @@ def _hidden_layer(
     PIXELS: tl.constexpr,
 ):
     """A piece of an image of what is asked for, which is what is not None among `hidden`, `hidden_mean`, `signs`."""
-    DTYPE: tl.constexpr = self1.dtype.element_ty
+    DTYPE: tl.constexpr = phi.dtype.element_ty
     TILES: tl.constexpr = (H * W + PIXELS - 1) // PIXELS
     image = program // TILES
     base = image.to(tl.int64) * (C * H * W)
     plane = image.to(tl.int64) * (H * W)
     pixel = program % TILES * PIXELS + tl.arange(0, PIXELS)[None, :]
     if hidden is not None:
-        w = kernel3x3(self1, 0)
+        w = kernel3x3(phi, 0)
         around = neighbours(mean + plane + pixel, pixel, pixel < H * W, H, W, 1)
-        shared = convolve(around, kernel3x3(all1, 0), DTYPE)
+        shared = convolve(around, kernel3x3(phi, 1), DTYPE)
     if signs is not None:
-        w0, w1 = kernel3x3(scale_kernels, 0), kernel3x3(scale_kernels, 1)
-        w2, w3 = kernel3x3(scale_kernels, 2), kernel3x3(scale_kernels, 3)
+        w0, w1 = kernel3x3(phi, 4), kernel3x3(phi, 5)
+        w2, w3 = kernel3x3(phi, 6), kernel3x3(phi, 7)
     total = tl.zeros([CHANNELS, PIXELS], DTYPE)
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)[:, None]
@@ -230,7 +226,7 @@ def _hidden_layer(
 @jit
 def _scale(
     features,
-    affine,
+    phi,
     running_mean,
     running_var,
     statistics,
@@ -245,7 +241,7 @@ def _scale(
     BATCH: tl.constexpr,
 ):
     """Mean and unbiased variance over the batch, in training, into `statistics` `[2, C, 4]` and the running ones; s."""
-    DTYPE: tl.constexpr = affine.dtype.element_ty
+    DTYPE: tl.constexpr = phi.dtype.element_ty
     # A feature of a channel after the other, as they lie in memory.
     v = tl.program_id(0) * (CHANNELS * 4) + tl.arange(0, CHANNELS * 4)
     inside = v < C * 4
@@ -271,9 +267,9 @@ def _scale(
         var = tl.load(running_var + v, mask=inside, other=0)
     tl.store(statistics + v, mean, mask=inside)
     tl.store(statistics + C * 4 + v, var, mask=inside)
-    terms = mean * tl.load(affine + v % 4) + var * tl.load(affine + 4 + v % 4)
+    terms = mean * tl.load(phi + 72 + v % 4) + var * tl.load(phi + 76 + v % 4)
     logit = tl.sum(tl.reshape(terms, [CHANNELS, 4]), 1)
-    logit += tl.load(affine + 8) * channel_ratio + tl.load(affine + 9) * size_ratio
+    logit += tl.load(phi + 80) * channel_ratio + tl.load(phi + 81) * size_ratio
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     tl.store(scale + c, 1.0 / (1.0 + tl.exp(-logit)), mask=c < C)
 
@@ -301,8 +297,7 @@ def perturb(
     h,
     hidden,
     hidden_mean,
-    self2,
-    all2,
+    phi,
     scale,
     noise,
     seed,
@@ -319,7 +314,7 @@ def perturb(
     PIXELS: tl.constexpr,
 ):
     """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above."""
-    DTYPE: tl.constexpr = self2.dtype.element_ty
+    DTYPE: tl.constexpr = phi.dtype.element_ty
     STEP: tl.constexpr = C if LAST else 1
     QUARTER: tl.constexpr = (H * W + 3) // 4
     TILES: tl.constexpr = (QUARTER + PIXELS - 1) // PIXELS
@@ -335,7 +330,7 @@ def perturb(
     s = tl.load(scale + c, mask=c < C, other=0) if GATE else 1.0
     if NOISE:
         hidden_mean += image.to(tl.int64) * (H * W)
-        w, w_all = kernel3x3(self2, 0), kernel3x3(all2, 0)
+        w, w_all = kernel3x3(phi, 2), kernel3x3(phi, 3)
     if NOISE == 1:
         drawn = normals(seed, image * C + c, j)
     for i in tl.static_range(4):
@@ -364,9 +359,7 @@ def perturb(
 def first_layer_again(
     h,
     mean,
-    self1,
-    all1,
-    scale_kernels,
+    phi,
     hidden,
     signs,
     C: tl.constexpr,
@@ -378,7 +371,7 @@ def first_layer_again(
 ):
     """The hidden map, and which of the four feature maps are positive, a bit each: `[B, C, H, W]` both."""
     program = tl.program_id(0)
-    _hidden_layer(h, mean, self1, all1, scale_kernels, hidden, None, signs, program, C, H, W, LAST, CHANNELS, PIXELS)
+    _hidden_layer(h, mean, phi, hidden, None, signs, program, C, H, W, LAST, CHANNELS, PIXELS)
 
 
 @jit
@@ -387,8 +380,7 @@ def perturb_backward(
     grad_out,
     hidden,
     hidden_mean,
-    self2,
-    all2,
+    phi,
     scale,
     noise,
     seed,
@@ -412,7 +404,7 @@ def perturb_backward(
     Writes the direct part of the gradient of h (if wanted) and the gradient of μ, `[B, C, H, W]`, the latter's mean
     over channels `[B, H, W]`, and the gradient of the scale `[programs, C]`.
     """
-    DTYPE: tl.constexpr = self2.dtype.element_ty
+    DTYPE: tl.constexpr = phi.dtype.element_ty
     STEP: tl.constexpr = C if LAST else 1
     QUARTER: tl.constexpr = (H * W + 3) // 4
     TILES: tl.constexpr = (QUARTER + PIXELS - 1) // PIXELS
@@ -427,7 +419,7 @@ def perturb_backward(
     if NOISE:
         hidden_mean += image.to(tl.int64) * (H * W)
         grad_mu_mean += image.to(tl.int64) * (H * W)
-        w, w_all = kernel3x3(self2, 0), kernel3x3(all2, 0)
+        w, w_all = kernel3x3(phi, 2), kernel3x3(phi, 3)
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)[:, None]
         s = tl.load(scale + c, mask=c < C, other=0) if GATE else 1.0
@@ -486,8 +478,7 @@ def second_layer_backward(
     grad_mu_mean,
     hidden,
     hidden_mean,
-    self2,
-    all2,
+    phi,
     grad_hidden_mean,
     grad_scale,
     scale,
@@ -517,8 +508,7 @@ def second_layer_backward(
             grad_mu_mean,
             hidden,
             hidden_mean,
-            self2,
-            all2,
+            phi,
             grad_hidden_mean,
             parts,
             columns,
@@ -559,8 +549,7 @@ def _hidden_backward(
     grad_mu_mean,
     hidden,
     hidden_mean,
-    self2,
-    all2,
+    phi,
     grad_hidden_mean,
     parts,
     columns,
@@ -572,15 +561,15 @@ def _hidden_backward(
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = self2.dtype.element_ty
+    DTYPE: tl.constexpr = phi.dtype.element_ty
     TILES: tl.constexpr = (H * W + PIXELS - 1) // PIXELS
     image = program // TILES
     base = image.to(tl.int64) * (C * H * W)
     plane = image.to(tl.int64) * (H * W)
     pixel = program % TILES * PIXELS + tl.arange(0, PIXELS)[None, :]
-    w = kernel3x3(self2, 0)
+    w = kernel3x3(phi, 2)
     around = neighbours(grad_mu_mean + plane + pixel, pixel, pixel < H * W, H, W, 1)
-    shared = convolve_transposed(around, kernel3x3(all2, 0), DTYPE)
+    shared = convolve_transposed(around, kernel3x3(phi, 3), DTYPE)
     if parts is not None:
         # γ₂ sees the mean of the hidden map and the sum of the gradient over channels: C times its mean.
         mean = tl.load(hidden_mean + plane + pixel, mask=pixel < H * W, other=0)
@@ -610,10 +599,7 @@ def input_backward(
     mean,
     grad_hidden,
     grad_hidden_mean,
-    self1,
-    all1,
-    scale_kernels,
-    affine,
+    phi,
     signs,
     features,
     statistics,
@@ -636,7 +622,7 @@ def input_backward(
 
     A program goes through `GROUP` channels and `RUN` pixels of an image.
     """
-    DTYPE: tl.constexpr = self1.dtype.element_ty
+    DTYPE: tl.constexpr = phi.dtype.element_ty
     STEP: tl.constexpr = C if LAST else 1
     GROUPS: tl.constexpr = (C + GROUP - 1) // GROUP
     RUNS: tl.constexpr = (H * W + RUN - 1) // RUN
@@ -646,13 +632,13 @@ def input_backward(
     plane = image.to(tl.int64) * (H * W)
     base = image.to(tl.int64) * (C * H * W)
     if grad_hidden is not None:
-        w, w_all = kernel3x3(self1, 0), kernel3x3(all1, 0)
+        w, w_all = kernel3x3(phi, 0), kernel3x3(phi, 1)
         if parts is not None:
             sums = nine_zeros(CHANNELS, PIXELS, DTYPE)
             sums_all = nine_zeros(1, PIXELS, DTYPE)
     if signs is not None:
-        w0, w1 = kernel3x3(scale_kernels, 0), kernel3x3(scale_kernels, 1)
-        w2, w3 = kernel3x3(scale_kernels, 2), kernel3x3(scale_kernels, 3)
+        w0, w1 = kernel3x3(phi, 4), kernel3x3(phi, 5)
+        w2, w3 = kernel3x3(phi, 6), kernel3x3(phi, 7)
         if parts is not None:
             sums0 = nine_zeros(CHANNELS, PIXELS, DTYPE)
             sums1, sums2, sums3 = sums0, sums0, sums0
@@ -662,10 +648,10 @@ def input_backward(
             p = features + image * (C * 4) + c * 4
             q = statistics + c * 4
             logit = tl.load(grad_logit + c, mask=c < C, other=0) / (H * W)
-            g0 = _feature_gradient(p, q, affine, logit, c < C, batch)
-            g1 = _feature_gradient(p + 1, q + 1, affine + 1, logit, c < C, batch)
-            g2 = _feature_gradient(p + 2, q + 2, affine + 2, logit, c < C, batch)
-            g3 = _feature_gradient(p + 3, q + 3, affine + 3, logit, c < C, batch)
+            g0 = _feature_gradient(p, q, phi + 72, logit, c < C, batch)
+            g1 = _feature_gradient(p + 1, q + 1, phi + 73, logit, c < C, batch)
+            g2 = _feature_gradient(p + 2, q + 2, phi + 74, logit, c < C, batch)
+            g3 = _feature_gradient(p + 3, q + 3, phi + 75, logit, c < C, batch)
         for tile in range(start_pixel, start_pixel + RUN, PIXELS):
             pixel = tile + tl.arange(0, PIXELS)[None, :]
             inside = (c < C) & (pixel < H * W)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaperturb.kernels import triton_kernels
 from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, upper_bound
-from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Phi, Settings
+from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Settings
 from metaperturb.kernels.triton_blocks import triton
 
 NAME = "triton"
@@ -119,7 +119,7 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     return noise
 
 
-def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> None:
+def track(h: Tensor, phi: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
     """Only the statistics of a training step, which is what strength 0 leaves to do."""
     _check(h.device)
     with torch.cuda.device_of(h):
@@ -128,7 +128,7 @@ def track(h: Tensor, phi: Phi, running_mean: Tensor, running_var: Tensor) -> Non
 
 def forward(
     h: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
     running_mean: Tensor,
@@ -152,7 +152,7 @@ def forward(
         _launch(
             triton_kernels.perturb,
             x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]),
-            *(x.tensor, hidden, hidden_mean, phi.self2, phi.all2, scale),
+            *(x.tensor, hidden, hidden_mean, phi, scale),
             *(None if noise is None else x.laid_out(noise), seed, out),
             *(settings.strength, upper_bound(settings)),
             **x.sizes,
@@ -164,15 +164,15 @@ def forward(
 
 
 def _prepare(
-    x: _Map, phi: Phi, running_mean: Tensor, running_var: Tensor, settings: Settings
+    x: _Map, phi: Tensor, running_mean: Tensor, running_var: Tensor, settings: Settings
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
     """What comes before the noise: the hidden map of μ `[B, C, H, W]`, and what `forward` returns for `backward`."""
-    new = functools.partial(torch.empty, dtype=phi.self1.dtype, device=x.tensor.device)
+    new = functools.partial(torch.empty, dtype=phi.dtype, device=x.tensor.device)
     features = new(x.batch, x.channels, NUM_SCALE_FEATURES) if settings.training else None
     statistics, scale = new(2, x.channels, NUM_SCALE_FEATURES), new(x.channels)
     hidden = mean = hidden_mean = None
     if settings.noise:
-        hidden = torch.empty_like(x.tensor, dtype=phi.self1.dtype)
+        hidden = torch.empty_like(x.tensor, dtype=phi.dtype)
         mean, hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
     tile = x.tile(TILE, PIXELS, WARPS)
     groups = _ceil(x.channels, tile["CHANNELS"]) if settings.training else 0
@@ -181,15 +181,15 @@ def _prepare(
         _launch(
             triton_kernels.summarize,
             x.batch * (groups + pieces),
-            *(x.tensor, phi.scale_kernels, features, mean),
+            *(x.tensor, phi, features, mean),
             **x.sizes,
             **tile,
         )
     _launch(
         triton_kernels.first_layer,
         _ceil(x.channels, SCALE_CHANNELS) + x.batch * pieces,
-        *(x.tensor, mean, phi.self1, phi.all1, hidden, hidden_mean),
-        *(features, phi.scale_affine, running_mean, running_var, statistics, scale),
+        *(x.tensor, mean, phi, hidden, hidden_mean),
+        *(features, running_mean, running_var, statistics, scale),
         *(x.batch, settings.channel_ratio, settings.size_ratio, MOMENTUM),
         **x.sizes,
         TRAINING=settings.training,
@@ -204,7 +204,7 @@ def _prepare(
 def backward(
     grad_out: Tensor,
     h: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
     scratch: tuple[Tensor | None, ...],
@@ -223,7 +223,7 @@ def backward(
 def _backward(
     x: _Map,
     grad_out: Tensor,
-    phi: Phi,
+    phi: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
     features: Tensor | None,
@@ -235,7 +235,7 @@ def _backward(
     h_gradient: bool,
     phi_gradient: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    h, dtype = x.tensor, phi.self1.dtype
+    h, dtype = x.tensor, phi.dtype
     new = functools.partial(torch.empty, dtype=dtype, device=h.device)
     new_map = functools.partial(torch.empty_like, h, dtype=dtype)
     gradient_of_features = settings.training and settings.gate
@@ -253,7 +253,7 @@ def _backward(
         _launch(
             triton_kernels.first_layer_again,
             pieces,
-            *(h, mean, phi.self1, phi.all1, phi.scale_kernels, hidden, signs),
+            *(h, mean, phi, hidden, signs),
             **x.sizes,
             **tile,
         )
@@ -268,7 +268,7 @@ def _backward(
     _launch(
         triton_kernels.perturb_backward,
         rows,
-        *(h, x.laid_out(grad_out), hidden, hidden_mean, phi.self2, phi.all2, scale),
+        *(h, x.laid_out(grad_out), hidden, hidden_mean, phi, scale),
         *(None if noise is None else x.laid_out(noise), seed, direct, grad_mu, grad_mu_mean, grad_scale),
         *(settings.strength, upper_bound(settings)),
         **x.sizes,
@@ -288,7 +288,7 @@ def _backward(
         _launch(
             triton_kernels.second_layer_backward,
             (pieces if settings.noise else 0) + (_ceil(x.channels, SCALE_CHANNELS) if settings.gate else 0),
-            *(grad_mu, grad_mu_mean, hidden, hidden_mean, phi.self2, phi.all2, grad_hidden_mean),
+            *(grad_mu, grad_mu_mean, hidden, hidden_mean, phi, grad_hidden_mean),
             *(grad_scale, scale, grad_logit, rows, parts, columns),
             **x.sizes,
             **tile,
@@ -300,7 +300,7 @@ def _backward(
         _launch(
             triton_kernels.input_backward,
             groups,
-            *(h, mean, hidden, grad_hidden_mean, phi.self1, phi.all1, phi.scale_kernels, phi.scale_affine),
+            *(h, mean, hidden, grad_hidden_mean, phi),
             *(signs, features, statistics, grad_logit, direct, grad_h, parts, x.batch, columns),
             **x.sizes,
             **group_tile,
