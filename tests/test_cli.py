@@ -64,4 +64,4 @@ def test_a_program_promises_to_resume_only_if_it_can(resumes, capsys):
         raise KeyboardInterrupt
 
     assert run_program(interrupted, show_traceback=False, resumes=resumes) == 130
-    assert ("resumes from the last checkpoint" in capsys.readouterr().err) == resumes
+    assert ("goes on with what is saved" in capsys.readouterr().err) == resumes

@@ -297,7 +297,7 @@ def test_killed_and_stopped_it_resumes_to_the_same_result(path, tmp_path):
         process.send_signal(number)
         stopped = finish(process)
         assert stopped.returncode == code and "Traceback" not in stopped.stderr
-        assert code == -9 or "the same command resumes" in stopped.stderr
+        assert code == -9 or "the same command goes on with what is saved" in stopped.stderr
         wait_for(lambda training=training: not alive(training), "the training outlives its runner")
     (log,) = runs.glob("**/log.txt")
     for name in ("a", "b"):

@@ -779,6 +779,6 @@ def test_ablations_as_runs(common, tmp_path, capsys):
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["sites"] == sites
         assert result["metrics"]["samples"] == (1 if "noise" in name else 3)
-    assert "was meta-trained" not in capsys.readouterr().err  # nothing is recorded of this φ
+    assert "phi: was meta-trained with" not in capsys.readouterr().err  # nothing is recorded of this φ
     assert program.main(["--set", *settings, "noise=false", "gate=false", f"run_dir={tmp_path / 'tgt'}"]) == 1
     assert "error: noise, gate: with both false φ does nothing" in capsys.readouterr().err

@@ -239,7 +239,7 @@ def exchange(bench: Bench) -> Groups:
 def gathers(group: Group, tasks: int, rounds: int, path: Path) -> None:
     """In each process: exchange the table of so many tasks' rows; process 0 measures, ten times a round."""
     torch.set_num_threads(1)
-    columns = sum(p.numel() for p in MetaPerturb().parameters()) + len(METRICS)
+    columns = sum(p.numel() for p in MetaPerturb().parameters()) + len(METRICS) + 1  # and whether to stop
     rows = torch.randn(len(group.owned(tasks)), columns, device=group.device)
     seconds = []
     for _ in range(rounds + 1):

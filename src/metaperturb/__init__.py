@@ -6,12 +6,14 @@
 >>> model = metaperturb.attach(model, phi, image_size=32, verbose=False)
 """
 
-import signal
 import sys
 
-# `python -m metaperturb.…`: until `run_program` has taken over, Ctrl-C ends the long import of PyTorch quietly.
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith(f"{__name__}."):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.argv[:1] == [
+    "-m"
+]:  # `python -m metaperturb.meta_train …`: what is wrong with it is said before PyTorch is there
+    from metaperturb.early import check_command_line
+
+    check_command_line()
 
 from metaperturb import kernels, models
 from metaperturb.attach import attach, detach, find_sites

@@ -1,22 +1,40 @@
 """How the programs start, fail and stop: one line instead of a traceback, and a meaningful exit code."""
 
 import argparse
+import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
 
 from metaperturb.errors import UserError
 
 EXIT_ERROR = UserError.exit_code
 EXIT_SIGNAL = 128  # plus the signal's number: the shell's convention
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-RESUME = "the same command resumes from the last checkpoint"
+RESUME = "the same command goes on with what is saved"
 PARENT = "METAPERTURB_PARENT"  # process id of a program that started this one and may not be outlived
+NAMES = "METAPERTURB_NAMES"  # what a wrapper calls settings: "target_path=TGT_PATH run_dir=TGT_RUN"
+
+
+class Stopped(BaseException):
+    """A signal, raised where the program is, so that what it started is ended too.
+
+    Args:
+        number: of the signal.
+        saved: what is saved, for the message; empty: `RESUME`.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM, saved: str = "") -> None:
+        super().__init__(saved)
+        self.number, self.saved = number, saved
 
 
 def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool = True) -> int:
@@ -27,28 +45,122 @@ def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool
         show_traceback: where an error arose, too.
         resumes: whether the same command goes on where this one was stopped; it is said then.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # see metaperturb/__init__.py
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see early.py
     signal.signal(signal.SIGTERM, _raise_stopped)
     if PARENT in os.environ:
-        threading.Thread(target=_follow, args=(int(os.environ.pop(PARENT)),), daemon=True).start()
+        end_with(int(os.environ.pop(PARENT)))
     keep_freed_memory()
-    try:
-        main()
-    except UserError as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, Stopped) as stop:
-        number, what = (signal.SIGTERM, "stopped") if isinstance(stop, Stopped) else (signal.SIGINT, "interrupted")
-        print(f"{what}; {RESUME}" if resumes else what, file=sys.stderr)
-        return EXIT_SIGNAL + number
-    except Exception as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"error: {describe_unexpected(error)}", file=sys.stderr)
-        return EXIT_ERROR
+    with unbreakable_output():
+        try:
+            main()
+        except (KeyboardInterrupt, Stopped) as stop:
+            number, saved = (stop.number, stop.saved) if isinstance(stop, Stopped) else (signal.SIGINT, "")
+            what = "interrupted" if number == signal.SIGINT else "stopped"
+            print(f"{what}; {saved or RESUME}" if resumes else what, file=sys.stderr)
+            return EXIT_SIGNAL + number
+        except Exception as error:
+            return report_error(error, show_traceback)
     return 0
+
+
+def report_error(error: Exception, show_traceback: bool = False) -> int:
+    """The one line about an error, on stderr; returns the exit code."""
+    if show_traceback:
+        traceback.print_exc()
+    known = isinstance(error, UserError)
+    print(f"error: {in_users_words(str(error)) if known else describe_unexpected(error)}", file=sys.stderr)
+    return error.exit_code if known else EXIT_ERROR
+
+
+def in_users_words(message: str) -> str:
+    """The message with the names that a wrapper (`NAMES`) has for settings, as `TGT_PATH` for `target_path`.
+
+    Names with a `_`, which are no words of English, are replaced wherever they stand; others before a `:` or `=`.
+    """
+    for pair in os.environ.get(NAMES, "").split():
+        name, _, theirs = pair.partition("=")
+        what = rf"(?:--set )?(?<![\w/.-]){name}" + (r"(?![\w/.-])" if "_" in name else r"(?=[:=])")
+        message = re.sub(what, theirs, message)
+    return re.sub(r"^([A-Z_]+)=.*?: \1:", r"\1:", message)
+
+
+class Stop:
+    """Lets a loop end itself: while it is open, the first signal is only noted, for the loop to save.
+
+    A second one ends at once, but not within a second: terminal, scheduler and launcher may each pass on the same.
+
+    Args:
+        tell: whether to say so.
+        forward: called when a signal is noted.
+
+    Attributes:
+        number: of the signal, or 0.
+
+    >>> with Stop() as stop:
+    ...     for step in range(3):
+    ...         if stop.number:
+    ...             raise Stopped(stop.number, f"saved after step {step}")
+    """
+
+    def __init__(self, tell: bool = True, forward: Callable[[], None] = lambda: None) -> None:
+        self.number, self.since, self.tell, self.forward = 0, 0.0, tell, forward
+
+    def __enter__(self) -> "Stop":
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number and time.monotonic() - self.since > 1.0:
+            raise Stopped(number)
+        if self.number:
+            return
+        self.number, self.since = number, time.monotonic()
+        if self.tell:
+            with contextlib.suppress(OSError):  # not `print`, which may be what the signal interrupted
+                os.write(2, f"{signal.Signals(number).name}: saving after this step; once more ends at once\n".encode())
+        self.forward()
+
+
+class _Unbreakable:
+    """A stream whose reader may go away or whose disk may be full: what it does not take is dropped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (None where it is closed from the start)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, do: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            do(*arguments)
+        except BrokenPipeError:  # for good; what the stream still holds would fail again when Python ends
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except OSError:
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def unbreakable_output() -> Iterator[None]:
+    """A report that nobody takes (`| head -1`, a full disk) does not end the work that it is about."""
+    with contextlib.redirect_stdout(_Unbreakable(sys.stdout)), contextlib.redirect_stderr(_Unbreakable(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
 
 
 def keep_freed_memory() -> None:
@@ -70,25 +182,25 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-class Stopped(BaseException):
-    """SIGTERM, raised where the program is, so that what it started is ended too."""
-
-
 def describe_unexpected(error: Exception) -> str:
     """An error that nobody foresaw, in one line."""
     lines = str(error).strip().splitlines() or ["no details"]
     return f"{type(error).__name__}: {lines[0]} (--traceback shows where)"
 
 
-def _raise_stopped(*_: object) -> None:
-    raise Stopped
+def _raise_stopped(number: int, _: object) -> None:
+    raise Stopped(number)
 
 
-def _follow(parent: int) -> None:
-    """No orphans: end when the parent is gone, however it went."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(EXIT_ERROR)
+def end_with(parent: int) -> None:
+    """No orphans: end this process when its parent is gone, however it went."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(EXIT_ERROR)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def pairs(option: str, texts: Iterable[str], expected: str) -> dict[str, str]:

@@ -247,12 +247,15 @@ def load_config(
     return cls(**settings)
 
 
-def parse_arguments(cls: type, doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    cls: type, doc: str, argv: list[str] | None = None, module: str | None = None
+) -> argparse.Namespace:
     """The command line shared by the programs: `--config FILE --set key=value … --traceback`.
 
     `load_config(cls, arguments.config, arguments.set)` reads the settings.
     """
     parser = argument_parser(doc)
+    parser.prog = f"python -m {module}" if module else parser.prog
     parser.epilog = "settings (--set key=value):\n" + "\n".join(
         f"  {field.name:<24}{field.metadata['doc']} [{_show(field)}]" for field in dataclasses.fields(cls)
     )

@@ -9,12 +9,10 @@ import os
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -22,7 +20,17 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from metaperturb.cli import EXIT_ERROR, RESUME, describe_unexpected, keep_freed_memory
+from metaperturb.cli import (
+    EXIT_ERROR,
+    EXIT_SIGNAL,
+    RESUME,
+    Stop,
+    Stopped,
+    describe_unexpected,
+    end_with,
+    keep_freed_memory,
+    unbreakable_output,
+)
 from metaperturb.errors import Diverged, UserError
 
 EXIT_PEER_LOST = 75  # this process is well, but another one is gone
@@ -56,14 +64,28 @@ class Group:
         if self.size == 1:
             return rows
         per_process = -(-num_tasks // self.size)
-        on_host = dist.get_backend() == "gloo"
-        sent = torch.zeros(per_process, rows.shape[1], dtype=rows.dtype, device="cpu" if on_host else rows.device)
+        where = "cpu" if self.on_host else rows.device
+        sent = torch.zeros(per_process, rows.shape[1], dtype=rows.dtype, device=where)
         sent[: len(rows)] = rows
         received = sent.new_empty(self.size * per_process, rows.shape[1])
         with peer_errors():
             dist.all_gather_into_tensor(received, sent)
         by_process = received.view(self.size, per_process, -1)  # [r, i] is task i·G + r
         return by_process.transpose(0, 1).reshape(-1, rows.shape[1])[:num_tasks].to(rows.device)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the host sees the rows of each step anyway, so that it waits for nothing when it reads them."""
+        return self.device.type == "cpu" if self.size == 1 else dist.get_backend() == "gloo"
+
+    def of_first(self, decide: Callable[[], str]) -> str:
+        """What rank 0 decides, on every process."""
+        texts = [decide() if self.rank == 0 else ""]
+        if self.size == 1:
+            return texts[0]
+        with peer_errors():
+            dist.broadcast_object_list(texts, src=0)
+        return texts[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -97,7 +119,8 @@ def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
     """
     if text == "auto":
         text = ",".join(map(str, range(min(torch.cuda.device_count(), most)))) or "cpu"
-        print(f"{key}=auto: running on {'the CPU' if text == 'cpu' else f'GPU {text}'}", file=sys.stderr)
+        what = f"the CPU ({why_no_gpu()})" if text == "cpu" else f"GPU {text}"
+        print(f"{key}=auto: running on {what}", file=sys.stderr)
     devices = []
     for item in (item.strip() for item in text.split(",")):
         if item == "cpu":
@@ -107,10 +130,26 @@ def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
             raise UserError(f"{key}: expected GPU numbers or 'cpu', separated by commas, got {text!r}")
         count = torch.cuda.device_count()
         if int(item) >= count:
-            there = f"this machine has {count}, numbered from 0" if count else "PyTorch sees none here; 'cpu' works"
+            there = f"this machine has {count}, numbered from 0" if count else f"{why_no_gpu()}; 'cpu' works"
             raise UserError(f"{key}: no GPU {item} ({there})")
         devices.append(torch.device("cuda", int(item)))
     return devices
+
+
+def why_no_gpu() -> str:
+    """An old driver told from no GPU, with what helps."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this PyTorch is a build for CPUs"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # of several kinds
+        if "too old" in str(error):
+            return (
+                f"the NVIDIA driver is too old for this PyTorch, which needs CUDA {torch.version.cuda}: update it, or "
+                f"install a PyTorch for older ones: {sys.executable} -m pip install torch torchvision --index-url "
+                "https://download.pytorch.org/whl/cu126"
+            )
+    return "PyTorch sees none here"
 
 
 def make_current(device: torch.device) -> None:
@@ -128,7 +167,7 @@ def under_torchrun() -> bool:
     Raises:
         UserError: it is so, but a variable is missing.
     """
-    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "TORCHELASTIC_RUN_ID" not in os.environ and not os.environ.keys() >= {*variables[:3]}:
         return False
     if missing := [name for name in variables if name not in os.environ]:
@@ -200,13 +239,36 @@ def _meeting(devices: list[torch.device], local: int) -> dict[str, Any]:
 def _run_as_torchrun_worker(work: Callable[..., None], arguments: tuple, devices: list[torch.device]) -> None:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     make_current(devices[local])
-    dist.init_process_group(**_meeting(devices, local), timeout=TIMEOUT)
+    _check_address(size, devices)
+    try:
+        dist.init_process_group(**_meeting(devices, local), timeout=TIMEOUT)
+    except (RuntimeError, dist.DistError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"process {rank}: could not meet the others at {address} ({str(error).strip().splitlines()[0]})"
+        ) from error
     try:
         work(Group(rank, size, devices[local]), *arguments)
     except PeerLost as error:
         raise UserError(f"process {rank}: lost contact with another process ({error})") from error
     finally:
         dist.destroy_process_group()
+
+
+def _check_address(size: int, devices: list[torch.device]) -> None:
+    """Where several machines meet by gloo, it tells the others the address that this machine's name has here."""
+    if size == int(os.environ["LOCAL_WORLD_SIZE"]) or backend_for(devices) != "gloo":
+        return
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = "none"
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (address == "none" or address.startswith("127.")):
+        raise UserError(
+            f"torchrun: this machine's name, {name}, has the address {address}, where other machines cannot reach it; "
+            "set GLOO_SOCKET_IFNAME to a network interface that they reach (`ip address` lists them)"
+        )
 
 
 # --- our own launcher: one machine
@@ -221,110 +283,87 @@ def _spawn(
         if _port_in_use(port):
             raise UserError(f"port {port}: in use; choose another, or 0 for any free one") from error
         raise UserError(f"port {port}: cannot be opened ({str(error).splitlines()[0]})") from error
-    context = multiprocessing.get_context("spawn")
-    processes, pipes = [], []
+    given = (work, arguments, devices, store.port, os.getpid(), show_traceback)
+    context = multiprocessing.spawn(_worker, given, nprocs=len(devices), join=False)
+
+    def forward() -> None:  # they end themselves, all after the same step
+        for process in context.processes:
+            process.terminate()
+
+    stop = Stop(tell=False, forward=forward)
     try:
-        for rank, device in enumerate(devices):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_worker,
-                args=(theirs, work, arguments, rank, devices, store.port, show_traceback),
-                name=f"process {rank} ({device})",
-            )
-            process.start()
-            theirs.close()
-            processes.append(process)
-            pipes.append(ours)
-        _watch(processes, pipes)
+        with stop:
+            while not context.join(grace_period=GRACE_SECONDS):
+                pass
+    except multiprocessing.ProcessExitedException as first:
+        raise _cause(context.processes, first, devices, store, stop.number) from None
     finally:
-        _end(processes)
-
-
-def _watch(processes: list[Any], pipes: list[Connection]) -> None:
-    """Return when all processes have ended well; raise the cause as soon as one has not."""
-    running = dict(zip((p.sentinel for p in processes), processes, strict=True))
-    while running:
-        for sentinel in wait(list(running)):
-            running.pop(sentinel).join()
-        if any(process.exitcode for process in processes if process.exitcode is not None):
-            # One that was killed is the cause; those that lost contact to it may have been seen first.
-            wait([p.sentinel for p in processes if p.exitcode is None], timeout=1.0)
-            raise _cause(processes, pipes)
-
-
-def _cause(processes: list[Any], pipes: list[Connection]) -> UserError:
-    ended = [(process, pipe) for process, pipe in zip(processes, pipes, strict=True) if process.exitcode]
-    own_errors = [(p, pipe) for p, pipe in ended if p.exitcode != EXIT_PEER_LOST]
-    for process, pipe in own_errors or ended:
-        try:
-            return (Diverged if process.exitcode == Diverged.exit_code else UserError)(pipe.recv())
-        except EOFError:  # it could not speak: killed
-            code = process.exitcode
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            return UserError(f"{process.name} {how}{hint}; all others were stopped; {RESUME}")
-    return UserError(f"a process ended without saying why; {RESUME}")
-
-
-def _end(processes: list[Any]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(GRACE_SECONDS)
-        if process.is_alive():
+        for process in context.processes:
             process.kill()
-            process.join()
+
+
+def _cause(
+    processes: list[Any],
+    first: multiprocessing.ProcessExitedException,
+    devices: list[torch.device],
+    store: dist.Store,
+    stopped: int,
+) -> BaseException:
+    """Of the processes that failed, the one that did not merely lose contact with another, and what it said."""
+    codes = [process.exitcode for process in processes]
+    own = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_PEER_LOST)]
+    said = [rank for rank in own if store.check([f"said by {rank}"])]
+    rank = first.error_index if first.error_index in own else (said or own or [first.error_index])[0]
+    if store.check([f"said by {rank}"]):
+        message = store.get(f"said by {rank}").decode()
+        if codes[rank] > EXIT_SIGNAL:
+            return Stopped(stopped or codes[rank] - EXIT_SIGNAL, message)
+        return (Diverged if codes[rank] == Diverged.exit_code else UserError)(message)
+    code = codes[rank]
+    if stopped and code == -signal.SIGTERM:  # before it could save anything
+        return Stopped(stopped)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return UserError(f"process {rank} ({devices[rank]}) {how}{hint}; all others were stopped; {RESUME}")
 
 
 def _worker(
-    pipe: Connection,
+    rank: int,
     work: Callable[..., None],
     arguments: tuple,
-    rank: int,
     devices: list[torch.device],
     port: int,
+    launcher: int,
     show_traceback: bool,
 ) -> None:
-    _end_with_parent()
+    end_with(launcher)
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    device = devices[rank]
-    code, message = EXIT_ERROR, None
-    try:
-        make_current(device)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
-        place = {"store": store, "rank": rank, "world_size": len(devices)}
-        dist.init_process_group(**_meeting(devices, rank), **place, timeout=TIMEOUT)
-        work(Group(rank, len(devices), device), *arguments)
-        dist.destroy_process_group()
-        code = 0
-    except PeerLost as error:
-        code, message = EXIT_PEER_LOST, f"process {rank} lost contact with another process ({error})"
-    except UserError as error:
-        code, message = error.exit_code, str(error)
-    except Exception as error:
-        message = f"process {rank}: {describe_unexpected(error)}"
-    if code and show_traceback:
-        traceback.print_exc()
-    if message is not None:
-        with contextlib.suppress(OSError):
-            pipe.send(message)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the launcher passes it on
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
+    code, message = 0, None
+    with unbreakable_output():
+        try:
+            make_current(devices[rank])
+            place = {"store": store, "rank": rank, "world_size": len(devices)}
+            dist.init_process_group(**_meeting(devices, rank), **place, timeout=TIMEOUT)
+            work(Group(rank, len(devices), devices[rank]), *arguments)
+            dist.destroy_process_group()
+        except PeerLost as error:
+            code, message = EXIT_PEER_LOST, f"process {rank} lost contact with another process ({error})"
+        except Stopped as stop:
+            code, message = EXIT_SIGNAL + stop.number, stop.saved
+        except UserError as error:
+            code, message = error.exit_code, str(error)
+        except Exception as error:
+            code, message = EXIT_ERROR, f"process {rank}: {describe_unexpected(error)}"
+        if code and show_traceback:
+            traceback.print_exc()
+        if message:
+            with contextlib.suppress(RuntimeError):
+                store.set(f"said by {rank}", message)
+        sys.stdout.flush()
     # Not sys.exit: after a lost peer the process group's threads may never let the interpreter finish.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
-
-
-def _end_with_parent() -> None:
-    """No orphans: end when the launcher is gone, however it went."""
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(EXIT_PEER_LOST)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _port_in_use(port: int) -> bool:

@@ -10,24 +10,33 @@
 checkpoint with the trained network.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
 
 from metaperturb import finetuning, identity, kernels, methods, models
-from metaperturb.cli import run_program
+from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
 from metaperturb.data.parts import load_parts
 from metaperturb.distributed import make_current
 from metaperturb.errors import Diverged
 from metaperturb.evaluation import NotFinite, evaluate
-from metaperturb.provenance import available_cores
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
-from metaperturb.training import accuracy, annealed_strength, autocast, check_finite, check_finite_parameters
+from metaperturb.training import (
+    accuracy,
+    annealed_strength,
+    autocast,
+    check_finite,
+    check_finite_parameters,
+    choose_precision,
+    choose_threads,
+    saved_after,
+)
 from metaperturb.weights import load_phi, phi_digest
 
 
@@ -51,12 +60,15 @@ def meta_test(config: MetaTestConfig) -> dict:
     device = identity.check_settings(config)
     make_current(device)
     perturbed = config.method == "metaperturb"
-    phi = load_phi(config.phi) if perturbed else None
-    method = methods.create(config, phi)
-    kernels.set_kernel(config.kernel)
-    kernel = kernels.kernel_name(device) if perturbed else None
-    torch.set_num_threads(config.threads or available_cores())
     checkpoint = Path(config.run_dir) / "checkpoints" / "latest.pt"
+    state = load_tensors(checkpoint) if checkpoint.exists() else None  # a run goes on as it began
+    threads = (state or {}).get("threads") or config.threads or choose_threads()
+    torch.set_num_threads(threads)
+    precision = (state or {}).get("precision") or choose_precision(config.precision, device)
+    phi = load_phi(config.phi) if perturbed else None
+    method = methods.create(dataclasses.replace(config, precision=precision), phi)
+    kernels.set_kernel(config.kernel)
+    how = {"kernel": kernels.kernel_name(device) if perturbed else None, "threads": threads, "precision": precision}
 
     # Data
     train, test = load_parts(config)
@@ -70,7 +82,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     seed_torch(config.seed, 0, "init")
     model = models.create(config.model, train.num_classes, train.image_size).to(device)
     origin = None  # of the initial weights, where they are not drawn
-    if config.init is not None and not checkpoint.exists():
+    if config.init is not None and state is None:
         weights = finetuning.read_weights(config.init)
         origin = finetuning.initialize(model, train.image_size, weights, config.init_batch_norm)
     seed_torch(config.seed, 0, "method_init")  # what a method adds leaves the network's initial weights as they are
@@ -84,49 +96,54 @@ def meta_test(config: MetaTestConfig) -> dict:
     data = [train.fingerprint, test.fingerprint]
     phi_id = phi_digest(phi) if perturbed else None
     start = 0
-    if checkpoint.exists():
-        state = load_tensors(checkpoint)
+    recent: list[torch.Tensor] = []  # [loss, accuracy] of the steps since the last look, on the device
+    if state is not None:
         identity.check_resumed(config, state, data, phi_id)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         start, run.seconds_before, origin = state["step"], state["seconds"], state["init"]
+        recent = [values.to(device) for values in state["recent"]]
         if perturbed:
-            kernels.tell_change(state["kernel"], kernel, str(run.dir))
+            kernels.tell_change(state["kernel"], how["kernel"], str(run.dir))
         print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
     run.rewind(start)
+    samples = config.final_samples if method.stochastic else 1
+    if (passes := samples * len(test) / (3 * config.batch_size * config.steps)) > 1:  # a step costs three passes
+        print(
+            f"the evaluation of {len(test):,} images with {samples} samples will take about {passes:.0f} times as long "
+            "as the training (a smaller final_samples is faster)",
+            file=sys.stderr,
+        )
     progress = StepProgress(f"{config.method} on {config.target}", config.steps, start)
+
+    metrics: dict[str, float] = {}
+
+    def tell(share: float) -> None:
+        progress.within(share)
+        if stop.number:
+            raise Stopped(stop.number, saved_after(config.steps, config.steps))
 
     def evaluated(step: int, samples: int) -> dict[str, float]:
         seed_torch(config.seed, 0, "evaluate", step)
         samples = samples if method.stochastic else 1
-        with autocast(device, config.precision):
-            return evaluate(model, test_images, samples, config.eval_batch_size, progress.within)
+        with autocast(device, precision):
+            return evaluate(model, test_images, samples, config.eval_batch_size, tell)
 
-    # Training
-    recent: list[torch.Tensor] = []  # [loss, accuracy] of the steps since the last look, on the device
-    metrics: dict[str, float] = {}
-    model.train()
-    for step in range(start, config.steps):
-        method.set_strength(annealed_strength(step, config.steps, method.ramp))
-        seed_torch(config.seed, 0, "theta_step", step)
-        x, y = method.batch(*batches.batch(step))
-        with autocast(device, config.precision):
-            logits = model(x)
-            loss = method.loss(logits, y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        recent.append(torch.stack([loss.detach(), accuracy(logits, y)]))
+    def save(done: int) -> None:
+        check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
+        learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        given = {"data": data, "phi": phi_id, "init": origin}
+        save_tensors({**learned, **given, **how, "recent": recent, "step": done, "seconds": run.seconds}, checkpoint)
 
-        done = step + 1
+    def look(done: int) -> None:
+        """What is due after `done` steps: metrics, evaluation, checkpoint."""
+        nonlocal metrics
         last = done == config.steps
         evaluates = done % config.eval_every == 0 and not last  # the trained network is evaluated below, at length
         saves = done % config.checkpoint_every == 0 or last
         if done % config.log_every == 0 or evaluates or saves:
             values = torch.stack(recent).cpu()  # the only place where the host waits for the device
-            recent.clear()
             check_finite(values, done - len(values), config.run_dir)
             mean_loss, mean_accuracy = values.mean(dim=0).tolist()
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
@@ -137,24 +154,47 @@ def meta_test(config: MetaTestConfig) -> dict:
                     progress.say(f"step {done}: {error}; not evaluated")  # training may yet bring it back
                     metrics = {}
                 line |= logged(metrics)
+            recent.clear()
             run.log({**line, "seconds": round(run.seconds, 2)})
             shown = {"test_accuracy": metrics["accuracy"]} if metrics and not last else {}
             progress.update(done, loss=mean_loss, accuracy=mean_accuracy, **shown)
         if saves:
-            check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
-            learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            given = {"data": data, "phi": phi_id, "kernel": kernel, "init": origin}
-            state = {**learned, **given, "schedule": schedule.state_dict(), "step": done, "seconds": run.seconds}
-            save_tensors(state, checkpoint)
+            save(done)
 
-    # Result
-    try:
-        metrics = evaluated(config.steps, config.final_samples)
-    except NotFinite as error:
-        advice = "clip_eval=true" if perturbed and config.clip and not config.clip_eval else "a smaller lr or clip"
-        raise Diverged(
-            f"{config.run_dir}: after the last step {error}: it has diverged ({advice} may help, in a new run_dir)"
-        ) from error
+    # Training
+    model.train()
+    with Stop() as stop:
+        for step in range(start, config.steps + 1):
+            try:
+                if stop.number and step < config.steps:
+                    raise Stopped(stop.number)
+                if recent:  # of the step before, or of that behind which a run was stopped before it looked
+                    look(step)
+            except Stopped as stopped:
+                save(step)
+                raise Stopped(stopped.number, saved_after(step, config.steps)) from None
+            if step == config.steps:
+                break
+            method.set_strength(annealed_strength(step, config.steps, method.ramp))
+            seed_torch(config.seed, 0, "theta_step", step)
+            x, y = method.batch(*batches.batch(step))
+            with autocast(device, precision):
+                logits = model(x)
+                loss = method.loss(logits, y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            recent.append(torch.stack([loss.detach(), accuracy(logits, y)]))
+
+        # Result
+        try:
+            metrics = evaluated(config.steps, config.final_samples)
+        except NotFinite as error:
+            advice = "clip_eval=true" if perturbed and config.clip and not config.clip_eval else "a smaller lr or clip"
+            raise Diverged(
+                f"{config.run_dir}: after the last step {error}: it has diverged ({advice} may help, in a new run_dir)"
+            ) from error
     run.log({"step": config.steps, **logged(metrics), "seconds": round(run.seconds, 2)})
     progress.close()
     from metaperturb.plots import plot_convergence  # matplotlib: not before there is something to draw
@@ -169,7 +209,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         "sites": [spec.name for spec in method.sites.specs] if perturbed else None,
         "phi_card": phi.card if perturbed else None,
         "phi_digest": phi_id,
-        "kernel": kernel,
+        **how,
     }
     result = run.describe(result, device)
     run.finish(result)

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from metaperturb import identity, kernels, models
 from metaperturb.attach import attach
-from metaperturb.cli import run_program
+from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
 from metaperturb.data import ImageArrays
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
@@ -48,6 +49,8 @@ from metaperturb.training import (
     check_ablation,
     check_finite,
     check_finite_parameters,
+    choose_precision,
+    saved_after,
 )
 from metaperturb.weights import save_phi
 
@@ -145,7 +148,7 @@ class Task:
     def __init__(
         self, index: int, split: TaskSplit, images: DeviceImages, phi: MetaPerturb, config: MetaTrainConfig
     ) -> None:
-        self.index, self.phi, self.config = index, phi, config
+        self.index, self.phi, self.config, self.device = index, phi, config, images.device
 
         def batches(indices, purpose: str) -> TrainingBatches:
             key = (config.seed, index, purpose)
@@ -233,21 +236,26 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     """What one process does."""
     torch.set_num_threads(config.threads)
     kernels.set_kernel(config.kernel)
-    kernel = kernels.kernel_name(group.device)
-    run = Run(config, "meta_train") if group.rank == 0 else None
 
     # Data, φ and the tasks of this process
     source, splits, split_seed = load_tasks(config)
+    how = {"kernel": kernels.kernel_name(group.device)}
+    checkpoints = Checkpoints(config.run_dir, data_digest(source, splits), how)
+    before = checkpoints.read_latest() or {}  # a run goes on as it began
+    how["precision"] = before.get("precision") or group.of_first(
+        lambda: choose_precision(config.precision, group.device)
+    )
     images = DeviceImages(source, group.device)
     seed_torch(config.seed, 0, "phi")
     phi = MetaPerturb().to(group.device)
     phi_lr = config.lr if config.phi_lr is None else config.phi_lr
     phi_optimizer = torch.optim.Adam(phi.parameters(), lr=phi_lr, weight_decay=config.weight_decay, fused=True)
-    tasks = [Task(t, splits[t], images, phi, config) for t in group.owned(config.tasks)]
+    computed = dataclasses.replace(config, precision=how["precision"])
+    tasks = [Task(t, splits[t], images, phi, computed) for t in group.owned(config.tasks)]
 
     # Resume
-    checkpoints = Checkpoints(config.run_dir, data_digest(source, splits), kernel)
-    start = checkpoints.restore(tasks, phi, phi_optimizer, run)
+    run = Run(config, "meta_train") if group.rank == 0 else None
+    start, recent = checkpoints.restore(tasks, phi, phi_optimizer, run)
     check_kept(config, start)
     if run is not None:
         run.rewind(start)
@@ -257,36 +265,42 @@ def work(group: Group, config: MetaTrainConfig) -> None:
         progress = StepProgress("meta-train", config.steps, start)
 
     # Joint meta-training
-    recent: list[Tensor] = []  # tables [T, 82 + metrics] of the steps since the last look, on the device
-    for step in range(start, config.steps):
-        strength = annealed_strength(step, config.steps, config.anneal)
-        for task in tasks:
-            task.model.metaperturb.strength = strength
-        table = joint_step(step, tasks, phi, phi_optimizer, group, config)
-        recent.append(table)
+    with Stop(tell=group.rank == 0) as stop:
+        for step in range(start, config.steps):
+            strength = annealed_strength(step, config.steps, config.anneal)
+            for task in tasks:
+                task.model.metaperturb.strength = strength
+            table, stopping = joint_step(step, tasks, phi, phi_optimizer, group, config, bool(stop.number))
+            recent.append(table)
 
-        done = step + 1
-        last = done == config.steps
-        kept = done in config.keep_phi
-        if done % config.log_every == 0 or done % config.checkpoint_every == 0 or kept or last:
-            tables = torch.stack(recent).cpu()  # the host waits for the device only here (and in gather_rows with gloo)
-            recent.clear()
-            check_finite(tables, done - len(tables), config.run_dir)
-            if run is not None:
-                metrics = summarize(tables)
-                norms = {name: round(p.norm().item(), 5) for name, p in phi.tensors()._asdict().items()}
-                seconds = round(run.seconds, 2)
-                run.log({"step": done, **metrics, "phi_norms": norms, "strength": strength, "seconds": seconds})
-                progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
-        if kept and run is not None:
-            save_phi(phi, kept_phi(run.dir, done), card=card(run, done, source, split_seed, group))
-        if done % config.checkpoint_every == 0 or kept or last:  # a kept φ belongs to a run that is on record
-            checkpoints.save(done, tasks, phi, phi_optimizer, group, run)
+            done = step + 1
+            last = done == config.steps
+            kept = done in config.keep_phi
+            saves = done % config.checkpoint_every == 0 or kept or last  # a kept φ belongs to a run that is on record
+            looks = done % config.log_every == 0 or saves
+            stops = (group.on_host or looks) and stopping.item() and not last
+            if looks or stops:
+                tables = torch.stack(recent).cpu()  # the host waits for the device only here (and with gloo)
+                check_finite(tables, done - len(tables), config.run_dir)
+            if looks:
+                recent.clear()
+                if run is not None:
+                    metrics = summarize(tables)
+                    norms = {name: round(p.norm().item(), 5) for name, p in phi.tensors()._asdict().items()}
+                    seconds = round(run.seconds, 2)
+                    run.log({"step": done, **metrics, "phi_norms": norms, "strength": strength, "seconds": seconds})
+                    progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
+            if kept and run is not None:
+                save_phi(phi, kept_phi(run.dir, done), card=card(run, done, source, split_seed, group, how))
+            if saves or stops:
+                checkpoints.save(done, tasks, phi, phi_optimizer, group, run, recent)
+            if stops:
+                raise Stopped(stop.number or signal.SIGTERM, saved_after(done, config.steps))
 
     # Result
     if run is not None:
         progress.close()
-        finish(run, config, source, split_seed, phi, group)
+        finish(run, config, source, split_seed, phi, group, how)
 
 
 def joint_step(
@@ -296,8 +310,16 @@ def joint_step(
     phi_optimizer: torch.optim.Optimizer,
     group: Group,
     config: MetaTrainConfig,
-) -> Tensor:
-    """One step of every θ_t and of φ (lines 6-12); what all tasks reported, `[T, 82 + metrics]`, on the device."""
+    stopping: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of every θ_t and of φ (lines 6-12).
+
+    Args:
+        stopping: whether this process was asked to stop.
+
+    Returns:
+        what all tasks reported, `[T, 82 + metrics]`, and whether any process was asked to stop, on the device.
+    """
     rows = []
     for task in tasks:
         if config.lookahead is None:
@@ -306,11 +328,13 @@ def joint_step(
         else:  # looks from where θ is, so before θ moves
             gradient, test_loss, test_accuracy = task.lookahead_gradient(step)
             train_loss, train_accuracy = task.theta_step(step)
-        rows.append(torch.cat([gradient, torch.stack([train_loss, test_loss, train_accuracy, test_accuracy])]))
+        asked = torch.full_like(test_loss, stopping)
+        rows.append(torch.cat([gradient, torch.stack([train_loss, test_loss, train_accuracy, test_accuracy, asked])]))
     table = group.gather_rows(torch.stack(rows), config.tasks)
+    table, stopping = table[:, :-1], table[:, -1].any()
     phi.flat.grad = table[:, : -len(METRICS)].mean(dim=0)
     phi_optimizer.step()
-    return table
+    return table, stopping
 
 
 def gradient_of(loss: Tensor, phi: MetaPerturb) -> Tensor:
@@ -334,8 +358,8 @@ class Checkpoints:
     once `latest.json` names it, when all its files are on disk: a kill at any moment leaves a good checkpoint.
     """
 
-    def __init__(self, run_dir: str, data: str, kernel: str = "") -> None:
-        self.run_dir, self.data, self.kernel = run_dir, data, kernel
+    def __init__(self, run_dir: str, data: str, how: dict[str, str] | None = None) -> None:
+        self.run_dir, self.data, self.how = run_dir, data, how
         self.folder = Path(run_dir) / "checkpoints"
         self.latest = self.folder / "latest.json"
 
@@ -354,11 +378,15 @@ class Checkpoints:
 
     def restore(
         self, tasks: list[Task], phi: MetaPerturb, phi_optimizer: torch.optim.Optimizer, run: Run | None
-    ) -> int:
-        """Load the latest checkpoint; returns how many steps it has behind it, 0 if there is none."""
+    ) -> tuple[int, list[Tensor]]:
+        """Load the latest checkpoint.
+
+        Returns:
+            how many steps it has behind it, 0 if there is none, and the tables that were not logged yet.
+        """
         latest = self.read_latest()
         if latest is None:
-            return 0
+            return 0, []
         step = latest["step"]
         folder = self.step_folder(step)
         for task in tasks:
@@ -368,8 +396,8 @@ class Checkpoints:
         phi_optimizer.load_state_dict(shared["optimizer"])
         if run is not None:
             run.seconds_before = shared["seconds"]
-            kernels.tell_change(latest["kernel"], self.kernel, self.run_dir)
-        return step
+            kernels.tell_change(latest["kernel"], self.how["kernel"], self.run_dir)
+        return step, [table.to(tasks[0].device) for table in shared["recent"]]
 
     def save(
         self,
@@ -379,8 +407,9 @@ class Checkpoints:
         phi_optimizer: torch.optim.Optimizer,
         group: Group,
         run: Run | None,
+        recent: list[Tensor],
     ) -> None:
-        """Write the state after `step` steps, then forget the one before.
+        """Write the state after `step` steps, and the tables that are not logged yet, then forget the one before.
 
         Each process writes the files of its tasks, that of rank 0 (the one with a `run`) φ's, too. Only when all have
         written, behind the barrier, does rank 0 name the new folder in `latest.json` and remove the old one.
@@ -394,11 +423,11 @@ class Checkpoints:
             check_finite_parameters(task.theta, f"task {task.index}", step, self.run_dir)
             save_tensors(task.state(), folder / f"task-{task.index:02}.pt")
         if run is not None:
-            shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict(), "seconds": run.seconds}
-            save_tensors(shared, folder / "phi.pt")
+            shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict()}
+            save_tensors({**shared, "recent": recent, "seconds": run.seconds}, folder / "phi.pt")
         group.barrier()
         if run is not None:
-            save_json({"step": step, "data": self.data, "kernel": self.kernel}, self.latest)
+            save_json({"step": step, "data": self.data, **self.how}, self.latest)
             for old in self.folder.glob("step-*"):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -408,7 +437,13 @@ class Checkpoints:
 
 
 def finish(
-    run: Run, config: MetaTrainConfig, source: ImageArrays, split_seed: int, phi: MetaPerturb, group: Group
+    run: Run,
+    config: MetaTrainConfig,
+    source: ImageArrays,
+    split_seed: int,
+    phi: MetaPerturb,
+    group: Group,
+    how: dict[str, str],
 ) -> None:
     """What a run leaves when it is done: the picture of its curves, `phi.pt` with its card, `result.json`."""
     if config.steps:
@@ -416,13 +451,15 @@ def finish(
 
         title = f"{source.name}, {config.model}"
         plot_learning({"MetaPerturb": [read_metrics(run.dir)]}, title, run.dir / "curves.png")
-    content = card(run, config.steps, source, split_seed, group)
+    content = card(run, config.steps, source, split_seed, group, how)
     save_phi(phi, run.dir / "phi.pt", card=content)
     run.finish(content)
     print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
 
 
-def card(run: Run, steps: int, source: ImageArrays, split_seed: int, group: Group) -> dict[str, Any]:
+def card(
+    run: Run, steps: int, source: ImageArrays, split_seed: int, group: Group, how: dict[str, str]
+) -> dict[str, Any]:
     """How φ came about, after the first `steps` of a run."""
     history = read_metrics(run.dir)
     metrics = {name: history[-1][name] for name in METRICS} if history else None
@@ -433,7 +470,7 @@ def card(run: Run, steps: int, source: ImageArrays, split_seed: int, group: Grou
         "fingerprint": source.fingerprint,
     }
     result = {"source": description, "split_seed": split_seed, "processes": group.size, "metrics": metrics}
-    content = run.describe({**result, "kernel": kernels.kernel_name(group.device)}, group.device)
+    content = run.describe({**result, **how}, group.device)
     return {**content, "config": {**content["config"], "steps": steps}}
 
 

@@ -1,7 +1,10 @@
 """What the steps of both training programs share."""
 
+import os
 import sys
+import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -38,9 +41,88 @@ def annealed_strength(step: int, steps: int, share: float) -> float:
     return 1.0 if ramp == 0 else min(1.0, (step + 1) / ramp)
 
 
+def choose_threads(proc: Path = Path("/proc"), sys_: Path = Path("/sys")) -> int:
+    """CPU threads for a training that is alone in its process; said on stderr.
+
+    `OMP_NUM_THREADS` where it is set; else the processor's cores, as many as this process may use, less those that
+    others keep busy. Threads beyond that wait for each other: two a core, or two trainings on the same cores, are
+    slower than one thread each.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        print(f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS)", file=sys.stderr)
+        return torch.get_num_threads()
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    siblings = (_read(sys_ / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus)
+    cores = len(set(siblings))  # CPUs that share a core have the same list
+    quota, _, period = _read(sys_ / "fs/cgroup/cpu.max").partition(" ")
+    if quota.isdecimal():  # of a container
+        cores = max(1, min(cores, int(quota) // int(period)))
+    idle = _idle_share(cpus, proc)
+    threads = cores if idle > 0.75 else max(1, round(cores * idle))
+    print(
+        f"CPU threads: {threads} ({cores} cores, {1 - idle:.0%} busy; threads=… sets another number)", file=sys.stderr
+    )
+    return threads
+
+
+def _idle_share(cpus: list[int], proc: Path, seconds: float = 0.2) -> float:
+    """How idle these CPUs are, in [0, 1], while this process waits; 1 where the system does not say."""
+
+    def times() -> tuple[int, int]:
+        lines = (line.split() for line in _read(proc / "stat").splitlines())
+        counts = [list(map(int, line[1:])) for line in lines if line[0] in {f"cpu{cpu}" for cpu in cpus}]
+        return sum(count[3] + count[4] for count in counts), sum(map(sum, counts))  # idle and waiting for disks
+
+    idle, whole = times()
+    time.sleep(seconds)
+    idle_then, whole_then = times()
+    return (idle_then - idle) / (whole_then - whole) if whole_then > whole else 1.0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """`asked`, or float32 where a CPU only imitates bfloat16 and a step is slower for it; said on stderr."""
+    flags = next((line.split() for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("flags")), [])
+    if asked == "float32" or device.type != "cpu" or {"avx512_bf16", "amx_bf16"} & set(flags):
+        return asked
+    ratio = step_seconds("bfloat16") / step_seconds("float32")
+    if ratio <= 1.0:
+        return asked
+    print(
+        f"precision: computing in float32, as this processor has no bfloat16 arithmetic and takes {ratio:.1f} times as "
+        "long with it",
+        file=sys.stderr,
+    )
+    return "float32"
+
+
+def step_seconds(precision: str) -> float:
+    """The shortest of three steps of a small convolution on the CPU."""
+    convolution, x = torch.nn.Conv2d(16, 16, 3, padding=1), torch.rand(32, 16, 32, 32)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with autocast(x.device, precision):
+            loss = convolution(x).relu().mean()
+        loss.backward()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context of forward passes: nothing for `"float32"`; for `"bfloat16"` PyTorch casts what bears it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def saved_after(done: int, steps: int) -> str:
+    """What a stopped program says last."""
+    return f"saved after step {done} of {steps}; the same command goes on from there"
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

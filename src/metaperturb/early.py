@@ -1,0 +1,69 @@
+"""What is wrong with a command line is said before PyTorch is imported, which takes seconds."""
+
+import ast
+import os
+import signal
+import sys
+from pathlib import Path
+
+from metaperturb.cli import report_error
+from metaperturb.config import CommonConfig, MetaTestConfig, MetaTrainConfig, load_config, parse_arguments
+from metaperturb.errors import UserError
+
+PROGRAMS = {"metaperturb.meta_train": MetaTrainConfig, "metaperturb.meta_test": MetaTestConfig}
+SHIPPED = Path(__file__).parent / "shipped"
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, WSL's, AMD's
+
+
+def check_command_line() -> None:
+    """While Python imports this package for `python -m metaperturb.meta_train …`, check that.
+
+    Ctrl-C then ends the import of PyTorch quietly, until `run_program` takes over. Exits with what is wrong.
+    """
+    module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    if module not in PROGRAMS:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    source = Path(__file__).with_name(f"{module.rpartition('.')[2]}.py").read_text(encoding="utf-8")
+    arguments = parse_arguments(PROGRAMS[module], ast.get_docstring(ast.parse(source)), sys.argv[1:], module)
+    try:
+        check_places(load_config(PROGRAMS[module], arguments.config, arguments.set))
+    except UserError as error:
+        sys.exit(report_error(error, arguments.traceback))
+
+
+def check_places(config: CommonConfig) -> None:
+    """What settings name must be there: files, folders and, as far as the system tells, GPUs.
+
+    Raises:
+        UserError: it is not.
+    """
+    folder = Path(config.run_dir).absolute()
+    above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        why = "no permission to write" if above.is_dir() else "no folder"
+        raise UserError(f"run_dir: {config.run_dir} cannot be written ({above}: {why})")
+    if isinstance(config, MetaTrainConfig):
+        places = {"source_paths": config.source_paths, "split_file": [config.split_file]}
+        devices, key = config.gpus, "gpus"
+    else:
+        places = {"target_path": (config.target_path or "").split(",")}
+        if not (folder / "checkpoints").exists():  # a run that goes on needs it no more
+            places["init"] = [config.init]
+        devices, key = config.gpu, "gpu"
+        if config.method == "metaperturb" and config.phi and not (SHIPPED / f"{config.phi}.pt").exists():
+            places["phi"] = [config.phi]
+    for name, paths in places.items():
+        for path in filter(None, paths):
+            if not os.path.exists(path.strip()):
+                raise UserError(f"{name}: {path.strip()}: no such file or folder{_near(name)}")
+    numbers = [item for item in devices.split(",") if item.strip().isdecimal()]
+    if numbers and not any(map(os.path.exists, GPU_DRIVERS)):
+        raise UserError(f"{key}: no GPU {numbers[0].strip()} (this machine has no driver of one; 'cpu' works)")
+
+
+def _near(name: str) -> str:
+    """For φ: the names that are shipped."""
+    if name != "phi":
+        return ""
+    return f" (shipped: {', '.join(sorted(path.stem for path in SHIPPED.glob('*.pt')))})"
