@@ -33,15 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from metaperturb.config import MetaTestConfig, load_config, read_yaml
-from metaperturb.data import TARGETS
 from metaperturb.errors import UserError
-from metaperturb.identity import INCIDENTAL, differences, fingerprint
+from metaperturb.identity import INCIDENTAL, differences, fingerprint, image_size
 from metaperturb.storage import load_json
 from metaperturb.weights import find_phi, load_phi, phi_digest
-from tables.schema import PROGRAMS, read_grid, unknown
+from tables.schema import COLUMN, PROGRAMS, check_known, read_grid
 
 REFERENCE = re.compile(r"\$\{(\w+)\}")
-COLUMN_KEYS = {"stands_for", "comparable"}
 VERSUS = "versus"  # of a row: what it is compared with
 # Settings that --set cannot give to cells, and how they are given.
 GIVEN_OTHERWISE = {
@@ -124,14 +122,12 @@ class Grid:
     def __init__(self, path: Path, preset: str = "paper", overrides: Overrides = Overrides()) -> None:
         self.path, self.name, self.preset, self.overrides = path, path.stem, preset, overrides
         content = read_grid(path)
-        presets = content["presets"]
-        if preset not in presets:
-            raise unknown(f"{path}: preset", preset, presets)
-        chosen = presets[preset]
+        check_known(f"{path}: preset", [preset], content["presets"])
+        chosen = content["presets"][preset]
         self.title = content["title"]
-        self.base = path.parent / content["config"]
-        load_config(MetaTestConfig, str(self.base))
-        self._base_settings = read_yaml(self.base)
+        base = path.parent / content["config"]
+        load_config(MetaTestConfig, str(base))
+        self._base_settings = read_yaml(base)
         self.seeds: list[int] = chosen.get("seeds", content["seeds"])
         self.settings = {**content["set"], **chosen.get("set", {})}
         self.baselines: list[str] = content["baselines"]
@@ -145,27 +141,18 @@ class Grid:
         )
         columns = self._pick("column", content["columns"], chosen.get("columns"))
         comparable = chosen.get("comparable", True)
-        self.columns = {name: self._column(name, value, comparable) for name, value in columns.items()}
-        self.paper = {
-            (row, column): number
-            for row, numbers in content["paper"].items()
-            for column, number in zip(content["columns"], numbers, strict=True)
-            if number is not None
+        self.columns = {
+            name: Column(_settings_of(value), value.get("stands_for", name), value.get("comparable", comparable))
+            for name, value in columns.items()
         }
-        for kind, names in (
-            ("paper: row", content["paper"]),
-            ("baselines: row", self.baselines),
-            (f"{VERSUS}: row", self._versus.values()),
-        ):
-            for name in names:
-                if name not in rows | self.rows:
-                    raise unknown(f"{path}: {kind}", name, rows)
-        self.paper_sources = content["columns"], rows, content["set"]
-        self._needs = content["needs"]
+        self.paper = {row: dict(zip(content["columns"], of, strict=True)) for row, of in content["paper"].items()}
+        check_known(f"{path}: paper: row", self.paper, rows | self.rows)
+        check_known(f"{path}: baselines: row", self.baselines, rows | self.rows)
+        check_known(f"{path}: {VERSUS}: row", self._versus.values(), rows | self.rows)
+        self._of_paper = content["columns"], rows, content["set"]
+        self.needs = content["needs"]
         self._preset_needs = chosen.get("needs", {})
-        for name in self._preset_needs:
-            if name not in self._needs:
-                raise unknown(f"{self.path}: presets: {preset}: need", name, self._needs)
+        check_known(f"{path}: presets: {preset}: need", self._preset_needs, self.needs)
         tuned = overrides.tuned or (path.parent.parent / chosen["tuned"] if "tuned" in chosen else None)
         self.tuned_path = tuned
         self.tuned = read_tuned(tuned, self.columns) if tuned else {}
@@ -193,52 +180,31 @@ class Grid:
             raise UserError(f"{self.path}: has a row {row!r} already; rename the folder of this φ")
         name = f"phi_{phi_digest(load_phi(path)):.8}"  # whichever others come before it, its cells keep their names
         self.add_row(row, name)
-        self._given[name] = path
+        self.given[name] = given_need(name, path, self.needs[name])
 
     def add_row(self, row: str, name: str) -> None:
         """A further row: MetaPerturb with the φ that `add_phi` called so when it had the file."""
-        self._needs = {**self._needs, name: {"program": "meta_train", "config": "src.yaml"}}
+        self.needs = {**self.needs, name: {"program": "meta_train", "config": "src.yaml"}}
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
-
-    def runs_not_given(self) -> dict[str, str]:
-        """The needs that are made by a run, as the command line gives no file for them: name → program."""
-        runs = {name: spec["program"] for name, spec in self._needs.items() if "program" in spec}
-        return {name: program for name, program in runs.items() if name not in self._given}
-
-    def give(self, need: Need) -> None:
-        """Let a need be this one, as if the command line had given its file."""
-        self._given[need.name], self._read[need.name] = need.file, need
 
     def baseline(self, row: str) -> str | None:
         """The row that `row` is compared with: the one it names, else the nearest baseline above it, itself none."""
-        if row in self._versus:
-            return self._versus[row]
-        found = None
-        for name in self.rows:
-            if name == row:
-                return None if name in self.baselines else found
-            found = name if name in self.baselines else found
-        return None
+        if row in self._versus or row in self.baselines:
+            return self._versus.get(row)
+        above = itertools.takewhile(lambda name: name != row, self.rows)
+        return next((name for name in reversed([*above]) if name in self.baselines), None)
 
     def paper_value(self, row: str, column: str) -> str | None:
         """What the paper reports, `"66.78±0.59"`."""
-        return self.paper.get((row, self.columns[column].stands_for))
+        return self.paper.get(row, {}).get(self.columns[column].stands_for)
 
     def cell(self, row: str, column: str, seed: int) -> Cell:
         """One training: its settings are those of the preset, then of the column, of the row, tuned ones, the seed."""
-        place = self.columns[column]
-        settings = {**self.settings, **place.settings, **self.rows[row]}
-        tuned = self._tuned_values(column, settings)
+        settings = {**self.settings, **self.columns[column].settings, **self.rows[row]}
+        settings |= {**self._tuned_values(column, settings), "seed": seed}
         if column in self.overrides.paths:
             settings["target_path"] = self.overrides.paths[column]
-        settings = {**settings, **tuned, "seed": seed}
-        needs = {}
-        for key, value in settings.items():
-            if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
-                needs[key] = self._need(match[1], settings, used=True)
-                settings[key] = needs[key].id
-        config = self._cell_config(settings, f"{row}, {column}", self._cell_texts)
-        config = dataclasses.replace(config, data_root=self.overrides.data_root)
+        config, needs = self._resolve(settings, f"{row}, {column}", used=True)
         id_ = f"{slug(row)}--{slug(column)}--seed{seed}--{fingerprint('meta_test', config)}"
         return Cell(row, column, seed, id_, config, needs, tuple(self._differences(row, column, config, needs)))
 
@@ -250,120 +216,104 @@ class Grid:
         methods = [*settings.get("recipe", []), str(settings.get("method"))]
         return {key: value for method in methods for key, value in chosen.get(method, {}).items()}
 
-    def _cell_config(self, settings: Mapping[str, Any], place: str, texts: Sequence[str] = ()) -> MetaTestConfig:
-        values = {**self._base_settings, **settings}
-        return load_config(MetaTestConfig, None, texts, values, f"{self.path}: {place}")
-
     def _apply_command_line(self) -> None:
         self._cell_texts, self._need_texts = [], {}
         for text in self.overrides.settings:
             key, separator, _ = text.partition("=")
             need, dot, _ = key.partition(".")
             if separator and dot:
-                if need not in self._needs:
-                    raise unknown(f"--set {text}: need", need, self._needs)
+                check_known(f"--set {text}: need", [need], self.needs)
                 self._need_texts.setdefault(need, []).append(text[len(need) + 1 :])
+            elif key.strip() in GIVEN_OTHERWISE:
+                raise UserError(f"--set {text}: is given by {GIVEN_OTHERWISE[key.strip()]}")
             else:
-                if key.strip() in GIVEN_OTHERWISE:
-                    raise UserError(f"--set {text}: is given by {GIVEN_OTHERWISE[key.strip()]}")
                 self._cell_texts.append(text)
-        self._given = dict(self.overrides.files)
-        self._read: dict[str, Need] = {}
-        for name in self._given:
-            if name not in self._needs:
-                raise unknown("--use: need", name, self._needs)
-        runs = [name for name, spec in self._needs.items() if "program" in spec]
-        for name in self.overrides.paths:
-            if name not in self.columns and name not in runs:
-                raise unknown("--path: column or need", name, [*self.columns, *runs])
+        check_known("--use: need", self.overrides.files, self.needs)
+        runs = [name for name, spec in self.needs.items() if "program" in spec]
+        check_known("--path: column or need", self.overrides.paths, [*self.columns, *runs])
+        self.given = {name: given_need(name, path, self.needs[name]) for name, path in self.overrides.files.items()}
+
+    def _resolve(self, settings: Mapping[str, Any], place: str, used: bool) -> tuple[MetaTestConfig, dict[str, Need]]:
+        """A cell's configuration, in which ids stand for needs, and setting → need; `used`: see `_need`."""
+        references = {key: REFERENCE.fullmatch(value) for key, value in settings.items() if isinstance(value, str)}
+        needs = {key: self._need(match[1], settings, used) for key, match in references.items() if match}
+        values = {**self._base_settings, **settings, **{key: need.id for key, need in needs.items()}}
+        texts = self._cell_texts if used else ()
+        config = load_config(MetaTestConfig, None, texts, values, f"{self.path}: {place}")
+        return dataclasses.replace(config, data_root=self.overrides.data_root), needs
 
     def _need(self, name: str, settings: Mapping[str, Any], used: bool) -> Need:
         """`used`: as this preset and the command line have it; otherwise as the paper has it."""
-        if name not in self._needs:
-            raise unknown(f"{self.path}: need", name, self._needs)
-        spec = self._needs[name]
-        if used and name in self._given:
-            if name not in self._read:  # once, not for every cell
-                self._read[name] = given_need(name, self._given[name], spec)
-            return self._read[name]
+        check_known(f"{self.path}: need", [name], self.needs)
+        if used and name in self.given:
+            return self.given[name]
+        spec, texts = self.needs[name], []
         if "file" in spec:
             file = Path(self.overrides.data_root).expanduser() / spec["file"]
             return Need(name, f"{name}-{spec['sha256'][:8]}", file=file, hint=spec["hint"], sha256=spec["sha256"])
-        cls = PROGRAMS[spec["program"]]
-        chosen = self._preset_needs.get(name, {}) if used else {}
-        values = {key: settings[key] for key in spec.get("like", []) if key in settings}
-        values = {**spec.get("set", {}), **values, **chosen}
-        texts = self._need_texts.get(name, []) if used else []
-        origin = f"{self.path}: needs: {name}"
-        if used and name in self.overrides.paths:
-            path = self.overrides.paths[name]
-            values |= {"source_paths": path.split(",")} if spec["program"] == "meta_train" else {"target_path": path}
-        config = load_config(cls, str(self.path.parent / spec["config"]), texts, values, origin)
+        values = {**spec.get("set", {}), **{key: settings[key] for key in spec.get("like", []) if key in settings}}
+        if used:
+            values |= self._preset_needs.get(name, {})
+            texts = self._need_texts.get(name, [])
+            if path := self.overrides.paths.get(name):
+                of_source = spec["program"] == "meta_train"
+                values |= {"source_paths": path.split(",")} if of_source else {"target_path": path}
+        file = str(self.path.parent / spec["config"])
+        config = load_config(PROGRAMS[spec["program"]], file, texts, values, f"{self.path}: needs: {name}")
         config = dataclasses.replace(config, data_root=self.overrides.data_root)
-        id_ = f"{name}-seed{config.seed}-{fingerprint(spec['program'], config)}"
-        return Need(name, id_, spec["program"], config)
+        return Need(name, f"{name}-seed{config.seed}-{fingerprint(spec['program'], config)}", spec["program"], config)
 
     def _differences(self, row: str, column: str, config: MetaTestConfig, needs: Mapping[str, Need]) -> Iterable[str]:
         """How a cell departs from the paper's setting of the cell that it is, or stands for."""
-        columns, rows, shared = self.paper_sources
-        standard = columns.get(self.columns[column].stands_for, {})
-        standard = {key: value for key, value in standard.items() if key not in COLUMN_KEYS}
+        columns, rows, shared = self._of_paper
+        standard = _settings_of(columns.get(self.columns[column].stands_for, {}))
         settings = {**shared, **standard, **rows.get(row, self.rows[row])}
-        names = {}
-        tuned = self._tuned_values(column, settings)
-        for key, value in settings.items():
-            if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
-                names[key] = match[1]
-                settings[key] = needs[key].id if key in needs else match[1]  # compared below, setting by setting
-        paper = self._cell_config({**settings, **tuned}, f"{row}, {column}")
-        yield from changes(with_own_size(paper), with_own_size(config))
-        for key, need in needs.items():
-            name = names.get(key)
-            if name is None:  # said above: the paper's setting has none
-                continue
-            standard_need = self._need(name, settings, used=False)
+        settings |= self._tuned_values(column, settings)
+        paper, paper_needs = self._resolve(settings, f"{row}, {column}", used=False)
+        paper, ours = (dataclasses.replace(some, image_size=image_size(some)) for some in (paper, config))
+        both = needs.keys() & paper_needs.keys()  # compared setting by setting
+        yield from differences(vars(paper), ours, without=INCIDENTAL | both)
+        for key in (key for key in needs if key in both):
+            need, theirs = needs[key], paper_needs[key]
             if need.config is not None:
-                yield from (f"{name}: {change}" for change in changes(standard_need.config, need.config))
-            elif need.id != standard_need.id:
-                yield f"{name}: {need.file.name}, of which nothing is recorded"
-
-    def _column(self, name: str, value: Mapping[str, Any], comparable: bool) -> Column:
-        settings = {key: v for key, v in value.items() if key not in COLUMN_KEYS}
-        return Column(settings, value.get("stands_for", name), value.get("comparable", comparable))
+                changed = differences(vars(theirs.config), need.config, without=INCIDENTAL)
+                yield from (f"{theirs.name}: {change}" for change in changed)
+            elif need.id != theirs.id:
+                yield f"{theirs.name}: {need.file.name}, of which nothing is recorded"
 
     def _pick(self, kind: str, known: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
-        if chosen is None:
-            return dict(known)
         if isinstance(chosen, Mapping):
             return dict(chosen)
-        for name in chosen:
-            if name not in known:
-                raise unknown(f"{self.path}: presets: {self.preset}: {kind}", name, known)
+        if chosen is None:
+            return dict(known)
+        check_known(f"{self.path}: presets: {self.preset}: {kind}", chosen, known)
         return {name: known[name] for name in known if name in chosen}
+
+
+def _settings_of(column: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in column.items() if key not in COLUMN}
 
 
 def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
     """A file, run folder or shipped φ that the command line gives in place of a run; identified by its content."""
     run = path if path.is_dir() else None
-    learned = spec.get("program") == "meta_train"
-    if learned:
+    if run is not None and not (run / "result.json").is_file():
+        raise UserError(f"--use {name}={path}: no such file or finished run")
+    card: Any = {}  # what the file says of its making, to hold it to the paper's setting
+    if spec.get("program") == "meta_train":
         path = find_phi(path) if run is None else run / "phi.pt"
-    file = path / "checkpoints" / "latest.pt" if path.is_dir() else path
-    if not file.is_file() or (run is not None and not (run / "result.json").is_file()):
-        raise UserError(f"--use {name}={run or path}: no such file or finished run")
-    phi = load_phi(path) if learned else None
-    config = None
-    card: Any = {}
-    if "program" in spec:  # what the file says of its making, to hold it to the paper's setting
-        if phi is not None:
-            card = phi.card
-        elif run is not None:
+        phi = load_phi(path)
+        card, content = phi.card, phi_digest(phi)
+    else:
+        file = path if run is None else run / "checkpoints" / "latest.pt"
+        if not file.is_file():
+            raise UserError(f"--use {name}={path}: no such file or finished run")
+        content = sha256(file)
+        if run is not None and "program" in spec:
             card = load_json(run / "result.json")
-        config = config_of(spec["program"], card)
-    card = card if config is not None else {}
-    content = f"{sha256(file) if phi is None else phi_digest(phi):.8}"
-    id_ = name if name.endswith(f"_{content}") else f"{name}-{content}"
-    return Need(name, id_, config=config, file=path, card=card)
+    config = config_of(spec["program"], card) if "program" in spec else None
+    id_ = name if name.endswith(f"_{content:.8}") else f"{name}-{content:.8}"
+    return Need(name, id_, config=config, file=path, card=card if config is not None else {})
 
 
 def config_of(program: str, card: Any) -> Any:
@@ -411,16 +361,6 @@ def read_tuned(path: Path, columns: Collection[str]) -> dict[str, dict[str, dict
     if not tuned:
         raise UserError(f"{path}: nothing was tuned for {', '.join(columns)} (tuned: {', '.join(chosen)})")
     return tuned
-
-
-def changes(paper: Any, ours: Any) -> list[str]:
-    """Settings in which `ours` differs from `paper` in a way that matters to the result."""
-    return differences(vars(paper), ours, without=INCIDENTAL)
-
-
-def with_own_size(config: MetaTestConfig) -> MetaTestConfig:
-    """The same, with the number of pixels that a data set has when none is given."""
-    return dataclasses.replace(config, image_size=config.image_size or TARGETS[config.target].image_size)
 
 
 def slug(name: str) -> str:

@@ -293,13 +293,14 @@ def take_recorded(grid: Grid, folder: Path) -> list[Need]:
     """
     started = {id_ for record in read_all(folder) for id_ in record["cell"]["needs"].values()}
     taken = []
-    for name, program in grid.runs_not_given().items():
+    made = {name: spec["program"] for name, spec in grid.needs.items() if "program" in spec and name not in grid.given}
+    for name, program in made.items():
         ids = [id_ for id_ in started if re.fullmatch(rf"{re.escape(name)}(-[0-9a-f]{{8}})?", id_)]
         if len(ids) == 1:
             kept = folder / "needs" / f"{ids[0]}.json"
             card = {key: value for key, value in load_json(kept).items() if key != "need"} if kept.exists() else {}
             taken.append(Need(name, ids[0], config=config_of(program, card), file=Path(ids[0]), card=card))
-            grid.give(taken[-1])
+            grid.given[name] = taken[-1]
     return taken
 
 

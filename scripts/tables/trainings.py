@@ -29,7 +29,7 @@ from metaperturb.provenance import available_cores, code_digest
 from metaperturb.runs import read_result
 from metaperturb.storage import write_atomically
 from metaperturb.weights import load_phi
-from tables.grid import Cell, Grid, Need, Overrides, sha256, unknown
+from tables.grid import Cell, Grid, Need, Overrides, sha256
 from tables.page import csv_text, markdown
 from tables.results import (
     DIVERGED,
@@ -41,6 +41,7 @@ from tables.results import (
     write_record,
 )
 from tables.runner import LOG, Job, Outcome, run_jobs
+from tables.schema import check_known
 
 ROOT = Path(__file__).resolve().parents[2]
 # What decides which images a run loads.
@@ -186,9 +187,7 @@ def chosen_cells(results: Results, arguments: argparse.Namespace) -> list[Cell]:
     grid, chosen = results.grid, list(results.cells.values())
     for name, known in (("row", grid.rows), ("column", grid.columns), ("seed", grid.seeds)):
         wanted = getattr(arguments, f"{name}s")
-        for value in wanted or ():
-            if value not in known:
-                raise unknown(f"--{name}s", value, known)
+        check_known(f"--{name}s", wanted or (), known)
         chosen = [cell for cell in chosen if wanted is None or getattr(cell, name) in wanted]
     return chosen
 
