@@ -8,18 +8,17 @@ python scripts/prepare_data.py --data-root data s_cifar100
 import sys
 from pathlib import Path
 
-from experiments.images import ZIPS, make_zip
-
 from metaperturb.cli import argument_parser, run_program
-from metaperturb.data import TARGETS, load_target
+from metaperturb.data import DATA_SETS, load
 from metaperturb.errors import UserError
 
-NEED_NO_PREPARATION = {"embedded", "embedded_source", "folder"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
+from images import ZIPS, make_zip
 
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    names = [name for name in TARGETS if name not in NEED_NO_PREPARATION]
+    names = [name for name, spec in DATA_SETS.items() if spec.how not in ("drawn", "named")]
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"of: {', '.join(names)}, all; {', '.join(ZIPS)}")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     arguments = parser.parse_args()
@@ -34,7 +33,7 @@ def main() -> int:
                 if name in ZIPS:
                     print(make_zip(name, arguments.data_root))
                     continue
-                parts = load_target(name, data_root=arguments.data_root, splits=TARGETS[name].splits)
+                parts = load(name, data_root=arguments.data_root, splits=DATA_SETS[name].splits)
             except UserError as error:  # the others are prepared all the same
                 print(f"{name}: {error}", file=sys.stderr)
                 missing.append(name)

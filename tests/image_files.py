@@ -1,10 +1,13 @@
 """Small real image files and archives for the tests of the data package."""
 
+import contextlib
 import dataclasses
 import hashlib
+import http.server
 import io
 import pickle
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 import torchvision.datasets as tv
 from PIL import Image
 
-from metaperturb.data import TARGETS
+from metaperturb.data import DATA_SETS
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -69,10 +72,36 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
+@contextlib.contextmanager
+def served(folder: Path):
+    """The files of a folder by HTTP: the address, and the requests that were answered."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_request(self, code="-", size="-"):
+            asked.append(self.path)
+
+        def log_error(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def expect_counts(monkeypatch, name, num_classes, train, test, val=None):
     """Expect the counts of the miniature instead of the official ones."""
-    spec = dataclasses.replace(TARGETS[name], num_classes=num_classes, train=train, test=test, val=val)
-    monkeypatch.setitem(TARGETS, name, spec)
+    images = {"train": train, "test": test} | ({} if val is None else {"val": val})
+    spec = dataclasses.replace(DATA_SETS[name], num_classes=num_classes, images=images)
+    monkeypatch.setitem(DATA_SETS, name, spec)
 
 
 def cub_files():

@@ -9,8 +9,8 @@ from conftest import class_pictures, error_line
 from image_files import one_line, write_folder, write_zip
 
 import metaperturb.meta_test as program
+from metaperturb import data
 from metaperturb.config import MetaTestConfig, load_config
-from metaperturb.data import load_source
 from metaperturb.data.arrays import from_memory, subset
 from metaperturb.data.parts import load_parts
 from metaperturb.data.splits import holdout_split
@@ -119,7 +119,7 @@ def test_another_share_is_another_run(target_settings, tmp_path, capsys):
 def test_the_drawn_source(target_settings, tmp_path):
     rest, held_out = load(target_settings, "target=embedded_source", "target_path=null", "image_size=8")
     assert (len(rest), len(held_out)) == (3840, 960)
-    source = load_source("embedded", data_root=tmp_path, image_size=8)
+    source = data.load("embedded_source", data_root=tmp_path, image_size=8, splits=("train",))[0]
     assert {image.tobytes() for image in held_out.images} < {image.tobytes() for image in source.images}
 
 

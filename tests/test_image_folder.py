@@ -1,27 +1,61 @@
 """Image folders, and the cache of decoded images that all data sets share."""
 
 import errno
+import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from image_files import expected_pixels, folder_layout, one_line, picture, write_folder, write_tar, write_zip
-from PIL import Image
+from PIL import Image, ImageOps
 
-from metaperturb.data import load_source, load_target
+from metaperturb.data import load
 from metaperturb.data.arrays import to_pixels
-from metaperturb.data.image_folder import load_image_folder
 from metaperturb.errors import UserError
 
 
 def _load(path, root, **options):
-    return load_target("folder", path=path, data_root=root, **options)
+    return load("folder", paths=[path], data_root=root, **options)
+
+
+@pytest.fixture
+def open_path():
+    """As tmp_path, but others may enter and write there."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+def as_nobody(work) -> None:
+    """Run `work` as a user who is neither root nor the owner of anything."""
+    if os.geteuid() != 0:  # nor are we
+        work()
+        return
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(reader)
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            work()
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        failure = pipe.read()
+    os.waitpid(child, 0)
+    assert not failure, failure
 
 
 def test_pixels_labels_and_order(tmp_path):
@@ -66,13 +100,85 @@ def test_same_fingerprint_in_every_form_and_place(tmp_path):
         np.testing.assert_array_equal(pair[0].images, found[0][0].images)
 
 
+def _fingerprint(files, mended=()):
+    rows = ["folder", "train", "32", "cat", "dog"]
+    for name in sorted(name for name in files if name.startswith("train/")):
+        crc = f"{zlib.crc32(files[name]):08x}"
+        rows.append(f"{int('dog' in name)}:{crc}{':mended' * (name in mended)}")
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
 def test_fingerprint_follows_the_content(tmp_path):
+    """Of the files alone: two folders whose names, sizes and dates agree are still two data sets."""
     files = folder_layout()
     path = write_zip(tmp_path / "a.zip", files)
-    base = _load(path, tmp_path)[0].fingerprint
-    assert _load(path, tmp_path, image_size=16)[0].fingerprint != base
+    train = _load(path, tmp_path)[0]
+    rows = [
+        f"{label}:{zlib.crc32(files[f'train/{c}/{i}.png']):08x}"
+        for label, c in enumerate(train.classes)
+        for i in range(3)
+    ]
+    text = "\n".join(["folder", "train", "32", "cat", "dog", *rows])
+    assert train.fingerprint == hashlib.sha256(text.encode()).hexdigest()  # as results have it: it never changes
+    assert _load(path, tmp_path, image_size=16)[0].fingerprint != train.fingerprint
     files["train/cat/0.png"] = picture(99)
-    assert _load(write_zip(path, files), tmp_path)[0].fingerprint != base
+    assert _load(write_zip(path, files), tmp_path)[0].fingerprint != train.fingerprint
+    for write in (write_folder, write_tar):
+        found = []
+        for number in (1, 2):
+            files = {name: picture(number + len(name), kind="BMP") for name in files}
+            (path := tmp_path / f"{write.__name__}{number}").parent.mkdir(exist_ok=True)
+            write(path, files)
+            for file in [path, *path.rglob("*")]:
+                os.utime(file, (0, 0))
+            found.append(_load(path, tmp_path)[0])
+        assert found[0].fingerprint != found[1].fingerprint and (found[0].images != found[1].images).any()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(kind, orientation):
+    with Image.open(io.BytesIO(picture(3, (30, 20)))) as image:
+        (exif := Image.Exif())[0x112] = orientation
+        image.save(buffer := io.BytesIO(), kind, exif=exif)
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image)).copy()
+    pixels, mended = to_pixels(buffer.getvalue(), 30)
+    np.testing.assert_array_equal(pixels, to_pixels(upright, 30)[0])
+    assert mended == (kind == "JPEG" and orientation > 1)  # PIL itself turns TIFF
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_images_lie_on_white(mode):
+    rng = np.random.default_rng(0)
+    colour, alpha = rng.integers(0, 256, (8, 8, 3)), rng.integers(0, 256, (8, 8, 1))
+    if mode == "LA":
+        colour = colour[..., :1]
+    image = Image.fromarray(np.concatenate([colour, alpha], -1).astype(np.uint8))
+    options = {}
+    if mode == "P":
+        image, colour = Image.fromarray(rng.integers(0, 2, (8, 8), dtype=np.uint8), "P"), np.array([[9, 9, 9]] * 64)
+        image.putpalette([200, 0, 0, 9, 9, 9])
+        alpha, options = 255 * np.asarray(image)[..., None], {"transparency": 0}
+        colour = colour.reshape(8, 8, 3)
+    image.save(buffer := io.BytesIO(), "PNG", **options)
+    expected = (colour * alpha + 255.0 * (255 - alpha)) / 255
+    pixels, mended = to_pixels(buffer.getvalue(), 8)
+    assert mended and np.abs(pixels.transpose(1, 2, 0) - expected).max() <= 1
+    image = Image.fromarray(np.full((8, 8, 4), 255, np.uint8))  # has alpha, but hides nothing
+    image.save(buffer := io.BytesIO(), "PNG")
+    assert not to_pixels(buffer.getvalue(), 8)[1]
+
+
+def test_mended_images_have_another_fingerprint(tmp_path):
+    """The same files, read by a version that did not mend them, are other images."""
+    files = folder_layout()
+    with Image.open(io.BytesIO(files["train/cat/0.png"])) as image:
+        image.putalpha(100)
+        image.save(buffer := io.BytesIO(), "PNG")
+    files["train/cat/0.png"] = buffer.getvalue()
+    found = _load(write_folder(tmp_path / "x", files), tmp_path)[0].fingerprint
+    assert found == _fingerprint(files, mended=["train/cat/0.png"])
 
 
 def test_optional_val_deeper_folders_and_source(tmp_path):
@@ -81,7 +187,7 @@ def test_optional_val_deeper_folders_and_source(tmp_path):
     val, train = _load(path, tmp_path, splits=("val", "train"))
     assert val.labels.tolist() == [0] and val.classes == ("cat", "dog")
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    source = load_source("folder", paths=[path], data_root=tmp_path)
+    source = load("folder", paths=[path], data_root=tmp_path, splits=("train",))[0]
     assert source.fingerprint == train.fingerprint
 
 
@@ -103,7 +209,15 @@ BAD_LAYOUTS = {
     "flat": ({"train/1.png": picture(1), "test/1.png": picture(1)}, "train/ holds no <class>/ folders"),
     "unknown class": ({**folder_layout(), "test/emu/1.png": picture(1)}, "class emu is in test/ but not in train/"),
     "two sets": ({"a/train/x/1.png": picture(1), "b/train/x/1.png": picture(1)}, "several data sets inside (a, b)"),
-    "no image": ({**folder_layout(), "train/cat/notes.txt": b"my cats"}, "train/cat/notes.txt: unreadable image"),
+    "no image": ({**folder_layout(), "train/cat/notes": b"my cats"}, "train/cat/notes: unreadable image"),
+    "groups": (
+        {f"{s}/pets/{c}/1.png": picture(1) for s in ("train", "test") for c in "ab"},
+        "train/pets/ holds no images but folders",
+    ),
+    "only val": (
+        {**_without(folder_layout(), "test/"), "val/cat/1.png": picture(1)},
+        "eval_split=val evaluates on its val/",
+    ),
     "cut off": ({**folder_layout(), "train/cat/0.png": picture(0, (99, 99))[:900]}, "train/cat/0.png: unreadable"),
     "empty file": ({**folder_layout(), "test/cat/0.png": b""}, "test/cat/0.png: unreadable image"),
 }
@@ -176,12 +290,59 @@ def test_postscript_is_not_run(tmp_path):
     one_line(error)
 
 
-def test_images_of_no_class_are_counted(tmp_path, capsys):
-    files = {**folder_layout(), "train/stray.png": picture(1), "train/other.png": picture(2)}
-    train, test = _load(write_zip(tmp_path / "x.zip", files), tmp_path)
-    assert (len(train), len(test)) == (6, 4)
-    said = [line for line in capsys.readouterr().err.splitlines() if "no class" in line]
-    assert len(said) == 1 and "2 files in train/ itself are of no class, not used" in said[0]
+def test_what_is_left_out_is_counted_aloud(tmp_path, capsys):
+    """Strays, notes, what a NAS writes and a link to the folder above change neither images nor labels."""
+    plain = _load(write_folder(tmp_path / "plain", folder_layout()), tmp_path)
+    files = {**folder_layout(), "train/stray.png": picture(1), "train/cat/notes.txt": b"?", "train/labels.csv": b"?"}
+    files |= {"train/cat/@eaDir/0.png/SYNOPHOTO.jpg": picture(2), "train/@eaDir/x.jpg": picture(3)}
+    folder = write_folder(tmp_path / "x", files)
+    (folder / "train/cat/loop").symlink_to("..")
+    capsys.readouterr()
+    found = _load(folder, tmp_path)
+    assert [part.fingerprint for part in found] == [part.fingerprint for part in plain]
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    for part in (
+        "of no class: 2 (train/labels.csv, train/stray.png)",
+        "not an image: 1 (train/cat/notes.txt)",
+        "hidden or of the system: 2 (train/@eaDir, train/cat/@eaDir)",
+        "link to a folder above it: 1 (train/cat/loop)",
+    ):
+        assert part in said
+    _load(folder, tmp_path)
+    assert said in capsys.readouterr().err  # from the cache: says so again
+
+
+def test_one_group_among_classes_is_told(tmp_path, capsys):
+    files = {**folder_layout(), "train/more/emu/1.png": picture(1), "train/more/fox/1.png": picture(2)}
+    train, _ = _load(write_folder(tmp_path / "x", files), tmp_path)
+    assert train.classes == ("cat", "dog", "more")
+    assert "one class each, without images but in folders: 1 (train/more/)" in capsys.readouterr().err
+
+
+def test_names_written_by_a_mac(tmp_path):
+    """It writes ä as a and two dots."""
+    files = {f"{split}/{name}/1.png": picture(1) for split, name in (("train", "k\u00e4fer"), ("test", "ka\u0308fer"))}
+    train, test = _load(write_folder(tmp_path / "x", files), tmp_path)
+    assert train.classes == test.classes == ("k\u00e4fer",)
+
+
+def test_a_passing_error_is_not_kept(open_path, capsys):
+    """A file that cannot be read now belongs to the images once it can."""
+    folder = write_folder(open_path / "x", folder_layout())
+    secret = folder / "train/cat/0.png"
+    secret.chmod(0)
+
+    def without():
+        with pytest.raises(UserError, match=r"train/cat/0\.png: cannot be read \(Permission denied\); repair"):
+            _load(folder, open_path)
+        capsys.readouterr()
+        train, _ = _load(folder, open_path, skip_unreadable=True)
+        assert len(train) == 5 and "1 files that cannot be read now left out" in capsys.readouterr().err
+
+    as_nobody(without)
+    secret.chmod(0o644)
+    as_nobody(lambda: [len(part) for part in _load(folder, open_path, skip_unreadable=True)] == [6, 4] or 1 / 0)
+    as_nobody(lambda: len(_load(folder, open_path)[0]) == 6 or 1 / 0)
 
 
 def test_decompression_bomb_and_deep_pixels(tmp_path, monkeypatch):
@@ -200,7 +361,9 @@ def test_decompression_bomb_and_deep_pixels(tmp_path, monkeypatch):
 
 def test_to_pixels_leaves_the_right_size_alone():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(to_pixels(pixels, 32), pixels.transpose(2, 0, 1))
+    found, mended = to_pixels(pixels, 32)
+    np.testing.assert_array_equal(found, pixels.transpose(2, 0, 1))
+    assert not mended
 
 
 @pytest.mark.parametrize("size", [0, -3, 5000, 32.0])
@@ -286,11 +449,11 @@ def test_file_size_limit(tmp_path):
     path = write_zip(tmp_path / "x.zip", files)
     script = f"""
 import resource
-from metaperturb.data.image_folder import load_image_folder
+from metaperturb.data import load
 from metaperturb.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    load_image_folder({str(path)!r}, data_root={str(tmp_path)!r}, image_size=64, splits=("train",))
+    load("folder", paths=[{str(path)!r}], data_root={str(tmp_path)!r}, image_size=64, splits=("train",))
 except UserError as error:
     print("refused:", error)
 """
@@ -298,19 +461,45 @@ except UserError as error:
     assert "refused:" in done.stdout and "cannot write the image cache" in done.stdout
 
 
-def test_read_only_data_root(tmp_path):
-    path = write_zip(tmp_path / "x.zip", folder_layout())
-    root = tmp_path / "root"
-    root.write_text("a file where the folder should be")
+def test_no_folder_for_the_cache(tmp_path):
+    (root := tmp_path / "root").write_text("a file where the folder should be")
     with pytest.raises(UserError) as error:
-        _load(path, root)
+        _load(write_zip(tmp_path / "x.zip", folder_layout()), root)
     assert str(root) in one_line(error)
-    if os.geteuid() != 0:  # root may write anywhere
-        locked = tmp_path / "locked"
-        locked.mkdir(mode=0o500)
-        with pytest.raises(UserError, match="no permission") as error:
-            _load(path, locked)
-        one_line(error)
+
+
+@pytest.mark.parametrize("root_is", ["read-only", "with a cache of another user"])
+def test_a_cache_that_is_not_ours_is_done_without(open_path, capsys, root_is):
+    path, root = write_zip(open_path / "x.zip", folder_layout()), open_path / "root"
+    root.mkdir()
+    wanted = _load(path, root if "cache" in root_is else open_path)[0]
+    pixels = np.array(wanted.images)
+    for place in [root, *root.rglob("*")]:
+        place.chmod(0o555 if place == root and "cache" not in root_is else 0o755 if place == root else 0)
+
+    def load_it():
+        capsys.readouterr()
+        found, _ = _load(path, root)
+        np.testing.assert_array_equal(found.images, pixels)
+        assert found.fingerprint == wanted.fingerprint
+        assert "decoded for this run alone; a data root of your own keeps them" in capsys.readouterr().err
+
+    try:
+        as_nobody(load_it)
+    finally:
+        for place in [root, *root.glob("cache"), *root.glob("cache/*")]:
+            place.chmod(0o755)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    path = write_zip(tmp_path / "x.zip", folder_layout())
+    first, _ = _load(path, tmp_path)
+    assert "no locks here" in capsys.readouterr().err
+    assert _load(path, tmp_path)[0].fingerprint == first.fingerprint and isinstance(first.images, np.memmap)
 
 
 def test_read_only_cache_that_is_built_can_be_used(tmp_path):
@@ -332,10 +521,10 @@ def test_processes_that_start_at_once_build_once(tmp_path):
     script = f"""
 import sys, time
 from pathlib import Path
-from metaperturb.data.image_folder import load_image_folder
+from metaperturb.data import load
 print("ready", flush=True)
 sys.stdin.readline()
-train, = load_image_folder({str(path)!r}, data_root={str(tmp_path / "root")!r}, splits=("train",))
+train, = load("folder", paths=[{str(path)!r}], data_root={str(tmp_path / "root")!r}, splits=("train",))
 print(train.fingerprint, int(train.images.sum(dtype="int64")))
 """
     processes = [
@@ -365,7 +554,7 @@ def test_killed_builder_leaves_no_cache_and_its_rest_is_removed(tmp_path):
     root = tmp_path / "root"
     script = f"""
 import time
-from metaperturb.data import arrays, image_folder
+from metaperturb.data import arrays, load
 real, count = arrays.to_pixels, 0
 def slow(*args):
     global count
@@ -375,7 +564,7 @@ def slow(*args):
         time.sleep(600)
     return real(*args)
 arrays.to_pixels = slow
-image_folder.load_image_folder({str(path)!r}, data_root={str(root)!r}, splits=("train",))
+load("folder", paths=[{str(path)!r}], data_root={str(root)!r}, splits=("train",))
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "half-way\n"
@@ -385,8 +574,8 @@ image_folder.load_image_folder({str(path)!r}, data_root={str(root)!r}, splits=("
     folders = [p.name for p in (root / "cache").iterdir() if p.is_dir()]
     assert len(folders) == 1 and ".tmp-" in folders[0]
     start = time.monotonic()
-    (train,) = load_image_folder(path, data_root=root, splits=("train",))
+    (train,) = load("folder", paths=[path], data_root=root, splits=("train",))
     assert time.monotonic() - start < 20  # the dead builder's lock is gone
-    (fresh,) = load_image_folder(path, data_root=tmp_path / "fresh", splits=("train",))
+    (fresh,) = load("folder", paths=[path], data_root=tmp_path / "fresh", splits=("train",))
     np.testing.assert_array_equal(train.images, fresh.images)
     assert [p for p in (root / "cache").iterdir() if p.is_dir()] == [_cache_folder(root)]

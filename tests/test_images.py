@@ -8,14 +8,14 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import images
 import numpy as np
 import prepare_data
 import pytest
-from experiments import images
-from image_files import cifar_archive, cub_files, expect_counts, one_line, picture, write_folder, write_tar, write_zip
+from image_files import cifar_archive, cub_files, expect_counts, one_line, picture, write_folder, write_zip
 from PIL import Image
 
-from metaperturb.data.image_folder import load_image_folder
+from metaperturb.data import load
 from metaperturb.errors import UserError
 
 
@@ -26,7 +26,7 @@ def _expect(monkeypatch, name, count, digest=None):
 def test_cub50(tmp_path, monkeypatch):
     expect_counts(monkeypatch, "cub", 3, 6, 6)
     files = cub_files()
-    write_tar(tmp_path / "CUB_200_2011.tgz", files)
+    write_folder(tmp_path, files)
     monkeypatch.setattr(images, "CUB_CLASSES", 2)
     _expect(monkeypatch, "cub50.zip", 8)
     path = images.make_zip("cub50.zip", tmp_path)
@@ -44,7 +44,7 @@ def test_cub50(tmp_path, monkeypatch):
             with Image.open(io.BytesIO(archive.read(member))) as image:
                 assert image.format == "JPEG" and image.size == (84, 84)
                 assert np.abs(np.asarray(image) - expected).mean() < 4  # what JPEG loses
-    train, test = load_image_folder(path, data_root=tmp_path, image_size=32)
+    train, test = load("folder", paths=[path], data_root=tmp_path, image_size=32)
     assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1]
 
 
@@ -68,7 +68,7 @@ def test_s_cifar100_in_the_listed_order(tmp_path, monkeypatch):
     _expect(monkeypatch, "s-cifar100.zip", 12)
     path = images.make_zip("s-cifar100.zip", tmp_path)
     splits = ("train", "val", "test")
-    for split, arrays in zip(splits, load_image_folder(path, data_root=tmp_path, splits=splits), strict=True):
+    for split, arrays in zip(splits, load("folder", paths=[path], data_root=tmp_path, splits=splits), strict=True):
         wanted = chosen[split]["apple"] + chosen[split]["bee"]
         np.testing.assert_array_equal(arrays.images, source[split][wanted])
         assert arrays.classes == ("apple", "bee")
@@ -161,7 +161,7 @@ def test_a_validation_image_that_is_missing_and_a_broken_photograph(tmp_path, mo
     write_zip(tmp_path / "tiny-imagenet-200.zip", files)
     expect_counts(monkeypatch, "cub", 3, 6, 6)
     files = cub_files() | {"CUB_200_2011/images/001.Bird_0/b0.jpg": b"no image"}
-    write_tar(tmp_path / "CUB_200_2011.tgz", files)
+    write_folder(tmp_path, files)
     assert _prepare(monkeypatch, tmp_path, "tiny-imagenet-200.part1.zip", "cub50.zip") == 1
     said = capsys.readouterr().err
     assert "val/images/val_2.JPEG is listed but missing" in said
@@ -185,5 +185,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert _prepare(monkeypatch, tmp_path, "cub50.zip", "cub500.zip") == 1
     assert "unknown data set 'cub500.zip'" in capsys.readouterr().err
-    monkeypatch.setattr(prepare_data, "load_target", lambda name, **_: [])
+    monkeypatch.setattr(prepare_data, "load", lambda name, **_: [])
     assert _prepare(monkeypatch, tmp_path, "all", made.name) == 0  # all: of the official sets, and this one, too

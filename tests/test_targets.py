@@ -17,12 +17,12 @@ from image_files import (
     md5,
     one_line,
     picture,
+    served,
     write_folder,
     write_tar,
-    write_zip,
 )
 
-from metaperturb.data import TARGETS, load_source, load_target, targets
+from metaperturb.data import DATA_SETS, load, official
 from metaperturb.data.batches import crop_padding
 from metaperturb.errors import UserError
 
@@ -41,65 +41,39 @@ def _check_images(arrays, contents, size=84):
 
 
 def test_specs_are_those_of_the_paper():
-    counts = {
-        name: (s.num_classes, s.train, s.test, s.image_size, crop_padding(s.image_size)) for name, s in TARGETS.items()
+    found = {
+        name: (s.num_classes, s.images.get("train"), s.images.get("test"), s.image_size, crop_padding(s.image_size))
+        for name, s in DATA_SETS.items()
     }
-    assert counts["stl10"] == (10, 5000, 8000, 96, 8)
-    assert counts["s_cifar100"] == (100, 5000, 10000, 32, 4)
-    assert counts["dogs"] == (120, 12000, 8580, 84, 8)
-    assert counts["cars"] == (196, 8144, 8041, 84, 8)
-    assert counts["aircraft"] == (100, 6667, 3333, 84, 8)
-    assert counts["cub"] == (200, 5994, 5794, 84, 8)
-    assert counts["small_svhn"] == (10, 5000, 26032, 32, 4)
-    assert counts["tiny_imagenet"] == (None, None, None, 32, 4)
+    assert found["stl10"] == (10, 5000, 8000, 96, 8)
+    assert found["s_cifar100"] == (100, 5000, 10000, 32, 4)
+    assert found["dogs"] == (120, 12000, 8580, 84, 8)
+    assert found["cars"] == (196, 8144, 8041, 84, 8)
+    assert found["aircraft"] == (100, 6667, 3333, 84, 8)
+    assert found["cub"] == (200, 5994, 5794, 84, 8)
+    assert found["small_svhn"] == (10, 5000, 26032, 32, 4)
+    assert found["tiny_imagenet"] == (200, 100_000, 10_000, 32, 4)
     assert (crop_padding(32), crop_padding(33)) == (4, 8)
 
 
-def test_tiny_imagenet_from_several_archives(tmp_path):
-    """Training images of both parts; tested on the labelled validation images, of which only one part has some."""
+BAD_REQUESTS = [
+    ("cubs", {}, r"unknown data set 'cubs'; known: stl10, .*folder"),
+    ("cub", {"splits": ("train", "val")}, "cub: no split 'val'; it has train, test"),
+    ("embedded_source", {}, "embedded_source: no split 'test'; it has train"),
+    ("folder", {}, r"folder: needs the path of one folder or archive .*\(target_path or source_paths names it\)"),
+    ("folder", {"paths": ["a", "b"]}, r"folder: needs the path of one folder or archive .*\(got 2\)"),
+    ("embedded", {"paths": ["a"]}, r"embedded: its images are drawn, so it takes no path \(got a\)"),
+    *((name, {"paths": ["typo"]}, f"{name}: typo: no such file") for name in ("cub", "dogs", "stl10", "s_cifar100")),
+]
 
-    def part(first: int, last: int, val: bool) -> dict[str, bytes]:
-        files = {}
-        for c, wnid in enumerate(("n02", "n01")):
-            for i in range(first, last):
-                files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = picture(10 * c + i, (64, 64), "PNG")
-        if val:
-            files["val/val_annotations.txt"] = b"val_0.JPEG\tn02\t0\nval_1.JPEG\tn01\t0\nval_2.JPEG\tn01\t0\n"
-            files |= {f"val/images/val_{i}.JPEG": picture(100 + i, (64, 64), "PNG") for i in range(3)}
-        return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
 
-    one, two = write_zip(tmp_path / "1.zip", part(0, 2, True)), write_zip(tmp_path / "2.zip", part(2, 3, False))
-    train, test = load_target("tiny_imagenet", data_root=tmp_path, path=f"{one}, {two}")
-    assert train.classes == test.classes == ("n01", "n02") and train.image_size == 32
-    np.testing.assert_array_equal(train.labels, [0, 0, 0, 1, 1, 1])
-    _check_images(train, [picture(s, (64, 64), "PNG") for s in (10, 11, 12, 0, 1, 2)], 32)
-    np.testing.assert_array_equal(test.labels, [0, 0, 1])
-    _check_images(test, [picture(s, (64, 64), "PNG") for s in (101, 102, 100)], 32)
-    with pytest.raises(UserError, match="no labelled validation images") as error:
-        load_target("tiny_imagenet", data_root=tmp_path, path=two)
+@pytest.mark.parametrize(("name", "options", "says"), BAD_REQUESTS)
+def test_bad_requests(tmp_path, name, options, says):
+    """Nothing is downloaded to a path that may be misspelt."""
+    with pytest.raises(UserError, match=says) as error:
+        load(name, data_root=tmp_path, **options)
     one_line(error)
-    with pytest.raises(UserError, match=r"tiny-imagenet-200\.zip: no such file"):
-        load_target("tiny_imagenet", data_root=tmp_path, download=False)
-
-
-def test_embedded_source_is_the_source(tmp_path):
-    (train,) = load_target("embedded_source", data_root=tmp_path, image_size=8, splits=("train",))
-    source = load_source("embedded", data_root=tmp_path, image_size=8)
-    assert train.fingerprint == source.fingerprint and len(train) == 4800
-    with pytest.raises(UserError, match="target embedded_source: no split 'test'; it has train"):
-        load_target("embedded_source", data_root=tmp_path)
-
-
-def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match=r"unknown target 'cubs'; known: stl10, .*folder") as error:
-        load_target("cubs", data_root=tmp_path)
-    one_line(error)
-    with pytest.raises(UserError, match="target cub: no split 'val'; it has train, test") as error:
-        load_target("cub", data_root=tmp_path, splits=("train", "val"))
-    one_line(error)
-    with pytest.raises(UserError, match="target folder: needs the path") as error:
-        load_target("folder", data_root=tmp_path)
-    one_line(error)
+    assert not [*tmp_path.iterdir()]
 
 
 # --- CUB
@@ -110,28 +84,30 @@ def test_cub(tmp_path, monkeypatch, form):
     expect_counts(monkeypatch, "cub", 3, 6, 6)
     files, path = cub_files(), None
     if form == "archive":
-        write_tar(tmp_path / "CUB_200_2011.tgz", files)
+        archive = write_tar(tmp_path / "CUB_200_2011.tgz", files)
+        monkeypatch.setattr(official, "CUB_MD5", md5(archive.read_bytes()))
     elif form == "named":
         path = write_tar(tmp_path / "birds.tgz", files)
     else:
         write_folder(tmp_path, files)
         path = tmp_path if form == "parent" else None
-    train, test = load_target("cub", data_root=tmp_path, path=path, download=False)
+    paths = [path] if path else []
+    train, test = load("cub", data_root=tmp_path, paths=paths, download=False)
     assert train.classes == ("001.Bird_0", "002.Bird_1", "003.Bird_2")
     assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     contents = [content for name, content in files.items() if name.endswith(".jpg")]
     _check_images(train, [contents[i] for i in (0, 1, 4, 5, 8, 9)])
     _check_images(test, [contents[i] for i in (2, 3, 6, 7, 10, 11)])
-    assert load_target("cub", data_root=tmp_path, path=path)[0].fingerprint == train.fingerprint
+    assert load("cub", data_root=tmp_path, paths=paths)[0].fingerprint == train.fingerprint
 
 
 def test_cub_counts_are_verified(tmp_path):
-    write_tar(tmp_path / "CUB_200_2011.tgz", cub_files())
+    path = write_tar(tmp_path / "birds.tgz", cub_files())
     with pytest.raises(
-        UserError, match="expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3"
-    ) as e:
-        load_target("cub", data_root=tmp_path)
-    assert "CUB_200_2011.tgz" in one_line(e)
+        UserError, match=r"birds\.tgz: expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3"
+    ) as error:
+        load("cub", data_root=tmp_path, paths=[path])
+    one_line(error)
 
 
 BROKEN_CUB = {
@@ -151,26 +127,18 @@ def test_broken_cub(tmp_path, monkeypatch, case):
     files[f"CUB_200_2011/{name}"] = content
     files = {name: content for name, content in files.items() if content is not None}
     with pytest.raises(UserError) as error:
-        load_target("cub", data_root=tmp_path, path=write_tar(tmp_path / "x.tgz", files))
+        load("cub", data_root=tmp_path, paths=[write_tar(tmp_path / "x.tgz", files)])
     assert says in one_line(error) and "x.tgz" in one_line(error)
 
 
-@pytest.mark.parametrize("name", ["cub", "dogs", "stl10", "s_cifar100"])
-def test_nothing_is_downloaded_to_a_path_that_may_be_misspelt(tmp_path, name):
-    with pytest.raises(UserError, match=f"target {name}: .*typo: no such file or folder") as error:
-        load_target(name, data_root=tmp_path, path=tmp_path / "typo")
-    one_line(error)
-    assert not [*tmp_path.iterdir()]
-
-
 def test_cub_absent(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no such file; fetch https://data.caltech.edu") as error:
-        load_target("cub", data_root=tmp_path, download=False)
+    with pytest.raises(UserError, match=r"no such file or folder; fetch CUB_200_2011\.tgz from https") as error:
+        load("cub", data_root=tmp_path, download=False)
     one_line(error)
-    monkeypatch.setattr(targets, "CUB_URL", DEAD + "cub.tgz")
-    with pytest.raises(UserError, match="download failed") as error:
-        load_target("cub", data_root=tmp_path)
-    assert str(tmp_path / "CUB_200_2011.tgz") in one_line(error)
+    monkeypatch.setattr(official, "CUB_URL", DEAD + "CUB_200_2011.tgz")
+    with pytest.raises(UserError, match=r"failed; fetch CUB_200_2011\.tgz by other") as error:
+        load("cub", data_root=tmp_path)
+    assert str(tmp_path / "CUB_200_2011") in one_line(error)
 
 
 # --- Dogs
@@ -197,7 +165,7 @@ def test_dogs(tmp_path, monkeypatch, form):
         write_tar(place / "lists.tar", lists)
     else:
         write_folder(place, {**images, **lists})
-    train, test = load_target("dogs", data_root=tmp_path, download=False)
+    train, test = load("dogs", data_root=tmp_path, download=False)
     assert train.classes == ("n02-Dog_2", "n01-Dog_1")  # the order of the official labels
     assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1]
     contents = list(images.values())
@@ -208,14 +176,13 @@ def test_dogs(tmp_path, monkeypatch, form):
 def test_dogs_broken_or_absent(tmp_path, monkeypatch):
     images, lists = _dogs_files()
     place = tmp_path / "stanford_dogs"
-    with pytest.raises(UserError, match=r"images\.tar: no such file; fetch http://vision.stanford.edu") as error:
-        load_target("dogs", data_root=tmp_path, download=False)
+    with pytest.raises(UserError, match=r"no such file or folder; fetch images\.tar from http://vision") as error:
+        load("dogs", data_root=tmp_path, download=False)
     one_line(error)
-    place.mkdir()
     write_tar(place / "images.tar", images)
     write_tar(place / "lists.tar", {**lists, "train_list.mat": b"no mat file at all" * 50})
     with pytest.raises(UserError, match=r"lists\.tar: train_list\.mat: not a Stanford Dogs list") as error:
-        load_target("dogs", data_root=tmp_path)
+        load("dogs", data_root=tmp_path)
     one_line(error)
 
 
@@ -230,7 +197,7 @@ def test_without_scipy(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(builtins, "__import__", no_scipy)
     with pytest.raises(UserError, match="-m pip install scipy") as error:
-        load_target(name, data_root=tmp_path)
+        load(name, data_root=tmp_path)
     one_line(error)
 
 
@@ -257,7 +224,7 @@ def test_cars(tmp_path, monkeypatch):
     expect_counts(monkeypatch, "cars", 2, 4, 3)
     files = _cars_files()
     write_folder(tmp_path / "stanford_cars", files)
-    train, test = load_target("cars", data_root=tmp_path)
+    train, test = load("cars", data_root=tmp_path)
     assert train.classes == ("Acura", "BMW")
     assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 1, 0]
     _check_images(train, [files[f"cars_train/{i:05}.jpg"] for i in range(4)])
@@ -265,7 +232,7 @@ def test_cars(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"cars_test_annos_withlabels\.mat missing; Stanford Cars can no longer"
     ) as error:
-        load_target("cars", data_root=tmp_path)
+        load("cars", data_root=tmp_path)
     message = one_line(error)
     assert all(part in message for part in ("cars_train/", "cars_test/", "devkit/cars_meta.mat", str(tmp_path)))
 
@@ -282,42 +249,39 @@ def _aircraft_files():
 @pytest.mark.parametrize("form", ["extracted", "archive", "download"])
 def test_aircraft(tmp_path, monkeypatch, form):
     expect_counts(monkeypatch, "aircraft", 2, 4, 2)
-    files = _aircraft_files()
+    files, root = _aircraft_files(), tmp_path / "root"
+    root.mkdir()
     if form == "extracted":
-        write_folder(tmp_path, files)
+        write_folder(root, files)
     else:
-        archive = write_tar(tmp_path / "fgvc-aircraft-2013b.tar.gz", files)
-        monkeypatch.setattr(targets, "AIRCRAFT_MD5", md5(archive.read_bytes()))
-        if form == "download":
-            fetched = tmp_path / "server.tar.gz"
-            archive.rename(fetched)
-            real = targets.download
-            monkeypatch.setattr(targets, "download", lambda url, path, md5: real(fetched.as_uri(), path, md5))
-    train, test = load_target("aircraft", data_root=tmp_path, download=form == "download")
+        archive = write_tar((tmp_path if form == "download" else root) / "fgvc-aircraft-2013b.tar.gz", files)
+        monkeypatch.setattr(official, "AIRCRAFT_MD5", md5(archive.read_bytes()))
+    with served(tmp_path) as (url, asked):
+        monkeypatch.setattr(official, "AIRCRAFT_URL", f"{url}/fgvc-aircraft-2013b.tar.gz")
+        train, test = load("aircraft", data_root=root, download=form == "download")
+    assert bool(asked) == (form == "download")
     assert train.classes == ("707-320", "F-16A/B")
     assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 1]
     _check_images(test, [files[f"fgvc-aircraft-2013b/data/images/{i:07}.jpg"] for i in (4, 5)])
-    assert not list(tmp_path.glob(".*.tmp"))
-    if form == "archive":
-        assert archive.exists()
-    (tmp_path / "fgvc-aircraft-2013b/data/images/0000001.jpg").unlink()
+    assert not list(root.glob(".*.tmp")) and (form == "extracted" or archive.exists())
+    (root / "fgvc-aircraft-2013b/data/images/0000001.jpg").unlink()
     with pytest.raises(UserError, match=r"0000001\.jpg is listed but missing") as error:
-        load_target("aircraft", data_root=tmp_path)
+        load("aircraft", data_root=root)
     one_line(error)
 
 
 def test_aircraft_absent_or_cut_off(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"place fgvc-aircraft-2013b\.tar\.gz from https://www.robots") as error:
-        load_target("aircraft", data_root=tmp_path, download=False)
+    with pytest.raises(UserError, match=r"fetch fgvc-aircraft-2013b\.tar\.gz from https://www.robots") as error:
+        load("aircraft", data_root=tmp_path, download=False)
     one_line(error)
     archive = write_tar(tmp_path / "fgvc-aircraft-2013b.tar.gz", _aircraft_files())
     with pytest.raises(UserError, match=r"fgvc-aircraft-2013b\.tar\.gz: wrong MD5") as error:
-        load_target("aircraft", data_root=tmp_path)
+        load("aircraft", data_root=tmp_path)
     one_line(error)
     archive.write_bytes(archive.read_bytes()[:3000])
-    monkeypatch.setattr(targets, "AIRCRAFT_MD5", md5(archive.read_bytes()))
+    monkeypatch.setattr(official, "AIRCRAFT_MD5", md5(archive.read_bytes()))
     with pytest.raises(UserError, match="failed") as error:  # while extracting: nothing may be left of it
-        load_target("aircraft", data_root=tmp_path)
+        load("aircraft", data_root=tmp_path)
     one_line(error)
     assert archive.exists() and not (tmp_path / "fgvc-aircraft-2013b").exists()
     assert not list(tmp_path.glob(".*.tmp"))
@@ -340,7 +304,7 @@ def test_dtd(tmp_path, monkeypatch, form):
     else:
         archive = write_tar(tmp_path / "dtd-r1.0.1.tar.gz", files)
         monkeypatch.setattr(tv.DTD, "_MD5", md5(archive.read_bytes()))
-    train, test = load_target("dtd", data_root=tmp_path, download=False)
+    train, test = load("dtd", data_root=tmp_path, download=False)
     assert train.classes == ("banded", "woven")
     assert train.labels.tolist() == [0, 1] * 4 and test.labels.tolist() == [0, 1] * 2
     _check_images(train, list(files.values())[:8])
@@ -351,7 +315,7 @@ def test_dtd(tmp_path, monkeypatch, form):
 def test_s_cifar100(tmp_path, monkeypatch):
     expect_counts(monkeypatch, "s_cifar100", 2, 100, 6, val=50)
     data = cifar_archive(tmp_path, monkeypatch)
-    train, val, test = load_target("s_cifar100", data_root=tmp_path, splits=("train", "val", "test"))
+    train, val, test = load("s_cifar100", data_root=tmp_path, splits=("train", "val", "test"))
     assert train.classes == ("apple", "bee") and test.labels.tolist() == [0, 1] * 3
     np.testing.assert_array_equal(test.images, data["test"])
     position = {image.tobytes(): i for i, image in enumerate(data["train"])}
@@ -363,9 +327,9 @@ def test_s_cifar100(tmp_path, monkeypatch):
     # The checksums say what the data is: once cached, the original is not needed.
     for file in (tmp_path / "cifar-100-python").iterdir():
         file.unlink()
-    assert load_target("s_cifar100", data_root=tmp_path)[0].fingerprint == train.fingerprint
+    assert load("s_cifar100", data_root=tmp_path)[0].fingerprint == train.fingerprint
     with pytest.raises(UserError, match=r"cifar-100-python: incomplete or damaged; delete it") as error:
-        load_target("s_cifar100", data_root=tmp_path, image_size=16)
+        load("s_cifar100", data_root=tmp_path, image_size=16)
     one_line(error)
 
 
@@ -380,7 +344,7 @@ def test_small_svhn(tmp_path, monkeypatch):
         data[split] = images.transpose(3, 2, 0, 1)
         (tmp_path / f"{split}_32x32.mat").write_bytes(content)
         monkeypatch.setitem(tv.SVHN.split_list, split, [DEAD, f"{split}_32x32.mat", md5(content)])
-    train, test = load_target("small_svhn", data_root=tmp_path, download=False)
+    train, test = load("small_svhn", data_root=tmp_path, download=False)
     assert np.bincount(train.labels).tolist() == [500] * 10
     np.testing.assert_array_equal(test.images, data["test"])
     assert test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 2 and test.classes[0] == "0"
@@ -397,10 +361,10 @@ def test_stl10(tmp_path, monkeypatch):
     write_folder(tmp_path / "stl10_binary", files)
     for table in ("train_list", "test_list"):
         monkeypatch.setattr(tv.STL10, table, [[name, md5(files[name])] for name, _ in getattr(tv.STL10, table)])
-    train, _ = load_target("stl10", data_root=tmp_path)
+    train, _ = load("stl10", data_root=tmp_path)
     assert train.classes == ("airplane", "bird") and train.labels.tolist() == [0, 1, 0, 1]
     np.testing.assert_array_equal(train.images, data["train"])
-    small, _ = load_target("stl10", data_root=tmp_path, image_size=32)
+    small, _ = load("stl10", data_root=tmp_path, image_size=32)
     assert small.images.shape == (4, 3, 32, 32)
 
 
@@ -409,7 +373,7 @@ def test_stl10_absent(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=rf"download from {DEAD}stl10_binary.tar.gz failed; fetch stl10_binary"
     ) as error:
-        load_target("stl10", data_root=tmp_path)
+        load("stl10", data_root=tmp_path)
     assert str(tmp_path) in one_line(error)
     assert not [p for p in tmp_path.iterdir() if "stl10" in p.name and p.suffix != ".lock"]
 
@@ -427,22 +391,22 @@ def test_fashion_mnist(tmp_path, monkeypatch):
             (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(packed)
             resources.append((f"{split}-{kind}-ubyte.gz", md5(packed)))
     monkeypatch.setattr(tv.FashionMNIST, "resources", resources)
-    train, test = load_target("fashion_mnist", data_root=tmp_path, download=False)
+    train, test = load("fashion_mnist", data_root=tmp_path, download=False)
     assert train.images.shape == (6, 3, 32, 32) and test.labels.tolist() == [0, 1, 2]
     assert train.classes[0] == "T-shirt/top"
     np.testing.assert_array_equal(train.images[:, 0], train.images[:, 2])
     (tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte").write_bytes(b"cut off")
     with pytest.raises(UserError, match="FashionMNIST: incomplete or damaged") as error:
-        load_target("fashion_mnist", data_root=tmp_path, image_size=28)
+        load("fashion_mnist", data_root=tmp_path, image_size=28)
     one_line(error)
 
 
-# --- the sets without official counts
+# --- preparing several, and what is drawn
 
 
 def test_what_cannot_be_prepared_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
     expect_counts(monkeypatch, "cub", 3, 6, 6)
-    write_tar(tmp_path / "CUB_200_2011.tgz", cub_files())
+    write_folder(tmp_path, cub_files())
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--data-root", str(tmp_path), "cars", "cub"])
     assert prepare_data.main() == 1
     said = capsys.readouterr()
@@ -451,18 +415,12 @@ def test_what_cannot_be_prepared_does_not_keep_the_others(tmp_path, monkeypatch,
     assert any(line.startswith("cars: ") for line in said.err.splitlines())
 
 
-def test_folder_has_no_expected_counts(tmp_path):
-    files = {f"{split}/{c}/1.png": picture(1) for split in ("train", "test") for c in "ab"}
-    train, test = load_target("folder", path=write_zip(tmp_path / "x.zip", files), data_root=tmp_path)
-    assert train.images.shape == test.images.shape == (2, 3, 32, 32)
-
-
-def test_embedded_is_wrapped(tmp_path):
-    train, test = load_target("embedded", data_root=tmp_path)
-    assert train.classes == test.classes and train.images.shape[1:] == (3, 32, 32)
+def test_drawn_images(tmp_path):
+    train, test = load("embedded", data_root=tmp_path, image_size=8)
+    assert train.classes == test.classes and train.images.shape[1:] == (3, 8, 8)
     assert train.images.dtype == np.uint8 and train.labels.dtype == np.int64
-    again, _ = load_target("embedded", data_root=tmp_path)
+    again, _ = load("embedded", data_root=tmp_path, image_size=8)
     assert again.fingerprint == train.fingerprint != test.fingerprint
-    (small,) = load_target("embedded", data_root=tmp_path, image_size=16, splits=("train",))
-    assert small.image_size == 16
+    (source,) = load("embedded_source", data_root=tmp_path, image_size=8, splits=("train",))
+    assert source.image_size == 8 and len(source) == 4800
     assert not list(tmp_path.iterdir())

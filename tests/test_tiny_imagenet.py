@@ -1,13 +1,10 @@
 """Tiny ImageNet in its official layout, whole or in parts."""
 
-import hashlib
-
 import numpy as np
 import pytest
-from image_files import expected_pixels, one_line, picture, write_folder, write_zip
+from image_files import expected_pixels, md5, one_line, picture, served, write_folder, write_zip
 
-from metaperturb.data import load_source, tiny_imagenet
-from metaperturb.data.tiny_imagenet import load_tiny_imagenet
+from metaperturb.data import load, official
 from metaperturb.errors import UserError
 
 WNIDS = ("n02", "n01", "n10")
@@ -29,8 +26,8 @@ def _layout(first: int, last: int, val: bool = True) -> dict[str, bytes]:
     return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
 
 
-def _load(root, *paths, **options):
-    return load_source("tiny_imagenet", data_root=root, paths=paths, **options)
+def _load(root, *paths, split="train", **options):
+    return load("tiny_imagenet", data_root=root, paths=paths, splits=(split,), **options)[0]
 
 
 def test_whole_parts_and_folder_are_the_same(tmp_path):
@@ -64,8 +61,8 @@ def test_image_size(tmp_path):
 def test_validation_images(tmp_path):
     layout = _layout(0, 2)
     paths = [write_zip(tmp_path / "one.zip", layout), write_zip(tmp_path / "two.zip", _layout(2, 4, val=False))]
-    val = load_tiny_imagenet(data_root=tmp_path, paths=paths, split="val")
-    train = load_tiny_imagenet(data_root=tmp_path, paths=paths)
+    val = _load(tmp_path, *paths, split="test")
+    train = _load(tmp_path, *paths)
     assert val.classes == train.classes
     # Sorted by class: val_1, val_4 are n01 (label 0), val_0, val_3 n02, val_2, val_5 n10.
     assert val.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -73,7 +70,7 @@ def test_validation_images(tmp_path):
         content = layout[f"tiny-imagenet-200/val/images/val_{number}.JPEG"]
         np.testing.assert_array_equal(image, expected_pixels(content, 32))
     with pytest.raises(UserError, match=r"two\.zip: no labelled validation images") as error:
-        load_tiny_imagenet(data_root=tmp_path, paths=paths[1:], split="val")
+        _load(tmp_path, paths[1], split="test")
     one_line(error)
 
 
@@ -85,11 +82,11 @@ def test_usual_places(tmp_path):
 
 
 def test_absent(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"tiny-imagenet-200\.zip: no such file; fetch http") as error:
+    with pytest.raises(UserError, match=r"no such file or folder; fetch tiny-imagenet-200\.zip from http") as error:
         _load(tmp_path, download=False)
     one_line(error)
-    monkeypatch.setattr(tiny_imagenet, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
-    with pytest.raises(UserError, match="download failed") as error:
+    monkeypatch.setattr(official, "TINY_URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
+    with pytest.raises(UserError, match=r"failed; fetch tiny-imagenet-200\.zip by other means") as error:
         _load(tmp_path)
     message = one_line(error)
     assert "http://127.0.0.1:9" in message and str(tmp_path / "tiny-imagenet-200.zip") in message
@@ -98,13 +95,15 @@ def test_absent(tmp_path, monkeypatch):
 
 
 def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch):
+    assert official.TINY_MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
     archive = write_zip(tmp_path / "server.zip", _layout(0, 2))
-    monkeypatch.setattr(tiny_imagenet, "URL", archive.as_uri())
-    with pytest.raises(UserError, match=r"wrong MD5 .* expected 90528d7ca1a48142e341f4ef8d21d0de") as error:
-        _load(tmp_path / "root")
-    one_line(error)
-    monkeypatch.setattr(tiny_imagenet, "MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    assert len(_load(tmp_path / "root")) == 6
+    with served(tmp_path) as (url, _):
+        monkeypatch.setattr(official, "TINY_URL", f"{url}/server.zip")
+        with pytest.raises(UserError, match=r"failed; fetch .* by other means") as error:
+            _load(tmp_path / "root")
+        one_line(error)
+        monkeypatch.setattr(official, "TINY_MD5", md5(archive.read_bytes()))
+        assert len(_load(tmp_path / "root")) == 6
 
 
 def test_foreign_and_truncated(tmp_path):
@@ -115,7 +114,7 @@ def test_foreign_and_truncated(tmp_path):
             _load(tmp_path, *paths)
         one_line(error)
     good.write_bytes(good.read_bytes()[:-500])
-    with pytest.raises(UserError, match=r"good\.zip: not a zip file \(is the download complete\?\)"):
+    with pytest.raises(UserError, match=r"good\.zip: not a zip or tar file .*is the download complete\?"):
         _load(tmp_path, good)
 
 
@@ -147,11 +146,16 @@ def test_unreadable_image(tmp_path):
 def test_bad_annotations(tmp_path):
     layout = {**_layout(0, 2), "tiny-imagenet-200/val/val_annotations.txt": b"val_0.JPEG\tn77\t0\n"}
     with pytest.raises(UserError, match=r"val_annotations\.txt, line 1") as error:
-        load_tiny_imagenet(data_root=tmp_path, paths=[write_zip(tmp_path / "x.zip", layout)], split="val")
+        _load(tmp_path, write_zip(tmp_path / "x.zip", layout), split="test")
     one_line(error)
 
 
-def test_unknown_source(tmp_path):
-    with pytest.raises(UserError, match="unknown source 'imagenet'; known: tiny_imagenet") as error:
-        load_source("imagenet", data_root=tmp_path)
-    one_line(error)
+def test_a_part_is_told_from_the_whole(tmp_path, capsys):
+    """Two fifths of Tiny ImageNet are published beside the results: no error, but not the data set either."""
+    path = write_zip(tmp_path / "x.zip", _layout(0, 2))
+    for split, found, whole in (("train", "6", "100,000"), ("test", "6", "10,000")):
+        stored = "val" if split == "test" else split
+        for _ in range(2):
+            _load(tmp_path, path, split=split)
+            said = f"tiny_imagenet-{stored}: {found} of the {whole} images of 200 classes of Tiny ImageNet"
+            assert said in capsys.readouterr().err

@@ -18,7 +18,7 @@ import yaml
 
 from metaperturb import finetuning, methods, models
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
-from metaperturb.data import TARGETS
+from metaperturb.data import DATA_SETS
 from metaperturb.data.parts import load_parts
 from metaperturb.distributed import parse_devices
 from metaperturb.dry_run import watch
@@ -228,9 +228,9 @@ def check_settings(config: MetaTestConfig) -> torch.device:
     Raises:
         UserError: settings that do not go together, a device or file that is not there, a network that does not run.
     """
-    if config.target not in TARGETS:
-        raise UserError(f"target: unknown {config.target!r} (known: {', '.join(TARGETS)})")
-    if config.eval_split not in (*TARGETS[config.target].splits, "holdout"):
+    if config.target not in DATA_SETS:
+        raise UserError(f"target: unknown {config.target!r} (known: {', '.join(DATA_SETS)})")
+    if config.eval_split not in (*DATA_SETS[config.target].splits, "holdout"):
         raise UserError(
             f"eval_split: {config.target} has no {config.eval_split} images (eval_split=holdout needs none)"
         )
@@ -273,7 +273,7 @@ def small_network(config: MetaTestConfig) -> torch.nn.Module:
 
 def image_size(config: MetaTestConfig) -> int:
     """In pixels; the data set's own where none is given."""
-    return config.image_size or TARGETS[config.target].image_size
+    return config.image_size or DATA_SETS[config.target].image_size
 
 
 def tell_phi(source: str, phi: MetaPerturb) -> None:

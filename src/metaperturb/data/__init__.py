@@ -1,7 +1,6 @@
 """Source and target data sets as memory-mapped uint8 arrays, and the class splits of meta-training."""
 
 from metaperturb.data.arrays import ImageArrays
-from metaperturb.data.sources import SOURCES, load_source
-from metaperturb.data.targets import TARGETS, TargetSpec, load_target
+from metaperturb.data.registry import DATA_SETS, SOURCES, DataSet, load
 
-__all__ = ["SOURCES", "TARGETS", "ImageArrays", "TargetSpec", "load_source", "load_target"]
+__all__ = ["DATA_SETS", "SOURCES", "DataSet", "ImageArrays", "load"]

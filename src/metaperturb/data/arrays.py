@@ -1,36 +1,52 @@
 """Decoded images as memory-mapped arrays, built once and shared by all processes.
 
-A data set is described by a `Plan` (which images, which labels, how to read them). `cached`
-decodes the images to RGB, resizes them to a square, and keeps them under `<data_root>/cache` as plain
-`.npy` files.
+A data set is described by a `Plan` (which images, which labels, how to read them). `cached` decodes the images to RGB,
+resizes them to a square, and keeps them under `<data_root>/cache` as plain `.npy` files, under a name that follows
+from their content.
 """
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import sys
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
-from metaperturb.data.archives import Archive
-from metaperturb.data.disk import Progress, disk_errors, file_lock
+from metaperturb.data.disk import NOT_OURS, Progress, disk_errors, file_lock
+from metaperturb.data.files import Place, is_passing, read_file
 from metaperturb.errors import UserError
 from metaperturb.provenance import available_cores
+from metaperturb.storage import reason
 
 # Part of every cache key: raise it when the pixels written for the same input change.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _SKIP_HINT = "repair or remove it, or set skip_unreadable=true to leave such files out"
+_BACKGROUND = "white"  # behind transparent images: what they are drawn for, mostly
+_UPRIGHT = {  # EXIF orientation → what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-Content = bytes | np.ndarray | Exception
+T = TypeVar("T")
+Allocate = Callable[[str, tuple[int, ...]], np.ndarray]  # uint8, of a name and shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +57,9 @@ class ImageArrays:
         images: uint8 `[N, 3, H, W]`, H = W; read-only, memory-mapped from the cache (embedded sets: in memory).
         labels: int64 `[N]`, each in `0 … num_classes - 1`.
         classes: the class names; label `i` means `classes[i]`.
-        fingerprint: hex digest of the content: set, split, image size, classes, and the label and CRC-32 of
-            each image file in order. The same for the same files, be they in zips, a tar or a folder, and
-            wherever the cache is.
+        fingerprint: hex digest of the content: set, split, image size, classes, and of each image in order the label
+            and the CRC-32 of its file (and whether it was turned upright or laid over white). The same for the same
+            files, be they in zips, a tar or a folder, and wherever the cache is.
         name: data set and split, `"cub-train"`; a part of it is `"cub-train-holdout"`.
     """
 
@@ -67,6 +83,15 @@ class ImageArrays:
 
 
 @dataclass(frozen=True)
+class _Found:
+    """What a cache holds: the arrays, of each image left out why, and what to say."""
+
+    arrays: ImageArrays
+    left_out: list[str]
+    remarks: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a cache is built from.
 
@@ -75,53 +100,49 @@ class Plan:
         classes: class names.
         labels: one class index an image, N of them.
         names: what error messages call each of the N images, `"cub50.zip: cub50/train/001.Auklet/1.jpg"`.
-        read: yields (index, content) for every image once, in any order. Content is an encoded file's bytes,
-            decoded pixels (uint8 `[H, W, 3]` or `[H, W]`), or the exception that reading gave.
+        read: image number → an encoded file's bytes, or decoded pixels (uint8 `[H, W, 3]` or `[H, W]`).
+        remarks: lines to say whenever these images are used.
+        crcs: CRC-32 of each image's content in hex, where they have been read through.
     """
 
     where: str
     classes: Sequence[str]
     labels: Sequence[int]
     names: Sequence[str]
-    read: Callable[[], Iterable[tuple[int, Content]]]
+    read: Callable[[int], bytes | np.ndarray]
+    remarks: Sequence[str] = ()
+    crcs: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image file: the archive that holds it, its name there, its class name."""
+    """One image file: the place that holds it, its name there, its class name."""
 
-    archive: Archive
+    place: Place
     member: str
     class_name: str
 
 
-def plan_from_samples(samples: Sequence[Sample], classes: Sequence[str]) -> Plan:
-    """A plan for images in archives, in the order given; `classes` orders the labels."""
+def plan_from_samples(samples: Sequence[Sample], classes: Sequence[str], remarks: Sequence[str] = ()) -> Plan:
+    """A plan for image files, in the order given; `classes` orders the labels."""
     index = {name: i for i, name in enumerate(classes)}
-    archives = list({id(s.archive): s.archive for s in samples}.values())
-    positions = {(id(s.archive), s.member): i for i, s in enumerate(samples)}
-
-    def read() -> Iterator[tuple[int, bytes | Exception]]:
-        for archive in archives:
-            for member, content in archive.read_each(m for a, m in positions if a == id(archive)):
-                yield positions[id(archive), member], content
-
     return Plan(
-        where=", ".join(str(a.path) for a in archives),
+        where=", ".join(dict.fromkeys(str(s.place.path) for s in samples)),
         classes=classes,
         labels=[index[s.class_name] for s in samples],
-        names=[f"{s.archive.path}: {s.member}" for s in samples],
-        read=read,
+        names=[f"{s.place.path}: {s.member}" for s in samples],
+        read=lambda i: read_file(samples[i].place.files[samples[i].member]),
+        remarks=remarks,
     )
 
 
-def to_pixels(content: bytes | np.ndarray, image_size: int) -> np.ndarray:
+def to_pixels(content: bytes | np.ndarray, image_size: int) -> tuple[np.ndarray, bool]:
     """Decode to RGB and squash to a square, as the paper does: PIL's bilinear filter, which antialiases.
 
-    Transparency is dropped and an EXIF orientation ignored, as torchvision's image folders do.
+    An image with an EXIF orientation is turned upright first, a transparent one laid over white.
 
     Returns:
-        uint8 `[3, image_size, image_size]`.
+        uint8 `[3, image_size, image_size]`, and whether it was turned, mirrored or laid over white.
 
     Raises:
         ValueError: more than 8 bits a channel: a conversion would clip instead of scale; or PostScript, a program
@@ -134,10 +155,22 @@ def to_pixels(content: bytes | np.ndarray, image_size: int) -> np.ndarray:
             raise ValueError("PostScript is a program, which is not run; convert it to an image")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixel mode {image.mode}: more than 8 bits a channel, convert to 8")
-        rgb = image.convert("RGB")
+        image.load()  # PIL turns TIFFs upright here
+        turn = None
+        with contextlib.suppress(Exception):  # damaged EXIF data: the image is as good as one without
+            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        rgb, seen_through = image, False
+        if image.has_transparency_data:
+            rgb = image.convert("RGBA")
+            seen_through = rgb.getchannel("A").getextrema()[0] < 255
+            if seen_through:
+                rgb = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), rgb)
+        rgb = rgb.convert("RGB")
+    if turn is not None:
+        rgb = rgb.transpose(turn)
     if rgb.size != (image_size, image_size):
         rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(rgb).transpose(2, 0, 1)
+    return np.asarray(rgb).transpose(2, 0, 1), seen_through or turn is not None
 
 
 def cached(
@@ -145,55 +178,115 @@ def cached(
     name: str,
     split: str,
     image_size: int,
-    source_key: str,
     make_plan: Callable[[], Plan],
+    key: str | None = None,
     skip_unreadable: bool = False,
 ) -> ImageArrays:
     """The arrays of one split, from the cache if it is there, else built and cached.
 
-    Several processes may ask at once: one builds, the others wait and share its files. A build that is killed
-    leaves nothing that could be taken for a cache.
+    Several processes may ask at once: one builds, the others wait and share its files. A build that is killed leaves
+    nothing that could be taken for a cache. A cache that another user keeps to himself, or that cannot be written, is
+    done without: the images are decoded into memory, which is said aloud.
 
     Args:
         data_root: holds `cache/<name>-<split>-<image_size>-<key>/{images.npy,labels.npy,meta.json}`.
         name: data set.
         split: `"train"`, `"val"` or `"test"`.
         image_size: height = width in pixels.
-        source_key: changes when the source does (`Archive.key`).
-        make_plan: called only to build.
+        make_plan: describes the images; with a `key`, called only to build.
+        key: tells these images from all others, an official checksum; `None`: found from the images' own.
         skip_unreadable: leave out files that are no readable images and say how many, instead of raising.
 
     Raises:
-        UserError: an unreadable image, a full or read-only disk, and what `make_plan` raises.
+        UserError: an unreadable image, a full disk, and what `make_plan` raises.
     """
     if not isinstance(image_size, int) or not 1 <= image_size <= 4096:
         raise UserError(f"image_size {image_size!r}: must be a whole number of pixels from 1 to 4096")
-    identity = [_CACHE_FORMAT, name, split, image_size, source_key]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    said = None
+    if key is None:
+        plan = _read_through(make_plan(), skip_unreadable)
+        key = _digest([*plan.classes, *map("{}:{}".format, plan.labels, plan.crcs)])
+        make_plan, said = lambda: plan, plan.remarks
+    key = _digest([json.dumps([_CACHE_FORMAT, name, split, image_size, key])])
     folder = Path(data_root).expanduser() / "cache" / f"{name}-{split}-{image_size}-{key[:12]}"
-    found = _open(folder, key)
-    if found is None:
-        with file_lock(folder.with_name(f".{folder.name}.lock")):
-            found = _open(folder, key)  # another process may have built it while this one waited
-            if found is None:
-                # Only the holder of the lock builds, so whatever temporary folder there is belongs to a
-                # killed one.
-                for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
-                    shutil.rmtree(stale, ignore_errors=True)
-                _build(folder, key, name, split, image_size, make_plan(), skip_unreadable)
-                found = _open(folder, key)
-                if found is None:
-                    raise UserError(f"{folder}: was removed while it was built; start again")
-    arrays, left_out = found
-    if left_out and not skip_unreadable:
-        raise UserError(f"{left_out[0]}; {_SKIP_HINT}")
-    if left_out:
-        print(f"{name}-{split}: {len(left_out)} unreadable files left out", file=sys.stderr)
-    return arrays
+    decode = partial(_decoded, f"{name}-{split}", [name, split], image_size, skip_unreadable)
+    try:
+        found = _open(folder, key) or _built(folder, key, make_plan, decode)
+    except OSError as error:
+        found = decode(make_plan(), lambda _, shape: np.empty(shape, np.uint8))
+        kept = f"{folder.parent}: cannot be used ({reason(error)}), so the images are decoded for this run alone"
+        _say([f"{kept}; a data root of your own keeps them"])
+    if found.left_out:
+        if not skip_unreadable:
+            raise UserError(f"{found.left_out[0]}; {_SKIP_HINT}")
+        _say([f"{name}-{split}: {len(found.left_out)} unreadable files left out (first: {found.left_out[0]})"])
+    _say(found.remarks if said is None else said)
+    return found.arrays
 
 
-def _open(folder: Path, key: str) -> tuple[ImageArrays, list[str]] | None:
-    """(arrays, files left out) of a finished cache; `None` if there is none, or a damaged one (said on stderr)."""
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _read_through(plan: Plan, skip_unreadable: bool) -> Plan:
+    """The images that can be read now, with the CRC-32 of each: it tells them from others, and decoding takes longer.
+
+    Raises:
+        UserError: one cannot be read and is not to be skipped, or is the last of a class.
+    """
+
+    def crcs(numbers: range) -> list[str | OSError]:
+        found = []
+        for i in numbers:
+            try:
+                found.append(f"{zlib.crc32(plan.read(i)):08x}")
+            except ValueError as error:
+                found.append(str(error))  # a property of the image, of which decoding will tell
+            except OSError as error:
+                found.append(error)
+        return found
+
+    found = [crc for part in _in_threads(crcs, len(plan.labels)) for crc in part]
+    keep = [i for i, crc in enumerate(found) if isinstance(crc, str)]
+    failed = [i for i, crc in enumerate(found) if isinstance(crc, OSError)]
+    if not failed:
+        return replace(plan, crcs=found)
+    why = f"{plan.names[failed[0]]}: cannot be read ({reason(found[failed[0]])})"
+    if not skip_unreadable:
+        raise UserError(f"{why}; {_SKIP_HINT}")
+    for label in sorted({plan.labels[i] for i in failed} - {plan.labels[i] for i in keep}):
+        raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image ({why})")
+    return Plan(
+        plan.where,
+        plan.classes,
+        labels=[plan.labels[i] for i in keep],
+        names=[plan.names[i] for i in keep],
+        read=lambda i: plan.read(keep[i]),
+        remarks=[*plan.remarks, f"{len(failed)} files that cannot be read now left out (first: {why})"],
+        crcs=[found[i] for i in keep],
+    )
+
+
+def _in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
+    """`work` on the numbers below `count`, sixteen at a time, in order."""
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:
+        try:
+            yield from pool.map(work, [range(i, min(i + 16, count)) for i in range(0, count, 16)])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _digest(rows: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _open(folder: Path, key: str) -> _Found | None:
+    """What a finished cache holds; `None` if there is none, or a damaged one (said on stderr).
+
+    Raises:
+        PermissionError: it is another user's.
+    """
     if not folder.exists():
         return None
     try:
@@ -208,50 +301,49 @@ def _open(folder: Path, key: str) -> tuple[ImageArrays, list[str]] | None:
         if labels.dtype != np.int64 or labels.shape != (meta["count"],):
             raise ValueError(f"labels.npy has shape {labels.shape}")
         labels.flags.writeable = False
-        arrays = ImageArrays(images, labels, classes, meta["fingerprint"], f"{meta['name']}-{meta['split']}")
-        return arrays, list(meta["left_out"])
-    except PermissionError as error:
-        raise UserError(f"{error.filename}: no permission to read it") from error
+        arrays = ImageArrays(images, labels, classes, meta["fingerprint"], meta["name"])
+        return _Found(arrays, list(meta["left_out"]), list(meta["remarks"]))
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         print(f"{folder}: damaged cache ({error}), built again", file=sys.stderr)
         return None
 
 
-def _build(folder: Path, key: str, name: str, split: str, image_size: int, plan: Plan, skip_unreadable: bool) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
-        with disk_errors(folder, "write the image cache"):
-            temporary.mkdir()
-            images = _create(temporary / "images.npy", (len(plan.labels), 3, image_size, image_size))
-            crcs = np.zeros(len(plan.labels), dtype=np.uint32)
-            with Progress(f"{name}-{split}: decode to {image_size} px", len(plan.labels), "images") as progress:
-                unreadable = _decode(plan, images, crcs, skip_unreadable, progress)
-            keep = np.array([i for i in range(len(plan.labels)) if i not in unreadable], dtype=np.int64)
-            labels = np.asarray(plan.labels, dtype=np.int64)[keep]
-            for index in np.setdiff1d(plan.labels, labels):
-                raise UserError(f"{plan.where}: class {plan.classes[index]} has no readable image; {_SKIP_HINT}")
-            if unreadable:
-                images = _compact(temporary / "images.npy", images, keep)
-            images.flush()
-            np.save(temporary / "labels.npy", labels)
-            rows = (f"{plan.labels[i]}:{crcs[i]:08x}" for i in keep)
-            content = "\n".join([name, split, str(image_size), *plan.classes, *rows])
-            meta = {
-                "name": name,
-                "split": split,
-                "image_size": image_size,
-                "count": len(keep),
-                "classes": list(plan.classes),
-                "fingerprint": hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest(),
-                "left_out": [unreadable[i] for i in sorted(unreadable)],
-                "key": key,
-            }
-            (temporary / "meta.json").write_text(json.dumps(meta))
-            if folder.exists():  # damaged, see _open; those who still have it mapped keep their view of it
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _built(folder: Path, key: str, make_plan: Callable[[], Plan], decode: Callable[[Plan, Allocate], _Found]) -> _Found:
+    """Builds the cache, unless another process has, in a folder that takes its name when all is there."""
+    with file_lock(folder.with_name(f".{folder.name}.lock")) as locked:
+        if locked:
+            if found := _open(folder, key):  # another process built it while this one waited
+                return found
+            # Only the holder of the lock builds, so whatever temporary folder there is belongs to a killed one.
+            for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        plan = make_plan()
+        temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            with disk_errors(folder, "write the image cache", but=NOT_OURS):
+                temporary.mkdir(parents=True)
+                made = decode(plan, lambda file, shape: _create(temporary / file, shape))
+                arrays = made.arrays
+                if made.left_out:
+                    (temporary / "kept.npy").rename(temporary / "images.npy")
+                np.save(temporary / "labels.npy", arrays.labels)
+                meta = {
+                    **{"key": key, "name": arrays.name, "image_size": arrays.image_size, "count": len(arrays)},
+                    **{"classes": arrays.classes, "fingerprint": arrays.fingerprint},
+                    **{"left_out": made.left_out, "remarks": list(made.remarks)},
+                }
+                (temporary / "meta.json").write_text(json.dumps(meta))
+                if folder.exists() and (locked or _open(folder, key) is None):
+                    shutil.rmtree(folder)  # it is damaged; those who still have it mapped keep their view of it
+                with contextlib.suppress(OSError) if folder.exists() else contextlib.nullcontext():
+                    temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if (found := _open(folder, key)) is None:
+            raise UserError(f"{folder}: was removed while it was built; start again")
+        return found
 
 
 def _create(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -262,71 +354,68 @@ def _create(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
-def _compact(path: Path, images: np.memmap, keep: np.ndarray) -> np.memmap:
-    kept = _create(path.with_suffix(".kept"), (len(keep), *images.shape[1:]))
-    for start in range(0, len(keep), 1024):
-        kept[start : start + 1024] = images[keep[start : start + 1024]]
-    path.with_suffix(".kept").rename(path)
-    return kept
+def _decoded(
+    name: str, head: list[str], image_size: int, skip_unreadable: bool, plan: Plan, allocate: Allocate
+) -> _Found:
+    """A plan's images as arrays.
 
-
-def _decode(
-    plan: Plan, images: np.ndarray, crcs: np.ndarray, skip_unreadable: bool, progress: Progress
-) -> dict[int, str]:
-    """Fill `images` and `crcs`; this thread reads, a pool decodes. Returns {index: why} of unreadable images."""
+    Args:
+        name: of the arrays.
+        head: what the fingerprint begins with.
+        image_size, skip_unreadable: see `cached`.
+        plan: the images.
+        allocate: makes the array of images; with images left out, a second one of those that are kept.
+    """
+    count, shape = len(plan.labels), (3, image_size, image_size)
+    images, rows = allocate("images.npy", (count, *shape)), [""] * count
     unreadable: dict[int, str] = {}
 
-    def work(chunk: Sequence[tuple[int, Content]]) -> list[tuple[int, Exception]]:
+    def work(numbers: range) -> list[tuple[int, Exception]]:
         failed = []
-        for index, content in chunk:
+        for i in numbers:
             try:
-                if isinstance(content, Exception):
-                    raise content
-                images[index] = to_pixels(content, images.shape[-1])
-                crcs[index] = zlib.crc32(content)
+                content = plan.read(i)
+                crc = f"{zlib.crc32(content):08x}"
+                if plan.crcs is not None and crc != plan.crcs[i]:
+                    raise OSError(errno.ESTALE, "it changed a moment ago")
+                images[i], mended = to_pixels(content, image_size)
+                rows[i] = f"{plan.labels[i]}:{crc}{':mended' * mended}"
             except MemoryError:
                 raise
             except Exception as error:  # PIL raises nearly anything on broken images
-                failed.append((index, error))
+                failed.append((i, error))
         return failed
 
-    def finish(size: int, future: Future[list[tuple[int, Exception]]]) -> None:
-        for index, error in future.result():
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if "cannot identify image file" in reason:  # PIL appends the address of an in-memory buffer
-                reason = "not an image in a format that PIL knows"
-            unreadable[index] = f"{plan.names[index]}: unreadable image ({reason})"
-            if not skip_unreadable:
-                raise UserError(f"{unreadable[index]}; {_SKIP_HINT}") from error
-        progress.add(size)
-
-    workers = min(8, available_cores())
-    pending: deque[tuple[int, Future[list[tuple[int, Exception]]]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for chunk in _chunks(plan.read()):
-                pending.append((len(chunk), pool.submit(work, chunk)))
-                if len(pending) >= 2 * workers:  # bounds the memory
-                    finish(*pending.popleft())
-            while pending:
-                finish(*pending.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return unreadable
-
-
-def _chunks(items: Iterable[tuple[int, Content]]) -> Iterator[list[tuple[int, Content]]]:
-    """Groups of 16 images, fewer if they are large: handing small images to threads one by one halves the speed."""
-    chunk: list[tuple[int, Content]] = []
-    size = 0
-    for index, content in items:
-        chunk.append((index, content))
-        size += 0 if isinstance(content, Exception) else memoryview(content).nbytes
-        if len(chunk) == 16 or size > 2**20:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    with (
+        Progress(f"{name}: decode to {image_size} px", count, "images") as progress,
+        contextlib.closing(_in_threads(work, count)) as results,
+    ):
+        for failed in results:
+            for i, error in failed:
+                why = reason(error)
+                if is_passing(error):  # of the system, not of the image: nothing to remember
+                    raise UserError(f"{plan.names[i]}: cannot be read ({why}); try again") from error
+                if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
+                    why = "not an image in a format that PIL knows"
+                unreadable[i] = f"{plan.names[i]}: unreadable image ({why})"
+                if not skip_unreadable:
+                    raise UserError(f"{unreadable[i]}; {_SKIP_HINT}") from error
+            progress.add(min(16, count - progress.done))
+    keep = np.array([i for i in range(count) if i not in unreadable], dtype=np.int64)
+    labels = np.asarray(plan.labels, dtype=np.int64)[keep]
+    for label in np.setdiff1d(plan.labels, labels):
+        raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image; {_SKIP_HINT}")
+    if unreadable:
+        kept = allocate("kept.npy", (len(keep), *shape))
+        for start in range(0, len(keep), 1024):
+            kept[start : start + 1024] = images[keep[start : start + 1024]]
+        images = kept
+    if isinstance(images, np.memmap):
+        images.flush()
+    images.flags.writeable = labels.flags.writeable = False
+    fingerprint = _digest([*head, str(image_size), *plan.classes, *(rows[i] for i in keep)])
+    arrays = ImageArrays(images, labels, tuple(plan.classes), fingerprint, name)
+    return _Found(arrays, list(unreadable.values()), plan.remarks)
 
 
 def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:

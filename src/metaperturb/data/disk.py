@@ -13,16 +13,19 @@ from tqdm import tqdm
 
 from metaperturb.errors import UserError
 
+_NO_PERMISSION = "no permission to write there; set a data root that can be written"
 _DISK_ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or set another data root",
     errno.EDQUOT: "the disk quota is used up; free some space or set another data root",
     errno.EFBIG: "the file is larger than this system allows; set another data root",
     errno.EROFS: "the disk is read-only; set a data root that can be written",
-    errno.EACCES: "no permission to write there; set a data root that can be written",
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
     errno.EEXIST: "a file is where a folder should be; set another place",
     errno.ENOTDIR: "a file is where a folder should be; set another place",
-    errno.EPERM: "no permission to write there; set a data root that can be written",
 }
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # of another user, or read-only
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -31,8 +34,13 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, doing: str) -> Iterator[None]:
+def disk_errors(path: Path, doing: str, but: tuple[int, ...] = ()) -> Iterator[None]:
     """Turn an `OSError` of writing under `path` into one line, e.g. a full or read-only disk.
+
+    Args:
+        path: named in the line.
+        doing: what was tried, "save the download".
+        but: errors that the caller deals with.
 
     Raises:
         UserError: instead of the `OSError`, with the place and what can be done.
@@ -40,56 +48,63 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in but:
+            raise
         advice = _DISK_ADVICE.get(error.errno, error.strerror or str(error))
         raise UserError(f"{path}: cannot {doing}: {advice}") from error
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on `path` (created if absent) against other processes; waits for it.
 
-    The kernel drops the lock when its holder dies, so a killed process never leaves one behind. The empty
-    lock file stays: removing it would let two processes hold locks on two files of the same name.
+    The kernel drops the lock when its holder dies, so a killed process never leaves one behind. The empty lock file
+    stays: removing it would let two processes hold locks on two files of the same name.
 
-    Raises:
-        UserError: the file cannot be created, or the file system offers no locks.
+    Yields:
+        whether it is held: not where the file system has no locks, which is said aloud, nor where the file cannot be
+        opened, as what is to be written beside it will tell.
     """
-    with disk_errors(path, "lock this file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = None
     try:
-        with disk_errors(path, "lock this file"):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if handle is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise UserError(f"{path}: cannot lock this file: {error.strerror}") from error
+                print(f"{path.parent}: no locks here: processes started at once may do the same work", file=sys.stderr)
+                os.close(handle)
+                handle = None
+        yield handle is not None
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 class Progress:
     """A tqdm bar on a terminal; elsewhere (log files, CI) a plain line at the start, every 30 s and at the end."""
 
-    def __init__(self, what: str, total: int | None, unit: str, scale: bool = False) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what, self._total, self._unit, self.done = what, total, unit, 0
         self._start = self._last = time.monotonic()
-        self._unit, self._divisor = (f"M{unit}", 1e6) if scale else (unit, 1)
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=scale, leave=False)
-        else:
-            amount = "" if total is None else f": {self._format(total)}"
-            print(f"{what}{amount}", file=sys.stderr, flush=True)
+        self._bar = tqdm(total=total, desc=what, unit=unit, leave=False) if sys.stderr.isatty() else None
+        if self._bar is None:
+            self._say(f"{total:,} {unit}")
 
-    def _format(self, amount: int) -> str:
-        return f"{amount / self._divisor:,.0f} {self._unit}"
+    def _say(self, text: str) -> None:
+        print(f"{self._what}: {text}", file=sys.stderr, flush=True)
 
     def add(self, amount: int = 1) -> None:
-        self._done += amount
+        self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
         elif time.monotonic() - self._last > 30:
             self._last = time.monotonic()
-            of = "" if self._total is None else f" of {self._format(self._total)}"
-            print(f"{self._what}: {self._format(self._done)}{of}", file=sys.stderr, flush=True)
+            self._say(f"{self.done:,} {self._unit} of {self._total:,}")
 
     def __enter__(self) -> "Progress":
         return self
@@ -98,5 +113,4 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if kind is None:
-            took = f"{time.monotonic() - self._start:.1f} s"
-            print(f"{self._what}: {self._format(self._done)} in {took}", file=sys.stderr, flush=True)
+            self._say(f"{self.done:,} {self._unit} in {time.monotonic() - self._start:.1f} s")

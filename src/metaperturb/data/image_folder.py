@@ -1,92 +1,104 @@
-"""The user's own images: `train/<class>/*`, `test/<class>/*`, optionally `val/<class>/*`; folder or archive."""
+"""The user's own images: `train/<class>/*`, `test/<class>/*`, optionally `val/<class>/*`; folder, zip or tar.
 
-import sys
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+The classes are the sub-folders of `train`, sorted by name; the other splits may lack some but add none. Files in deeper
+folders belong to the class above them. The images are ordered by class, then by path as plain text.
+"""
 
-from metaperturb.data.archives import Archive, open_archive, subfolder_root
-from metaperturb.data.arrays import ImageArrays, Plan, Sample, cached, plan_from_samples
+import unicodedata
+from collections import Counter, defaultdict
+
+from metaperturb.data.arrays import Plan, Sample, plan_from_samples
+from metaperturb.data.files import Place
 from metaperturb.errors import UserError
 
 SPLITS = ("train", "val", "test")
+# What lies beside images and is none; any other file that is no image is an error, or left out by `skip_unreadable`.
+_DOCUMENTS = (
+    *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".rst", ".html", ".yaml", ".yml", ".toml", ".ini"),
+    *(".pdf", ".doc", ".docx", ".xls", ".xlsx", ".log", ".db", ".cache", ".py", ".ipynb", ".sh", ".m", ".mat"),
+    *(".npy", ".npz", ".pkl", ".pt", ".h5", ".parquet", ".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"),
+)
 
 
-def load_image_folder(
-    path: str | Path,
-    *,
-    data_root: Path,
-    image_size: int = 32,
-    splits: Sequence[str] = ("train", "test"),
-    skip_unreadable: bool = False,
-) -> tuple[ImageArrays, ...]:
-    """Load an image folder, or a zip or tar of one, with or without one enclosing folder.
-
-    The classes are the sub-folders of `train`, sorted by name; the other splits may lack some but add none.
-    Files in deeper folders belong to the class above them. The images are ordered by class, then by path as
-    plain text.
-
-    Args:
-        path: the folder or archive.
-        data_root: holds the cache.
-        image_size: height = width in pixels.
-        splits: which of `"train"`, `"val"`, `"test"` to load, in this order.
-        skip_unreadable: leave broken images out instead of raising.
+def folder_plan(place: Place, split: str) -> Plan:
+    """One split of an image folder, with or without folders that enclose it.
 
     Raises:
-        UserError: no such path, no split folder, a class without images or unknown to `train`, a broken
-            image.
-
-    Example:
-        >>> train, test = load_image_folder("cub50.zip", data_root="data", image_size=84)  # doctest: +SKIP
-        >>> train.images.shape  # doctest: +SKIP
-        (1500, 3, 84, 84)
+        UserError: no split folder, a class without images or unknown to `train`, groups in place of classes.
     """
-    with open_archive(path) as archive:
-        key = archive.key()
-        # All splits are looked through before the images of the first are decoded, which may take minutes.
-        plans = cache(lambda: {split: _plan(archive, split) for split in splits})
-        return tuple(
-            cached(
-                data_root,
-                "folder",
-                split,
-                image_size,
-                key,
-                lambda s=split: plans()[s],
-                skip_unreadable,
-            )
-            for split in splits
-        )
-
-
-def _plan(archive: Archive, split: str) -> Plan:
-    root = subfolder_root(archive, SPLITS)
+    root = place.root(SPLITS)
     if root is None:
-        raise UserError(f"{archive.path}: holds no train/<class>/ folders with images")
-    classes = sorted({s.class_name for s in _samples(archive, root, "train")})
-    samples = _samples(archive, root, split)
-    folder = f"{root}{split}/"
-    if stray := sum(name.startswith(folder) and "/" not in name[len(folder) :] for name in archive.files):
-        print(f"{archive.path}: {stray} files in {folder} itself are of no class, not used", file=sys.stderr)
+        raise UserError(f"{place.path}: holds no train/<class>/ folders with images")
+    classes = sorted({s.class_name for s in _samples(place, root, "train")[0]})
+    samples, remarks = _samples(place, root, split)
     for name in sorted({s.class_name for s in samples} - set(classes)):
-        raise UserError(f"{archive.path}: class {name} is in {root}{split}/ but not in {root}train/")
-    return plan_from_samples(samples, classes)
+        raise UserError(f"{place.path}: class {name} is in {root}{split}/ but not in {root}train/")
+    return plan_from_samples(samples, classes, remarks)
 
 
-def _samples(archive: Archive, root: str, split: str) -> list[Sample]:
+def _samples(place: Place, root: str, split: str) -> tuple[list[Sample], list[str]]:
+    """The images of a split, and what to say of the rest that lies there."""
     prefix = f"{root}{split}/"
-    if not any(name.startswith(prefix) for name in [*archive.files, *archive.folders]):
-        raise UserError(f"{archive.path}: no folder {prefix}; expected train/<class>/ and test/<class>/")
-    depth = prefix.count("/")
-    found = []
-    for name in archive.files:
+    if not any(name.startswith(prefix) for name in [*place.files, *place.folders]):
+        other = "; eval_split=val evaluates on its val/" if split == "test" and f"{root}val" in place.folders else ""
+        raise UserError(f"{place.path}: no folder {prefix}; expected train/<class>/ and test/<class>/{other}")
+    depth, samples, left_out = prefix.count("/"), [], defaultdict(list)
+    for name in place.files:
         parts = name.split("/")
-        if name.startswith(prefix) and len(parts) > depth + 1:
-            found.append(Sample(archive, name, parts[depth]))
-    listed = {name.split("/")[depth] for name in archive.folders if name.startswith(prefix)}
-    for name in sorted(listed - {s.class_name for s in found}):
-        raise UserError(f"{archive.path}: {prefix}{name}: class folder without images; remove it or fill it")
-    if not found:
-        raise UserError(f"{archive.path}: {prefix} holds no <class>/ folders with images")
-    return sorted(found, key=lambda s: (s.class_name, s.member))
+        if not name.startswith(prefix):
+            continue
+        if len(parts) == depth + 1:
+            left_out["of no class"].append(name)
+        elif name.lower().endswith(_DOCUMENTS):
+            left_out["not an image"].append(name)
+        else:
+            samples.append(Sample(place, name, _normal(parts[depth])))
+    listed = {_normal(name.split("/")[depth]) for name in place.folders if name.startswith(prefix)}
+    for name in sorted(listed - {s.class_name for s in samples}):
+        raise UserError(f"{place.path}: {prefix}{name}: class folder without images; remove it or fill it")
+    if not samples:
+        raise UserError(f"{place.path}: {prefix} holds no <class>/ folders with images")
+    for why, names in place.left_out.items():
+        left_out[why] += [name for name in names if name.startswith(prefix) or why == "named outside the archive"]
+    counted = [f"{why}: {_some(names)}" for why, names in left_out.items() if names]
+    remarks = [f"{place.path}: left out: {'; '.join(counted)}"] if counted else []
+    if groups := _groups(place, samples, prefix):
+        remarks.append(
+            f"{place.path}: one class each, without images but in folders: {_some(groups)}; are they classes?"
+        )
+    return sorted(samples, key=lambda s: (s.class_name, _normal(s.member))), remarks
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+
+
+def _normal(name: str) -> str:
+    """One spelling of a name: Macs write ä as a and two dots (NFD), others as one letter (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _groups(place: Place, samples: list[Sample], prefix: str) -> list[str]:
+    """Class folders that look like groups of classes: no images of their own, but several folders whose names occur in
+    no other class folder.
+
+    Raises:
+        UserError: no class folder has images of its own: `<group>/<class>/…` was taken for classes.
+    """
+    inner: dict[str, set[str]] = defaultdict(set)
+    own = set()
+    for sample in samples:
+        parts = sample.member[len(prefix) :].split("/")
+        if len(parts) == 2:
+            own.add(parts[0])
+        else:
+            inner[parts[0]].add(parts[1])
+    count = Counter(name for found in inner.values() for name in found)
+    groups = [c for c in inner if c not in own and len(inner[c]) > 1 and all(count[name] == 1 for name in inner[c])]
+    if groups and not own:
+        some = ", ".join(sorted(inner[groups[0]])[:3])
+        raise UserError(
+            f"{place.path}: {prefix}{groups[0]}/ holds no images but folders of them ({some}, …): if they are classes, "
+            f"move them up to {prefix}; if {groups[0]} is one class, move its images up to it"
+        )
+    return [f"{prefix}{name}/" for name in groups]

@@ -1,14 +1,11 @@
 """The images of one run, as its settings name them."""
 
-from pathlib import Path
-
 import numpy as np
 
 from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.arrays import ImageArrays, subset
-from metaperturb.data.sources import load_source
+from metaperturb.data.registry import IN_PARTS, SOURCES, load
 from metaperturb.data.splits import few_classes, few_per_class, holdout_split
-from metaperturb.data.targets import load_target
 from metaperturb.errors import UserError
 
 
@@ -16,13 +13,15 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
     """What the network is trained on and what it is evaluated on; with `eval_split=holdout` no test image is read.
 
     Raises:
-        UserError: as `load_target` and `holdout_split`, or a class has fewer images than `train_per_class`.
+        UserError: as `load` and `holdout_split`, or a class has fewer images than `train_per_class`.
     """
     hold_out = config.eval_split == "holdout"
-    train, *rest = load_target(
+    path = config.target_path
+    paths = [] if path is None else path.split(",") if config.target == IN_PARTS else [path]
+    train, *rest = load(
         config.target,
-        data_root=Path(config.data_root),
-        path=config.target_path,
+        data_root=config.data_root,
+        paths=[path.strip() for path in paths if path.strip()],
         image_size=config.image_size,
         download=config.download,
         skip_unreadable=config.skip_unreadable,
@@ -48,15 +47,16 @@ def load_source_images(config: MetaTrainConfig) -> ImageArrays:
     """What φ is meta-trained on, before its split into tasks.
 
     Raises:
-        UserError: as `load_source` and `few_classes`.
+        UserError: as `load` and `few_classes`.
     """
-    source = load_source(
-        config.source,
-        data_root=Path(config.data_root),
+    (source,) = load(
+        SOURCES[config.source],
+        data_root=config.data_root,
         paths=config.source_paths,
         image_size=config.image_size,
         download=config.download,
         skip_unreadable=config.skip_unreadable,
+        splits=("train",),
     )
     if config.classes is None:
         return source

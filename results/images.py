@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from metaperturb.data.archives import open_archive
 from metaperturb.data.arrays import Plan, to_pixels
 from metaperturb.data.disk import Progress
-from metaperturb.data.targets import open_target
-from metaperturb.data.tiny_imagenet import find_tiny_imagenet
+from metaperturb.data.files import Place
+from metaperturb.data.official import find_tiny_imagenet
+from metaperturb.data.registry import open_plan
 from metaperturb.errors import UserError
 from metaperturb.storage import write_atomically
 
@@ -40,10 +41,11 @@ IMAGES_A_PART, VALIDATION_IMAGES = 100, 10  # of each class of Tiny ImageNet
 
 
 def _images(plan: Plan) -> Iterator[tuple[int, bytes | np.ndarray]]:
-    for index, content in plan.read():
-        if isinstance(content, Exception):
-            raise UserError(f"{plan.names[index]}: unreadable image ({content})") from content
-        yield index, content
+    for index, name in enumerate(plan.names):
+        try:
+            yield index, plan.read(index)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: unreadable image ({error})") from error
 
 
 def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
@@ -55,11 +57,11 @@ def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
 
 def _cub50(data_root: Path) -> Members:
     for split in ("train", "test"):
-        with open_target("cub", split, data_root=data_root) as plan:
+        with open_plan("cub", split, data_root=data_root) as plan:
             for index, content in _images(plan):
                 if plan.labels[index] < CUB_CLASSES:
                     try:
-                        pixels = to_pixels(content, CUB_SIZE).transpose(1, 2, 0)
+                        pixels = to_pixels(content, CUB_SIZE)[0].transpose(1, 2, 0)
                     except Exception as error:  # PIL raises nearly anything on broken images
                         raise UserError(f"{plan.names[index]}: unreadable image ({error})") from error
                     name = plan.names[index].rsplit("/", 1)[-1]
@@ -70,7 +72,7 @@ def _cub50(data_root: Path) -> Members:
 def _s_cifar100(data_root: Path) -> Members:
     rows = [line.split() for line in S_CIFAR100.read_text().splitlines() if not line.startswith("#")]
     for source, parts in (("train", ("train", "val")), ("test", ("test",))):
-        with open_target("cifar100", source, data_root=data_root) as plan:
+        with open_plan("cifar100", source, data_root=data_root) as plan:
             found = {
                 (plan.classes[plan.labels[index]], f"{zlib.crc32(pixels):08x}"): pixels
                 for index, pixels in _images(plan)
@@ -85,14 +87,15 @@ def _s_cifar100(data_root: Path) -> Members:
 
 def _tiny_imagenet(data_root: Path, part: int) -> Members:
     numbers = range(part * IMAGES_A_PART, (part + 1) * IMAGES_A_PART)
-    with open_archive(find_tiny_imagenet(data_root)) as archive:
+    with ExitStack() as stack:
+        archive = Place(find_tiny_imagenet(data_root)[0], stack)
         top = "" if archive.path.is_dir() else "tiny-imagenet-200/"
         names = [re.fullmatch(rf"{top}train/\w+/images/\w+_(\d+)\.JPEG", member) for member in archive.files]
         members = [name[0] for name in names if name and int(name[1]) in numbers]
         if part == 0:
             table = f"{top}val/val_annotations.txt"
             kept: dict[str, list[str]] = defaultdict(list)
-            for line in archive.read([table])[table].decode("utf-8", "replace").splitlines(keepends=True):
+            for line in archive.read(table).decode("utf-8", "replace").splitlines(keepends=True):
                 if line.count("\t") and len(of_class := kept[line.split("\t")[1]]) < VALIDATION_IMAGES:
                     of_class.append(line)
             lines = [line for of_class in kept.values() for line in of_class]
@@ -100,10 +103,8 @@ def _tiny_imagenet(data_root: Path, part: int) -> Members:
             yield "tiny-imagenet-200/val/val_annotations.txt", "".join(lines).encode()
         if missing := sorted(set(members) - set(archive.files)):
             raise UserError(f"{archive.path}: {missing[0]} is listed but missing")
-        for member, content in archive.read_each(members):
-            if isinstance(content, Exception):
-                raise UserError(f"{archive.path}: {member}: cannot be read ({content})") from content
-            yield f"tiny-imagenet-200/{member.removeprefix(top)}", content
+        for member in members:
+            yield f"tiny-imagenet-200/{member.removeprefix(top)}", archive.read(member)
 
 
 @dataclass(frozen=True)
