@@ -5,7 +5,7 @@
     ./run.sh bench --smoke                    # seconds: tiny sizes, which test the program and measure nothing
 
 Parts: `start` (imports), `steps` (θ-steps in float32, bfloat16 and channels-last, meta-steps, joint steps of tasks),
-`evaluation`, `memory`, `site` (one site alone), `exchange` (the processes' collective).
+`evaluation`, `memory`, `site` (one site alone).
 The table is printed, in Markdown; a whole run goes into results/benchmark/, a JSON for each kind of processor.
 
 Variants take turns within one run, after a warm-up, and every round begins with another one. A time is the median of
@@ -28,6 +28,7 @@ import torch
 from bench import parts
 from bench.parts import IMPORTS, PASSES, Bench, Groups
 from bench.timing import ratio
+from tables.page import markdown_table
 
 from metaperturb import kernels
 from metaperturb.cli import argument_parser, run_program
@@ -37,12 +38,7 @@ from metaperturb.storage import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, Callable[[Bench], Groups]] = {
-    "start": parts.start,
-    "steps": parts.steps,
-    "evaluation": parts.evaluation,
-    "memory": parts.memory,
-    "site": parts.site,
-    "exchange": parts.exchange,
+    part.__name__: part for part in (parts.start, parts.steps, parts.evaluation, parts.memory, parts.site)
 }
 ROUNDS = {"cpu": 12, "cuda": 20}
 
@@ -171,31 +167,23 @@ def page(document: Mapping[str, Any]) -> str:
     rows = []
     for found in document["ratios"]:
         spread = "exact" if found["group"] == "memory" else f"{found['q1']:.2f} – {found['q3']:.2f}"
-        sign = "≥" if found["group"] == "loader" else "≤"
-        verdict = (
-            ["–", "–"] if found["bar"] is None else [f"{sign} {found['bar']:g}", "yes" if found["met"] else "**no**"]
-        )
+        verdict = ["–", "–"] if found["bar"] is None else [f"≤ {found['bar']:g}", "yes" if found["met"] else "**no**"]
         rows.append([found["what"], f"{found['ratio']:.2f}", spread, *verdict])
     times = []
     for group, of in document["groups"].items():
         for name, timing in of["timings"].items():
             median, *quartiles = (quantity(timing[key], of["unit"]) for key in ("median", "q1", "q3"))
             times.append([group, name, median, " – ".join(quartiles) if timing["n"] > 1 else "–"])
-    warning = ["**A smoke run: tiny sizes, which test the program. Nothing here is a measurement.**"]
+    warning = "**A smoke run: tiny sizes, which test the program. Nothing here is a measurement.**"
     return "\n\n".join(
         [
             f"## {document['processor']}",
-            *(warning if document["smoke"] else []),
+            *([warning] if document["smoke"] else []),
             "; ".join(facts) + ".",
-            table(["perturbed / plain, where nothing else is said", "ratio", "quartiles", "bar", "met"], rows),
-            table(["part", "variant", "median", "quartiles"], times),
+            markdown_table(["perturbed / plain, where nothing else is said", "ratio", "quartiles", "bar", "met"], rows),
+            markdown_table(["part", "variant", "median", "quartiles"], times),
         ]
     )
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
-    return "\n".join(lines)
 
 
 def quantity(value: float, unit: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from tables.page import markdown_table
 
 import metaperturb
 from metaperturb import UserError, models
@@ -35,10 +36,6 @@ mobilevitv2_050 halonet26t lambda_resnet26t vit_tiny_patch16_224
 """.split()  # noqa: SIM905
 
 
-def save_text(path: Path, lines: list[str]) -> None:
-    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-
-
 def networks() -> list[str]:
     return [*torchvision.models.list_models(module=torchvision.models), *(f"timm/{name}" for name in TIMM)]
 
@@ -49,14 +46,13 @@ def try_network(name: str, size: int) -> dict[str, object]:
     torch.manual_seed(0)
     with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some networks compute with their weights
         if sum(p.numel() for p in make().parameters()) > LARGEST:
-            return {"network": name, "outcome": f"left out: more than {LARGEST / 1e6:.0f} M parameters"}
-    model, phi = make(), metaperturb.load_phi("tiny_imagenet_resnet20")
-    images, labels = torch.randn(32, 3, size, size), torch.randint(CLASSES, (32,))
-    plain = list(model.state_dict())
+            return {"outcome": f"left out: more than {LARGEST / 1e6:.0f} M parameters"}
+    model = make()
+    images, labels, plain = torch.randn(32, 3, size, size), torch.randint(CLASSES, (32,)), [*model.state_dict()]
     try:
-        metaperturb.attach(model, phi, size, verbose=False)
+        attached(model, size)
     except UserError as error:
-        return {"network": name, "outcome": f"refused: {error}"}
+        return {"outcome": f"refused: {error}"}
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     for _ in range(STEPS):
         chosen = torch.randperm(len(images))[:BATCH]
@@ -64,20 +60,22 @@ def try_network(name: str, size: int) -> dict[str, object]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    again, sites = attached(make(), size).eval(), [*map(str, model.metaperturb.specs)]
+    again.load_state_dict(model.eval().state_dict())
     with torch.no_grad():
         torch.manual_seed(1)
-        logits = model.eval()(images[:BATCH])
-        again = metaperturb.attach(make(), metaperturb.load_phi("tiny_imagenet_resnet20"), size, verbose=False).eval()
-        again.load_state_dict(model.state_dict())
+        logits = model(images[:BATCH])
         torch.manual_seed(1)
-        same = torch.equal(again(images[:BATCH]), logits)
-        sites = list(map(str, model.metaperturb.specs))
+        others = again(images[:BATCH])
         metaperturb.detach(model)
-        restored = list(model.state_dict()) == plain and torch.equal(model(images[:2]), model(images[:2]))
-    checks = {"training": loss.isfinite().item(), "evaluation": logits.isfinite().all().item()}
-    checks |= {"state": same, "detach": restored}
-    failed = [check for check, passed in checks.items() if not passed]
-    return {"network": name, "sites": len(sites), "places": sites, "outcome": f"fails: {failed}" if failed else "ok"}
+        restored = [*model.state_dict()] == plain and torch.equal(model(images[:2]), model(images[:2]))
+    checks = {"training": loss.isfinite(), "evaluation": logits.isfinite().all(), "state": torch.equal(others, logits)}
+    failed = [check for check, passed in {**checks, "detach": restored}.items() if not passed]
+    return {"sites": len(sites), "places": sites, "outcome": f"fails: {failed}" if failed else "ok"}
+
+
+def attached(model: torch.nn.Module, size: int) -> torch.nn.Module:
+    return metaperturb.attach(model, metaperturb.load_phi("tiny_imagenet_resnet20"), size, verbose=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,24 +85,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/panel"), help="path without suffix [results/panel]")
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    record = arguments.out.with_suffix(".jsonl")
+    record, page = (arguments.out.with_suffix(suffix) for suffix in (".jsonl", ".md"))
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    done = {line["network"] for line in lines}
+    head = f"# φ in other CNNs\n\n`./run.sh panel`: {STEPS} steps, {arguments.size} px, one CPU, seed 0.\n\n"
     for name in arguments.only or networks():
-        if name in done:
+        if name in [line["network"] for line in lines]:
             continue
         start = time.time()
         try:
-            line = try_network(name, arguments.size)
+            found = try_network(name, arguments.size)
         except Exception as error:  # one network must not end the panel
-            line = {"network": name, "outcome": f"error: {type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        lines.append(line)
-        print(f"{name}: {line.get('sites', '')} {line['outcome']} ({time.time() - start:.0f} s)", flush=True)
-        save_text(record, [json.dumps(line) for line in lines])
-        rows = [f"| {r['network']} | {r.get('sites', '')} | {r['outcome'].replace('|', '/')} |" for r in lines]
-        head = ["# φ in other CNNs", "", f"`./run.sh panel`: {STEPS} steps, {arguments.size} px, one CPU, seed 0.", ""]
-        table = ["| network | sites | outcome |", "|---|---|---|", *rows]
-        save_text(arguments.out.with_suffix(".md"), [*head, *table])
+            found = {"outcome": f"error: {type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        lines.append({"network": name, **found})
+        print(f"{name}: {found.get('sites', '')} {found['outcome']} ({time.time() - start:.0f} s)", flush=True)
+        rows = [[line["network"], str(line.get("sites", "")), line["outcome"]] for line in lines]
+        table = markdown_table(["network", "sites", "outcome"], rows)
+        for path, text in ((record, "\n".join(map(json.dumps, lines))), (page, head + table)):
+            write_atomically(path, lambda file, text=text: file.write(f"{text}\n".encode()))
 
 
 if __name__ == "__main__":

@@ -4,29 +4,25 @@ import dataclasses
 import itertools
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench.timing import WARM_UP, interleave, peak_memory, summary, synchronize
+from bench.timing import WARM_UP, interleave, peak_memory, summary
 from metaperturb import kernels, models
 from metaperturb.attach import attach, detach
 from metaperturb.config import MetaTrainConfig
 from metaperturb.data.arrays import ImageArrays, from_memory
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.data.splits import TaskSplit
-from metaperturb.distributed import Group, launch
-from metaperturb.meta_train import METRICS, Task, joint_step
+from metaperturb.distributed import Group
+from metaperturb.meta_train import Task, joint_step
 from metaperturb.perturbation import MetaPerturb, PerturbSite
-from metaperturb.provenance import available_cores
-from metaperturb.storage import load_json, save_json
 
 CLASSES = 20  # of a task: 200 classes of Tiny ImageNet in 10 tasks (section 4.1)
 FORMATS = ("float32", "bfloat16", "channels-last")
@@ -220,34 +216,3 @@ def site(bench: Bench) -> Groups:
 
     variants = {f"{what}, {kernel}": call(kernel, what) for what in PASSES for kernel in ("auto", "plain")}
     return {"site": bench.time({**variants, "noise alone": lambda: torch.randn_like(h)})}
-
-
-def exchange(bench: Bench) -> Groups:
-    """The processes' one collective, `Group.gather_rows`: a row of φ's gradient and metrics a task."""
-    if bench.device.type == "cuda":
-        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    else:
-        devices = [bench.device] * min(available_cores(), 16)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "seconds.json"
-        launch(gathers, (max(bench.tasks, len(devices)), bench.rounds, path), devices, 0, False)
-        torch.set_num_threads(bench.threads)  # a single "process" is this one
-        name = f"{len(devices)} process{'es' * (len(devices) > 1)}"
-        return {"exchange": {"unit": "s", "timings": {name: summary(load_json(path))}}}
-
-
-def gathers(group: Group, tasks: int, rounds: int, path: Path) -> None:
-    """In each process: exchange the table of so many tasks' rows; process 0 measures, ten times a round."""
-    torch.set_num_threads(1)
-    columns = sum(p.numel() for p in MetaPerturb().parameters()) + len(METRICS) + 1  # and whether to stop
-    rows = torch.randn(len(group.owned(tasks)), columns, device=group.device)
-    seconds = []
-    for _ in range(rounds + 1):
-        group.barrier()
-        started = time.perf_counter()
-        for _ in range(10):
-            group.gather_rows(rows, tasks)
-            synchronize(group.device)  # the latency of each, not how many are under way at once
-        seconds.append((time.perf_counter() - started) / 10)
-    if group.rank == 0:
-        save_json(seconds[1:], path)  # the first one connects and warms up
