@@ -466,6 +466,26 @@ def test_a_cache_folder_that_cannot_be_written_is_said(tmp_path):
     assert result.stdout.split() == ["plain"] and "XDG_CACHE_HOME" in result.stderr
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_the_home_of_another_user_is_said(tmp_path):
+    """As under `sudo -E -u` or `docker run -u`: HOME names a folder that cannot even be looked into."""
+    tmp_path.chmod(0o700)
+    code = """
+        import os
+        from metaperturb.kernels import cpp
+        os.setuid(65534)
+        try:
+            cpp.library()
+        except cpp.Unavailable as reason:
+            print(reason)
+    """
+    said = python(code, XDG_CACHE_HOME=str(tmp_path)).stdout
+    assert (
+        said
+        == f"{tmp_path}/metaperturb cannot be used (Permission denied); set XDG_CACHE_HOME to a folder of your own\n"
+    )
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("whose", ["folder", "library"])
 def test_a_library_of_another_user_is_not_loaded(tmp_path, whose):

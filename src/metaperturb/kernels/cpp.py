@@ -193,14 +193,15 @@ def library() -> ctypes.CDLL:
     for text in (*compiler, _compiler_version(compiler), _processor(), repr((FLAGS, VARIANTS))):
         key.update(text.encode() + b"\0")
     path = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        try:
+    try:
+        if not path.exists():
             _build(compiler, path)
-        except OSError as error:
-            where = f"{path.parent} cannot be written ({error.strerror})"
-            raise Unavailable(f"{where}; set XDG_CACHE_HOME to a folder that can") from None
-    for place in (path.parent, path):  # a library of somebody else is not loaded: it could do anything
-        if place.stat().st_uid not in (0, os.getuid()):
+        owners = {place: place.stat().st_uid for place in (path.parent, path)}
+    except OSError as error:
+        where = f"{path.parent} cannot be used ({error.strerror})"
+        raise Unavailable(f"{where}; set XDG_CACHE_HOME to a folder of your own") from None
+    for place, owner in owners.items():  # a library of somebody else is not loaded: it could do anything
+        if owner not in (0, os.getuid()):
             raise Unavailable(f"{place} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     try:
         loaded = ctypes.CDLL(str(path))
