@@ -12,10 +12,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torchvision.datasets as tv
 from PIL import Image
 
 from metaperturb.data import DATA_SETS
+from metaperturb.errors import UserError
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -130,6 +132,13 @@ def cifar_archive(tmp_path, monkeypatch):
     monkeypatch.setattr(tv.CIFAR100, "test_list", [["test", md5(files["test"])]])
     monkeypatch.setattr(tv.CIFAR100, "meta", {**tv.CIFAR100.meta, "md5": md5(files["meta"])})
     return data
+
+
+def refusal(call, *arguments, **options) -> str:
+    """The message of the UserError that a call ends with: see `one_line`."""
+    with pytest.raises(UserError) as error:
+        call(*arguments, **options)
+    return one_line(error)
 
 
 def one_line(error) -> str:

@@ -11,11 +11,10 @@ import pytest
 import torch
 import yaml
 from grid_files import CONFIGS, GRID, write_grid
-from image_files import one_line
+from image_files import refusal
 from tables.grid import Grid, Overrides
 
 from metaperturb.config import MetaTestConfig, option
-from metaperturb.errors import UserError
 from metaperturb.identity import fingerprint
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.regularizers import REGULARIZERS
@@ -31,9 +30,7 @@ def path(tmp_path) -> Path:
 
 def message(*arguments, **options) -> str:
     """Of the error that a grid, or one of its cells, ends with."""
-    with pytest.raises(UserError) as error:
-        Grid(*arguments, **options).cells()
-    return one_line(error)
+    return refusal(lambda: Grid(*arguments, **options).cells())
 
 
 def eight_digits(program: str, **chosen) -> str:

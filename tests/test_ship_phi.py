@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import one_line
+from image_files import refusal
 from tables import shipping
 
-from metaperturb import UserError, load_phi, weights
+from metaperturb import load_phi, weights
+from metaperturb.identity import tell_phi
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.weights import SHIPPED, phi_digest, save_phi
 
@@ -85,9 +86,28 @@ def test_a_shipped_phi_is_known_by_its_name(phi, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHIPPED", tmp_path / "out")
     assert ship("mine", phi, "--out", tmp_path / "out") == 0
     assert phi_digest(load_phi("mine")) == phi_digest(load_phi(phi))
-    with pytest.raises(UserError) as error:
-        load_phi("yours")
-    assert "yours: no such φ file (shipped names: mine)" in one_line(error)
+    assert "yours: no such φ file (shipped names: mine)" in refusal(load_phi, "yours")
+
+
+@pytest.mark.parametrize(
+    ("made", "warned"),
+    [({"steps": 375}, []), ({"steps": 374}, ["374 steps"]), ({"steps": 9, "tasks": 4}, ["9 steps", "4 tasks"])],
+)
+def test_how_a_phi_was_made_is_told_and_what_is_below_half_of_the_papers_warned_of(tmp_path, capsys, made, warned):
+    config = CARD["config"] | made
+    save_phi(MetaPerturb(), tmp_path / "phi.pt", CARD | {"config": config})
+    tell_phi("mine", load_phi(tmp_path / "phi.pt"))
+    told, *warnings = capsys.readouterr().err.splitlines()
+    how = f"meta-trained in {config['steps']} steps of {config['tasks']} tasks, 40,000 images of tiny_imagenet-train"
+    assert told == f"φ mine: {how}"
+    assert [line.partition(": ")[2].partition(" are far from the paper's ")[0] for line in warnings] == warned
+    assert all(line.startswith("warning: ") for line in warnings)
+
+
+def test_of_a_phi_without_a_card_it_is_told_that_nothing_is_known(tmp_path, capsys):
+    save_phi(MetaPerturb(), tmp_path / "bare.pt")
+    tell_phi("bare.pt", load_phi(tmp_path / "bare.pt"))
+    assert capsys.readouterr().err == "φ bare.pt: its file does not say how it was meta-trained\n"
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.pt")), ids=lambda path: path.stem)

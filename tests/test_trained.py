@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import class_pictures
-from image_files import one_line, write_folder
+from image_files import one_line, refusal, write_folder
 
 import metaperturb.meta_test as program
 from metaperturb.data.batches import DeviceImages
@@ -55,9 +55,7 @@ def test_data_that_moved(runs, image_folder, tmp_path):
 
 def test_what_is_no_finished_run_is_said(runs, tmp_path, source_settings):
     def message(folder, **places) -> str:
-        with pytest.raises(UserError) as error:
-            load_run(folder, **places)
-        return one_line(error)
+        return refusal(load_run, folder, **places)
 
     assert "no run folder" in message(tmp_path)
     copy = tmp_path / "run"
