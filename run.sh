@@ -83,11 +83,14 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
         [[ $py = /* ]] || py=$PWD/$py
         return
     fi
-    mkdir -p "$VENV"
+    local own="VENV=/a/folder/of/yours ./run.sh … installs there"
+    mkdir -p "$VENV" 2>/dev/null || die "$VENV cannot be made; $own"
     py=$(cd "$VENV" >/dev/null && pwd)/bin/python
-    exec 9>"$VENV/.lock" # two commands started at once install one after the other
-    flock 9 2>/dev/null || true
+    if { exec 9>"$VENV/.lock"; } 2>/dev/null; then # two commands started at once install one after the other
+        flock 9 2>/dev/null || true
+    fi # else it is another user's, and used as it is
     if ! "$py" -m pip --version >/dev/null 2>&1; then
+        [ -w "$VENV" ] || die "$VENV is another user's and its Python does not run; $own"
         local base
         base=$(find_python)
         "$base" -m venv --clear "$VENV" || die "$base cannot make virtual environments (on Debian: apt install python3-venv)"
@@ -99,6 +102,7 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
         grep -qxF "$sum" "$VENV/.installed" 2>/dev/null || missing+=(-r "$file")
     done
     if [ ${#missing[@]} -gt 0 ]; then
+        [ -w "$VENV" ] || die "$VENV is another user's and lacks packages; let them run this command, or $own"
         echo "installing into $VENV (PyTorch is large: some minutes)" >&2
         "$py" -m pip install --quiet --disable-pip-version-check "${missing[@]}" ||
             die "pip could not install the packages (network?); the same command tries again"

@@ -96,6 +96,30 @@ def test_packages_are_installed_whenever_their_list_has_changed(project):
     assert installs == [1, 0, 1, 1, 0]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_the_installation_of_another_user(project, tmp_path):
+    """A lab's shared folder: it is used as it is, and what it lacks is a sentence."""
+    folder, told = project
+    told("demo")
+    for path in [*tmp_path.parents[:2], *tmp_path.rglob("*"), tmp_path]:
+        path.chmod(path.stat().st_mode | 0o055)
+    (tmp_path / "log").chmod(0o666)
+
+    def demo() -> subprocess.CompletedProcess:
+        env = {**os.environ, "LOG": str(tmp_path / "log"), "RUNS": "/tmp"}
+        command = [str(folder / "run.sh"), "demo"]
+        return subprocess.run(
+            command, cwd="/", env=env, capture_output=True, text=True, check=False, user=65534, group=65534
+        )
+
+    assert demo().returncode == 0 and "scripts/demo.py" in (tmp_path / "log").read_text().splitlines()[-1]
+    with (folder / "requirements.txt").open("a") as file:
+        file.write("another\n")
+    completed = demo()
+    assert completed.returncode == 1 and len(completed.stderr.splitlines()) == 1
+    assert "is another user's and lacks packages" in completed.stderr and "VENV=/a/folder" in completed.stderr
+
+
 def test_several_seeds_are_a_run_each(project):
     _, told = project
     runs = [line for line in told("src", "steps=1", SEED="3 1") if "metaperturb.meta_train" in line]
