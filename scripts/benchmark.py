@@ -111,11 +111,7 @@ def benchmark(arguments: argparse.Namespace, command: str) -> None:
 
 
 def checked(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
-    """Where and how to measure, and which parts, in their order.
-
-    Raises:
-        UserError: an unknown part or device, or a number that makes no sense.
-    """
+    """Where and how to measure, and which parts, in their order; refuses what is unknown or makes no sense."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: expected cpu or cuda")

@@ -108,11 +108,7 @@ def figures(arguments: argparse.Namespace) -> None:
 
 
 def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """All pictures that can be drawn, folder by folder: a table's runs belong together, apart from those of another.
-
-    Raises:
-        UserError: some could not; what each lacks was told before.
-    """
+    """All pictures that can be drawn, folder by folder: a table's runs belong together, apart from those of another."""
     refused = 0
     by_folder = grouped(runs, lambda run: run.path.resolve().parent)
     common = os.path.commonpath(by_folder)
@@ -202,11 +198,7 @@ ANALYSES = {"fig6": (Attack, Sampling), "fig8": (Plane,), "figures": (Attack, Sa
 
 
 def read_settings(figure: str, texts: Sequence[str]) -> dict[type, Any]:
-    """Analysis → its settings, with `key=value` texts in place of defaults; a key may belong to several.
-
-    Raises:
-        UserError: no analysis of the figure has the key, or the value is none for it.
-    """
+    """Analysis → its settings, with `key=value` texts, which are checked, for defaults; a key may belong to several."""
     classes = ANALYSES.get(figure, ())
     known = {key: kind for cls in classes for key, kind in typing.get_type_hints(cls).items()}
     values = {}
@@ -377,11 +369,7 @@ def growth(
     name: str,
     arguments: argparse.Namespace,
 ) -> None:
-    """Final accuracy against `amount_of`, counted in `unit`, over the seeds that a method has for each amount of its.
-
-    Raises:
-        UserError: there is one amount only, or no seed that goes through all.
-    """
+    """Final accuracy against `amount_of`, counted in `unit`, over the seeds that a method has for all."""
     by_amount = {n: by_method(same) for n, same in sorted(grouped(runs, amount_of).items())}
     if len(by_amount) < 2:
         raise UserError(f"all runs have {amount_of(runs[0])} {unit}; this picture needs several numbers of them")

@@ -39,22 +39,14 @@ class Finished:
 
     @property
     def dir(self) -> Path:
-        """Its folder.
-
-        Raises:
-            UserError: there is a record only.
-        """
+        """Its folder; a record, which has none, is refused."""
         if self.path.is_file():
             raise UserError(f"{self.path}: is a record of a run; this picture needs the run's folder")
         return self.path
 
     @property
     def curve(self) -> Sequence[Mapping[str, Any]]:
-        """Its evaluations, as `results.curve` has them.
-
-        Raises:
-            UserError: there are none, or one lacks a number or holds one that is not finite.
-        """
+        """Its evaluations, as `results.curve` has them; refused where there are none or numbers are missing."""
         recorded = self.path.is_file()
         found = self.result.get("curve") if recorded else curve(self.path)
         if not found:
@@ -150,11 +142,7 @@ def find_runs(sources: Iterable[Path], may_lack: bool = False) -> list[Finished]
 
 
 def find_meta_trainings(sources: Iterable[Path]) -> list[Finished]:
-    """The finished runs of meta-training, of a step or more, among folders and below them, in the order of their names.
-
-    Raises:
-        UserError: a folder that is not there, or a result that cannot be read.
-    """
+    """The finished runs of meta-training, of a step or more, among folders and below them, in the order of names."""
     runs = [run for source in sources for run in _read(source, "meta_train") if run.path.is_dir() and run.steps > 0]
     return [*{run.path.resolve(): run for run in runs}.values()]
 
@@ -236,11 +224,7 @@ def title(run: Finished, with_steps: bool = True, with_amount: bool = True) -> s
 
 
 def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Runs under the name of their method, in the order of `REGULARIZERS`, of several φ in that of `--call`.
-
-    Raises:
-        UserError: two runs of a method differ in more than the seed, or do not, or runs differ in what all share.
-    """
+    """Checked runs under the name of their method, in the order of `REGULARIZERS`, of several φ in that of `--call`."""
     check_settings(runs)
     methods = grouped(runs, lambda run: run.name)
     for name, same in methods.items():
@@ -255,11 +239,7 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 
 
 def by_making(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Runs of meta-training that differ in their seed alone, under the settings in which they differ from the others.
-
-    Raises:
-        UserError: two runs have one seed and the same settings.
-    """
+    """Runs of meta-training that differ in their seed alone, under the settings in which others differ."""
     made = {run.path: settings(MetaTrainConfig, run.config, INCIDENTAL) for run in runs}
     differ = [key for key in next(iter(made.values())) if len({str(making[key]) for making in made.values()}) > 1]
     groups = grouped(runs, lambda run: ", ".join(f"{key} {made[run.path][key]}" for key in differ) or "MetaPerturb")
@@ -285,11 +265,7 @@ def meta_training(run: Finished) -> dict[str, Any] | None:
 
 
 def check_alike(runs: Sequence[Finished], key: Callable[[Finished], Any], what: str) -> None:
-    """All runs of a picture share `what` it shows.
-
-    Raises:
-        UserError: they are of several.
-    """
+    """Refuse runs that are of several of `what` one picture shows."""
     for run in runs[1:]:
         if key(run) != key(runs[0]):
             raise UserError(
@@ -319,10 +295,6 @@ def check_settings(runs: Sequence[Finished], varied: str | None = None) -> None:
 
 
 def _check_seeds(same: Sequence[Finished], what: str) -> None:
-    """Runs that are averaged have a seed each.
-
-    Raises:
-        UserError: two have the same.
-    """
+    """Refuse runs with the same seed among those that are averaged."""
     if len({run.config["seed"] for run in same}) < len(same):
         raise UserError(f"{same[-1].path}: there are two {what} one seed; name those that are meant")

@@ -346,11 +346,7 @@ def candidate_rows(candidates: Mapping[str, Mapping[str, Sequence[Any]]]) -> dic
 
 
 def read_tuned(path: Path, columns: Collection[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Hyperparameters that tuning chose: column → method → settings, of the columns that were tuned.
-
-    Raises:
-        UserError: no such file, or it has none of the columns.
-    """
+    """Hyperparameters that tuning chose: column → method → settings, of the columns that were tuned, at least one."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; ./run.sh tune writes it")
     content = load_json(path)

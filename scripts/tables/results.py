@@ -54,11 +54,7 @@ def place_of(grid: Grid, cell: Cell) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A cell's record, also of one that diverged.
-
-    Raises:
-        UserError: the file cannot be read or is none.
-    """
+    """A cell's record, also of one that diverged; any other file is refused."""
     record = read_result(path)
     cell = record.get("cell")
     if not (isinstance(cell, dict) and {"row", "column"} <= cell.keys() and isinstance(cell.get("needs"), dict)):
@@ -67,11 +63,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_all(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records in a folder, and those of trainings that diverged.
-
-    Raises:
-        UserError: one is damaged.
-    """
+    """The records in a folder, and those of trainings that diverged."""
     yield from map(read_record, sorted(folder.glob("*--*.json")))
     yield from map(read_record, sorted(folder.glob(f"{DIVERGED}/*--*.json")))
 
@@ -221,19 +213,9 @@ class Results:
         paper = self.grid.paper_value(row, column)
         shorter = any(change.startswith(("steps:", "batch_size:")) for change in settings)
         comparable = records and paper is not None and self.grid.columns[column].comparable and not shorter
-        return Entry(
-            row=row,
-            column=column,
-            metrics=metrics,
-            one_pass=_summaries(once) if once else None,
-            versus=versus,
-            difference=difference,
-            paper=paper,
-            gap=metrics["accuracy"].mean - float(paper.partition("±")[0]) if comparable else None,
-            differences=settings,
-            code=tuple(_versions(records.values())),
-            diverged=diverged,
-        )
+        gap = metrics["accuracy"].mean - float(paper.partition("±")[0]) if comparable else None
+        one_pass, code = _summaries(once) if once else None, tuple(_versions(records.values()))
+        return Entry(row, column, metrics, one_pass, versus, difference, paper, gap, settings, code, diverged)
 
     def _differences(self, row: str, column: str, records: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
         """From the paper's setting: those of the settings, and which part of Tiny ImageNet cells started from."""

@@ -36,10 +36,7 @@ def read_grid(path: Path) -> dict[str, Any]:
 
 
 def check_known(what: str, names: Iterable[Any], known: Iterable[Any]) -> None:
-    """
-    Raises:
-        UserError: one of the names is not among those that are known; which one was meant, perhaps.
-    """
+    """Refuse a name that is not among those that are known, and say which may be meant."""
     known = [*known]
     for name in names:
         if name not in known:

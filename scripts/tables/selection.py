@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from metaperturb.cli import run_program
-from metaperturb.config import MetaTrainConfig
 from metaperturb.errors import UserError
-from metaperturb.identity import data_name, settings
+from metaperturb.identity import data_name, differences
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_json, save_json
 from metaperturb.weights import load_phi, save_phi
-from tables.grid import Grid
+from tables.grid import Grid, config_of
 from tables.results import Results, read_all, take_recorded
 from tables.statistics import evidence
 from tables.trainings import grid_parser, read_grid, results_folder, run_grid, write_table
@@ -71,11 +70,7 @@ def select(arguments: argparse.Namespace) -> None:
 
 
 def find_sources(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Name of a meta-training → its φ.
-
-    Raises:
-        UserError: fewer than two, one that is not finished, two of one name.
-    """
+    """Name of a meta-training → its φ: of two or more that are finished and have names of their own."""
     folders = arguments.sources or [path for path in sorted(arguments.runs.glob("src-*")) if (path / "phi.pt").exists()]
     if len(folders) < 2:
         raise UserError(f'needs two or more finished meta-trainings, found {len(folders)} (SEED="0 1 …" ./run.sh src)')
@@ -88,11 +83,7 @@ def find_sources(arguments: argparse.Namespace) -> dict[str, Path]:
 
 
 def take_rows(grid: Grid, folder: Path) -> None:
-    """The rows of a choice that was made, from its records: the files of its φ may be gone.
-
-    Raises:
-        UserError: none was made there.
-    """
+    """The rows of a choice that was made, from its records: the files of its φ may be gone."""
     path = folder.with_name(folder.name + ".json")
     if not path.is_file():
         raise UserError(f"{path}: no choice was made there yet; name two or more meta-trainings to choose from")
@@ -105,28 +96,19 @@ def take_rows(grid: Grid, folder: Path) -> None:
 
 def other_settings(phis: Mapping[str, MetaPerturb]) -> list[str]:
     """What the runs differ in, beside their seed, a line each: a choice among other settings is tuning."""
-    lines = [f"{name}: nothing is recorded of its settings" for name, phi in phis.items() if not phi.card.get("config")]
-    known = {
-        name: settings(MetaTrainConfig, phi.card["config"], ["seed"])
-        | {"images": (phi.card.get("source") or {}).get("fingerprint")}
-        for name, phi in phis.items()
-        if phi.card.get("config")
-    }
-    for name, own in [*known.items()][1:]:
-        first, usual = next(iter(known.items()))
-        changed = [f"{key}: {usual[key]} → {own[key]}" for key in own if key != "images" and own[key] != usual[key]]
-        changed += ["other images"] * (own["images"] != usual["images"])
-        if changed:
+    made = {name: config_of("meta_train", phi.card) for name, phi in phis.items()}
+    lines = [f"{name}: nothing is recorded of its settings" for name, config in made.items() if config is None]
+    images = {name: (phi.card.get("source") or {}).get("fingerprint") for name, phi in phis.items()}
+    first, *others = [name for name, config in made.items() if config is not None] or [""]
+    for name in others:
+        changed = differences(vars(made[first]), made[name], without=["seed"])
+        if changed := changed + ["other images"] * (images[name] != images[first]):
             lines.append(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}")
     return lines
 
 
 def collect(grid: Grid, results: Results, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Name → what is known of its accuracy.
-
-    Raises:
-        UserError: a run of the grid is missing, so that the choice would not be among all; some diverged with each φ.
-    """
+    """Name → what is known of its accuracy; while trainings are missing, the choice would not be among all."""
     column = next(iter(grid.columns))
     found = {name: evidence(results.accuracies(name, column), results.lost(name, column)) for name in names}
     for name, one in found.items():

@@ -119,11 +119,7 @@ def results_folder(grid: Grid, arguments: argparse.Namespace) -> Path:
 
 
 def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
-    """Markdown and CSV beside the folder of the records; the Markdown's path.
-
-    Raises:
-        UserError: nothing has run yet, or records that may not be put together.
-    """
+    """Markdown and CSV beside the folder of the records; the Markdown's path."""
     results = Results(grid, folder)
     if not results.records and not results.diverged:
         raise UserError(f"{folder}: no finished cell of this table yet")
@@ -246,10 +242,8 @@ def check(results: Results, cells: Sequence[Cell], made: Mapping[str, Path], ima
     for key, need in {need.id: (key, need) for cell in cells for key, need in cell.needs.items()}.values():
         if need.file is not None:
             attempt(f"need {need.name}", check_file, need, load_phi if key == "phi" else read_weights)
-        elif need.id not in made:
-            attempt(f"need {need.name}", images, need.config)
-        elif need.name in results.grid.overrides.paths:
-            attempt(f"need {need.name}", check_made, need, made[need.id], images)
+        elif need.id not in made or need.name in results.grid.overrides.paths:
+            attempt(f"need {need.name}", check_source, need, made.get(need.id), images)
     for cell in {(cell.config.model, image_size(cell.config)): cell for cell in reversed(cells)}.values():
         attempt(f"row {cell.row}, column {cell.column}", check_network, cell.config)
     if wrong:
@@ -264,11 +258,14 @@ def check_file(need: Need, read: Callable[[Path], object]) -> None:
     read(need.file)
 
 
-def check_made(need: Need, path: Path, images: Images) -> None:
-    """What is there was made from the images that `--path` names."""
-    result = read_result(path)
+def check_source(need: Need, made: Path | None, images: Images) -> None:
+    """Its images are there, and those that its run, where it is finished, was made from."""
+    found = images(need.config)
+    if made is None:
+        return
+    result, path = read_result(made), made
     before = [result["source"]["fingerprint"]] if need.program == "meta_train" else result["target"]["fingerprints"]
-    if images(need.config) != before:
+    if found != before:
         raise UserError(f"{path.parent}: was made from other images than --path names; remove it or give other --runs")
 
 
