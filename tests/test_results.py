@@ -469,10 +469,15 @@ def sources(tmp_path) -> list[Path]:
     return folders
 
 
-def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
+def selection_grid(tmp_path: Path, sources: list[Path]) -> Grid:
     grid = Grid(write_grid(tmp_path / "configs", SELECT, "select"))
     for folder in sources:
         grid.add_phi(folder.name, folder / "phi.pt")
+    return grid
+
+
+def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
+    grid = selection_grid(tmp_path, sources)
     values = {"src-a": [0.4, 0.6], "src-b": [0.5, 0.7], "src-c": [0.6, 0.3], "Base": [0.9, 0.9]}
     fill(grid, tmp_path / "results" / "select" / "paper", {(row, "Validation"): v for row, v in values.items()})
     selection.select(arguments(tmp_path, grid.path, "--report", "--sources", *map(str, sources)))
@@ -493,9 +498,7 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
 
 
 def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, capsys):
-    grid = Grid(write_grid(tmp_path / "configs", SELECT, "select"))
-    for folder in sources:
-        grid.add_phi(folder.name, folder / "phi.pt")
+    grid = selection_grid(tmp_path, sources)
     results = Results(grid, tmp_path / "results" / "select" / "paper")
     values = {"src-a": [0.4, 0.6], "src-b": [0.8, None], "Base": [0.9, 0.9]}
     fill(grid, results.folder, {(row, "Validation"): v for row, v in values.items()})
@@ -525,13 +528,8 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
 
 
 def test_further_phi_do_not_rename_the_trainings_of_those_there(tmp_path, sources):
-    path = write_grid(tmp_path / "configs", SELECT, "select")
-    ids = []
-    for some in (sources[1:], sources):
-        grid = Grid(path)
-        for folder in some:
-            grid.add_phi(folder.name, folder / "phi.pt")
-        ids.append({cell.id for cell in grid.cells() if cell.row != "src-a"})
+    grids = [selection_grid(tmp_path, some) for some in (sources[1:], sources)]
+    ids = [{cell.id for cell in grid.cells() if cell.row != "src-a"} for grid in grids]
     assert ids[0] == ids[1] and len(ids[0]) == 6
 
 
@@ -555,9 +553,7 @@ def test_what_selection_refuses(tmp_path, sources):
 
 
 def test_no_phi_is_chosen_while_trainings_are_missing(tmp_path, sources):
-    grid = Grid(write_grid(tmp_path / "configs", SELECT, "select"))
-    for folder in sources:
-        grid.add_phi(folder.name, folder / "phi.pt")
+    grid = selection_grid(tmp_path, sources)
     values = {("src-a", "Validation"): [0.4, 0.6], ("src-b", "Validation"): [0.4, None]}
     fill(grid, tmp_path / "results" / "select" / "paper", values)
     assert "src-b: 1 of 2 trainings are there; nothing was chosen" in refused(
