@@ -101,7 +101,7 @@ def test_the_installation_of_another_user(project, tmp_path):
     """A lab's shared folder: it is used as it is, and what it lacks is a sentence."""
     folder, told = project
     told("demo")
-    for path in [*tmp_path.parents[:2], *tmp_path.rglob("*"), tmp_path]:
+    for path in [*tmp_path.parents[:3], *tmp_path.rglob("*"), tmp_path]:
         path.chmod(path.stat().st_mode | 0o055)
     (tmp_path / "log").chmod(0o666)
 
