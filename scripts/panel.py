@@ -3,15 +3,18 @@
     python scripts/panel.py                    # goes on where it stopped; results/panel.jsonl, results/panel.md
     python scripts/panel.py --only resnet18 timm/repvgg_a0 --out /tmp/panel
 
-A line says how many sites were found, that 20 training steps on random images and an evaluation after them are finite,
-that a network made anew and given the state predicts the same, and that `detach` restores the network.
+A line says how many sites were found and in which modules, that 20 training steps on random images and an evaluation
+after them are finite, that a network made anew and given the state predicts the same, and that `detach` leaves a
+network that predicts as one without φ with the same weights.
 """
 
 import argparse
 import contextlib
 import json
+import re
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +24,11 @@ from tables.page import markdown_table
 
 import metaperturb
 from metaperturb import UserError, models
+from metaperturb.provenance import provenance
 from metaperturb.storage import write_atomically
 
 LARGEST, STEPS, BATCH, CLASSES, LR = 60e6, 20, 8, 10, 1e-3
+COLUMNS = ("network", "size", "sites")
 TIMM = """
 resnet10t resnet26d resnetv2_50 resnext50_32x4d res2net50_14w_8s resnest14d seresnet50 ecaresnet26t skresnet18
 regnetz_b16 nf_regnet_b1 dla34 dla46_c hrnet_w18_small densenet121 dpn68 darknet53 cspresnet50 cs3darknet_s
@@ -40,19 +45,19 @@ def networks() -> list[str]:
     return [*torchvision.models.list_models(module=torchvision.models), *(f"timm/{name}" for name in TIMM)]
 
 
-def try_network(name: str, size: int) -> dict[str, object]:
-    """What became of one network, by the headings of the table."""
-    make = lambda: models.create(name, CLASSES, size)  # noqa: E731
+def try_network(name: str, sizes: Sequence[int]) -> dict[str, object]:
+    """What became of one network, by the headings of the table, on images of the first size that it takes."""
+    make = lambda: models.create(name, CLASSES, sizes[0])  # noqa: E731
     torch.manual_seed(0)
     with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some networks compute with their weights
         if sum(p.numel() for p in make().parameters()) > LARGEST:
             return {"outcome": f"left out: more than {LARGEST / 1e6:.0f} M parameters"}
-    model = make()
-    images, labels, plain = torch.randn(32, 3, size, size), torch.randint(CLASSES, (32,)), [*model.state_dict()]
+    model, size = make(), sizes[0]
     try:
         attached(model, size)
     except UserError as error:
-        return {"outcome": f"refused: {error}"}
+        return try_network(name, sizes[1:]) if len(sizes) > 1 else {"outcome": f"refused: {error}"}
+    images, labels = torch.randn(32, 3, size, size), torch.randint(CLASSES, (32,))
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     for _ in range(STEPS):
         chosen = torch.randperm(len(images))[:BATCH]
@@ -60,46 +65,57 @@ def try_network(name: str, size: int) -> dict[str, object]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    again, sites = attached(make(), size).eval(), [*map(str, model.metaperturb.specs)]
+    again, places = attached(make(), size).eval(), [*map(str, model.metaperturb.specs)]
     again.load_state_dict(model.eval().state_dict())
     with torch.no_grad():
         torch.manual_seed(1)
         logits = model(images[:BATCH])
         torch.manual_seed(1)
         others = again(images[:BATCH])
-        metaperturb.detach(model)
-        restored = [*model.state_dict()] == plain and torch.equal(model(images[:2]), model(images[:2]))
+        plain = make().eval()
+        plain.load_state_dict(metaperturb.detach(model).state_dict())
+        restored = torch.allclose(model(images[:2]), plain(images[:2]), rtol=0, atol=0, equal_nan=True)
     checks = {"training": loss.isfinite(), "evaluation": logits.isfinite().all(), "state": torch.equal(others, logits)}
     failed = [check for check, passed in {**checks, "detach": restored}.items() if not passed]
-    return {"sites": len(sites), "places": sites, "outcome": f"fails: {failed}" if failed else "ok"}
+    return {"size": size, "sites": len(places), "places": places, "outcome": f"fails: {failed}" if failed else "ok"}
 
 
 def attached(model: torch.nn.Module, size: int) -> torch.nn.Module:
     return metaperturb.attach(model, metaperturb.load_phi("tiny_imagenet_resnet20"), size, verbose=False)
 
 
+def where(line: dict[str, object]) -> str:
+    """The names of its sites, those alike but for numbers once."""
+    names = [place.partition(":")[0] for place in line.get("places", [])]
+    return ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)).replace("*", r"\*")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of networks")
-    parser.add_argument("--size", type=int, default=64, help="side of the images [64]")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 224], help="sides of images [64 96 224]")
     parser.add_argument("--out", type=Path, default=Path("results/panel"), help="path without suffix [results/panel]")
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     record, page = (arguments.out.with_suffix(suffix) for suffix in (".jsonl", ".md"))
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    head = f"# φ in other CNNs\n\n`./run.sh panel`: {STEPS} steps, {arguments.size} px, one CPU, seed 0.\n\n"
+    head = (
+        f"# φ in other CNNs\n\n`./run.sh panel`: {STEPS} SGD steps of {BATCH} random images, learning rate {LR:g}, "
+        f"seed 0.\nPyTorch {torch.__version__}, {provenance(torch.device('cpu'))['hardware']['cpu']}, "
+        f"{torch.get_num_threads()} thread(s). A `*` stands for any number.\n\n"
+    )
     for name in arguments.only or networks():
         if name in [line["network"] for line in lines]:
             continue
         start = time.time()
         try:
-            found = try_network(name, arguments.size)
+            found = try_network(name, arguments.sizes)
         except Exception as error:  # one network must not end the panel
             found = {"outcome": f"error: {type(error).__name__}: {str(error).splitlines()[0][:200]}"}
         lines.append({"network": name, **found})
         print(f"{name}: {found.get('sites', '')} {found['outcome']} ({time.time() - start:.0f} s)", flush=True)
-        rows = [[line["network"], str(line.get("sites", "")), line["outcome"]] for line in lines]
-        table = markdown_table(["network", "sites", "outcome"], rows)
+        rows = [[*(str(line.get(key, "")) for key in COLUMNS), where(line), line["outcome"]] for line in lines]
+        table = markdown_table([*COLUMNS, "in", "outcome"], rows)
         for path, text in ((record, "\n".join(map(json.dumps, lines))), (page, head + table)):
             write_atomically(path, lambda file, text=text: file.write(f"{text}\n".encode()))
 

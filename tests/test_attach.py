@@ -1529,11 +1529,12 @@ def test_the_panel_goes_on_where_it_stopped(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("panel", ROOT / "scripts" / "panel.py")
     panel = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(panel)
-    out = ["--size", "32", "--out", str(tmp_path / "panel")]
+    out = ["--sizes", "32", "--out", str(tmp_path / "panel")]
     with warnings.catch_warnings():
         panel.main(["--only", "squeezenet1_1", *out])
         panel.main(["--only", "squeezenet1_1", "resnet18", "swin_t", *out])
     said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert said == ["squeezenet1_1:", "resnet18:", "swin_t:"]
     rows = (tmp_path / "panel.md").read_text().splitlines()[-3:]
-    assert rows[0] == "| squeezenet1_1 | 8 | ok |" and rows[1] == "| resnet18 | 8 | ok |" and "patches" in rows[2]
+    assert rows[0] == r"| squeezenet1_1 | 32 | 8 | features.\* | ok |"
+    assert rows[1] == r"| resnet18 | 32 | 8 | layer\*.\* | ok |" and "patches" in rows[2]
