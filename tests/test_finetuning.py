@@ -19,7 +19,7 @@ from torch import nn
 
 import metaperturb.meta_test as program
 from metaperturb import MetaPerturb, attach, detach, models, save_phi
-from metaperturb.finetuning import classifier_name, initialize, read_weights
+from metaperturb.finetuning import classifier_name, initialize
 from metaperturb.regularizers import REGULARIZERS
 from metaperturb.storage import load_tensors
 
@@ -65,7 +65,7 @@ def batch_norm_entries(model: nn.Module) -> set[str]:
 
 
 def quietly(model, path, size=32, batch_norm="drop"):
-    return initialize(model, size, read_weights(path), batch_norm, verbose=False)
+    return initialize(model, size, path, batch_norm, verbose=False)
 
 
 # --- which module is the classifier
@@ -177,7 +177,7 @@ def test_half_precision_and_batch_norm_without_counts(tmp_path):
 def test_one_line_says_what_was_taken(tmp_path, capsys):
     path = saved(network("resnet8"), tmp_path / "weights.pt")
     for batch_norm, said in (("drop", "batch norm starts fresh"), ("keep", "batch norm taken, too")):
-        initialize(network("resnet8"), 32, read_weights(path), batch_norm)
+        initialize(network("resnet8"), 32, path, batch_norm)
         count = 7 if batch_norm == "drop" else 42
         assert capsys.readouterr().err == f"init: {count} tensors from {path}; the classifier fc starts fresh; {said}\n"
 

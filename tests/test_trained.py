@@ -69,11 +69,11 @@ def test_what_is_no_finished_run_is_said(runs, tmp_path, source_settings):
     assert "was not kept" in message(copy)
     (copy / "result.json").unlink()
     assert "not finished" in message(copy)
-    (copy / "config.yaml").write_text("program: meta_train\nsteps: 3\n")
+    (copy / "result.json").write_text('{"program": "meta_train", "config": {}}')
     assert "a run of meta_train" in message(copy)
-    for text in ("[1, 2", "just text", "steps: 3"):
-        (copy / "config.yaml").write_text(text)
-        assert "is no record of a run" in message(copy)
+    for text in ("[1, 2", '"just text"', '{"program": "meta_test"}'):
+        (copy / "result.json").write_text(text)
+        assert "result.json: " in message(copy)
 
 
 @pytest.mark.parametrize("place", [0.25, 0.5, 0.75])

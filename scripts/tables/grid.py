@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metaperturb.config import MetaTestConfig, load_config, read_yaml
+from metaperturb.config import MetaTestConfig, from_record, load_config, read_yaml
 from metaperturb.errors import UserError
 from metaperturb.identity import INCIDENTAL, differences, fingerprint, image_size
 from metaperturb.storage import load_json
@@ -321,8 +321,7 @@ def config_of(program: str, card: Any) -> Any:
     settings = card.get("config") if isinstance(card, Mapping) else None
     if not isinstance(settings, Mapping) or not settings:
         return None
-    known = {field.name for field in dataclasses.fields(PROGRAMS[program])}
-    return PROGRAMS[program](**{key: value for key, value in settings.items() if key in known})
+    return from_record(PROGRAMS[program], settings)
 
 
 def sha256(path: Path) -> str:

@@ -264,6 +264,12 @@ def parse_arguments(
     return parser.parse_args(argv)
 
 
+def from_record(cls: type[Config], recorded: Mapping[str, Any]) -> Config:
+    """The configuration that a run kept; without settings that no longer exist."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{key: value for key, value in recorded.items() if key in known})
+
+
 def to_assignments(config: Any, changed: Mapping[str, Any] | None = None) -> list[str]:
     """The `key=value` texts that make this configuration, with `changed` values in place of its own, out of defaults.
 
@@ -344,18 +350,15 @@ def _from_yaml(value: Any, kind: Any) -> Any:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """A value given as text on the command line or from the environment."""
-    members = _members(kind)
-    if text.lower() in ("null", "none") and type(None) in members:
+    """A value given as text on the command line."""
+    target, *null = _members(kind)
+    if text.lower() in ("null", "none") and null:
         return None
-    target = members[0]
     if typing.get_origin(target) is list:
         items = [item.strip() for item in text.strip("[]").split(",")]
         return [_from_text(item, typing.get_args(target)[0]) for item in items if item]
     if target is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError(f"expected true or false, got {text!r}")
+        return _from_yaml({"true": True, "false": False}.get(text.lower(), text), kind)
     if target in (int, float):
         return _number(text, target, kind)
     return _from_yaml(text, kind)

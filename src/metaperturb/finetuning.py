@@ -8,7 +8,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,22 @@ from metaperturb.attach import PERTURBATION, REGULARIZER
 from metaperturb.dry_run import watch
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms
-from metaperturb.runs import finished_result
+from metaperturb.runs import finished_meta_test
 from metaperturb.storage import load_tensors
 
 RECORDED = ("target", "model", "image_size", "method", "steps", "batch_size", "lr", "weight_decay", "seed", "init")
 
 
-@dataclass(frozen=True)
-class PretrainedWeights:
-    """What a file or run folder offers as initial weights.
-
-    Attributes:
-        source: the run folder or file, as it was given.
-        state: name → tensor, of the whole network.
-        run: of a run folder, what its training was: `RECORDED` settings, data, metrics, commit; else None.
-    """
-
-    source: str
-    state: dict[str, Tensor]
-    run: dict[str, Any] | None
-
-
-def read_weights(source: str | os.PathLike) -> PretrainedWeights:
+def read_weights(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read the network of a finished run of meta-testing, or a file of tensors. Nothing in it is executed.
 
     Args:
         source: a run folder; or a checkpoint of such a run (also of one under way); or a state dict, such as
             `torch.save(torchvision.models.resnet18(weights="DEFAULT").state_dict(), path)` writes.
+
+    Returns:
+        name → tensor; and of a run folder what its training was (`RECORDED` settings, data, metrics, commit), else
+        None.
 
     Raises:
         UserError: no such file or folder, an unfinished run or one of another kind, or a file that holds anything but
@@ -53,7 +41,12 @@ def read_weights(source: str | os.PathLike) -> PretrainedWeights:
     """
     path, run = Path(source), None
     if path.is_dir():
-        run = _finished_run(path)
+        try:
+            result = finished_meta_test(path)
+        except UserError as error:
+            raise UserError(f"init: {error}") from error
+        run = {key: result["config"].get(key) for key in RECORDED}
+        run |= {"data": result["target"], "metrics": result["metrics"], "commit": result["commit"]}
         path = path / "checkpoints" / "latest.pt"
     if not path.is_file():
         raise UserError(f"init: {path}: no such file or run folder (./run.sh pretrain makes one)")
@@ -62,13 +55,13 @@ def read_weights(source: str | os.PathLike) -> PretrainedWeights:
         content = content["model"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
         raise UserError(f"init: {path}: holds no network (expected a checkpoint of a run, or a state dict)")
-    return PretrainedWeights(os.fspath(source), dict(content), run)
+    return dict(content), run
 
 
 def initialize(
     model: nn.Module,
     image_size: int,
-    weights: PretrainedWeights,
+    source: str | os.PathLike,
     batch_norm: str = "drop",
     *,
     verbose: bool = True,
@@ -78,7 +71,8 @@ def initialize(
     Args:
         model: a network without perturbation that maps images `[B, C, S, S]` to logits; on any device.
         image_size: S in pixels; may differ from the pretraining's where the network allows it.
-        weights: of the same network, with any number of classes. What a method had added to it is left out.
+        source: see `read_weights`; of the same network, with any number of classes. What a method had added to it is
+            left out.
         batch_norm: `"drop"`: `model` keeps its own, fresh ones; `"keep"`: they are copied, too.
         verbose: say on stderr, in one line, what was taken.
 
@@ -87,36 +81,37 @@ def initialize(
         name, `batch_norm`, and the run that it came from.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape (it is another network), or not finite; or the
-            network has no classifier that could be left out. `model` is as it was, then.
+        UserError: see `read_weights`; or a tensor is missing, unknown or of another shape (it is another network), or
+            not finite; or the network has no classifier that could be left out. `model` is as it was, then.
 
     Example:
         >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
-        >>> origin = initialize(model, 32, read_weights("runs/pretrain"))  # doctest: +SKIP
+        >>> origin = initialize(model, 32, "runs/pretrain")  # doctest: +SKIP
     """
+    state, run = read_weights(source)
     classifier = classifier_name(model, image_size)
     own = model.state_dict()  # tensors that share the network's memory
     fresh = (f"{classifier}.", *(f"{name}." for name in _batch_norm_names(model) if batch_norm == "drop"))
     added = {PERTURBATION, REGULARIZER}
-    given = {n: value for n, value in weights.state.items() if n in own or added.isdisjoint(n.split("."))}
+    given = {n: value for n, value in state.items() if n in own or added.isdisjoint(n.split("."))}
     taken = [name for name in own if not name.startswith(fresh) and not _may_be_absent(name, given)]
-    _check_same_network(taken, own, given, weights.source)
+    _check_same_network(taken, own, given, source)
     with torch.no_grad():
         for name in taken:
             own[name].copy_(given[name])
     if verbose:
         norms = f"batch norm {'starts fresh' if batch_norm == 'drop' else 'taken, too'}"
         print(
-            f"init: {len(taken)} tensors from {weights.source}; the classifier {classifier} starts fresh; {norms}",
+            f"init: {len(taken)} tensors from {source}; the classifier {classifier} starts fresh; {norms}",
             file=sys.stderr,
         )
     return {
-        "from": weights.source,
+        "from": os.fspath(source),
         "sha256": _digest({name: own[name] for name in taken}),
         "tensors": len(taken),
         "classifier": classifier,
         "batch_norm": batch_norm,
-        "run": weights.run,
+        "run": run,
     }
 
 
@@ -146,21 +141,6 @@ def classifier_name(model: nn.Module, image_size: int) -> str:
     )
 
 
-def _finished_run(folder: Path) -> dict[str, Any]:
-    """What a finished run of meta-testing says of itself."""
-    result = finished_result(str(folder))
-    if result is None:
-        what = "this run is not finished" if (folder / "config.yaml").exists() else "is no run folder"
-        raise UserError(f"init: {folder}: {what} (no result.json; the command that began a run also continues it)")
-    try:
-        if result["program"] != "meta_test":
-            raise UserError(f"init: {folder}: a run of {result['program']}, which trains no network to start from")
-        settings = {key: result["config"].get(key) for key in RECORDED}
-        return {**settings, "data": result["target"], "metrics": result["metrics"], "commit": result["commit"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"init: {folder / 'result.json'}: is no record of a run") from error
-
-
 def _batch_norm_names(model: nn.Module) -> list[str]:
     norms = set(batch_norms(model))
     return [name for name, module in model.named_modules() if module in norms]
@@ -171,7 +151,7 @@ def _may_be_absent(name: str, given: Mapping[str, Tensor]) -> bool:
     return name.endswith("num_batches_tracked") and name not in given
 
 
-def _check_same_network(taken: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+def _check_same_network(taken: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: Any) -> None:
     wrong = [f"lacks {name}" for name in taken if name not in given]
     wrong += [f"has unknown {name:.60}" for name in given if name not in own]
     wrong += [_mismatch(name, own[name], given[name]) for name in taken if name in given]

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from metaperturb import finetuning, methods, models
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of, read_yaml
 from metaperturb.data import DATA_SETS
 from metaperturb.data.parts import load_parts
 from metaperturb.distributed import parse_devices
@@ -25,7 +24,6 @@ from metaperturb.dry_run import watch
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.sites import find_sites
-from metaperturb.storage import reason
 from metaperturb.training import ABLATION, check_ablation, tell_other_ablation
 from metaperturb.weights import load_phi, phi_digest
 
@@ -62,15 +60,10 @@ def differences(
         without: names of settings that may differ.
         by_content: files may have other names now; the caller compares what they hold.
     """
-    changed = []
     before, after = (settings(type(new), some, without) for some in (old, vars(new)))
-    for field in dataclasses.fields(new):
-        name = field.name
-        if name in after and before[name] != after[name]:
-            both_files = field.metadata["by_content"] and before[name] and after[name]
-            if not (by_content and both_files):
-                changed.append(f"{name}: {before[name]} → {after[name]}")
-    return changed
+    files = [field.name for field in dataclasses.fields(new) if by_content and field.metadata["by_content"]]
+    after = {name: value for name, value in after.items() if not (name in files and value and before[name])}
+    return [f"{name}: {before[name]} → {value}" for name, value in after.items() if before[name] != value]
 
 
 def fingerprint(program: str, config: Any) -> str:
@@ -134,16 +127,12 @@ def check_folder(config: Any, program: str) -> None:
     if not path.exists():
         raise UserError(f"{folder}: holds a run without its config.yaml; choose another run_dir or remove the folder")
     try:
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); choose another run_dir") from error
-    if not isinstance(old, dict):
-        raise UserError(f"{path}: is no record of a run; choose another run_dir")
-    if old.get("program") != program:
-        changed = [f"program: {old.get('program')} → {program}"]
-    else:
-        changed = differences(old, config, by_content=True)
-    if changed:
+        old = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; choose another run_dir") from error
+    same_program = old.get("program") == program
+    changed = [] if same_program else [f"program: {old.get('program')} → {program}"]
+    if changed := changed or differences(old, config, by_content=True):
         raise UserError(
             f"{config.run_dir}: holds a run with other settings ({'; '.join(changed)}); "
             "choose another run_dir or remove the folder"
@@ -210,10 +199,8 @@ def initial_weights(config: MetaTestConfig) -> dict[str, Any] | None:
     """
     if config.init is None:
         return None
-    weights = finetuning.read_weights(config.init)
-    return finetuning.initialize(
-        small_network(config), image_size(config), weights, config.init_batch_norm, verbose=False
-    )
+    network = small_network(config)
+    return finetuning.initialize(network, image_size(config), config.init, config.init_batch_norm, verbose=False)
 
 
 # --- settings that do not go together

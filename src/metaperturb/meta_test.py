@@ -83,8 +83,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     model = models.create(config.model, train.num_classes, train.image_size).to(device)
     origin = None  # of the initial weights, where they are not drawn
     if config.init is not None and state is None:
-        weights = finetuning.read_weights(config.init)
-        origin = finetuning.initialize(model, train.image_size, weights, config.init_batch_norm)
+        origin = finetuning.initialize(model, train.image_size, config.init, config.init_batch_norm)
     seed_torch(config.seed, 0, "method_init")  # what a method adds leaves the network's initial weights as they are
     method.prepare(model, train)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)

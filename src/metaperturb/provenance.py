@@ -44,17 +44,15 @@ def code_digest() -> str:
 
 def commit() -> str | None:
     """The commit of this source tree, `+` appended if it has uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
+    here = str(Path(__file__).parent)
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = ["git", "-C", str(here)]
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
-        if tracked.returncode:
-            return None
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", str(here)], capture_output=True, check=True
-        )
-        return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+        git("ls-files", "--error-unmatch", __file__)
+        head = git("rev-parse", "--short=12", "HEAD")
+        return head + "+" * bool(git("status", "--porcelain", "-uno", "--", here))
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -100,8 +100,11 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
         whole = result["program"] in ("meta_train", "meta_test") and isinstance(result["config"], dict)
         if whole and result["program"] == "meta_test":
             _ = result["config"]["seed"], result["phi_digest"], result["init"]
-            of_metrics = isinstance(result["diverged"], str) if result["metrics"] is None else _all_numbers(result)
-            whole = of_metrics and len(result["target"]["fingerprints"]) == 2
+            if (metrics := result["metrics"]) is None:
+                whole = isinstance(result["diverged"], str)
+            else:
+                whole = all(isinstance(metrics[name], int | float) for name in ("accuracy", "nll", "ece"))
+            whole = whole and len(result["target"]["fingerprints"]) == 2
     except (KeyError, TypeError):
         whole = False
     if not whole:
@@ -109,14 +112,25 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     return result
 
 
-def _all_numbers(result: dict[str, Any]) -> bool:
-    return all(isinstance(result["metrics"][name], int | float) for name in ("accuracy", "nll", "ece"))
-
-
 def finished_result(run_dir: str | os.PathLike) -> dict[str, Any] | None:
     """The content of `result.json`, or None while the run is not finished."""
     path = Path(run_dir) / "result.json"
     return read_result(path) if path.exists() else None
+
+
+def finished_meta_test(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of `result.json` of a finished run of meta-testing.
+
+    Raises:
+        UserError: no folder of a run, one that is not finished, or one of another program.
+    """
+    result = finished_result(folder)
+    if result is None:
+        what = "this run is not finished" if (Path(folder) / "config.yaml").exists() else "is no run folder"
+        raise UserError(f"{folder}: {what} (no result.json; the command that began a run also continues it)")
+    if result["program"] != "meta_test":
+        raise UserError(f"{folder}: a run of {result['program']}, which trains no network on a target")
+    return result
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -1,21 +1,20 @@
 """A network that meta-testing trained, read back from its run folder: what the analyses begin with."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from metaperturb import methods, models
-from metaperturb.config import MetaTestConfig
+from metaperturb.config import MetaTestConfig, from_record
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.data.parts import load_parts
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.runs import finished_result
-from metaperturb.storage import load_tensors, reason
+from metaperturb.runs import finished_meta_test
+from metaperturb.storage import load_tensors
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,8 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", **places: A
             the network holds values that are not finite.
     """
     folder = Path(folder)
-    config = _read_config(folder, places)
-    result = finished_result(str(folder))
-    if result is None:
-        raise UserError(f"{folder}: this run is not finished (no result.json; the command that began it continues it)")
+    result = finished_meta_test(folder)
+    config = from_record(MetaTestConfig, result["config"] | places)
     checkpoint = folder / "checkpoints" / "latest.pt"
     if not checkpoint.exists():
         raise UserError(f"{checkpoint}: no such file: the trained network of this run was not kept")
@@ -75,18 +72,3 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", **places: A
     method.set_strength(1.0)
     model.to(device).eval()
     return TrainedRun(folder, config, result, model, method.stochastic, train, test)
-
-
-def _read_config(folder: Path, places: dict[str, Any]) -> MetaTestConfig:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder}: is no run folder (no config.yaml)")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        program = settings.pop("program")
-    except (OSError, yaml.YAMLError, AttributeError, KeyError) as error:
-        raise UserError(f"{path}: is no record of a run ({reason(error)})") from error
-    if program != "meta_test":
-        raise UserError(f"{folder}: a run of {program}, which trains no network on a target")
-    known = {field.name for field in fields(MetaTestConfig)}
-    return MetaTestConfig(**{key: value for key, value in {**settings, **places}.items() if key in known})
