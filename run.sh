@@ -1,82 +1,117 @@
 #!/usr/bin/env bash
-# MetaPerturb: everything from here.
+# ./run.sh COMMAND [key=value …]      everything of MetaPerturb from here
 #
-#   ./run.sh demo              meta-train φ and use it, on drawn images: no download, minutes on a CPU
-#   ./run.sh test              the tests
-#   ./run.sh src               meta-train φ on Tiny ImageNet           (Algorithm 1)
-#   ./run.sh tgt <gpu|cpu>     train a network on a target data set     (Algorithm 2)
+#   ./run.sh demo              what φ does, on drawn images: no download, minutes on a CPU
+#   ./run.sh tgt <gpu|cpu>     train a network on a target data set, with φ or another regularizer   (Algorithm 2)
+#   ./run.sh src               meta-train φ on Tiny ImageNet                                         (Algorithm 1)
 #   ./run.sh pretrain <gpu>    train the target's network on Tiny ImageNet, for INIT=… ./run.sh tgt to finetune it
-#   ./run.sh table1            all trainings of the paper's table 1, and the table beside the paper's; also table2,
-#                              table3 (--preset smoke|quick|paper, --jobs, --rows, …: see --help)
-#   ./run.sh schedule          beyond the paper: accuracy against the length of training (lengths draws it); networks:
-#                              other families; recipe: with TrivialAugment and label smoothing; target_size: few and many
-#                              images (amount draws it); meta_training: what φ needs (effort draws it)
+#   ./run.sh data <name> …     download and cache data sets: tiny_imagenet, cub, …
+#   ./run.sh table1            the trainings of the paper's table 1, and the table beside the paper's; table2, table3
+#   ./run.sh schedule          beyond the paper: accuracy against the length of training    (drawn by lengths)
+#   ./run.sh target_size       beyond the paper: few and many images of the target          (drawn by amount)
+#   ./run.sh meta_training     beyond the paper: what a good φ needs                         (drawn by effort)
+#   ./run.sh networks          beyond the paper: other families; recipe: with TrivialAugment and label smoothing
 #   ./run.sh tune              choose the regularizers' hyperparameters on held-out training images
 #   ./run.sh select            choose the best of several φ on validation images
 #   ./run.sh ship <name> [φ]   put a φ into the package, and write down what it was tested on
-#   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces,
-#                              compare: methods side by side, learning: what φ learns in meta-training, figures: all
+#   ./run.sh fig5 [run …]      convergence; fig6 robustness and calibration, fig7 scales, fig8 loss surfaces
+#   ./run.sh compare [run …]   methods side by side; learning: what φ learns in meta-training; figures: all of these
 #   ./run.sh phi <φ>           the 82 numbers of a φ, drawn: a file or a shipped name
 #   ./run.sh docs              README, docs/, results/ and the docstrings as a site, in build/site
-#   ./run.sh data <name> …     download and cache data sets             (tiny_imagenet, cub, …)
 #   ./run.sh panel             try φ in some 120 CNNs of torchvision and timm, into results/panel.md
-#   ./run.sh bench             measure how fast it is, into results/benchmark (--help: which parts, --json, --smoke)
+#   ./run.sh bench             measure how fast it is, into results/benchmark
+#   ./run.sh test              the tests
 #
-# Each creates .venv and installs requirements.txt first, where that has not been done (PYTHON=… names the Python to use;
-# VENV=none takes its packages as they are). Settings follow; override them from the environment, and any other setting
-# by a key=value behind the command:   TGT_DATA=cub ./run.sh tgt 0 steps=2000
+# --help behind a command lists its options. These settings stand before or behind a command, as in TGT_DATA=cub ./run.sh
+# tgt 0 or ./run.sh tgt 0 TGT_DATA=cub; all others of a program behind it, as in ./run.sh tgt 0 image_size=64. What is
+# not set has the default in configs/src.yaml, configs/tgt.yaml or configs/pretrain.yaml.
+#
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 
-GPUS=${GPUS:-auto}                  # devices for src: 0,1,… one process each; cpu; cpu,cpu; auto
-DATA=${DATA:-$here/data}            # downloads and cached arrays
-RUNS=${RUNS:-$here/runs}            # results
-SEED=${SEED:-0}                     # for src one or several: "0 1 2 3 4", one run after the other
+GPUS=${GPUS:-}           # of src: 0,1,… one process each; cpu; cpu,cpu; empty: all GPUs, else the CPU
+DATA=${DATA:-}           # downloads and cached arrays; empty: data, beside run.sh
+RUNS=${RUNS:-$here/runs} # folder of all runs
+SEED=${SEED:-}           # of src one or several: "0 1 2 3 4", one run after the other
+SRC_DATA=${SRC_DATA:-}   # tiny_imagenet embedded folder
+SRC_PATHS=${SRC_PATHS:-} # its zips or folders, comma-separated; empty: under DATA, else downloaded
+SRC_MODEL=${SRC_MODEL:-} # network of each task
+SRC_SPLIT=${SRC_SPLIT:-} # disjoint paired homogeneous
+SRC_TASKS=${SRC_TASKS:-} # how many
+SRC_STEPS=${SRC_STEPS:-} # of meta-training
+SRC_RUN=${SRC_RUN:-}     # folder of the run; empty: named by its settings, in RUNS
+TGT_DATA=${TGT_DATA:-}   # stl10 s_cifar100 dogs cars aircraft cub small_svhn fashion_mnist dtd folder …
+TGT_PATH=${TGT_PATH:-}   # its folder or archive; empty: under DATA, else downloaded
+TGT_MODEL=${TGT_MODEL:-} # conv4 conv6 vgg9 resnet20 … wrn_28_2, or any CNN of torchvision
+TGT_STEPS=${TGT_STEPS:-} # of training
+TGT_RUN=${TGT_RUN:-}     # folder of the run; empty: named by its settings, in RUNS
+METHOD=${METHOD:-}       # base info_dropout dropblock manifold_mixup dropout mixup cutmix label_smoothing …
+PHI=${PHI:-}             # file or shipped name; empty: that of src if it is there, else the shipped one
+INIT=${INIT:-}           # to finetune: run of pretrain, or file of weights, to begin with
+PRE_RUN=${PRE_RUN:-}     # folder of the run of pretrain, which trains TGT_MODEL on SRC_DATA
+VENV=${VENV:-$here/.venv} # where the packages are; none: those of PYTHON as they are
+PYTHON=${PYTHON:-}       # which Python; empty: the first of a supported version
 
-SRC_DATA=${SRC_DATA:-tiny_imagenet} # or embedded, folder
-SRC_PATHS=${SRC_PATHS:-}            # local zips or folders, comma-separated; empty: under DATA, else downloaded
-SRC_MODEL=${SRC_MODEL:-resnet20}
-SRC_SPLIT=${SRC_SPLIT:-disjoint}    # or paired, homogeneous
-SRC_TASKS=${SRC_TASKS:-10}
-SRC_STEPS=${SRC_STEPS:-750}
-src_run() { echo "${SRC_RUN:-$RUNS/src-$SRC_DATA-$SRC_MODEL-$SRC_SPLIT-seed$1}"; } # the run of one seed
-
-TGT_DATA=${TGT_DATA:-s_cifar100}    # stl10 dogs cars aircraft cub small_svhn fashion_mnist dtd tiny_imagenet folder …
-TGT_PATH=${TGT_PATH:-}              # folder or archive of the target; empty: under DATA, else downloaded
-TGT_MODEL=${TGT_MODEL:-resnet20}    # conv4 conv6 vgg9 resnet20 … wrn_28_2, or any CNN of torchvision
-TGT_STEPS=${TGT_STEPS:-10000}
-METHOD=${METHOD:-metaperturb}       # base info_dropout dropblock manifold_mixup dropout mixup cutmix
-                                    # label_smoothing trivial_augment; adversarial: training on attacks
-PHI=${PHI:-}                        # φ to use, a file or shipped name; empty: tgt takes that of src if it is there, else
-SHIPPED_PHI=tiny_imagenet_resnet20  # this one, and tables make theirs
-INIT=${INIT:-}                      # finetuning: run of pretrain, or file of weights, to begin with
-target=$TGT_DATA
-[[ $TGT_DATA != folder || -z $TGT_PATH ]] || target=folder-$(basename "$TGT_PATH" | sed 's/\..*//')
-TGT_RUN=${TGT_RUN:-$RUNS/tgt-$target-$TGT_MODEL-$METHOD-seed$SEED${INIT:+-ft}}
-PRE_RUN=${PRE_RUN:-$RUNS/pretrain-$SRC_DATA-$TGT_MODEL-seed$SEED} # pretrain: TGT_MODEL on SRC_DATA
-
-VENV=${VENV:-$here/.venv}
+declare -A names=( # of each program: its key=VARIABLE; what is set is passed on, and errors name the variable
+    [src]="gpus=GPUS data_root=DATA seed=SEED source=SRC_DATA source_paths=SRC_PATHS model=SRC_MODEL split=SRC_SPLIT
+        tasks=SRC_TASKS steps=SRC_STEPS run_dir=SRC_RUN"
+    [tgt]="data_root=DATA seed=SEED target=TGT_DATA target_path=TGT_PATH model=TGT_MODEL steps=TGT_STEPS
+        run_dir=TGT_RUN method=METHOD phi=PHI init=INIT"
+    [pretrain]="data_root=DATA seed=SEED target=SRC_DATA target_path=SRC_PATHS model=TGT_MODEL run_dir=PRE_RUN"
+)
 
 die() { echo "error: $*" >&2; exit 1; }
 
-usage() { # the head of this file and the settings below it
+usage() { # the head of this file, and its settings as a table
     sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    sed -n '/^GPUS=/,/^VENV=/{/^src_run/!s/^\([A-Z_]*\)=${[A-Z_]*:-\(.*\)}/  \1=\2/p;s/^SHIPPED_PHI/  &/p;/^ *#/p}' "${BASH_SOURCE[0]}"
+    sed -n 's/^\([A-Z_]*\)=${[^#]*# /\1 /p' "${BASH_SOURCE[0]}" | while read -r variable text; do
+        [[ ${names[src]} = *=$variable* ]] && program=src || program=tgt
+        pair=$(grep -ow "[a-z_]*=$variable" <<<"${names[$program]}" || echo "=$variable")
+        printf '  %-10s %-15s %s\n' "$variable" "$(value $program "$pair")" "$text"
+    done
+}
+
+value() { # value PROGRAM KEY=VARIABLE: what is set, else the default in configs/PROGRAM.yaml
+    local variable=${2#*=} yaml=$here/configs/$1.yaml
+    [ -n "${!variable}" ] && echo "${!variable}" || sed -nE "s/^${2%%=*}: *//p" "$yaml" |
+        sed -E "s/ *(#.*)?$//; s/^[\"'[](.*)[]\"']$/\1/; s/^null$//"
+}
+
+data_name() { # data_name NAME PATHS: the name; of image folders and archives theirs, as metaperturb.identity has them
+    [[ $1 = folder && -n $2 ]] || { echo "$1" && return; }
+    tr , '\n' <<<"$2" | while read -r path; do
+        basename -- "$(realpath -- "$path" 2>/dev/null || echo "$path")"
+    done | sed -E 's/\.(zip|tar|tar\.gz|tgz)$//' | paste -sd, | sed 's/^/folder-/'
+}
+
+src_run() { # the folder of SEED's meta-training
+    local of
+    of=$(value src source=SRC_DATA)-$(value src model=SRC_MODEL)-$(value src split=SRC_SPLIT)
+    echo "${SRC_RUN:-$RUNS/src-$of-seed$(value src seed=SEED)}"
+}
+
+pass_on() { # pass_on [KEY=VALUE …]: sets options to what is set for $command, and to these where nothing else is
+    local pair variable
+    options=()
+    for pair in "$@"; do
+        grep -q "^${pair%%=*}:" "$here/configs/$command.yaml" || options+=("$pair")
+    done
+    for pair in ${names[$command]}; do
+        variable=${pair#*=}
+        [ -z "${!variable}" ] || options+=("${pair%%=*}=${!variable}")
+    done
 }
 
 find_python() { # the first Python of a supported version
     local candidates=(python3.12 python3.11 python3 python3.13) candidate
     [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
     for candidate in "${candidates[@]}"; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            command -v "$candidate"
-            return
-        fi
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$candidate" && return
     done
     die "needs Python 3.11 or later (looked for: ${candidates[*]}; PYTHON=/path/to/python names one)"
 }
 
-setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of these files, installing those that are missing
+setup() { # setup [REQUIREMENTS]: sets $py to a Python with the packages of requirements.txt and of this file, which it installs
     export PYTHONPATH="$here/src${PYTHONPATH:+:$PYTHONPATH}"
     if [ "$VENV" = none ]; then
         py=$(find_python)
@@ -91,130 +126,115 @@ setup() { # setup REQUIREMENTS…: sets $py to a Python with the packages of the
     fi # else it is another user's, and used as it is
     if ! "$py" -m pip --version >/dev/null 2>&1; then
         [ -w "$VENV" ] || die "$VENV is another user's and its Python does not run; $own"
-        local base
         base=$(find_python)
         "$base" -m venv --clear "$VENV" || die "$base cannot make virtual environments (on Debian: apt install python3-venv)"
     fi
-    local file sum sums=() missing=()
-    for file in "$@"; do
-        sum="${file#"$here"/} $(cksum <"$file")"
+    local file sum sums=() missing=() quiet=--quiet
+    for file in requirements.txt "$@"; do
+        sum="$file $(cksum <"$here/$file")"
         sums+=("$sum")
-        grep -qxF "$sum" "$VENV/.installed" 2>/dev/null || missing+=(-r "$file")
+        grep -qxF "$sum" "$VENV/.installed" 2>/dev/null || missing+=(-r "$here/$file")
     done
     if [ ${#missing[@]} -gt 0 ]; then
         [ -w "$VENV" ] || die "$VENV is another user's and lacks packages; let them run this command, or $own"
         echo "installing into $VENV (PyTorch is large: some minutes)" >&2
-        "$py" -m pip install --quiet --disable-pip-version-check "${missing[@]}" ||
+        [ ! -t 2 ] || quiet="" # on a terminal pip shows how far it is
+        "$py" -m pip install $quiet --disable-pip-version-check "${missing[@]}" >&2 ||
             die "pip could not install the packages (network?); the same command tries again"
         printf '%s\n' "${sums[@]}" >"$VENV/.installed"
     fi
     exec 9>&-
 }
 
-browser() { # for the site's test; without one it is skipped
-    local name
-    for name in chromium chromium-browser google-chrome; do ! command -v "$name" >/dev/null || return 0; done
-    [ "$VENV" != none ] && [ ! -e "$VENV/.browser" ] || return 0
-    touch "$VENV/.browser" # asked for once
-    timeout 120 "$py" -m playwright install chromium-headless-shell >/dev/null 2>&1 ||
-        echo "no Chromium, and none could be fetched: the site is not tested in a browser" >&2
-}
+script() { setup; exec "$py" "$here/scripts/$1" "${@:2}"; } # script NAME ARGUMENTS…
 
-command=${1:-}
-[ $# -gt 0 ] && shift
+command=${1:-help}
+[ $# -eq 0 ] || shift
+export METAPERTURB_NAMES=${names[$command]:-} # the program's messages then say TGT_PATH for target_path
+typed=()
+for text in "$@"; do
+    key=${text%%=*}
+    if [[ $text =~ ^[A-Z_]+= ]] && grep -q "^$key=\${" "${BASH_SOURCE[0]}"; then
+        printf -v "$key" %s "${text#*=}"
+        continue
+    fi
+    typed+=("$text")
+    for pair in ${names[$command]:-}; do # the program gets it as it is; the names of folders follow it, too
+        [[ $text = "$key="* && $pair = "$key="* ]] || continue
+        printf -v "${pair#*=}" %s "${text#*=}"
+        METAPERTURB_NAMES=${METAPERTURB_NAMES/$pair/}
+    done
+done
+set -- "${typed[@]}"
+data=${DATA:-$here/data}
+
 case $command in
-demo)
-    setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/demo.py" --out "$RUNS/demo" "$@"
-    ;;
-test)
-    setup "$here/requirements.txt" "$here/tests/requirements.txt"
-    browser
-    cd "$here"
-    PYTHONPATH=src exec "$py" -m pytest "$@"
-    ;;
-panel)
-    setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/panel.py" "$@"
-    ;;
-bench)
-    setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/benchmark.py" "$@"
-    ;;
 src)
-    setup "$here/requirements.txt"
-    read -ra seeds <<<"$SEED"
-    [ ${#seeds[@]} -eq 1 ] || [ -z "${SRC_RUN:-}" ] || die "SRC_RUN names one run, SEED asks for ${#seeds[@]}"
-    for seed in "${seeds[@]}"; do
-        run=("$py" -m metaperturb.meta_train --config "$here/configs/src.yaml" --set "gpus=$GPUS" "data_root=$DATA"
-            "seed=$seed" "source=$SRC_DATA" "source_paths=$SRC_PATHS" "model=$SRC_MODEL" "split=$SRC_SPLIT"
-            "tasks=$SRC_TASKS" "steps=$SRC_STEPS" "run_dir=$(src_run "$seed")" "$@")
-        [ "$seed" != "${seeds[-1]}" ] || exec "${run[@]}"
+    setup
+    read -ra seeds <<<"$(value src seed=SEED)"
+    [ ${#seeds[@]} -le 1 ] || [ -z "$SRC_RUN" ] || die "SRC_RUN names one run, SEED asks for ${#seeds[@]}"
+    for SEED in "${seeds[@]}"; do
+        pass_on "data_root=$data" "run_dir=$(src_run)"
+        run=("$py" -m metaperturb.meta_train --config "$here/configs/src.yaml" --set "${options[@]}" "$@")
+        [ "$SEED" != "${seeds[-1]}" ] || exec "${run[@]}"
         METAPERTURB_PARENT=$$ "${run[@]}" # it ends when this script is gone
     done
     ;;
-tgt)
-    [[ ${1:--} != -* ]] || die "usage: ./run.sh tgt <gpu number or cpu> [key=value …] (tgt cpu --help: the keys)"
-    gpu=$1 && shift
-    setup "$here/requirements.txt"
-    options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "target=$TGT_DATA" "model=$TGT_MODEL" "steps=$TGT_STEPS"
-        "method=$METHOD" "run_dir=$TGT_RUN")
-    [ -n "$TGT_PATH" ] && options+=("target_path=$TGT_PATH")
-    if [ "$METHOD" = metaperturb ]; then
-        phi=${PHI:-$(src_run "$SEED")/phi.pt}
-        if [ -z "$PHI" ] && [ ! -e "$phi" ]; then
-            echo "$phi is not there (./run.sh src makes it): taking the shipped φ, $SHIPPED_PHI" >&2
-            phi=$SHIPPED_PHI
-        elif [ -z "$PHI" ]; then
-            echo "taking the φ of ./run.sh src, $phi (PHI=… names another)" >&2
+tgt | pretrain)
+    [[ ${1:-=} != *=* ]] || die "usage: ./run.sh $command <gpu number or cpu> [key=value …] (--help: the keys)"
+    [[ $1 = -* ]] || set -- "gpu=$1" "${@:2}"
+    setup
+    more=() model=$(value "$command" model=TGT_MODEL) seed=$(value "$command" seed=SEED)
+    if [ "$command" = pretrain ]; then
+        run=pretrain-$(value pretrain target=SRC_DATA)-$model-seed$seed
+        [ "$SRC_DATA" != embedded ] || { SRC_DATA=embedded_source more=(eval_split=holdout); } # it has no test images
+    else
+        method=$(value tgt method=METHOD) init=$(value tgt init=INIT)
+        run=tgt-$(data_name "$(value tgt target=TGT_DATA)" "$(value tgt target_path=TGT_PATH)")
+        run+=-$model-$method-seed$seed${init:+-ft}
+        phi=$(SEED=$seed src_run)/phi.pt
+        if [ "$method" != metaperturb ]; then
+            PHI=""
+        elif [[ $1 != -* && -z $(value tgt phi=PHI) ]]; then
+            said="taking the φ of ./run.sh src, $phi (PHI=… names another)" more=("phi=$phi")
+            if [ ! -e "$phi" ]; then
+                more=(phi=tiny_imagenet_resnet20)
+                said="$phi is not there (./run.sh src makes it): taking the shipped φ, ${more[0]#phi=}"
+            fi
+            echo "$said" >&2
         fi
-        options+=("phi=$phi")
     fi
-    [ -z "$INIT" ] || options+=("init=$INIT")
-    exec "$py" -m metaperturb.meta_test --config "$here/configs/tgt.yaml" --set "${options[@]}" "$@"
+    pass_on "data_root=$data" "run_dir=$RUNS/$run" "${more[@]}"
+    exec "$py" -m metaperturb.meta_test --config "$here/configs/$command.yaml" --set "${options[@]}" "$@"
     ;;
-pretrain)
-    [[ ${1:--} != -* ]] || die "usage: ./run.sh pretrain <gpu number or cpu> [key=value …] (tgt cpu --help: the keys)"
-    gpu=$1 && shift
-    setup "$here/requirements.txt"
-    options=("gpu=$gpu" "data_root=$DATA" "seed=$SEED" "model=$TGT_MODEL" "run_dir=$PRE_RUN")
-    case $SRC_DATA in
-    embedded) options+=("target=embedded_source" "eval_split=holdout") ;; # it has no test images
-    *) options+=("target=$SRC_DATA") ;;
-    esac
-    [ -z "$SRC_PATHS" ] || options+=("target_path=$SRC_PATHS")
-    exec "$py" -m metaperturb.meta_test --config "$here/configs/pretrain.yaml" --set "${options[@]}" "$@"
+demo) script demo.py --out "$RUNS/demo" "$@" ;;
+data) script prepare_data.py --data-root "$data" "$@" ;;
+panel) script panel.py "$@" ;;
+bench) script benchmark.py "$@" ;;
+ship) script make_tables.py ship "$@" ;;
+tune | select) script make_tables.py "$command" --runs "$RUNS" --data-root "$data" "$@" ;;
+table1 | table2 | table3 | schedule | networks | recipe | target_size | meta_training)
+    given=(--runs "$RUNS" --data-root "$data" ${PHI:+--use "phi=$PHI"})
+    script make_tables.py table "$here/configs/$command.yaml" "${given[@]}" "$@"
     ;;
-table1 | table2 | table3 | schedule | networks | recipe | target_size | meta_training | tune | select)
-    setup "$here/requirements.txt"
-    what=("$command")
-    [[ $command = tune || $command = select ]] || what=(table "$here/configs/$command.yaml")
-    options=(--runs "$RUNS" --data-root "$DATA")
-    [[ -z $PHI || ${what[0]} != table ]] || options+=(--use "phi=$PHI")
-    exec "$py" "$here/scripts/make_tables.py" "${what[@]}" "${options[@]}" "$@"
-    ;;
-fig5 | fig6 | fig7 | fig8 | compare | lengths | amount | effort | learning | phi | figures)
-    setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/figures.py" "$command" --runs "$RUNS" "$@"
+fig[5-8] | compare | lengths | amount | effort | learning | phi | figures)
+    script figures.py "$command" --runs "$RUNS" "$@"
     ;;
 docs)
-    setup "$here/requirements.txt"
+    setup
     "$py" -c "import material, mkdocs, mkdocstrings" 2>/dev/null ||
         die "docs needs MkDocs and its theme: $py -m pip install --editable '$here[docs]'"
     NO_MKDOCS_2_WARNING=1 "$py" -m mkdocs build --quiet --config-file "$here/mkdocs.yml" "$@"
     echo "$here/build/site/index.html"
     ;;
-ship)
-    setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/make_tables.py" ship "$@"
+test)
+    setup tests/requirements.txt
+    cd "$here"
+    PYTHONPATH=src exec "$py" -m pytest "$@"
     ;;
-data)
-    setup "$here/requirements.txt"
-    exec "$py" "$here/scripts/prepare_data.py" --data-root "$DATA" "$@"
-    ;;
-"" | help | -h | --help) usage ;;
+help | -h | --help) usage ;;
 *)
-    usage >&2
+    echo "./run.sh help lists the commands and settings" >&2
     die "unknown command '$command'"
     ;;
 esac

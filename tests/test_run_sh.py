@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, class_pictures
 from image_files import write_folder, write_zip
+
+from metaperturb.config import MetaTestConfig
+from metaperturb.identity import data_name
 
 
 def run_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -21,18 +23,31 @@ def run_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_usage():
-    for arguments in ((), ("help",)):
-        completed = run_sh(*arguments)
-        assert completed.returncode == 0 and "./run.sh demo" in completed.stdout
-        assert "\n  METHOD=metaperturb " in completed.stdout and "label_smoothing" in completed.stdout
-    completed = run_sh("dmeo")
-    assert completed.returncode == 1 and "error: unknown command 'dmeo'" in completed.stderr
-    for arguments in (("tgt",), ("tgt", "--help")):
-        completed = run_sh(*arguments)
-        assert completed.returncode == 1 and "error: usage: ./run.sh tgt <gpu" in completed.stderr
-    completed = run_sh("pretrain")
-    assert completed.returncode == 1 and "error: usage: ./run.sh pretrain <gpu" in completed.stderr
+def test_help():
+    """Of all commands, with settings as a table that has the YAML's defaults; of a program, with its keys."""
+    table = run_sh("help", TGT_STEPS="77").stdout
+    assert (
+        table == run_sh(TGT_STEPS="77").stdout and "./run.sh demo" in table and max(map(len, table.splitlines())) <= 120
+    )
+    rows = [line[2:].split() for line in table.split("\n\n")[-1].splitlines()]
+    assert rows[0][0] == "GPUS" and rows[-1][0] == "PYTHON"
+    assert {"SRC_STEPS": "750", "METHOD": "metaperturb", "TGT_STEPS": "77"}.items() <= {
+        row[0]: row[1] for row in rows
+    }.items()
+    for command in ("src --help", "tgt --help", "tgt cpu -h", "pretrain --help"):
+        completed = run_sh(*command.split())
+        assert completed.returncode == 0 and "settings (--set key=value):" in completed.stdout, completed.stderr
+
+
+def test_wrong_commands():
+    assert run_sh("dmeo").stderr.splitlines() == [
+        "./run.sh help lists the commands and settings",
+        "error: unknown command 'dmeo'",
+    ]
+    for command in ("tgt", "pretrain", "tgt steps=1"):
+        completed = run_sh(*command.split())
+        assert completed.returncode == 1
+        assert completed.stderr.startswith(f"error: usage: ./run.sh {command.split()[0]} <gpu")
 
 
 def test_no_suitable_python():
@@ -51,11 +66,12 @@ echo "$0 $*" >>"$LOG"
 
 @pytest.fixture
 def project(tmp_path):
-    """`run.sh` and its requirements in a folder of their own, with a Python that only writes down what it is told."""
+    """`run.sh`, requirements and settings in a folder of their own, with a Python that writes down what it is told."""
     folder = tmp_path / "project"
     (folder / "tests").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt", "tests/requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "configs", folder / "configs")
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -123,8 +139,88 @@ def test_the_installation_of_another_user(project, tmp_path):
 def test_several_seeds_are_a_run_each(project):
     _, told = project
     runs = [line for line in told("src", "steps=1", SEED="3 1") if "metaperturb.meta_train" in line]
-    assert [re.search(r" seed=(\d) ", line)[1] for line in runs] == ["3", "1"]
-    assert all(line.endswith(f"-seed{seed} steps=1") for line, seed in zip(runs, "31", strict=True))
+    for line, seed in zip(runs, "31", strict=True):
+        assert f" seed={seed} " in line and f"-seed{seed} " in line and line.endswith(" steps=1")
+
+
+@pytest.fixture
+def options(project):
+    """The settings that a command of `run.sh` gives its program."""
+    _, told = project
+
+    def of(*command: str, **environment: str) -> dict[str, str]:
+        line = told(*command, VENV="none", **environment)[-1]
+        return dict(word.split("=", 1) for word in line.partition(" --set ")[2].split())
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "command, environment, given",
+    [
+        (["src"], {}, "seed=0 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0"),
+        (["src"], {"SRC_STEPS": "5"}, "seed=0 steps=5 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0"),
+        (["tgt", "0"], {"METHOD": "base"}, "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0"),
+        (["tgt", "0", "method=base"], {}, "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0"),
+        (
+            ["tgt", "0", "TGT_DATA=cub", "METHOD=base"],
+            {"INIT": "net.pt", "PHI": "unused"},
+            "target=cub method=base gpu=0 init=net.pt run_dir=tgt-cub-resnet20-base-seed0-ft",
+        ),
+        (
+            ["tgt", "cpu", "steps=3"],
+            {"SEED": "1", "TGT_STEPS": "9"},
+            "phi=tiny_imagenet_resnet20 gpu=cpu seed=1 steps=3 run_dir=tgt-s_cifar100-resnet20-metaperturb-seed1",
+        ),
+        (["tgt", "cpu"], {"PHI": "own", "TGT_RUN": "here"}, "phi=own gpu=cpu run_dir=here"),
+        (["pretrain", "1"], {"TGT_MODEL": "conv4"}, "gpu=1 model=conv4 run_dir=pretrain-tiny_imagenet-conv4-seed0"),
+        (
+            ["pretrain", "1"],
+            {"SRC_DATA": "embedded"},  # it has no test images
+            "gpu=1 target=embedded_source eval_split=holdout run_dir=pretrain-embedded-resnet20-seed0",
+        ),
+    ],
+)
+def test_only_what_is_set_is_passed_on(options, project, command, environment, given):
+    expected = dict(word.split("=") for word in given.split())
+    got = options(*command, RUNS="runs", **environment)
+    assert got.pop("data_root") == f"{project[0]}/data"
+    assert got.pop("run_dir").removeprefix("runs/") == expected.pop("run_dir")
+    assert got == expected
+
+
+def test_edited_settings_take_effect(options, project):
+    """Nothing overrules them, and the names of folders follow them."""
+    src, tgt = (project[0] / "configs" / name for name in ("src.yaml", "tgt.yaml"))
+    src.write_text(src.read_text().replace("split: disjoint", "split: paired  # as the authors").replace("750", "123"))
+    assert options("src", RUNS="r")["run_dir"] == "r/src-tiny_imagenet-resnet20-paired-seed0"
+    tgt.write_text(
+        tgt.read_text().replace("method: metaperturb", "method: 'base'") + "data_root: /data\nrun_dir: own\n"
+    )
+    assert options("tgt", "0") == {"gpu": "0"}
+    tgt.write_text("target: cub\nmodel: conv4\nmethod: metaperturb\nphi: mine.pt\nseed: 3\n")
+    given = options("tgt", "0", RUNS="r")
+    assert given["run_dir"] == "r/tgt-cub-conv4-metaperturb-seed3" and "phi" not in given
+
+
+def test_the_phi_of_src_is_taken_where_it_is(options, tmp_path):
+    phi = tmp_path / "src-tiny_imagenet-conv4-disjoint-seed2" / "phi.pt"
+    phi.parent.mkdir()
+    phi.touch()
+    settings = {"RUNS": str(tmp_path), "SRC_MODEL": "conv4"}
+    assert options("tgt", "0", "seed=2", **settings)["phi"] == str(phi)
+    assert options("tgt", "0", **settings)["phi"] == "tiny_imagenet_resnet20"
+    assert options("tgt", "0", SEED="2", SRC_RUN=str(phi.parent))["phi"] == str(phi)
+
+
+@pytest.mark.parametrize("path", [".", "Birds.v1i.folder", "a/Birds.v2i.zip", "{}/x.tar.gz,b.tgz", "link", "../up"])
+def test_folders_of_runs_have_the_names_of_the_images(options, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("elsewhere.v3.tar")
+    path = path.format(tmp_path)
+    name = data_name(MetaTestConfig(target="folder", target_path=path))
+    given = options("tgt", "0", TGT_DATA="folder", TGT_PATH=path, METHOD="base", RUNS="r")
+    assert given["run_dir"] == f"r/tgt-folder-{name}-resnet20-base-seed0"
 
 
 @pytest.mark.slow
@@ -173,36 +269,22 @@ def tiny_imagenet(tmp_path) -> list[Path]:
 
 
 def test_src_then_tgt(tmp_path, tiny_imagenet):
-    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data")}
-    source = {
-        "SRC_PATHS": ",".join(map(str, tiny_imagenet)),
-        "SRC_TASKS": "5",
-        "SRC_STEPS": "2",
-        "SRC_MODEL": "resnet8",
-    }
-    completed = run_sh("src", "batch_size=4", GPUS="cpu,cpu", **environment, **source)
+    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "SRC_MODEL": "resnet8"}
+    source = {"SRC_PATHS": ",".join(map(str, tiny_imagenet)), "SRC_TASKS": "5", "SRC_STEPS": "2", "GPUS": "cpu,cpu"}
+    completed = run_sh("src", "batch_size=4", **environment, **source)
     assert completed.returncode == 0, completed.stderr
-    phi = tmp_path / "runs" / "src-tiny_imagenet-resnet8-disjoint-seed0" / "phi.pt"
-    assert phi.exists()
 
     folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
-    target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_MODEL": "conv4", "TGT_STEPS": "2", **environment}
-    for seed, taken in (("0", str(phi)), ("1", "tiny_imagenet_resnet20")):  # of the second seed there is no φ
-        completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", SRC_MODEL="resnet8", SEED=seed, **target)
-        assert completed.returncode == 0, completed.stderr
-        assert ("taking the shipped φ, tiny_imagenet_resnet20" in completed.stderr) == (seed == "1")
-        assert ("taking the φ of ./run.sh src" in completed.stderr) == (seed != "1")
-        result = json.loads(
-            (tmp_path / "runs" / f"tgt-folder-images-conv4-metaperturb-seed{seed}" / "result.json").read_text()
-        )
-        assert result["config"]["phi"] == taken
-    completed = run_sh("tgt", "cpu", "batch_size=4", METHOD="base", **target)
-    assert completed.returncode == 0, completed.stderr
-    for method in ("metaperturb", "base"):
-        result = json.loads((tmp_path / "runs" / f"tgt-folder-images-conv4-{method}-seed0" / "result.json").read_text())
-        assert result["config"]["method"] == method and result["target"]["test"] == 6
+    target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_MODEL": "conv4", "TGT_STEPS": "2"}
+    completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", **environment, **target)
+    assert completed.returncode == 0 and "taking the φ of ./run.sh src" in completed.stderr, completed.stderr
+    runs = tmp_path / "runs"
+    result = json.loads((runs / "tgt-folder-images-conv4-metaperturb-seed0" / "result.json").read_text())
+    assert result["config"]["phi"] == str(runs / "src-tiny_imagenet-resnet8-disjoint-seed0" / "phi.pt")
+    assert result["target"]["test"] == 6
 
 
+@pytest.mark.slow
 def test_pretrain_then_finetune(tmp_path, tiny_imagenet):
     environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "TGT_MODEL": "resnet8"}
     paths = ",".join(map(str, tiny_imagenet))
@@ -226,6 +308,7 @@ def test_pretrain_then_finetune(tmp_path, tiny_imagenet):
     assert finetuned["init"]["run"]["target"] == "tiny_imagenet"
 
 
+@pytest.mark.slow
 def test_pretrain_on_drawn_images(tmp_path):
     settings = ["steps=1", "batch_size=4", "image_size=8", "holdout=0.01"]
     environment = {"SRC_DATA": "embedded", "TGT_MODEL": "resnet8", "RUNS": str(tmp_path), "DATA": str(tmp_path)}
@@ -235,12 +318,20 @@ def test_pretrain_on_drawn_images(tmp_path):
     assert (result["target"]["train"], result["target"]["test"]) == (4760, 40)
 
 
-def test_wrong_settings_are_named(tmp_path):
-    completed = run_sh("tgt", "99", METHOD="base", RUNS=str(tmp_path), TGT_DATA="embedded")
-    assert completed.returncode == 1 and "error: gpu: no GPU 99" in completed.stderr
-    completed = run_sh("src", SRC_STEPS="many", RUNS=str(tmp_path))
-    assert completed.returncode == 1 and "steps: expected a whole number, got 'many'" in completed.stderr
-    completed = run_sh("src", "steps", RUNS=str(tmp_path))
-    assert completed.returncode == 1 and "expected key=value" in completed.stderr
-    completed = run_sh("data", "cub51", DATA=str(tmp_path))
-    assert completed.returncode == 1 and "unknown data set 'cub51'" in completed.stderr
+@pytest.mark.parametrize(
+    "command, environment, message",
+    [
+        ("tgt 99", {"METHOD": "base"}, "gpu: no GPU 99 ("),
+        ("src", {"SRC_STEPS": "many"}, "SRC_STEPS: expected a whole number, got 'many'"),
+        ("src steps=many", {}, "steps: expected a whole number, got 'many'"),
+        ("tgt cpu stps=3", {}, "stps=3: unknown setting 'stps' (did you mean steps?)"),
+        ("src cub", {}, "cub: expected key=value"),
+        ("tgt cpu", {"TGT_DATA": "folder", "TGT_PATH": "/nowhere"}, "TGT_PATH: /nowhere: no such file or folder"),
+        ("tgt cpu target_path=/nowhere", {"TGT_DATA": "folder"}, "target_path: /nowhere: no such file or folder"),
+        ("tgt cpu", {"TGT_RUN": __file__}, f"TGT_RUN: {__file__} cannot be written ("),
+    ],
+)
+def test_errors_name_what_was_typed(tmp_path, command, environment, message):
+    completed = run_sh(*command.split(), **{"RUNS": str(tmp_path), "PHI": "tiny_imagenet_resnet20", **environment})
+    assert completed.returncode == 1 and completed.stderr.startswith(f"error: {message}"), completed.stderr
+    assert completed.stderr.count("\n") == 1

@@ -77,11 +77,12 @@ def in_users_words(message: str) -> str:
 
     Names with a `_`, which are no words of English, are replaced wherever they stand; others before a `:` or `=`.
     """
-    for pair in os.environ.get(NAMES, "").split():
+    if NAMES not in os.environ:
+        return message
+    for pair in os.environ[NAMES].split():
         name, _, theirs = pair.partition("=")
-        what = rf"(?:--set )?(?<![\w/.-]){name}" + (r"(?![\w/.-])" if "_" in name else r"(?=[:=])")
-        message = re.sub(what, theirs, message)
-    return re.sub(r"^([A-Z_]+)=.*?: \1:", r"\1:", message)
+        message = re.sub(rf"(?<![\w/.-]){name}" + (r"(?![\w/.-])" if "_" in name else r"(?=[:=])"), theirs, message)
+    return re.sub(r"^(\w+)=.*?: \1:", r"\1:", message.replace("--set ", ""))
 
 
 class Stop:
