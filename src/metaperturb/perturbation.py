@@ -14,7 +14,9 @@ import warnings
 import weakref
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaperturb.errors import UserError
@@ -79,6 +81,7 @@ class Usage(NamedTuple):
     clip: float | None = CLIP
     paper: bool = True
     clip_eval: bool = False
+    deterministic: bool = False
 
 
 class UsesPhi(nn.Module):
@@ -103,6 +106,7 @@ class Attachment(UsesPhi):
         clip: k, the bound of what sites return, or None.
         paper: whether values are bounded as in the paper, from above and in training only.
         clip_eval: whether the paper's bound holds in evaluation, too (`paper` off: it does).
+        deterministic: whether the sites multiply by E[z | h] in place of a draw of z; `make_deterministic` sets it.
         noise: whether the sites multiply by z; a choice of `attach`, not to be set here.
         gate: whether the sites multiply by s; likewise.
         specs: where the sites are, in the order in which the network runs them.
@@ -226,7 +230,7 @@ def _shared(name: str, settable: bool = True) -> property:
 
     def set_(self: "Attachment | PerturbSite", value: Any) -> None:
         attachment = self if isinstance(self, Attachment) else self.attachment
-        if name in ("paper", "clip_eval") and not isinstance(value, bool):
+        if name in ("paper", "clip_eval", "deterministic") and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
         attachment._write(attachment.current()._replace(**{name: value}))
 
@@ -312,7 +316,8 @@ class PerturbSite(UsesPhi):
         if self.training and not usage.paper and usage.clip and not self._looked:
             self._look(h, usage.clip)
         flat, settings = self.phi.flat, self._settings(h)
-        backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
+        expects = usage.deterministic and usage.noise and noise is None and usage.strength > 0.0
+        backend = None if expects else fused_backend(h, flat, noise, self.running_mean, self.running_var)
         if backend is not None:
             out = fused.perturb(backend, h, flat, noise, self.running_mean, self.running_var, settings)
             return _bounded(out, usage)
@@ -322,7 +327,9 @@ class PerturbSite(UsesPhi):
             self._track(mean, var)
         if settings.strength == 0.0:
             return h
-        if settings.noise and noise is None:
+        if expects:
+            noise = _mean_noise(plain.noise_mean(h, phi))
+        elif settings.noise and noise is None:
             noise = torch.randn_like(h)
         return _bounded(plain.perturb(h, phi, mean, var, noise, settings), usage)
 
@@ -388,6 +395,14 @@ class PerturbSite(UsesPhi):
 def _bounded(out: Tensor, usage: Usage) -> Tensor:
     """Also from below: z grows with h, and what is large would be squared from site to site."""
     return out if usage.paper or usage.clip is None or usage.strength == 0.0 else out.clamp(min=-usage.clip)
+
+
+def _mean_noise(mu: Tensor) -> Tensor:
+    """The ε at which softplus(μ + ε) is E[softplus(μ + ε)], by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    weights = weights / weights.sum()
+    z = sum(w * F.softplus(mu + x) for x, w in zip(nodes.tolist(), weights.tolist(), strict=True))
+    return z + torch.log(-torch.expm1(-z)) - mu
 
 
 def _is_batched(h: Tensor) -> bool:
