@@ -7,10 +7,15 @@ from torch import Tensor
 
 from metaperturb.kernels.plain import Settings
 
-NO_NOISE, DRAWN, GIVEN = range(3)  # as in site.cpp
+NO_NOISE, DRAWN, GIVEN, EXPECTED = range(4)  # as in site.cpp
 
 # Strength 0 leaves only the statistics of a training step to do.
 TRACKING = Settings(training=True, noise=False, gate=False, strength=0.0, clip=None, channel_ratio=0, size_ratio=0)
+
+
+def relative_settings(strength: float) -> Settings:
+    """Of a factor of mean one: neither a scale nor statistics."""
+    return Settings(training=False, noise=True, gate=False, strength=strength, clip=None, channel_ratio=0, size_ratio=0)
 
 
 class Unavailable(Exception):
@@ -23,7 +28,9 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def noise_source(settings: Settings, noise: Tensor | None) -> int:
-    return NO_NOISE if not settings.noise else DRAWN if noise is None else GIVEN
+    if not settings.noise:
+        return NO_NOISE
+    return EXPECTED if settings.expected else DRAWN if noise is None else GIVEN
 
 
 def upper_bound(settings: Settings) -> float:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, upper_bound
+from metaperturb.kernels import plain
+from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, relative_settings, upper_bound
 from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, Settings
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
@@ -33,7 +34,10 @@ class _Site(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")]
-        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "h_gradient", "phi_gradient")]
+        + [
+            (name, ctypes.c_int32)
+            for name in ("threads", "training", "noise", "gate", "relative", "h_gradient", "phi_gradient")
+        ]
         + [(name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")]
         + [("seed", ctypes.c_uint64)]
         + [
@@ -59,6 +63,13 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
         ctypes.c_void_p(noise.data_ptr()),
     )
     return noise
+
+
+def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float) -> Tensor:
+    """`plain.relative_noise`, a factor `[B, C, H, W]`."""
+    out, settings = torch.empty(h.shape, dtype=h.dtype), relative_settings(strength)
+    _run("forward", h, phi, noise, seed, settings, relative=True, out=out)
+    return out
 
 
 def track(h: Tensor, phi: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
@@ -126,6 +137,7 @@ def _run(
     noise: Tensor | None,
     seed: Tensor | None,
     settings: Settings,
+    relative: bool = False,
     h_gradient: bool = False,
     phi_gradient: bool = False,
     **tensors: Tensor,
@@ -140,6 +152,7 @@ def _run(
         training=settings.training,
         noise=noise_source(settings, noise),
         gate=settings.gate,
+        relative=relative,
         h_gradient=h_gradient,
         phi_gradient=phi_gradient,
         strength=settings.strength,
@@ -176,6 +189,10 @@ def crop_flip_normalize(
 
 # No -ffast-math: a NaN has to stay one, and sums keep their order.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+CONSTANTS = tuple(
+    f"-D{name}={{{', '.join(map(repr, getattr(plain, name)))}}}"
+    for name in ("EXPECTATION_P", "EXPECTATION_Q", "MU_RANGE")
+)
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 # Tried in turn: Apple's compiler lacks OpenMP.
 VARIANTS = (("-march=native", *WIDE, "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd",), ())
@@ -190,7 +207,7 @@ def library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
-    for text in (*compiler, _compiler_version(compiler), _processor(), repr((FLAGS, VARIANTS))):
+    for text in (*compiler, _compiler_version(compiler), _processor(), repr((FLAGS, CONSTANTS, VARIANTS))):
         key.update(text.encode() + b"\0")
     path = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     try:
@@ -218,7 +235,7 @@ def _build(compiler: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         built = Path(folder) / "kernels.so"
         for variant in VARIANTS:
-            command = [*compiler, *FLAGS, *variant, *map(str, SOURCES), "-o", str(built)]
+            command = [*compiler, *FLAGS, *CONSTANTS, *variant, *map(str, SOURCES), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if result.returncode == 0:
                 os.replace(built, path)

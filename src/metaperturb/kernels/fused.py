@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.kernels import plain
-from metaperturb.kernels.backend import draw_seed
+from metaperturb.kernels.backend import DRAWN, draw_seed, noise_source
 from metaperturb.kernels.plain import Phi, Settings
 
 
@@ -32,8 +32,17 @@ def perturb(
             x = h.to(running_mean.dtype) if h.dtype in backend.UNSUPPORTED else h
             backend.track(x.detach(), phi, running_mean, running_var)
         return h
-    seed = draw_seed(h.device) if settings.noise and noise is None else None
+    seed = draw_seed(h.device) if noise_source(settings, noise) == DRAWN else None
     return apply(backend, h, phi, noise, seed, running_mean, running_var, settings)
+
+
+def relative_noise(backend: ModuleType, h: Tensor, phi: Tensor, noise: Tensor | None, strength: float) -> Tensor:
+    """`plain.relative_noise`, a factor `[B, C, H, W]` in the precision of `h`; ε is drawn where it is not given."""
+    seed = draw_seed(h.device) if noise is None else None
+    x, phi = h.detach(), phi.detach()
+    if h.dtype in backend.UNSUPPORTED:  # half precision
+        x, noise = x.to(phi.dtype), None if noise is None else noise.to(phi.dtype)
+    return backend.relative_noise(x, phi, noise, seed, strength).to(h.dtype)
 
 
 def apply(

@@ -28,7 +28,7 @@ constexpr float TWO_PI_4 = 1.57079632679489662f;
 
 inline int64_t whole_vectors(int64_t values) { return (values + LANES - 1) / LANES * LANES; }
 
-enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2 };
+enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2, EXPECTED = 3 };
 
 }  // namespace
 
@@ -36,7 +36,7 @@ enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2 };
 template <typename T>
 struct Site {
     int64_t batch, channels, height, width;
-    int32_t threads, training, noise, gate, h_gradient, phi_gradient;
+    int32_t threads, training, noise, gate, relative, h_gradient, phi_gradient;
     double strength, clip, channel_ratio, size_ratio, momentum;
     uint64_t seed;
     const T *h;            // [B, C, H, W]
@@ -47,7 +47,7 @@ struct Site {
     T *features;           // [B, C, 4], written by forward in training, read by backward
     T *statistics;         // [2, C, 4]: the mean and variance that made the scale, likewise
     T *scale;              // [C], likewise
-    T *out;                // [B, C, H, W]
+    T *out;                // [B, C, H, W]; if `relative`, the factor of mean one that plain.py describes
     const T *grad_out;     // [B, C, H, W]
     T *grad_h;             // [B, C, H, W]; without h_gradient only its direct part, which costs nothing
     double *grad_phi;      // [82]
@@ -119,6 +119,36 @@ inline float log_unit(float x) {
     p = p * w2 + 1.0f / 5;
     p = p * w2 + 1.0f / 3;
     return float(n) * 0.693147180559945309f + (2.0f * w + 2.0f * w * w2 * p);
+}
+
+// z and its derivative by μ.
+template <typename T>
+struct Factor {
+    T z, slope;
+};
+
+template <typename T>
+inline Factor<T> softplus(T a) {
+    const T e = exp_negative(a < T(0) ? a : -a);
+    return {relu(a) + log1p_unit(e), (a < T(0) ? e : T(1)) / (T(1) + e)};
+}
+
+// E[softplus(mu + ε)] by the formula of plain.py.
+template <typename T>
+inline Factor<T> expected_softplus(T mu) {
+    const T e = exp_negative(mu < T(0) ? mu : -mu), share = T(1) / (T(1) + e), u = T(4) * e * share * share;
+    constexpr double P[] = EXPECTATION_P, Q[] = EXPECTATION_Q;
+    T p = T(P[4]), q = T(Q[4]), dp = T(0), dq = T(0);  // polynomials and their derivatives
+#pragma GCC unroll 4
+    for (int i = 3; i >= 0; --i) {
+        dp = dp * u + p;
+        dq = dq * u + q;
+        p = p * u + T(P[i]);
+        q = q * u + T(Q[i]);
+    }
+    const T ratio = p / q, du = (mu < T(0) ? u : -u) * (T(1) - e) * share;
+    return {relu(mu) + log1p_unit(e) + T(0.25) * u * ratio,
+            (mu < T(0) ? e : T(1)) * share + T(0.25) * du * (ratio + u * (dp - ratio * dq) / q)};
 }
 
 // --- noise: a pure function of (seed, plane, position in the plane), the same in every backend
@@ -438,6 +468,7 @@ struct Workspace {
 
     // ε of a sheet's channels: drawn, or the caller's. `first` counts the planes of all images.
     const T *noise_of(const Site<T> &site, int64_t first, int64_t planes) {
+        if (site.noise == EXPECTED) return mu();  // not read
         if (site.noise == GIVEN) return site.given_noise + first * p.pixels();
         return draw(site.seed, uint32_t(first), planes);
     }
@@ -650,6 +681,53 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
 
 // --- the whole site
 
+template <bool expected, typename T>
+inline Factor<T> factor_of(T mu, T noise) {
+    return expected ? expected_softplus(mu) : softplus(mu + noise);
+}
+
+template <bool expected, typename T>
+void perturb(const Site<T> &site, int64_t values, const T *__restrict h, const T *__restrict mu, const T *__restrict noise,
+             const T *__restrict s, T *__restrict out) {
+    const T strength = T(site.strength), clip = T(site.clip);
+#pragma omp simd
+    for (int64_t i = 0; i < values; ++i) {
+        const T z = factor_of<expected>(mu[i], noise[i]).z;
+        const T x = h[i] * ((z * s[i] - T(1)) * strength + T(1));
+        out[i] = x > clip ? clip : x;
+    }
+}
+
+template <typename T>
+void relative_noise(const Site<T> &site, int64_t values, const T *__restrict mu, const T *__restrict noise, T *__restrict out) {
+    constexpr double RANGE[] = MU_RANGE;
+    const T strength = T(site.strength), lowest = T(RANGE[0]), highest = T(RANGE[1]);
+#pragma omp simd
+    for (int64_t i = 0; i < values; ++i) {
+        const T bounded = mu[i] < lowest ? lowest : mu[i] > highest ? highest : mu[i];
+        out[i] = (softplus(bounded + noise[i]).z / expected_softplus(bounded).z - T(1)) * strength + T(1);
+    }
+}
+
+// From the gradient of the perturbed map to those of its factors; `mu` becomes the gradient of μ.
+template <bool expected, typename T>
+void perturb_backward(const Site<T> &site, int64_t values, const T *__restrict h, const T *__restrict noise,
+                      const T *__restrict s, const T *__restrict grad_out, T *__restrict mu, T *__restrict grad_h,
+                      T *__restrict grad_s) {
+    const T strength = T(site.strength), clip = T(site.clip);
+#pragma omp simd
+    for (int64_t i = 0; i < values; ++i) {
+        const Factor<T> of_mu = factor_of<expected>(mu[i], noise[i]);
+        const T factor = (of_mu.z * s[i] - T(1)) * strength + T(1);
+        const T incoming = grad_out[i];  // loaded in any case: a load under a condition is no vector code
+        const T d = h[i] * factor > clip ? T(0) : incoming;
+        const T grad_g = d * h[i] * strength;
+        grad_h[i] = d * factor;
+        grad_s[i] = grad_g * of_mu.z;
+        mu[i] = grad_g * s[i] * of_mu.slope;
+    }
+}
+
 template <typename T>
 void forward(const Site<T> &site) {
     if (site.training) {
@@ -657,7 +735,7 @@ void forward(const Site<T> &site) {
         batch_statistics(site);
     }
     if (!site.out) return;  // strength 0: only the statistics
-    compute_scale(site);
+    if (!site.relative) compute_scale(site);
     const T strength = T(site.strength), clip = T(site.clip);
     const int64_t pixels = site.height * site.width;
 #pragma omp parallel num_threads(site.threads)
@@ -676,18 +754,16 @@ void forward(const Site<T> &site) {
             }
             for (int64_t g = 0; w && g < w->p.groups; ++g) {
                 const int64_t channel = image + g * w->p.planes, planes = w->p.planes_of(g);
-                const T *__restrict h = site.h + channel * pixels;
-                T *__restrict out = site.out + channel * pixels;
+                const T *h = site.h + channel * pixels;
+                T *out = site.out + channel * pixels;
                 w->second_layer(site, g);
-                const T *__restrict mu = w->mu(), *__restrict noise = w->noise_of(site, channel, planes),
-                                    *__restrict s = w->scale_of(site, g);
-#pragma omp simd
-                for (int64_t i = 0; i < planes * pixels; ++i) {
-                    const T a = mu[i] + noise[i];
-                    const T z = relu(a) + log1p_unit(exp_negative(a < T(0) ? a : -a));
-                    const T x = h[i] * ((z * s[i] - T(1)) * strength + T(1));
-                    out[i] = x > clip ? clip : x;
-                }
+                const T *mu = w->mu(), *noise = w->noise_of(site, channel, planes), *s = site.relative ? nullptr : w->scale_of(site, g);
+                if (site.relative)
+                    relative_noise(site, planes * pixels, mu, noise, out);
+                else if (site.noise == EXPECTED)
+                    perturb<true>(site, planes * pixels, h, mu, noise, s, out);
+                else
+                    perturb<false>(site, planes * pixels, h, mu, noise, s, out);
             }
         }
     }
@@ -772,26 +848,14 @@ void backward(const Site<T> &site) {
             }
             for (int64_t g = 0; w && g < w->p.groups; ++g) {
                 const int64_t channel = image + g * w->p.planes, planes = w->p.planes_of(g);
-                const T *__restrict h = site.h + channel * pixels;
-                const T *__restrict grad_out = site.grad_out + channel * pixels;
-                T *__restrict grad_h = site.grad_h + channel * pixels, *__restrict grad_s = (*grad_scale)();
+                const T *h = site.h + channel * pixels, *grad_out = site.grad_out + channel * pixels;
+                T *grad_h = site.grad_h + channel * pixels, *grad_s = (*grad_scale)();
                 w->second_layer(site, g);
-                T *__restrict mu = w->mu();
-                const T *__restrict noise = w->noise_of(site, channel, planes), *__restrict s = w->scale_of(site, g);
-#pragma omp simd
-                for (int64_t i = 0; i < planes * pixels; ++i) {
-                    const T a = mu[i] + noise[i];
-                    const T e = exp_negative(a < T(0) ? a : -a);
-                    const T z = relu(a) + log1p_unit(e);
-                    const T sigmoid = (a < T(0) ? e : T(1)) / (T(1) + e);
-                    const T factor = (z * s[i] - T(1)) * strength + T(1);
-                    const T incoming = grad_out[i];  // loaded in any case: a load under a condition is no vector code
-                    const T d = h[i] * factor > clip ? T(0) : incoming;
-                    const T grad_g = d * h[i] * strength;
-                    grad_h[i] = d * factor;
-                    grad_s[i] = grad_g * z;
-                    mu[i] = grad_g * s[i] * sigmoid;  // from here on the gradient of μ
-                }
+                const T *noise = w->noise_of(site, channel, planes), *s = w->scale_of(site, g);
+                if (site.noise == EXPECTED)
+                    perturb_backward<true>(site, planes * pixels, h, noise, s, grad_out, w->mu(), grad_h, grad_s);
+                else
+                    perturb_backward<false>(site, planes * pixels, h, noise, s, grad_out, w->mu(), grad_h, grad_s);
                 for (int64_t c = 0; c < planes; ++c) {
                     T sum = 0;
 #pragma omp simd reduction(+ : sum)

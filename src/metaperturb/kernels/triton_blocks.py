@@ -145,6 +145,22 @@ def softplus(a):
     return relu(a) + log1p, tl.where(a < 0, e, 1.0) / (1.0 + e)
 
 
+@jit
+def expected_softplus(mu):
+    """E[softplus(μ + ε)], ε ~ N(0, 1), and its derivative by μ: the formula of plain.py."""
+    value, slope = softplus(mu)
+    e = tl.exp(-tl.abs(mu))
+    share = 1.0 / (1.0 + e)
+    u = 4.0 * e * share * share
+    p = 0.64872119 + u * (12.87690728 + u * (51.34353126 + u * (40.60030954 + u * 2.30104965)))
+    q = 1.0 + u * (20.58064118 + u * (92.27215444 + u * (102.97856728 + u * 21.78472695)))
+    dp = 12.87690728 + u * (102.68706252 + u * (121.80092862 + u * 9.2041986))
+    dq = 20.58064118 + u * (184.54430888 + u * (308.93570184 + u * 87.1389078))
+    ratio = p / q
+    du = tl.where(mu < 0, u, -u) * (1.0 - e) * share
+    return value + 0.25 * u * ratio, slope + 0.25 * du * (ratio + u * (dp - ratio * dq) / q)
+
+
 # --- noise: a pure function of (seed, plane, position in the plane), the same in every backend
 
 

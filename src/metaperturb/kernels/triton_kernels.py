@@ -22,6 +22,7 @@ from metaperturb.kernels.triton_blocks import (
     convolve,
     convolve_transposed,
     correlate,
+    expected_softplus,
     jit,
     kernel3x3,
     neighbours,
@@ -310,10 +311,11 @@ def perturb(
     LAST: tl.constexpr,
     NOISE: tl.constexpr,
     GATE: tl.constexpr,
+    RELATIVE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above."""
+    """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above; `RELATIVE`: the factor of mean one that `plain` describes."""
     DTYPE: tl.constexpr = phi.dtype.element_ty
     STEP: tl.constexpr = C if LAST else 1
     QUARTER: tl.constexpr = (H * W + 3) // 4
@@ -340,12 +342,20 @@ def perturb(
         x = tl.load(h + base + offset, mask=inside, other=0).to(DTYPE)
         if NOISE:
             a = _noise_mean(hidden + base + offset, hidden_mean + pixel, w, w_all, pixel, inside, H, W, STEP, DTYPE)
+            if RELATIVE:
+                a = tl.where(a < -20.0, -20.0, tl.where(a > 1e4, 1e4, a))
+            expected, _ = expected_softplus(a)
             if NOISE == 1:
                 a += drawn[i].to(DTYPE)
-            else:
+            elif NOISE == 2:
                 a += tl.load(noise + base + offset, mask=inside, other=0).to(DTYPE)
             z, _ = softplus(a)
-            x *= (z * s - 1.0) * strength + 1.0
+            if RELATIVE:
+                x = (z / expected - 1.0) * strength + 1.0
+            else:
+                if NOISE == 3:
+                    z = expected
+                x *= (z * s - 1.0) * strength + 1.0
         else:
             x *= (s - 1.0) * strength + 1.0
         x = tl.where(x > clip, clip, x)
@@ -437,9 +447,12 @@ def perturb_backward(
                 a = _noise_mean(p, hidden_mean + pixel, w, w_all, pixel, inside, H, W, STEP, DTYPE)
                 if NOISE == 1:
                     a += drawn[i].to(DTYPE)
-                else:
+                elif NOISE == 2:
                     a += tl.load(noise + base + offset, mask=inside, other=0).to(DTYPE)
-                z, slope = softplus(a)
+                if NOISE == 3:
+                    z, slope = expected_softplus(a)
+                else:
+                    z, slope = softplus(a)
                 factor = (z * s - 1.0) * strength + 1.0
             else:
                 factor = (s - 1.0) * strength + 1.0

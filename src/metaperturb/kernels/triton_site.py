@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.kernels import triton_kernels
-from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, upper_bound
+from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, relative_settings, upper_bound
 from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Settings
 from metaperturb.kernels.triton_blocks import triton
 
@@ -119,6 +119,15 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     return noise
 
 
+def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float) -> Tensor:
+    """`plain.relative_noise`, a factor `[B, C, H, W]` in the memory format of `h`."""
+    _check(h.device)
+    with torch.cuda.device_of(h):
+        settings, unused = relative_settings(strength), phi.new_empty(h.shape[1], NUM_SCALE_FEATURES)
+        hidden, scratch = _prepare(_Map(h), phi, unused, unused, settings)
+        return _perturb(_Map(h), hidden, scratch, phi, noise, seed, settings, relative=True)
+
+
 def track(h: Tensor, phi: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
     """Only the statistics of a training step, which is what strength 0 leaves to do."""
     _check(h.device)
@@ -146,21 +155,35 @@ def forward(
     with torch.cuda.device_of(h):
         x = _Map(h)
         hidden, scratch = _prepare(x, phi, running_mean, running_var, settings)
-        _, _, scale, _, hidden_mean = scratch
-        out = torch.empty_like(x.tensor)
-        tile, pieces = x.quarter_tile()
-        _launch(
-            triton_kernels.perturb,
-            x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]),
-            *(x.tensor, hidden, hidden_mean, phi, scale),
-            *(None if noise is None else x.laid_out(noise), seed, out),
-            *(settings.strength, upper_bound(settings)),
-            **x.sizes,
-            NOISE=noise_source(settings, noise),
-            GATE=settings.gate,
-            **tile,
-        )
-    return out, *scratch
+        return _perturb(x, hidden, scratch, phi, noise, seed, settings), *scratch
+
+
+def _perturb(
+    x: _Map,
+    hidden: Tensor | None,
+    scratch: tuple[Tensor | None, ...],
+    phi: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    settings: Settings,
+    relative: bool = False,
+) -> Tensor:
+    _, _, scale, _, hidden_mean = scratch
+    out = torch.empty_like(x.tensor)
+    tile, pieces = x.quarter_tile()
+    _launch(
+        triton_kernels.perturb,
+        x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]),
+        *(x.tensor, hidden, hidden_mean, phi, scale),
+        *(None if noise is None else x.laid_out(noise), seed, out),
+        *(settings.strength, upper_bound(settings)),
+        **x.sizes,
+        NOISE=noise_source(settings, noise),
+        GATE=settings.gate,
+        RELATIVE=relative,
+        **tile,
+    )
+    return out
 
 
 def _prepare(
