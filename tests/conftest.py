@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,26 @@ def error_line(completed: subprocess.CompletedProcess) -> str:
     lines = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, completed.stderr
     return lines[0]
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused(program, settings)`: the one `error:` line of a program that is called in this process and fails."""
+
+    def of(program, settings: list[str], code: int = 1) -> str:
+        capsys.readouterr()
+        assert program.main(["--set", *settings]) == code
+        captured = capsys.readouterr()
+        return error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+
+    return of
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

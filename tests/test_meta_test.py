@@ -6,15 +6,12 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, run, start
-from image_files import write_folder
+from conftest import run, start, wait_for
 
 import metaperturb.meta_test as program
 from metaperturb import kernels
@@ -49,10 +46,9 @@ def settings(target_settings, phi_file) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(settings, tmp_path_factory) -> Path:
+    """An uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("reference") / "tgt"
-    completed = run("meta_test", [*settings, f"run_dir={run_dir}"])
-    assert completed.returncode == 0, completed.stderr
-    assert "(50 test images, 3 samples)" in completed.stdout
+    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
     return run_dir
 
 
@@ -72,43 +68,55 @@ def test_run_folder_is_complete(reference):
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bits_after_sigkill_and_resume(reference, settings, tmp_path):
-    run_dir = tmp_path / "tgt"
+def check_equal(run_dir: Path, reference: Path) -> None:
+    """The same network to the bit, the same result, the same log."""
+    ours, theirs = model_state(run_dir), model_state(reference)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    metrics = [json.loads((folder / "result.json").read_text())["metrics"] for folder in (run_dir, reference)]
+    assert metrics[0] == metrics[1]
+    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (run_dir, reference)]
+    assert [without_seconds(line) for line in logs[0]] == [without_seconds(line) for line in logs[1]]
+
+
+@pytest.mark.parametrize(("at", "saved"), [(("theta_step", 2), 3), (("evaluate", 4), 4), (("evaluate", STEPS), STEPS)])
+def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(
+    reference, settings, tmp_path, monkeypatch, capsys, at, saved
+):
+    """In training, in an evaluation and in the last one, also where no checkpoint is due for long."""
+    seed_torch = program.seed_torch
+
+    def signalled(seed, task, *where):
+        if where == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seed_torch(seed, task, *where)
+
+    monkeypatch.setattr(program, "seed_torch", signalled)
+    arguments = ["--set", *settings, "checkpoint_every=100", f"run_dir={tmp_path / 'tgt'}"]
+    assert program.main(arguments) == 128 + signal.SIGTERM
+    assert f"stopped; saved after step {saved} of {STEPS}; the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(program, "seed_torch", seed_torch)
+    assert program.main(arguments) == 0 and f"resuming after step {saved}" in capsys.readouterr().err
+    check_equal(tmp_path / "tgt", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("samples", "step"), [(3, 2), (500, STEPS)])
+def test_bits_after_sigkill_and_resume(reference, settings, tmp_path, samples, step):
+    """Killed in training, and in the last evaluation, which begins anew."""
+    settings = [*settings, f"final_samples={samples}"]
+    run_dir, checkpoint = tmp_path / "tgt", tmp_path / "tgt" / "checkpoints" / "latest.pt"
     killed = start("meta_test", [*settings, f"run_dir={run_dir}"])
-    deadline = time.monotonic() + 90
-    while not (run_dir / "checkpoints" / "latest.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for(lambda: checkpoint.exists() and load_tensors(checkpoint)["step"] >= step)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
     resumed = run("meta_test", [*settings, f"run_dir={run_dir}"])
     assert resumed.returncode == 0 and "resuming after step" in resumed.stderr
-    ours, theirs = model_state(run_dir), model_state(reference)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    metrics = [json.loads((d / "result.json").read_text())["metrics"] for d in (run_dir, reference)]
-    assert metrics[0] == metrics[1]
-
-
-def test_killed_in_the_last_evaluation_nothing_is_trained_again(settings, tmp_path):
-    settings = [*settings, "final_samples=500"]
-    run_dir = tmp_path / "tgt"
-    killed = start("meta_test", [*settings, f"run_dir={run_dir}"])
-    deadline = time.monotonic() + 90
-    checkpoint = run_dir / "checkpoints" / "latest.pt"
-    while not (checkpoint.exists() and load_tensors(checkpoint)["step"] == STEPS) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
-    resumed = run("meta_test", [*settings, f"run_dir={run_dir}"])
-    assert resumed.returncode == 0 and f"resuming after step {STEPS}" in resumed.stderr
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines if "test_accuracy" in line] == [4, STEPS]
-    never = tmp_path / "never"
-    assert program.main(["--set", *settings, f"run_dir={never}"]) == 0
-    results = [json.loads((d / "result.json").read_text()) for d in (run_dir, never)]
-    assert results[0]["metrics"] == results[1]["metrics"]
+    if samples != 3:
+        reference = tmp_path / "never"
+        assert program.main(["--set", *settings, f"run_dir={reference}"]) == 0
+    check_equal(run_dir, reference)
 
 
 def test_phi_is_frozen_and_saved_with_the_network(reference, phi_file):
@@ -190,22 +198,19 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         (["model=vgg11", "image_size=8", "target_path=nowhere", "method=base"], "does not run on images [2, 3, 8, 8]"),
     ],
 )
-def test_bad_settings_are_one_line(settings, tmp_path, capsys, changes, expected):
-    code = program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}", *changes])
-    captured = capsys.readouterr()
-    assert code == 1
-    assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+def test_bad_settings_are_one_line(settings, tmp_path, refused, changes, expected):
+    assert expected in refused(program, [*settings, f"run_dir={tmp_path / 'tgt'}", *changes])
 
 
 def without_seconds(line: str) -> dict:
     return {key: value for key, value in json.loads(line).items() if key != "seconds"}
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path):
+def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path, refused):
     run_dir = tmp_path / "tgt"
-    completed = run("meta_test", [*settings, "lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"])
-    line = error_line(completed)
-    assert "step" in line and "not finite" in line and completed.returncode == Diverged.exit_code
+    changes = ["lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"]
+    line = refused(program, [*settings, *changes], code=Diverged.exit_code)
+    assert "step" in line and "not finite" in line
     assert load_tensors(run_dir / "checkpoints" / "latest.pt")["step"] == 1
     assert all(torch.isfinite(v).all() for v in model_state(run_dir).values())
 
@@ -245,24 +250,17 @@ def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp
     assert run.model.metaperturb.clip_eval and math.isfinite(metrics["nll"])
 
 
-def test_unreadable_image(image_folder, target_settings, tmp_path, capsys):
-    images = {
-        f"{s}/{c}/{i}.png": (image_folder / f"{s}/class00/{i}.png").read_bytes()
-        for s in ("train", "test")
-        for c in "ab"
-        for i in range(3)
-    }
-    broken = write_folder(tmp_path / "images", {**images, "train/a/9.png": b"no image"})
+def test_unreadable_image(image_folder, target_settings, tmp_path, refused):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    (images / "train/class00/9.png").write_bytes(b"no image")
     changes = [
-        f"target_path={broken}",
+        f"target_path={images}",
         f"data_root={tmp_path}",
-        f"run_dir={tmp_path / 'tgt'}",
         "method=base",
         "steps=1",
+        f"run_dir={tmp_path / 'tgt'}",
     ]
-    assert program.main(["--set", *target_settings, *changes]) == 1
-    captured = capsys.readouterr()
-    assert "9.png" in error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
+    assert "9.png" in refused(program, [*target_settings, *changes])
     assert program.main(["--set", *target_settings, *changes, "skip_unreadable=true"]) == 0
 
 
@@ -343,30 +341,24 @@ def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     assert said.count("gpu=auto: running on") == 1
 
 
-def test_truncated_checkpoint_is_one_line(settings, tmp_path, capsys):
+def test_truncated_checkpoint_is_one_line(settings, tmp_path, refused):
     run_dir = tmp_path / "tgt"
-    line = ["--set", *settings, "steps=1", f"run_dir={run_dir}"]
-    assert program.main(line) == 0
+    line = [*settings, "steps=1", f"run_dir={run_dir}"]
+    assert program.main(["--set", *line]) == 0
     (run_dir / "result.json").unlink()
     (run_dir / "checkpoints" / "latest.pt").write_bytes(b"PK\x03\x04 half a file")
-    capsys.readouterr()
-    assert program.main(line) == 1
-    captured = capsys.readouterr()
-    assert "latest.pt" in error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
+    assert "latest.pt" in refused(program, line)
 
 
 @pytest.mark.parametrize("rest", ["result.json", "checkpoints/latest.pt"])
-def test_what_lacks_its_settings_answers_for_no_others(settings, tmp_path, capsys, rest):
+def test_what_lacks_its_settings_answers_for_no_others(settings, tmp_path, refused, rest):
     run_dir = tmp_path / "tgt"
-    assert program.main(["--set", *settings, "steps=1", f"run_dir={run_dir}"]) == 0
+    line = [*settings, "steps=1", f"run_dir={run_dir}"]
+    assert program.main(["--set", *line]) == 0
     (run_dir / "config.yaml").unlink()
     if rest != "result.json":
         (run_dir / "result.json").unlink()
-    capsys.readouterr()
-    assert program.main(["--set", *settings, "steps=1", "lr=0.5", f"run_dir={run_dir}"]) == 1
-    captured = capsys.readouterr()
-    message = error_line(subprocess.CompletedProcess([], 1, captured.out, captured.err))
-    assert "holds a run without its config.yaml" in message
+    assert "holds a run without its config.yaml" in refused(program, [*line, "lr=0.5"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

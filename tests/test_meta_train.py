@@ -1,8 +1,9 @@
-"""Meta-training as processes: the same bits for any number of them and after any kill; ends together, in one line."""
+"""Meta-training: the same bits for any number of processes and after any kill; all end together, in one line."""
 
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, alive, children, error_line, run, start
+from conftest import alive, children, error_line, run, start, wait_for
 
 import metaperturb.meta_train as program
 from metaperturb import kernels
@@ -24,6 +25,7 @@ from metaperturb.data.batches import DeviceImages
 from metaperturb.distributed import Group, backend_for, choose_devices, launch, parse_devices
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb, PerturbSite
+from metaperturb.runs import Run
 from metaperturb.storage import load_tensors
 from metaperturb.weights import load_phi
 
@@ -36,11 +38,20 @@ def phi_bits(run_dir: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def reference(source_settings, tmp_path_factory) -> Path:
-    """An uninterrupted run in one process."""
+    """An uninterrupted run in one process, this one."""
     run_dir = tmp_path_factory.mktemp("reference") / "src"
-    completed = run("meta_train", [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}", "gpus=cpu"])
-    assert completed.returncode == 0, completed.stderr
+    assert program.main(["--set", *source_settings, f"steps={STEPS}", f"run_dir={run_dir}", "gpus=cpu"]) == 0
     return run_dir
+
+
+@pytest.fixture
+def here(source_settings, tmp_path) -> list[str]:
+    """Settings of the reference, for a run of its own."""
+    return [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+
+
+def logged(run_dir: Path) -> list[dict]:
+    return [{**json.loads(line), "seconds": 0} for line in (run_dir / "metrics.jsonl").open()]
 
 
 def test_run_folder_is_complete(reference):
@@ -68,16 +79,14 @@ def test_phi_has_moved_and_is_still_82_finite_numbers(reference):
     assert (bits - initial).abs().max() < STEPS * 1.1e-3  # Adam moves a parameter by at most about lr a step
 
 
-@pytest.mark.parametrize("processes", [2, 5])
-def test_bits_do_not_depend_on_the_number_of_processes(reference, source_settings, tmp_path, processes):
-    gpus = ",".join(["cpu"] * processes)
-    completed = run("meta_train", [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", f"gpus={gpus}"])
-    assert completed.returncode == 0, completed.stderr
+@pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_bits_do_not_depend_on_the_number_of_processes(reference, here, tmp_path, processes):
+    assert program.main(["--set", *here, "gpus=" + ",".join(["cpu"] * processes)]) == 0
     assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
-    ours, theirs = ([json.loads(x) for x in (d / "metrics.jsonl").open()] for d in (tmp_path / "src", reference))
-    assert [{**a, "seconds": 0} for a in ours] == [{**b, "seconds": 0} for b in theirs]
+    assert logged(tmp_path / "src") == logged(reference)
 
 
+@pytest.mark.slow
 def test_bits_under_torchrun(reference, source_settings, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "metaperturb.meta_train", "--set", *source_settings, f"steps={STEPS}", "gpus=cpu,cpu"]
@@ -86,13 +95,28 @@ def test_bits_under_torchrun(reference, source_settings, tmp_path):
     assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
 
 
-def wait_for(condition, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(reference, here, tmp_path, monkeypatch, capsys, number):
+    """Also where no checkpoint is due for long."""
+    joint_step = program.joint_step
+
+    def signalled(step, *arguments):
+        if step == 1:  # the next one tells the others
+            os.kill(os.getpid(), number)
+        return joint_step(step, *arguments)
+
+    monkeypatch.setattr(program, "joint_step", signalled)
+    settings = ["--set", *here, "checkpoint_every=100"]
+    assert program.main(settings) == 128 + number
+    what = "interrupted" if number == signal.SIGINT else "stopped"
+    assert f"\n{what}; saved after step 3 of {STEPS}; the same command goes on from there\n" in capsys.readouterr().err
+    monkeypatch.setattr(program, "joint_step", joint_step)
+    assert program.main(settings) == 0 and "resuming after step 3" in capsys.readouterr().err
+    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+    assert logged(tmp_path / "src") == logged(reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("delay", "then"), [(0.0, "cpu"), (0.15, "cpu,cpu,cpu")])
 def test_bits_after_sigkill_and_resume_with_other_processes(reference, source_settings, tmp_path, delay, then):
     run_dir = tmp_path / "src"
@@ -113,16 +137,15 @@ def test_bits_after_sigkill_and_resume_with_other_processes(reference, source_se
     assert [line["step"] for line in lines] == [2, 4, 6]
 
 
-def test_finished_run_is_not_run_again(reference, source_settings):
+def test_finished_run_is_not_run_again(reference, here, capsys):
     before = (reference / "phi.pt").stat().st_mtime_ns
-    completed = run("meta_train", [*source_settings, f"steps={STEPS}", f"run_dir={reference}", "gpus=cpu"])
-    assert completed.returncode == 0 and "already finished" in completed.stderr
+    assert program.main(["--set", *here, f"run_dir={reference}"]) == 0
+    assert "already finished" in capsys.readouterr().err
     assert (reference / "phi.pt").stat().st_mtime_ns == before
 
 
-def test_other_settings_are_refused(reference, source_settings):
-    settings = [*source_settings, "steps=7", "seed=1", f"run_dir={reference}"]
-    line = error_line(run("meta_train", settings))
+def test_other_settings_are_refused(reference, here, refused):
+    line = refused(program, [*here, "steps=7", "seed=1", f"run_dir={reference}"])
     assert "steps: 6 → 7" in line and "seed: 0 → 1" in line
 
 
@@ -142,6 +165,7 @@ def test_changed_images_are_refused(source_settings, image_folder, tmp_path, cap
         assert "src: the source or its split changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_worker_killed_ends_all_within_seconds(source_settings, tmp_path):
     settings = [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu,cpu"]
     launcher = start("meta_train", settings)
@@ -158,6 +182,7 @@ def test_worker_killed_ends_all_within_seconds(source_settings, tmp_path):
     assert (tmp_path / "src" / "checkpoints" / "latest.json").exists()
 
 
+@pytest.mark.slow
 def test_launcher_killed_leaves_no_orphans(source_settings, tmp_path):
     launcher = start("meta_train", [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu"])
     wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
@@ -168,6 +193,7 @@ def test_launcher_killed_leaves_no_orphans(source_settings, tmp_path):
     wait_for(lambda: not any(alive(pid) for pid in workers), seconds=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpus", "number"), [("cpu", signal.SIGINT), ("cpu,cpu", signal.SIGINT), ("cpu,cpu", signal.SIGTERM)]
 )
@@ -196,32 +222,33 @@ def test_interrupt_while_starting_is_quiet(source_settings, tmp_path):
     assert len(err.splitlines()) <= 2, err
 
 
-@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
-def test_nan_stops_and_keeps_the_last_good_checkpoint(source_settings, tmp_path, gpus):
-    run_dir = tmp_path / "src"
-    settings = [*source_settings, "phi_lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}", f"gpus={gpus}"]
-    completed = run("meta_train", settings)
-    line = error_line(completed)
-    assert "not finite" in line and "task 0, step 2" in line and completed.returncode == Diverged.exit_code
-    assert json.loads((run_dir / "checkpoints" / "latest.json").read_text())["step"] == 1
-    state = load_tensors(run_dir / "checkpoints" / "step-000001" / "task-00.pt")
+@pytest.mark.parametrize("gpus", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.slow)])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(here, tmp_path, refused, gpus):
+    line = refused(program, [*here, "phi_lr=1e30", "checkpoint_every=1", f"gpus={gpus}"], code=Diverged.exit_code)
+    assert "not finite" in line and "task 0, step 2" in line
+    checkpoints = tmp_path / "src" / "checkpoints"
+    assert json.loads((checkpoints / "latest.json").read_text())["step"] == 1
+    state = load_tensors(checkpoints / "step-000001" / "task-00.pt")
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
 
 
-def test_no_checkpoint_of_parameters_that_are_not_finite(source_settings, tmp_path):
-    settings = [*source_settings, "phi_lr=1e38", "checkpoint_every=1", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    line = error_line(run("meta_train", settings))  # float32 overflows in φ's first update, not yet in any loss
+def test_no_checkpoint_of_parameters_that_are_not_finite(here, tmp_path, refused):
+    settings = [
+        *here,
+        "phi_lr=1e38",
+        "checkpoint_every=1",
+    ]  # float32 overflows in φ's first update, not yet in any loss
+    line = refused(program, settings, code=Diverged.exit_code)
     assert "φ, step 1" in line and "not finite" in line
     assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
 
 
-def test_port_in_use(source_settings, tmp_path):
+def test_port_in_use(here, refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        settings = [*source_settings, f"port={port}", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu"]
-        assert f"port {port}: in use" in error_line(run("meta_train", settings))
+        assert f"port {port}: in use" in refused(program, [*here, f"port={port}", "gpus=cpu,cpu"])
 
 
 @pytest.mark.parametrize(
@@ -247,11 +274,8 @@ def test_port_in_use(source_settings, tmp_path):
         (["keep_phi=1", "anneal=0.4"], "keep_phi: with annealing, φ on the way is not the φ of a shorter run"),
     ],
 )
-def test_bad_settings_are_one_line(source_settings, tmp_path, capsys, settings, expected):
-    code = program.main(["--set", *source_settings, f"run_dir={tmp_path / 'src'}", *settings])
-    captured = capsys.readouterr()
-    assert code == 1
-    assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+def test_bad_settings_are_one_line(here, refused, settings, expected):
+    assert expected in refused(program, [*here, *settings])
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "0"), (4, "0,1,2,3"), (8, "0,1,2,3,4")])
@@ -264,40 +288,35 @@ def test_auto_is_every_gpu_that_has_something_to_do(gpus, expected, monkeypatch,
     assert len(parse_devices("auto", "gpu")) == 1
 
 
-def test_half_of_torchruns_variables_is_one_line(source_settings, tmp_path, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    line = error_line(run("meta_train", [*source_settings, f"run_dir={tmp_path / 'src'}", "gpus=cpu"]))
-    assert "torchrun: LOCAL_WORLD_SIZE is not set" in line
+def test_half_of_torchruns_variables_is_one_line(here, refused, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun: MASTER_ADDR is not set" in refused(program, here)
 
 
-def test_run_folder_in_use(source_settings, tmp_path, capsys):
-    settings = [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    first = start("meta_train", settings)
-    try:
-        wait_for(lambda: (tmp_path / "src" / "config.yaml").exists())
-        assert program.main(["--set", *settings]) == 1
-        assert "in use by another process" in capsys.readouterr().err
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.communicate()
+def test_run_folder_in_use(here, refused):
+    running = Run(load_config(MetaTrainConfig, None, here), "meta_train")
+    assert "in use by another process" in refused(program, here)
+    assert (running.dir / "config.yaml").exists()
 
 
-def test_disk_full_is_one_line_and_keeps_the_checkpoint(source_settings, tmp_path):
+def test_disk_full_is_one_line_and_keeps_the_checkpoint(here, tmp_path, refused):
     """A limit on the size of files stands in for a full disk: small files pass, a checkpoint of θ does not."""
-    settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    command = [sys.executable, "-m", "metaperturb.meta_train", "--set", *settings]
-    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *command]
-    completed = subprocess.run(limited, capture_output=True, text=True, timeout=200)
-    assert "cannot write" in error_line(completed) and "task-00.pt" in error_line(completed)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200 * 1024, before[1]))
+    try:
+        line = refused(program, here)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot write" in line and "task-00.pt" in line
     assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
-    assert run("meta_train", settings).returncode == 0  # with room again, it goes through
+    assert program.main(["--set", *here]) == 0  # with room again, it goes through
 
 
-def test_run_folder_that_cannot_be_written(source_settings, tmp_path):
+def test_run_folder_that_cannot_be_written(here, tmp_path):
+    """Said before PyTorch is imported."""
     (tmp_path / "file").write_text("no folder")
-    line = error_line(run("meta_train", [*source_settings, f"run_dir={tmp_path / 'file' / 'src'}", "gpus=cpu"]))
+    line = error_line(run("meta_train", [*here, f"run_dir={tmp_path / 'file' / 'src'}"]))
     assert "run_dir: " in line and "cannot be written" in line
 
 
@@ -502,12 +521,13 @@ def test_nothing_left_of_phi_is_one_line(source_settings, tmp_path, capsys):
     assert "error: noise, gate: with both false φ does nothing" in capsys.readouterr().err
 
 
-def test_lookahead_annealing_and_bfloat16_change_the_result(reference, source_settings, tmp_path):
-    for setting in ("lookahead=0.01", "anneal=0.5", "precision=bfloat16"):
-        run_dir = tmp_path / setting
-        settings = [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}", "gpus=cpu", setting]
+def test_lookahead_annealing_and_bfloat16_change_the_result(here, tmp_path):
+    results = {}
+    for setting in ("lr=1e-3", "lookahead=0.01", "anneal=1", "precision=bfloat16"):  # the first is the default
+        settings = [*here, "steps=2", "tasks=2", f"run_dir={tmp_path / setting}", setting]
         assert program.main(["--set", *settings]) == 0
-        assert not torch.equal(phi_bits(run_dir), phi_bits(reference))
+        results[setting] = tuple(phi_bits(tmp_path / setting).tolist())
+    assert len(set(results.values())) == 4
 
 
 def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, source_settings, tmp_path):
@@ -564,9 +584,8 @@ def test_no_step_at_all_is_phi_as_it_is_drawn(source_settings, tmp_path):
     assert (tmp_path / "src" / "result.json").exists() and not (tmp_path / "src" / "curves.png").exists()
 
 
-def test_split_file_reproduces_the_run(reference, source_settings, tmp_path):
-    settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    assert program.main(["--set", *settings, f"split_file={reference / 'split.json'}"]) == 0
+def test_split_file_reproduces_the_run(reference, here, tmp_path):
+    assert program.main(["--set", *here, f"split_file={reference / 'split.json'}"]) == 0
     assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
 
 
@@ -610,6 +629,7 @@ def record_collectives(group: Group, config: MetaTrainConfig, path: str) -> None
         Path(path).write_text(json.dumps(sent))
 
 
+@pytest.mark.slow
 def test_collectives_carry_82_numbers_a_task_and_few_more(source_settings, tmp_path):
     sizes = {}
     for model in ("resnet8", "conv4"):
@@ -621,13 +641,6 @@ def test_collectives_carry_82_numbers_a_task_and_few_more(source_settings, tmp_p
     assert sizes["resnet8"] == sizes["conv4"]  # nothing grows with θ
     per_step = -(-5 // 2) * (82 + len(program.METRICS) + 1)  # and whether to stop
     assert sizes["resnet8"] == [["all_gather_into_tensor", per_step]] * 2
-
-
-def test_programs_say_their_settings():
-    completed = subprocess.run(
-        [sys.executable, "-m", "metaperturb.meta_train", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert completed.returncode == 0 and "T, the number of tasks [10]" in completed.stdout
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

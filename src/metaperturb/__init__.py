@@ -17,6 +17,7 @@ if sys.argv[:1] == [
 
 from metaperturb import kernels, models
 from metaperturb.attach import attach, detach, find_sites
+from metaperturb.deterministic import make_deterministic, make_stochastic, predict
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb, PerturbSite, Slot
 from metaperturb.weights import load_phi, save_phi
@@ -32,6 +33,9 @@ __all__ = [
     "find_sites",
     "kernels",
     "load_phi",
+    "make_deterministic",
+    "make_stochastic",
     "models",
+    "predict",
     "save_phi",
 ]

@@ -96,7 +96,8 @@ class UsesPhi(nn.Module):
 class Attachment(UsesPhi):
     """φ in one network: what all its sites share. It belongs to the first of them, and is in their state once.
 
-    Its state is the 82 values of φ and a buffer with all of `Usage`, so that a reloaded network evaluates identically.
+    Its state is the 82 values of φ and a buffer with all of `Usage`, so that a reloaded network evaluates identically;
+    of a deterministic network also what `make_stochastic` needs.
     An average of the network (timm's `ModelEma`, PyTorch's `AveragedModel`) averages buffers, which makes no sense of a
     strength: a copy whose buffer something else has changed takes what its original has then.
 
@@ -107,6 +108,7 @@ class Attachment(UsesPhi):
         paper: whether values are bounded as in the paper, from above and in training only.
         clip_eval: whether the paper's bound holds in evaluation, too (`paper` off: it does).
         deterministic: whether the sites multiply by E[z | h] in place of a draw of z; `make_deterministic` sets it.
+        before: batch norm's statistics from before that, one after the other, or None.
         noise: whether the sites multiply by z; a choice of `attach`, not to be set here.
         gate: whether the sites multiply by s; likewise.
         specs: where the sites are, in the order in which the network runs them.
@@ -123,6 +125,7 @@ class Attachment(UsesPhi):
         self._original: weakref.ref[Attachment] | None = None
         self.specs: list[Any] = []
         self.sites: list[PerturbSite] = []
+        self.before: Tensor | None = None
         like = phi.flat
         with torch.inference_mode(False):
             self.register_buffer("usage", torch.zeros(len(Usage._fields), device=like.device, dtype=_precision(like)))
@@ -179,14 +182,17 @@ class Attachment(UsesPhi):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """φ: `[82]`."""
-        return self.phi.flat.detach().clone()
+        """φ: `[82]`, and of a deterministic network `before` behind it. A tensor: averages of networks need one."""
+        phi = self.phi.flat.detach().clone()
+        return phi if self.before is None else torch.cat([phi.cpu().double(), self.before])
 
     def set_extra_state(self, state: Tensor) -> None:
         if self.phi.flat.is_meta:
             raise UserError("φ is on the meta device and takes no values: model.to_empty(device=…) before loading")
+        phi, before = state[: self.phi.flat.numel()], state[self.phi.flat.numel() :]
         with torch.no_grad():
-            self.phi.flat.copy_(state)
+            self.phi.flat.copy_(phi)
+        self.before = before.cpu().double() if len(before) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         saved = state_dict.get(f"{prefix}usage")

@@ -1,0 +1,180 @@
+"""Predictions of a network with φ: the mean over draws of its noise, or one pass of a deterministic network.
+
+In a deterministic network every site multiplies by E[z | h] in place of a draw of z. The statistics of batch norm were
+gathered under noise and do not fit then (the variance shift of Li et al. 2019), so they are taken anew.
+
+Examples:
+    >>> model = metaperturb.make_deterministic(model.eval(), batches)  # batches: of the training images
+    >>> probabilities = model(images).softmax(dim=1)
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaperturb.errors import UserError
+from metaperturb.modes import batch_norms, eval_mode, set_mode
+from metaperturb.perturbation import Attachment, PerturbSite
+
+PIXELS = 2**20  # of a forward pass, up to which draws run together: 1,024 images of 32 pixels, 20 of 224
+
+
+@torch.no_grad()
+def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Module:
+    """Turn `model` into one that predicts in one pass, in place, and return it. `make_stochastic` reverses it.
+
+    Args:
+        model: a network with φ, in evaluation mode.
+        batches: training images `[B, C, H, W]`, or tuples that begin with them. Batch norm's running statistics become
+            the average over these batches. A network without batch norm needs none.
+
+    The mode is in the state dict of the network, together with the statistics from before.
+
+    Raises:
+        UserError: the network has no sites, is deterministic already, or is in training mode; there are no batches; a
+            batch holds one image, or images that the network does not take. The network is then as it was. So it is
+            after whatever `batches` raises.
+
+    Examples:
+        >>> loader = torch.utils.data.DataLoader(training_images, batch_size=128)
+        >>> make_deterministic(model.eval(), loader)(images).softmax(dim=1)
+    """
+    attachments = _attachments(model)
+    if any(attachment.deterministic for attachment in attachments):
+        raise UserError("this network is deterministic already (make_stochastic(model) reverses it)")
+    if any(module.training for module in model.modules()):
+        raise UserError("this network, or a part of it, is in training mode; call model.eval() first")
+    norms = _norms(model)
+    if norms:
+        attachments[0].before = torch.cat([value.flatten().double().cpu() for value in _statistics(model)])
+    _switch(attachments, True)
+    try:
+        if norms:
+            _gather(model, norms, () if batches is None else batches)
+    except BaseException:
+        make_stochastic(model)
+        raise
+    return model
+
+
+@torch.no_grad()
+def make_stochastic(model: nn.Module) -> nn.Module:
+    """Undo `make_deterministic`, in place, and return the network: it draws again, with the statistics of that time.
+
+    Raises:
+        UserError: the network has no sites or is not deterministic, or its batch norms are others now.
+    """
+    attachments = _attachments(model)
+    if not all(attachment.deterministic for attachment in attachments):
+        raise UserError("this network is not deterministic (make_deterministic(model, batches) makes it so)")
+    if attachments[0].before is not None:
+        _restore(model, attachments[0].before)
+        attachments[0].before = None
+    _switch(attachments, False)
+    return model
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, samples: int = 20) -> Tensor:
+    """Probabilities `[B, K]` of images `[B, C, H, W]`: the mean over draws of the noise, in evaluation mode.
+
+    Args:
+        model: a network with φ that returns logits `[B, K]`. Each of its modules has its own mode again afterwards.
+        x: the images.
+        samples: draws. A network that draws nothing needs one pass and gets one.
+
+    Raises:
+        UserError: the network has no sites or returns no logits, `x` holds no images, or `samples` is below 1.
+    """
+    if samples < 1:
+        raise UserError(f"samples must be at least 1, got {samples}")
+    _check_images(x, "x")
+    if not any(a.noise and a.strength and not a.deterministic for a in _attachments(model)):
+        samples = 1
+    together = max(1, PIXELS // (len(x) * x.shape[2] * x.shape[3]))
+    total: Any = 0.0
+    with eval_mode(model):
+        for first in range(0, samples, together):
+            draws = min(together, samples - first)
+            logits = model(x.repeat(draws, 1, 1, 1))
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise UserError(f"the network returns {_shape(logits)} where logits [B, K] are expected")
+            total = total + logits.float().softmax(dim=1).view(draws, len(x), -1).sum(dim=0)
+    return total / samples
+
+
+def _attachments(model: nn.Module) -> list[Attachment]:
+    found = {id(m.attachment): m.attachment for m in model.modules() if isinstance(m, PerturbSite)}
+    if not found:
+        raise UserError("this network has no sites of φ: metaperturb.attach(model, phi, …) puts them there")
+    return list(found.values())
+
+
+def _switch(attachments: list[Attachment], deterministic: bool) -> None:
+    for attachment in attachments:
+        attachment.deterministic = deterministic
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    return [norm for norm in batch_norms(model) if norm.running_mean is not None]
+
+
+def _statistics(model: nn.Module) -> Iterator[Tensor]:
+    for norm in _norms(model):
+        yield from (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+
+
+def _restore(model: nn.Module, values: Tensor) -> None:
+    statistics = list(_statistics(model))
+    sizes = [statistic.numel() for statistic in statistics]
+    if sum(sizes) != len(values):
+        raise UserError("the batch norms of this network were exchanged or folded since make_deterministic")
+    for statistic, value in zip(statistics, values.split(sizes), strict=True):
+        statistic.copy_(value.view(statistic.shape))
+
+
+def _gather(model: nn.Module, norms: list[nn.Module], batches: Iterable[Any]) -> None:
+    """What `torch.optim.swa_utils.update_bn` does, which would put dropout and sites into training mode, too."""
+    momenta = [norm.momentum for norm in norms]
+    device, height = next((s.running_mean.device, s.size_norm) for s in model.modules() if isinstance(s, PerturbSite))
+    size = None
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+        set_mode(norms, True)
+        for number, batch in enumerate(batches, 1):
+            name = f"batch {number}"
+            x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+            _check_images(x, name)
+            if len(x) == 1:
+                raise UserError(f"{name} holds one image; batch norm's statistics need several (drop_last=True)")
+            if x.shape[2] != height:
+                raise UserError(f"{name} holds images {_shape(x)}; φ was attached for a height of {height} pixels")
+            if size is not None and x.shape[1:] != size:
+                raise UserError(f"{name} holds images {_shape(x)} after others of {list(size)}")
+            size = x.shape[1:]
+            try:
+                model(x.to(device))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{name}: the network does not take images {_shape(x)} ({reason})") from error
+        if size is None:
+            raise UserError("there are no batches, and this network has batch norm, whose statistics are taken anew")
+        if not all(torch.isfinite(norm.running_var).all() for norm in norms):
+            raise UserError("these batches give batch norm statistics that are not finite")
+    finally:
+        set_mode(norms, False)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _check_images(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 4 or len(x) == 0:
+        raise UserError(f"{name}: expected images [B, C, H, W], got {_shape(x)}")
+
+
+def _shape(x: Any) -> str:
+    return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__

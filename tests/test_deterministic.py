@@ -1,0 +1,272 @@
+"""One pass in place of many draws: E[z | h], batch norm's statistics, round trips, refusals, and export."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from metaperturb import (
+    MetaPerturb,
+    PerturbSite,
+    UserError,
+    attach,
+    detach,
+    make_deterministic,
+    make_stochastic,
+    models,
+    predict,
+)
+from metaperturb import deterministic as module
+
+SIZE = 16
+
+
+def images(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_phi():
+    phi = MetaPerturb().requires_grad_(False)
+    phi.flat.copy_(0.3 * images(82, seed=1))
+    return phi
+
+
+def network(name="resnet8", size=SIZE, net=None):
+    """After some training: batch norm and sites have statistics of their own."""
+    torch.manual_seed(0)
+    net = net or models.create(name, 5, size)
+    model = attach(net, some_phi(), size, verbose=False).train()
+    for seed in range(3):
+        model(images(8, 3, size, size, seed=seed))
+    return model.eval()
+
+
+def batches(count=3, size=SIZE):
+    return [images(8, 3, size, size, seed=10 + k) for k in range(count)]
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def draw(model, x, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(x)
+
+
+# --- a site
+
+
+@pytest.fixture(scope="module")
+def site():
+    site = PerturbSite(some_phi().double(), 4, size_norm=8).eval()
+    site.running_mean.copy_(images(4, 4, seed=2))
+    site.attachment.strength = 0.7
+    site.attachment.clip = None
+    return site
+
+
+def test_a_site_multiplies_by_the_expectation(site):
+    h = 3 * images(2, 4, 5, 5, seed=3).double()
+    steps = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    density = torch.exp(-(steps**2) / 2) * (steps[1] - steps[0]) / (2 * np.pi) ** 0.5  # the trapezoidal rule
+    mu = site.phi.noise_mean(h)
+    z = (torch.logaddexp(mu[..., None] + steps, torch.zeros(())) * density).sum(dim=-1)
+    scale = site.scale(h)[:, None, None]
+    expected = h * ((z * scale - 1) * 0.7 + 1)
+    draws = torch.stack([draw(site, h, seed) for seed in range(1000)])
+    error = (draws.mean(dim=0) - expected).abs() / (draws.std(dim=0) / 1000**0.5 + 1e-12)
+    assert error.max() < 5  # Monte-Carlo
+    site.attachment.deterministic = True
+    assert torch.allclose(site(h), expected, rtol=0, atol=3e-6)
+    assert torch.allclose(site.float()(h.float()), expected.float(), rtol=1e-5, atol=1e-5)
+    site.double().attachment.deterministic = False
+
+
+def test_gradients_go_through_the_expectation(site):
+    site.attachment.deterministic = True
+    h = images(2, 4, 3, 3, seed=4).double().requires_grad_()
+    assert torch.autograd.gradcheck(site, (h,), rtol=1e-4, atol=1e-6)
+    site.attachment.deterministic = False
+
+
+# --- statistics and reversal
+
+
+def test_statistics_are_the_averages_over_the_batches():
+    model = network()
+    direct, seen = copy.deepcopy(model), {}
+    direct.metaperturb.deterministic = True
+    for name, norm in direct.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.train()
+            norm.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+    with torch.no_grad():
+        for x in batches():
+            direct(x)
+    sites = [site.running_mean.clone() for site in model.metaperturb.sites]
+    assert make_deterministic(model, [(x, None) for x in batches()]) is model
+    assert len(seen) == 7
+    for name, inputs in seen.items():
+        norm = model.get_submodule(name)
+        mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
+        var = torch.stack([x.transpose(0, 1).flatten(1).var(dim=1) for x in inputs]).mean(dim=0)
+        assert torch.allclose(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(norm.running_var, var, rtol=1e-4, atol=1e-5)
+        assert norm.momentum == 0.1 and not norm.training
+    assert all(torch.equal(a, s.running_mean) for a, s in zip(sites, model.metaperturb.sites, strict=True))
+    x = images(4, 3, SIZE, SIZE)
+    assert torch.equal(draw(model, x, 0), draw(model, x, 1))
+
+
+def test_the_way_there_and_back():
+    model, x = network(), images(4, 3, SIZE, SIZE)
+    before, drawn = state(model), draw(model, x)
+    made = make_deterministic(model, batches())
+    one_pass, kept = draw(made, x), state(made)
+
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    fresh = network()
+    fresh.load_state_dict(torch.load(file))
+    for copied in (made, fresh, copy.deepcopy(made)):
+        assert torch.equal(draw(copied, x, 1), one_pass)
+        assert make_stochastic(copied) is copied
+        assert same(state(copied), before) and torch.equal(draw(copied, x), drawn)
+    make_deterministic(model, batches())
+    assert same(state(model), kept)
+    model.load_state_dict(before)  # a state of the stochastic network
+    assert torch.equal(draw(model, x), drawn)
+    with pytest.raises(UserError, match="is not deterministic"):
+        make_stochastic(model)
+
+
+def test_nothing_but_batch_norm_is_in_training_mode():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = models.create("resnet8", 5, SIZE)
+            self.drop = nn.Dropout(0.9)
+
+        def forward(self, x):
+            return self.drop(self.inside(x))
+
+    model = network(net=Dropping())
+    modes = []
+    model.drop.register_forward_hook(lambda *_: modes.append([m.training for m in model.modules()]))
+    make_deterministic(model, batches(2))
+    norms = [isinstance(m, nn.BatchNorm2d) for m in model.modules()]
+    assert modes == [norms, norms] and not any(m.training for m in model.modules())
+
+
+def test_a_network_without_batch_norm_needs_no_batches():
+    class Plain(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+    model = attach(Plain(), some_phi(), SIZE, sites=["0"], verbose=False).eval()
+    x = images(4, 3, SIZE, SIZE)
+    drawn, one_pass = draw(model, x), draw(make_deterministic(model), x)
+    assert torch.equal(one_pass, draw(model, x, 1)) and not torch.equal(one_pass, drawn)
+    assert torch.equal(draw(make_stochastic(model), x), drawn)
+
+
+def failing():
+    yield batches()[0]
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "there are no batches"),
+        ([], "there are no batches"),
+        ([*batches(1), images(1, 3, SIZE, SIZE)], "batch 2 holds one image"),
+        ([images(8, 3, 32, 32)], "φ was attached for a height of 16"),
+        ([*batches(1), images(8, 3, SIZE, 24)], "batch 2 holds images .* after others of"),
+        ([images(8, 1, SIZE, SIZE)], "batch 1: the network does not take images"),
+        ([images(3, SIZE, SIZE)], r"batch 1: expected images \[B, C, H, W\], got \[3, 16, 16\]"),
+        ([{"image": 1}], "batch 1: expected images .* got dict"),
+        ([batches(1)[0].mul(torch.inf)], "not finite"),
+        (failing(), "the disk is gone"),
+    ],
+    ids=["none", "empty", "one", "height", "width", "channels", "image", "dict", "infinite", "failing"],
+)
+def test_batches_that_are_none_leave_the_network_as_it_was(given, message):
+    model = network()
+    before = state(model)
+    with pytest.raises((UserError, OSError), match=message) as error:
+        make_deterministic(model, given)
+    assert "\n" not in str(error.value)
+    assert same(state(model), before) and not model.metaperturb.deterministic
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert not any(m.training for m in model.modules())
+
+
+def test_networks_that_cannot_be_turned():
+    model = network()
+    before = state(model)
+    with pytest.raises(UserError, match="training mode"):
+        make_deterministic(model.train(), batches())
+    with pytest.raises(UserError, match="is not deterministic"):
+        make_stochastic(model)
+    assert same(state(model), before) and model.training
+    once = state(make_deterministic(model.eval(), batches()))
+    with pytest.raises(UserError, match="deterministic already"):
+        make_deterministic(model, batches())
+    assert same(state(model), once)
+    model.layer1 = nn.Identity()
+    with pytest.raises(UserError, match="exchanged or folded"):
+        make_stochastic(model)
+    bare = detach(network())
+    for call in (make_deterministic, make_stochastic, lambda model: predict(model, images(2, 3, SIZE, SIZE))):
+        with pytest.raises(UserError, match="no sites"):
+            call(bare)
+
+
+# --- predict
+
+
+@pytest.mark.parametrize("together", [1, 3, 7])
+def test_predictions_are_means_over_draws(together, monkeypatch):
+    model, x, calls = network().train(), images(4, 3, SIZE, SIZE), []
+    model.bn1.eval()
+    modes = [m.training for m in model.modules()]
+    model.register_forward_hook(lambda _, args, out: calls.append(out.softmax(dim=1).view(-1, 4, 5)))
+    monkeypatch.setattr(module, "PIXELS", together * x.numel() // 3)
+    p = predict(model, x, samples=7)
+    assert [len(draws) for draws in calls] == {1: [1] * 7, 3: [3, 3, 1], 7: [7]}[together]
+    draws = torch.cat(calls)
+    assert torch.allclose(p, draws.mean(dim=0), atol=1e-6) and draws.std(dim=0).max() > 1e-4
+    assert modes == [m.training for m in model.modules()] and p.shape == (4, 5)
+
+
+def test_one_pass_where_nothing_is_drawn():
+    model, x, calls = make_deterministic(network(), batches()), images(4, 3, SIZE, SIZE), []
+    expected = draw(model, x).softmax(dim=1)
+    model.register_forward_hook(lambda _, args, out: calls.append(len(out)))
+    assert torch.equal(predict(model, x, samples=20), expected) and calls == [4]
+    make_stochastic(model).metaperturb.strength = 0.0
+    predict(model, x)
+    assert calls == [4, 4]
+
+
+def test_what_cannot_be_predicted():
+    model = network()
+    with pytest.raises(UserError, match="at least 1"):
+        predict(model, images(2, 3, SIZE, SIZE), samples=0)
+    with pytest.raises(UserError, match="expected images"):
+        predict(model, images(3, SIZE, SIZE))
+    model.register_forward_hook(lambda _, args, out: (out, out))
+    with pytest.raises(UserError, match="returns tuple"):
+        predict(model.train(), images(2, 3, SIZE, SIZE))
+    assert model.training
