@@ -4,10 +4,11 @@ The network's code is not changed. A site is a child of the module that it acts 
 travels with it and is in its state dict. A hook of that module hands its output, or its input, to the site.
 """
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.utils.checkpoint
@@ -15,11 +16,13 @@ from torch import nn
 
 from metaperturb.dry_run import tensors
 from metaperturb.errors import UserError
-from metaperturb.perturbation import CLIP, Attachment, MetaPerturb, PerturbSite
+from metaperturb.perturbation import CLIP, Attachment, MetaPerturb, PerturbSite, Slot
 from metaperturb.sites import PLACES, Sites, SiteSpec, choose_sites, find_sites
 
 # What methods add to a network: children of these names in the modules where they act.
 PERTURBATION, REGULARIZER = "metaperturb", "regularizer"
+
+RESNET20 = 3 / 32**2 + 3 / 16**2 + 3 / 8**2
 
 
 def attach(
@@ -29,10 +32,10 @@ def attach(
     sites: str | Iterable[str] | None = None,
     *,
     example: Any = None,
-    paper: bool = False,
+    paper: bool | None = None,
     noise: bool = True,
     gate: bool = True,
-    clip: float | None = CLIP,
+    clip: float | Literal["paper"] | None = "paper",
     clip_eval: bool = False,
     verbose: bool = True,
 ) -> nn.Module:
@@ -48,12 +51,14 @@ def attach(
             modules to perturb (their residual sum, else their output).
         example: what the network is run on to find the sites, where it takes more than an image: a tuple of its
             arguments, or its one argument. Only shapes matter.
-        paper: the paper's arithmetic: values are bounded from above, and in training only. Else `clip` bounds what
-            sites return on both sides and in evaluation, too, so that what is finite in training stays so.
-        noise: False is an ablation, which sets z to 1.
-        gate: False is an ablation, which sets s to 1.
-        clip: the bound, or None.
-        clip_eval: with `paper`: values are bounded in evaluation, too.
+        paper: True: the sites compute what the paper says. False: noise of mean one, whose total over the sites is
+            bounded by what φ was meta-trained with (`amplitude`). None: True for networks that mark their places
+            themselves (`Slot`: those of `metaperturb.models`) and with an ablation, else False.
+        noise: False is an ablation of the paper's arithmetic, which sets z to 1.
+        gate: False is another, which sets s to 1.
+        clip: the bound of what sites return (see `Attachment`), or None; "paper": 100 in the paper's arithmetic, in
+            which what is large is squared from site to site, and none outside it.
+        clip_eval: in the paper's arithmetic values are bounded in evaluation, too.
         verbose: say on stderr, in one line, which sites were chosen (`print(model.metaperturb)` shows all).
 
     The channels of a layer are normalized by those of the widest one that is listed or, where a word chooses among the
@@ -74,6 +79,8 @@ def attach(
         raise UserError(f"phi: expected a MetaPerturb, as load_phi(…) gives one, got {type(phi).__name__}")
     if not (noise or gate):
         raise UserError("noise=False and gate=False leave nothing of φ; choose one of the two")
+    if paper is False and not (noise and gate):
+        raise UserError("noise=False and gate=False are ablations of the paper's arithmetic and need paper=True")
     if clip_eval and clip is None:
         raise UserError("clip_eval=True needs a clip")
     if any(isinstance(module, PerturbSite) for module in model.modules()):
@@ -86,14 +93,31 @@ def attach(
     for what, module in (("phi", phi), (type(model).__name__, model)):
         if any(p.is_inference() for p in module.parameters()):
             raise UserError(f"{what} was made in torch.inference_mode() and cannot be trained with; make it outside")
+    if paper is None:
+        paper = not (noise and gate) or all(isinstance(model.get_submodule(spec.module), Slot) for spec in specs)
+    if clip == "paper":
+        clip = CLIP if paper else None
     widest, height = max(spec.channels for spec in found), _height(image_size, example)
     with torch.inference_mode(False):
-        attachment = Attachment(phi, noise=noise, gate=gate, clip=clip, paper=paper, clip_eval=clip_eval)
+        usage = {"noise": noise, "gate": gate, "paper": paper, "clip": clip, "clip_eval": clip_eval}
+        attachment = Attachment(phi, **usage, amplitude=1.0 if paper else amplitude(specs))
         made = [PerturbSite(phi, spec.channels, widest, height, attachment=attachment) for spec in specs]
         attachment.specs, attachment.sites = specs, made
         made[0].add_module("shared", attachment)  # once in the network's state
     place(model, attachment, PERTURBATION, verbose=verbose)
+    if verbose and not paper:
+        print(f"{PERTURBATION}: noise of mean one, amplitude {attachment.amplitude:.2f}", file=sys.stderr)
     return model
+
+
+def amplitude(specs: list[SiteSpec]) -> float:
+    """Of noise of mean one at these places: at most 1, less where noise would have more effect than on ResNet20.
+
+    White noise in a map of H·W pixels leaves a share 1 / (H·W) of its variance after average pooling. The sum of these
+    shares over all sites, times the amplitude squared, is at most that of the nine sites of ResNet20 at 32 pixels, in
+    which φ is meta-trained: it is small maps rather than many sites that a network does not bear.
+    """
+    return min(1.0, math.sqrt(RESNET20 / sum(1 / math.prod(spec.size) for spec in specs)))
 
 
 def _height(image_size: int | tuple[int, int] | None, example: Any) -> int:

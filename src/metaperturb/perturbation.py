@@ -10,13 +10,10 @@ a `PerturbSite` adds what belongs to one place in one network: running statistic
 """
 
 import copy
-import warnings
 import weakref
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaperturb.errors import UserError
@@ -82,6 +79,7 @@ class Usage(NamedTuple):
     paper: bool = True
     clip_eval: bool = False
     deterministic: bool = False
+    amplitude: float = 1.0
 
 
 class UsesPhi(nn.Module):
@@ -104,9 +102,11 @@ class Attachment(UsesPhi):
     Attributes:
         phi: the shared φ, not to be set. It is referred to, not owned: `parameters()` is empty.
         strength: c in [0, 1]; 0 makes every site the identity.
-        clip: k, the bound of what sites return, or None.
-        paper: whether values are bounded as in the paper, from above and in training only.
-        clip_eval: whether the paper's bound holds in evaluation, too (`paper` off: it does).
+        paper: whether the sites compute what the paper says, or multiply by noise of mean one.
+        amplitude: of the noise of mean one at strength 1; a choice of `attach`, not to be set here.
+        clip: k, the bound of what sites return, or None: in the paper's arithmetic from above and in training only,
+            else of the absolute value and always.
+        clip_eval: whether the paper's bound holds in evaluation, too.
         deterministic: whether the sites multiply by E[z | h] in place of a draw of z; `make_deterministic` sets it.
         before: batch norm's statistics from before that, one after the other, or None.
         noise: whether the sites multiply by z; a choice of `attach`, not to be set here.
@@ -115,7 +115,7 @@ class Attachment(UsesPhi):
         sites: the sites, likewise.
 
     Raises:
-        UserError: a state is loaded that was saved with other `noise` or `gate`.
+        UserError: a state is loaded that was saved with other `noise`, `gate` or `paper`.
         ValueError: a strength or clip out of range.
     """
 
@@ -199,7 +199,7 @@ class Attachment(UsesPhi):
         if saved is None:
             return super()._load_from_state_dict(state_dict, prefix, *arguments)
         usage = _usage(saved.tolist())
-        for name in ("noise", "gate"):
+        for name in ("noise", "gate", "paper"):
             if getattr(usage, name) != (own := getattr(self._usage, name)):
                 raise UserError(
                     f"this state was saved with {name}={getattr(usage, name)}, the network was attached with {own}"
@@ -223,11 +223,11 @@ def _identity(buffer: Tensor) -> tuple[int, int] | None:
 
 def _usage(values: list[float]) -> Usage:
     """`Usage` as a state holds it. Averaged states are a little off: ten times 0.1 is 1.0000001."""
-    strength, noise, gate, clip, *switches = values
+    strength, noise, gate, clip, *switches, amplitude = values
     if not -1e-3 <= strength <= 1 + 1e-3:
         raise UserError(f"this state has strength {strength:g}, which must lie in [0, 1]")
     switches = [value > 0.5 for value in switches]
-    return Usage(min(max(strength, 0.0), 1.0), noise > 0.5, gate > 0.5, clip or None, *switches)
+    return Usage(min(max(strength, 0.0), 1.0), noise > 0.5, gate > 0.5, clip or None, *switches, amplitude)
 
 
 def _shared(name: str, settable: bool = True) -> property:
@@ -244,7 +244,15 @@ def _shared(name: str, settable: bool = True) -> property:
 
 
 class PerturbSite(UsesPhi):
-    """One place in a network where φ perturbs the feature map: `h ← h ∘ ((g(h) − 1)·c + 1)`.
+    """One place in a network where φ perturbs the feature map.
+
+    | arithmetic | what it returns |
+    |---|---|
+    | the paper's | `h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above |
+    | noise of mean one | `h ∘ ((z / E[z given h] − 1)·c·a + 1)`, with the amplitude a that `attach` chooses |
+
+    z and s are those of g(h). Noise of mean one keeps the mean of the signal at every site, so it can act at many
+    places, and in a network that was trained without it. It is a constant for the backward pass, as dropout's is.
 
     Args:
         phi: the shared φ. It is referred to, not owned: `site.parameters()` is empty and the state dict of a site
@@ -262,10 +270,10 @@ class PerturbSite(UsesPhi):
         running_mean: `[C, 4]`, what evaluation computes the scale from.
         running_var: `[C, 4]`, likewise.
 
-    In training mode the scale comes from the batch and the running statistics follow it (momentum 0.1, unbiased
-    variance); in evaluation mode it comes from the running statistics. A single image has no variance: in training it
-    takes the running statistics, too, and leaves them. Noise is drawn in both modes from PyTorch's global generator of
-    the device, or given by the caller.
+    In the paper's arithmetic and training mode the scale comes from the batch, and the running statistics follow it
+    (momentum 0.1, unbiased variance); in evaluation mode it comes from the running statistics. A single image has no
+    variance: in training it takes the running statistics, too, and leaves them. Noise is drawn in both modes from
+    PyTorch's global generator of the device, or given by the caller.
 
     Raises:
         ValueError: a feature map of other shape, noise of other shape, or a strength or clip out of range.
@@ -276,8 +284,6 @@ class PerturbSite(UsesPhi):
         >>> site(torch.randn(8, 16, 32, 32)).shape
         torch.Size([8, 16, 32, 32])
     """
-
-    _looked = False
 
     def __init__(
         self,
@@ -314,30 +320,41 @@ class PerturbSite(UsesPhi):
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
         usage = self.attachment.current()
+        if not usage.paper:
+            return self._with_mean_one(h, noise, usage)
         if usage.strength == 0.0 and not (
             self.training and h.dim() == 4 and h.shape[:2] == (h.shape[0], self.channels)
         ):
             return h
         self._check(h, noise)
-        if self.training and not usage.paper and usage.clip and not self._looked:
-            self._look(h, usage.clip)
-        flat, settings = self.phi.flat, self._settings(h)
-        expects = usage.deterministic and usage.noise and noise is None and usage.strength > 0.0
-        backend = None if expects else fused_backend(h, flat, noise, self.running_mean, self.running_var)
+        flat, settings = self.phi.flat, self._settings(h, noise)
+        backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
         if backend is not None:
-            out = fused.perturb(backend, h, flat, noise, self.running_mean, self.running_var, settings)
-            return _bounded(out, usage)
+            return fused.perturb(backend, h, flat, noise, self.running_mean, self.running_var, settings)
         phi = Phi.of(flat)
         mean, var = self._statistics(h, phi)
         if settings.training:
             self._track(mean, var)
         if settings.strength == 0.0:
             return h
-        if expects:
-            noise = _mean_noise(plain.noise_mean(h, phi))
-        elif settings.noise and noise is None:
+        if settings.noise and not settings.expected and noise is None:
             noise = torch.randn_like(h)
-        return _bounded(plain.perturb(h, phi, mean, var, noise, settings), usage)
+        return plain.perturb(h, phi, mean, var, noise, settings)
+
+    def _with_mean_one(self, h: Tensor, noise: Tensor | None, usage: Usage) -> Tensor:
+        strength = usage.strength * usage.amplitude
+        if strength == 0.0 or (usage.deterministic and noise is None):
+            return h
+        self._check(h, noise)
+        flat = self.phi.flat
+        backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
+        if backend is not None:
+            factor = fused.relative_noise(backend, h, flat, noise, strength)
+        else:
+            noise = torch.randn_like(h) if noise is None else noise
+            factor = plain.relative_noise(h, Phi.of(flat), noise, strength)
+        out = h * factor
+        return out if usage.clip is None else out.clamp(-usage.clip, usage.clip)
 
     def scale(self, h: Tensor) -> Tensor:
         """s: `[C]`, from the batch in training mode, from the running statistics in evaluation mode."""
@@ -345,16 +362,17 @@ class PerturbSite(UsesPhi):
         phi, settings = self.phi.tensors(), self._settings(h)
         return plain.scale(*self._statistics(h, phi), phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)
 
-    def _settings(self, h: Tensor) -> Settings:
+    def _settings(self, h: Tensor, noise: Tensor | None = None) -> Settings:
         usage = self.attachment.current()
         return Settings(
             training=self._uses_batch(h),
             noise=usage.noise,
             gate=usage.gate,
             strength=usage.strength,
-            clip=usage.clip if self.training or usage.clip_eval or not usage.paper else None,
+            clip=usage.clip if self.training or usage.clip_eval else None,
             channel_ratio=self.channels / self.channel_norm,
             size_ratio=h.shape[2] / self.size_norm,
+            expected=usage.deterministic and noise is None,
         )
 
     def _uses_batch(self, h: Tensor) -> bool:
@@ -370,20 +388,7 @@ class PerturbSite(UsesPhi):
         if noise is not None and noise.shape != h.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
         if self.training and not torch.compiler.is_compiling() and _is_batched(h):
-            raise UserError("φ mixes the images of a batch: there are no gradients of single ones (torch.func.vmap)")
-
-    def _look(self, h: Tensor, clip: float) -> None:
-        """Once: whether the bound would cut what is ordinary here, as in a network that is fed with 0 to 255."""
-        if torch.compiler.is_compiling() or h.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(h):
-            return
-        self._looked = True
-        share = (h.detach().abs() > clip).float().mean().item()
-        if share > 0.01:
-            warnings.warn(
-                f"{share:.0%} of the values before a site of φ exceed clip={clip:g} and are cut; normalize the images "
-                "or attach with a larger clip",
-                stacklevel=2,
-            )
+            raise UserError("φ acts on whole batches: there are no gradients of single images (torch.func.vmap)")
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -398,19 +403,6 @@ class PerturbSite(UsesPhi):
         return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
 
 
-def _bounded(out: Tensor, usage: Usage) -> Tensor:
-    """Also from below: z grows with h, and what is large would be squared from site to site."""
-    return out if usage.paper or usage.clip is None or usage.strength == 0.0 else out.clamp(min=-usage.clip)
-
-
-def _mean_noise(mu: Tensor) -> Tensor:
-    """The ε at which softplus(μ + ε) is E[softplus(μ + ε)], by Gauss-Hermite quadrature."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
-    weights = weights / weights.sum()
-    z = sum(w * F.softplus(mu + x) for x, w in zip(nodes.tolist(), weights.tolist(), strict=True))
-    return z + torch.log(-torch.expm1(-z)) - mu
-
-
 def _is_batched(h: Tensor) -> bool:
     """Whether `torch.func.vmap` runs over it, under whatever other transform."""
     while torch._C._functorch.is_functorch_wrapped_tensor(h):
@@ -421,7 +413,7 @@ def _is_batched(h: Tensor) -> bool:
 
 
 for _name in Usage._fields:
-    setattr(Attachment, _name, _shared(_name, settable=_name not in ("noise", "gate")))
+    setattr(Attachment, _name, _shared(_name, settable=_name not in ("noise", "gate", "amplitude")))
     setattr(PerturbSite, _name, _shared(_name))
 
 

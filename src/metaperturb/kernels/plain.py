@@ -42,8 +42,8 @@ PHI_SHAPES = Phi((3, 3), (3, 3), (3, 3), (3, 3), (NUM_SCALE_FEATURES, 3, 3), (2 
 class Settings:
     """What a site computes, apart from its tensors; `PerturbSite` documents them.
 
-    `channel_ratio` is C / `channel_norm`, `size_ratio` H / `size_norm`; `clip` None does not clip. `expected` replaces z
-    by its expectation E[z | h].
+    `channel_ratio` is C / `channel_norm`, `size_ratio` H / `size_norm`; `clip` None does not clip. `expected` replaces
+    z by its expectation E[z | h].
     """
 
     training: bool
