@@ -19,7 +19,7 @@ from metaperturb.data.parts import load_parts
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.runs import StepProgress
-from metaperturb.storage import load_tensors
+from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.trained import load_run
 from metaperturb.training import annealed_strength
 from metaperturb.weights import save_phi
@@ -376,12 +376,25 @@ def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, c
     assert "precision: bfloat16 → float32" in capsys.readouterr().err
 
 
-def test_a_long_evaluation_tells_how_far_it_is_now_and_then(capsys):
+def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypatch):
+    clock = iter([0, 10, 20, 30, 1030, 1031, 1200, 1210])  # made, updated, then one a call
+    monkeypatch.setattr("metaperturb.runs.time.monotonic", lambda: next(clock))
     progress = StepProgress("base on cub", 100, 40, interval=1000)
     progress.update(50, loss=1.0)
     capsys.readouterr()
     progress.within(0.1)  # too soon after the line before
-    progress.last -= 1000
-    progress.within(0.25)
-    progress.within(0.26)
-    assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 25%\n"
+    progress.within(0.2)
+    progress.within(0.6)
+    progress.within(0.61)
+    assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 60%  13:28 left\n"
+    progress.within(0.1)  # of the next evaluation
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1]])
+def test_a_checkpoint_of_another_program_is_one_line(settings, tmp_path, refused, content):
+    run_dir = tmp_path / "tgt"
+    line = [*settings, "steps=1", f"run_dir={run_dir}"]
+    assert program.main(["--set", *line]) == 0
+    (run_dir / "result.json").unlink()
+    save_tensors(content, run_dir / "checkpoints" / "latest.pt")
+    assert "latest.pt: is no checkpoint of this run; remove it, or choose" in refused(program, line)

@@ -26,7 +26,7 @@ from metaperturb.distributed import Group, backend_for, choose_devices, launch, 
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.runs import Run
-from metaperturb.storage import load_tensors
+from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi
 
 STEPS = 6
@@ -311,6 +311,18 @@ def test_disk_full_is_one_line_and_keeps_the_checkpoint(here, tmp_path, refused)
     assert "cannot write" in line and "task-00.pt" in line
     assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
     assert program.main(["--set", *here]) == 0  # with room again, it goes through
+
+
+@pytest.mark.parametrize("damage", ["latest.json", "phi.pt"])
+def test_a_checkpoint_of_another_program_is_one_line(reference, here, tmp_path, refused, damage):
+    shutil.copytree(reference, tmp_path / "src")
+    (tmp_path / "src" / "result.json").unlink()
+    checkpoints = tmp_path / "src" / "checkpoints"
+    if damage == "latest.json":
+        (checkpoints / damage).write_text("[]")
+    else:
+        save_tensors({"a": 1}, checkpoints / f"step-{STEPS:06}" / damage)
+    assert "latest.json: is no checkpoint of this run; remove it, or choose" in refused(program, here)
 
 
 def test_run_folder_that_cannot_be_written(here, tmp_path):

@@ -35,6 +35,7 @@ from metaperturb.training import (
     check_finite_parameters,
     choose_precision,
     choose_threads,
+    restoring,
     saved_after,
 )
 from metaperturb.weights import load_phi, phi_digest
@@ -61,7 +62,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     make_current(device)
     perturbed = config.method == "metaperturb"
     checkpoint = Path(config.run_dir) / "checkpoints" / "latest.pt"
-    state = load_tensors(checkpoint) if checkpoint.exists() else None  # a run goes on as it began
+    with restoring(checkpoint):  # a run goes on as it began
+        state = dict(load_tensors(checkpoint)) if checkpoint.exists() else None
     threads = (state or {}).get("threads") or config.threads or choose_threads()
     torch.set_num_threads(threads)
     precision = (state or {}).get("precision") or choose_precision(config.precision, device)
@@ -97,14 +99,15 @@ def meta_test(config: MetaTestConfig) -> dict:
     start = 0
     recent: list[torch.Tensor] = []  # [loss, accuracy] of the steps since the last look, on the device
     if state is not None:
-        identity.check_resumed(config, state, data, phi_id)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start, run.seconds_before, origin = state["step"], state["seconds"], state["init"]
-        recent = [values.to(device) for values in state["recent"]]
-        if perturbed:
-            kernels.tell_change(state["kernel"], how["kernel"], str(run.dir))
+        with restoring(checkpoint):
+            identity.check_resumed(config, state, data, phi_id)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            start, run.seconds_before, origin = state["step"], state["seconds"], state["init"]
+            recent = [values.to(device) for values in state["recent"]]
+            if perturbed:
+                kernels.tell_change(state["kernel"], how["kernel"], str(run.dir))
         print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
     run.rewind(start)
     samples = config.final_samples if method.stochastic else 1

@@ -152,6 +152,7 @@ class StepProgress:
         self.title, self.total, self.done, self.first = title, total, done, done
         self.interval, self.started = interval, time.monotonic()
         self.last = self.started - interval  # so that the first update prints
+        self.evaluation = (0.0, 2.0)  # when the one that is under way first told, and which share it told
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True)
@@ -171,13 +172,18 @@ class StepProgress:
     def within(self, share: float) -> None:
         """How much is done of what takes its time between two steps or after the last: an evaluation."""
         now = time.monotonic()
+        if share <= self.evaluation[1]:  # another one
+            self.evaluation = (now, share)
         if now - self.last < (self.interval if self.bar is None else 1.0):
             return
         self.last = now
+        since, first = self.evaluation
+        left = f"  {clock((now - since) / (share - first) * (1 - share))} left" if share > first else ""
+        text = f"evaluating: {share:.0%}{left}"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"evaluating: {share:.0%}")
+            self.bar.set_postfix_str(text)
         else:
-            print(f"{self.title}: step {self.done}/{self.total}  evaluating: {share:.0%}", file=sys.stderr, flush=True)
+            print(f"{self.title}: step {self.done}/{self.total}  {text}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
