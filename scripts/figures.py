@@ -135,7 +135,7 @@ def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
     if figure.startswith("fig"):  # these need more than a record has
         runs = [run for run in runs if run.path.is_dir()]
     if figure == "fig7":
-        runs = [run for run in runs if run.method == "metaperturb" and run.setting("gate")]
+        runs = [run for run in runs if run.method == "metaperturb" and run.config["gate"]]
         return grouped(runs, lambda run: run.config["model"]).values()
     if figure == "lengths":
         return [some for some in grouped(runs, data_of).values() if len(grouped(some, lambda run: run.steps)) > 1]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from metaperturb.errors import UserError
 from metaperturb.provenance import provenance
-from metaperturb.storage import load_json, reason, remove_leftovers, save_json, write_atomically
+from metaperturb.storage import hold, load_json, reason, remove_leftovers, save_json, write_atomically
 
 
 class Run:
@@ -36,14 +35,9 @@ class Run:
         self.metrics_path = self.dir / "metrics.jsonl"
         self.seconds_before = 0.0  # wall time of earlier sittings, from the checkpoint
         self._started = time.monotonic()
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.dir}: in use by another process; choose another run_dir") from None
-        except OSError as error:
-            raise UserError(f"{self.dir}: cannot write the run ({reason(error)})") from error
+        self._lock = hold(self.dir / ".lock")
+        if self._lock is None:
+            raise UserError(f"{self.dir}: in use by another process; choose another run_dir")
         remove_leftovers(self.dir)
         text = yaml.safe_dump({"program": program, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True)
         write_atomically(self.dir / "config.yaml", lambda file: file.write(text.encode()))
