@@ -16,6 +16,7 @@ from conftest import run, start, wait_for
 import metaperturb.meta_test as program
 from metaperturb import kernels
 from metaperturb.data.parts import load_parts
+from metaperturb.deterministic import make_deterministic
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.runs import StepProgress
@@ -328,6 +329,23 @@ def test_how_often_a_run_is_evaluated_may_change(settings, tmp_path):
     (run_dir / "result.json").unlink()
     assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval_every=1", "eval_samples=1"]) == 0
     assert json.loads((run_dir / "result.json").read_text())["metrics"] == metrics
+
+
+def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, tmp_path, capsys):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval=one_pass", "eval_every=2"]) == 0
+    ours, theirs = model_state(run_dir), model_state(reference)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+    results = [json.loads((d / "result.json").read_text()) for d in (run_dir, reference)]
+    assert all(results[0][key] == results[1][key] for key in ("metrics", "one_pass"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert [line["test_samples"] for line in lines if "test_samples" in line] == [1, 1, 1, 3]
+    trained = load_run(run_dir)
+    train, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
+    logits = make_deterministic(trained.model, [train])(test)
+    nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(trained.test.labels)).item()
+    assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
+    assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out
 
 
 def test_settings_without_effect_are_said(settings, tmp_path, capsys):

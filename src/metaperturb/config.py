@@ -178,6 +178,9 @@ class MetaTestConfig(CommonConfig):
         0.2, "share of each class's training images that is held out (eval_split=holdout)", low=0.001, below=1.0
     )
     eval_every: int = option(200, "steps between two evaluations", low=1, identity=False)
+    eval: Literal["draws", "one_pass"] = option(
+        "draws", "evaluation of MetaPerturb during training: eval_samples draws, or one_pass", identity=False
+    )
     eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1, identity=False)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
     eval_batch_size: int = option(500, "images a batch in evaluation", low=1)

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.data.batches import DeviceImages, normalize
-from metaperturb.errors import UserError
+from metaperturb.errors import NotFinite
 from metaperturb.modes import eval_mode
 
+METRICS = ("accuracy", "nll", "ece")
 ECE_BINS = 15  # equal-width bins of confidence; the number customary since Guo et al. 2017
-
-
-class NotFinite(UserError):
-    """A network whose output has no meaning."""
 
 
 @torch.no_grad()
