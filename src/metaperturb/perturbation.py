@@ -313,6 +313,8 @@ class PerturbSite(UsesPhi):
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
+        if isinstance(h, torch.fx.Proxy):
+            return as_node(self, h)
         usage = self.attachment.current()
         if usage.strength == 0.0 and not (
             self.training and h.dim() == 4 and h.shape[:2] == (h.shape[0], self.channels)
@@ -367,6 +369,8 @@ class PerturbSite(UsesPhi):
     def _check(self, h: Tensor, noise: Tensor | None = None) -> None:
         if h.dim() != 4 or h.shape[1] != self.channels:
             raise ValueError(f"expected a feature map [B, {self.channels}, H, W], got {list(h.shape)}")
+        if h.is_quantized:
+            raise UserError("φ acts on numbers, and these are quantized; quantize a network without φ: detach(model)")
         if noise is not None and noise.shape != h.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
         if self.training and not torch.compiler.is_compiling() and _is_batched(h):
@@ -396,6 +400,11 @@ class PerturbSite(UsesPhi):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
+
+
+def as_node(site: nn.Module, h: torch.fx.Proxy) -> torch.fx.Proxy:
+    """In a trace by torch.fx, a module that the graph calls: what is inside depends on values."""
+    return h.tracer.create_proxy("call_module", h.tracer.path_of_module(site), (h,), {})
 
 
 def _bounded(out: Tensor, usage: Usage) -> Tensor:
