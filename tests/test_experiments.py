@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib
 import io
 import json
@@ -28,7 +29,8 @@ from tables.trainings import Images, grid_parser, read_grid, run_grid
 from tables.trainings import make_table as run_experiment
 from test_run_sh import run_sh
 
-from metaperturb import models
+from metaperturb import meta_train, models
+from metaperturb.data import registry
 from metaperturb.errors import UserError
 
 CPU = ("--devices", "cpu")
@@ -261,6 +263,7 @@ class Here:
 def here(monkeypatch) -> None:
     monkeypatch.setattr("tables.runner.subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
     monkeypatch.setattr("tables.runner.POLL", 0)
+    monkeypatch.setattr(registry, "_drawn", functools.cache(registry._drawn))  # drawing takes longer than the training
 
 
 @pytest.fixture
@@ -480,19 +483,22 @@ def test_cells_are_listed(path, tmp_path, capsys):
 # --- the smoke presets, as the README has them
 
 
-def smoke(table: str, folder: Path, *more: str, name: str = "smoke") -> tuple[str, dict[tuple[str, str], dict]]:
-    """The page and the CSV."""
+def made(table: str, folder: Path, *more: str) -> str:
+    """The page."""
     command = [table] if table in make_tables.COMMANDS else ["table", str(ROOT / "configs" / f"{table}.yaml")]
     folders = ["--results", folder / "results", "--runs", folder / "runs", "--data-root", folder / "data"]
     assert make_tables.main([*command, "--preset", "smoke", *map(str, folders), *CPU, *more]) == 0
-    page = folder / "results" / table / f"{name}.md"
     for record in (folder / "results" / table).rglob("*.json"):
         assert str(folder) not in record.read_text()
-    return page.read_text(), read_csv(page)
+    (page,) = (folder / "results" / table).glob("*.md")
+    return page.read_text()
 
 
-def expect(page: str, lines: dict, rows: list[str], columns: list[str]) -> None:
-    """Every cell has a result on the page and in the CSV, and they say the same."""
+def expect(page: str, folder: Path, rows: list[str], columns: list[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Every cell has a result on the page and in the CSV, and they say the same; the lines of the CSV."""
+    (csv,) = folder.glob("results/*/smoke.csv")
+    lines = read_csv(csv)
+    assert all(line["setting"] == "reduced" for line in lines.values())
     overview, details, *_ = tables(page)
     assert [line[0] for line in overview[1:]] == rows and overview[0][1:] == columns
     assert lines.keys() == {(row, column) for row in rows for column in columns}
@@ -502,16 +508,16 @@ def expect(page: str, lines: dict, rows: list[str], columns: list[str]) -> None:
             assert text.startswith(f"{float(found['accuracy']):.2f}") and f"({found['seeds']}) (" in text
             assert text.endswith(f"<br>{found['paper'].replace('±', ' ± ') or '–'}")
     assert len(details) == 1 + len(rows) * len(columns)
-    assert "cells of this table yet" not in page
+    return lines
 
 
 @pytest.mark.slow
 def test_smoke_of_table_1(tmp_path, here):
-    smoke("table1", tmp_path, "--seeds", "0")
-    page, lines = smoke("table1", tmp_path, "--seeds", "1", "--rows", "Base", "MetaPerturb")
+    made("table1", tmp_path, "--seeds", "0")
+    page = made("table1", tmp_path, "--seeds", "1", "--rows", "Base", "MetaPerturb")
     alone = ["Base", "Information Dropout", "DropBlock", "Manifold Mixup", "MetaPerturb"]
     rows = [*alone, "Finetuning (FT)", *(f"FT + {row}" for row in alone[1:])]
-    expect(page, lines, rows, ["Drawn bugs"])
+    lines = expect(page, tmp_path, rows, ["Drawn bugs"])
     ours = lines["MetaPerturb", "Drawn bugs"]
     assert (ours["seeds"], ours["pairs"], ours["baseline"], ours["paper"]) == ("2", "2", "Base", "42.01±0.43")
     assert float(ours["low_95"]) <= float(ours["difference"]) <= float(ours["high_95"])
@@ -521,18 +527,17 @@ def test_smoke_of_table_1(tmp_path, here):
 
 @pytest.mark.slow
 def test_smoke_of_table_2(tmp_path, here):
-    page, lines = smoke("table2", tmp_path)
     rows = ["Base", "Information Dropout", "DropBlock", "Finetuning", "MetaPerturb"]
-    expect(page, lines, rows, ["Conv4", "ResNet20"])
+    lines = expect(made("table2", tmp_path), tmp_path, rows, ["Conv4", "ResNet20"])
     assert lines["Finetuning", "ResNet20"]["paper"] == "88.77±0.26"
     assert "pretrained: steps: 10000 → 6" in lines["Finetuning", "Conv4"]["departs_from_paper"]
 
 
 @pytest.mark.slow
 def test_smoke_of_table_3(tmp_path, here):
-    page, lines = smoke("table3", tmp_path)
+    page = made("table3", tmp_path)
+    lines = expect(page, tmp_path, [*Grid(ROOT / "configs" / "table3.yaml", "smoke").rows], ["Drawn bugs"])
     assert len(lines) == 9
-    expect(page, lines, [row for row, _ in lines], ["Drawn bugs"])
     trainings = tables(page)[-1]
     parts = ("", "_without_scale", "_without_noise", "_homogeneous", "_lookahead")
     assert sorted(line[0] for line in trainings[1:]) == sorted(f"phi{part}" for part in parts)
@@ -540,22 +545,20 @@ def test_smoke_of_table_3(tmp_path, here):
 
 
 @pytest.mark.slow
-def test_smoke_of_tuning_and_selection(tmp_path, image_folder, capsys):
-    """As processes, by run.sh."""
-    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data")}
+def test_smoke_of_tuning_and_selection(tmp_path, image_folder, here, capsys):
     tiny = ["--set", "steps=2", "eval_every=2", "image_size=12", "target=folder", f"target_path={image_folder}"]
-    options = ["--preset", "smoke", "--results", str(tmp_path / "results"), *CPU, *tiny]
-
-    def done(*arguments: str, **more: str) -> str:
-        completed = run_sh(*arguments, **environment, **more)
-        assert completed.returncode == 0, completed.stderr
-        return completed.stdout
-
-    done("tune", *options)
+    made("tune", tmp_path, *tiny)
     (written,) = (tmp_path / "results" / "tune").glob("*.json")
     chosen = json.loads(written.read_text())["chosen"]["Drawn bugs"]
     assert chosen["dropout"]["dropout_prob"] in (0.02, 0.25) and chosen["mixup"] == {"mixup_alpha": 0.2}
-    some = {"SRC_PATHS": str(image_folder), "SRC_MODEL": "resnet8", "SRC_TASKS": "2", "GPUS": "cpu", "SEED": "0 1"}
-    done("src", "source=folder", "steps=1", "batch_size=2", "image_size=8", **some)
-    assert done("select", *options).count("% over 1 seeds") == 2
+    source = ["source=folder", f"source_paths={image_folder}", "steps=1", "tasks=2", "batch_size=2", "image_size=8"]
+    for seed in (0, 1):
+        own = [f"seed={seed}", f"run_dir={tmp_path / 'runs' / f'src-{seed}'}"]
+        assert meta_train.main(["--set", *source, "model=resnet8", "gpus=cpu", *own]) == 0
+    page = made("select", tmp_path, *tiny)
     assert (tmp_path / "runs" / "selected" / "phi.pt").exists()
+    assert capsys.readouterr().out.count("% over 1 seeds") == 2
+    options = ["--preset", "smoke", "--results", str(tmp_path / "results"), *tiny, "--report"]
+    assert run_sh("select", *options, RUNS=str(tmp_path / "runs")).returncode == 0
+    (again,) = (tmp_path / "results" / "select").glob("*.md")
+    assert again.read_text() == page

@@ -8,6 +8,7 @@ run computes (where it runs, how often it reports), so a run may be resumed with
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import types
 import typing
@@ -23,6 +24,7 @@ from metaperturb.errors import UserError
 from metaperturb.regularizers import REGULARIZERS
 
 Config = TypeVar("Config")
+_types_of = functools.cache(typing.get_type_hints)
 
 
 def option(
@@ -223,7 +225,7 @@ def load_config(
         UserError: unknown key, wrong type, value out of range, or unreadable file; the message names the key.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    types_of = typing.get_type_hints(cls)
+    types_of = _types_of(cls)
     settings: dict[str, Any] = {}
 
     def put(key: str, value: Any, origin: str, convert: Callable[[Any, Any], Any]) -> None:
