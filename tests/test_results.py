@@ -356,6 +356,7 @@ def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):
         "phi": str(run / "phi.pt"),
         "target_path": f"{run / 'b.zip'}, {run / 'c.zip'}",
         "source_paths": [str(run / "a.zip")],
+        "split_file": "",
     }
     config |= {"seed": 0}
     result = {"program": "meta_test", "config": config, "init": {"from": str(run), "tensors": 7}, "phi_digest": "d"}
@@ -365,6 +366,7 @@ def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):
     write_own_record({"row": "Base"}, run, tmp_path / "record.json")
     text = (tmp_path / "record.json").read_text()
     assert "secret" not in text and "phi.pt" in text and "a.zip" in text and '"tensors": 7' in text
+    assert '"split_file": ""' in text  # none, which is not the folder that the program runs in
     assert '"target_path": "b.zip,c.zip"' in text
 
 

@@ -100,7 +100,7 @@ def shortened(value: Any, key: str = "") -> Any:
         return {name: shortened(part, name) for name, part in value.items()}
     if isinstance(value, list):
         return [shortened(part, key) for part in value]
-    if key in PATHS and isinstance(value, str):
+    if key in PATHS and isinstance(value, str) and value:
         return ",".join(Path(part.strip()).resolve().name for part in value.split(","))  # may list several
     return value
 
