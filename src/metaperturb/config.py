@@ -370,9 +370,10 @@ def _from_text(text: str, kind: Any) -> Any:
 
 
 def _number(text: str, target: type, kind: Any) -> Any:
+    above, slash, below = text.replace("_", "").partition("/")
     try:
-        return target(text.replace("_", ""))
-    except ValueError:
+        return target(above) / target(below) if slash and target is float else target(above + slash + below)  # 8/255
+    except (ValueError, ZeroDivisionError):
         raise ValueError(f"expected {_describe(kind)}, got {text!r}") from None
 
 
