@@ -206,7 +206,8 @@ class Place:
             markers: names, one of which the root must hold, such as `("train", "test")`.
         """
         paths = [name.split("/") for name in [*self.files, *self.folders]]
-        roots = {tuple(path[: min(map(path.index, found))]) for path in paths if (found := {*path} & {*markers})}
+        markers = {*markers}
+        roots = {tuple(path[: min(map(path.index, found))]) for path in paths if (found := markers.intersection(path))}
         highest = sorted("".join(f"{part}/" for part in root) for root in roots if len(root) == min(map(len, roots)))
         if len(highest) > 1:
             names = ", ".join(root.rstrip("/") for root in highest)
