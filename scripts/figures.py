@@ -12,23 +12,23 @@
     ./run.sh phi runs/src-seed0/phi.pt                    # the 82 numbers of a φ: a file or a shipped name
     ./run.sh figures                                      # all that can be drawn, of each folder of runs under runs/
 
-A folder that holds runs stands for all of them. Results are enough for fig5, compare, lengths, amount and effort, so a
-table's records under results/ will do. Runs of a method that differ in their seed alone are averaged; those of
-MetaPerturb with several φ are told apart by the φ's file, and averaged if --call gives these one name. What takes long
-(attacks, Monte-Carlo samples, surfaces) says its cost first, is kept in the run's folder, and continues from there.
---set gives other settings of its analysis: fig6 --set steps=50 images=1000 linf=0,2/255,8/255, fig8 --set points=31.
+A folder that holds runs stands for all of them. fig5, compare, lengths, amount and effort also take a table's records
+under results/. Runs of a method that differ in their seed alone are averaged. Runs of MetaPerturb with several φ are
+told apart by the φ's file; --call gives a φ another name, and averages those that get the same one. Attacks,
+Monte-Carlo samples and surfaces take long: they say their cost first, are kept in the run's folder, and continue from
+there. --set changes their settings: fig6 --set steps=50 images=1000 linf=0,2/255,8/255, fig8 --set points=31.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
+import operator
 import os
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tables.finished import (
@@ -55,6 +55,7 @@ from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure
 from metaperturb.analyses.scales import learned_scales, noise_spread
 from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import argument_parser, pairs, run_program
+from metaperturb.config import load_config
 from metaperturb.distributed import make_current, parse_devices
 from metaperturb.errors import UserError
 from metaperturb.identity import digest
@@ -73,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where runs are looked for")
     parser.add_argument("--out", type=Path, default=ROOT / "figures", help="folder of the pictures")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
-    parser.add_argument(
-        "--call", nargs="+", default=[], metavar="FILE=NAME", help='name a φ: --call perturb_750="the authors\' φ"'
-    )
+    called = 'name a φ: --call perturb_750="the authors\' φ"'
+    parser.add_argument("--call", nargs="+", default=[], metavar="FILE=NAME", help=called)
     parser.add_argument("--device", default="auto", help="GPU number, 'cpu' or 'auto'")
     parser.add_argument("--data-root", help="where the data are, if elsewhere than when the runs ran")
     parser.add_argument("--target-path", help="likewise, of an image folder")
@@ -85,65 +85,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def figures(arguments: argparse.Namespace) -> None:
-    arguments.analyses = read_settings(arguments.figure, arguments.set)
+    everything = arguments.figure == "figures"
+    chosen = FIGURES if everything else {name: FIGURES[name] for name in FIGURES if name == arguments.figure}
+    arguments.analyses = read_settings([cls for figure in chosen.values() for cls in figure.analyses], arguments.set)
     arguments.where, arguments.drawn = "", set()  # see `draw`
     if arguments.figure == "phi":
         every_number(arguments)
         return
     sources = arguments.sources or [arguments.runs]
-    meta_trainings = find_meta_trainings(sources) if arguments.figure in ("learning", "figures") else []
-    if arguments.figure == "learning":
-        learning(meta_trainings, arguments)
-        return
-    runs = find_runs(sources, may_lack=bool(meta_trainings))
-    if arguments.methods:
-        runs = [run for run in runs if run.method in arguments.methods]
-    if not (runs or meta_trainings):
-        raise UserError("no finished run of these methods")
-    runs = tell_phis_apart(runs, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
-    if arguments.figure == "figures":
-        every_figure([*runs, *meta_trainings], arguments)
+    runs = find_meta_trainings(sources) if "learning" in chosen else []
+    if arguments.figure != "learning":
+        found = find_runs(sources, may_lack=bool(runs))
+        found = [run for run in found if not arguments.methods or run.method in arguments.methods]
+        if not (found or runs):
+            raise UserError("no finished run of these methods")
+        called = pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix")
+        runs = [*tell_phis_apart(found, called), *runs]
+    if everything:
+        every_figure(runs, arguments)
     else:
-        FIGURES[arguments.figure](runs, arguments)
+        FIGURES[arguments.figure].draw(runs, arguments)
 
 
 def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """All pictures that can be drawn, folder by folder: a table's runs belong together, apart from those of another."""
     refused = 0
     by_folder = grouped(runs, lambda run: run.path.resolve().parent)
-    common = os.path.commonpath(by_folder)
     for folder, of_folder in by_folder.items():
         if len(by_folder) > 1:
-            arguments.where = slug(os.path.relpath(folder, common))
+            arguments.where = slug(os.path.relpath(folder, os.path.commonpath(by_folder)))
         for name, figure in FIGURES.items():
-            for some in pictures(name, of_folder):
+            for some in grouped(filter(figure.takes, of_folder), figure.alike).values():
                 try:
-                    figure(some, arguments)
+                    if figure.drawn(some):
+                        figure.draw(some, arguments)
                 except UserError as error:
                     refused += 1
                     print(f"{name} not drawn: {error}", file=sys.stderr)
     if refused:
         raise UserError(f"{refused} pictures were not drawn, for the reasons above")
-
-
-def pictures(figure: str, runs: Sequence[Finished]) -> Iterable[list[Finished]]:
-    """The runs of each picture of this kind."""
-    program = "meta_train" if figure == "learning" else "meta_test"
-    runs = [run for run in runs if run.result["program"] == program]
-    if figure == "learning":
-        return grouped(runs, source_of).values()
-    if figure.startswith("fig"):  # these need more than a record has
-        runs = [run for run in runs if run.path.is_dir()]
-    if figure == "fig7":
-        runs = [run for run in runs if run.method == "metaperturb" and run.setting("gate")]
-        return grouped(runs, lambda run: run.config["model"]).values()
-    if figure == "lengths":
-        return [some for some in grouped(runs, data_of).values() if len(grouped(some, lambda run: run.steps)) > 1]
-    if figure == "amount":
-        of_tests = grouped(runs, test_of).values()
-        return [some for some in of_tests if len(grouped(some, lambda run: run.train_images)) > 1]
-    of_one_length = grouped(runs, lambda run: (data_of(run), run.steps)).values()
-    return of_one_length if figure != "effort" else [some for some in of_one_length if effort_panels(some)[0]]
 
 
 def draw(
@@ -152,12 +132,12 @@ def draw(
     plot: Callable[..., None],
     content: Any,
     title: str,
-    rows: Sequence[Mapping[str, Any]] = (),
+    rows: Sequence[Sequence[Any]] = (),
 ) -> None:
     """Draw `content` into a file named after kind and title (of several folders of runs, it tells which).
 
     Args:
-        rows: the numbers in the picture, where `plot` does not write them itself.
+        rows: the numbers in the picture below their header, where `plot` does not write them itself.
 
     Raises:
         UserError: this command has drawn one there already.
@@ -168,7 +148,7 @@ def draw(
     arguments.drawn.add(path)
     plot(content, title, path)
     if rows:
-        plots.save_numbers([*rows[0]], [[*row.values()] for row in rows], path)
+        plots.save_numbers(rows, path)
     print(path.with_name(path.name + ".png"))
 
 
@@ -181,9 +161,8 @@ def chosen_device(text: str) -> torch.device:
 
 
 def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
-    device = chosen_device(arguments.device)
     places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
-    folder = run.dir
+    folder, device = run.dir, chosen_device(arguments.device)
     try:
         return load_run(folder, device, **{key: value for key, value in places.items() if value is not None})
     except UserError as error:
@@ -192,47 +171,17 @@ def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
         raise UserError(f"{error}{hint}") from error
 
 
-# --- settings of the analyses
-
-ANALYSES = {"fig6": (Attack, Sampling), "fig8": (Plane,), "figures": (Attack, Sampling, Plane)}
-
-
-def read_settings(figure: str, texts: Sequence[str]) -> dict[type, Any]:
-    """Analysis → its settings, with `key=value` texts, which are checked, for defaults; a key may belong to several."""
-    classes = ANALYSES.get(figure, ())
-    known = {key: kind for cls in classes for key, kind in typing.get_type_hints(cls).items()}
-    values = {}
+def read_settings(classes: Sequence[type], texts: Sequence[str]) -> dict[type, Any]:
+    """Analysis → its settings, by `key=value` texts, which are checked; a key may belong to several."""
+    known = {cls: {field.name for field in dataclasses.fields(cls)} for cls in classes}
+    keys = sorted(set().union(*known.values()))
     for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator or key not in known:
+        if text.partition("=")[0] not in keys:
             expected = (
-                f"expected KEY=VALUE, the key one of {', '.join(sorted(known))}" if known else "none for this figure"
+                f"expected KEY=VALUE, the key one of {', '.join(keys)}" if keys else "this figure has no settings"
             )
             raise UserError(f"--set {text}: {expected}")
-        try:
-            values[key] = parsed(value, known[key])
-        except (ValueError, ZeroDivisionError, OverflowError) as error:
-            raise UserError(f"--set {text}: {error}") from None
-    return {
-        cls: cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
-        for cls in classes
-    }
-
-
-def parsed(text: str, kind: Any) -> Any:
-    """A value of this type: a number, a fraction such as 8/255, or several with commas between."""
-    if typing.get_origin(kind) is tuple:
-        return tuple(parsed(part, typing.get_args(kind)[0]) for part in text.split(",") if part)
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
-    above, _, below = text.partition("/")
-    try:
-        value = int(text) if kind is int else float(above) / float(below or 1)
-    except ValueError:
-        raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
-    if value < 0:
-        raise ValueError("must not be negative")
-    return value
+    return {cls: load_config(cls, None, [t for t in texts if t.partition("=")[0] in known[cls]]) for cls in classes}
 
 
 def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = ()) -> Path:
@@ -247,16 +196,17 @@ def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = (
 def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Convergence."""
     methods = of_one_picture(runs)
-    histories: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
-    rows = []
     for method, same in methods.items():
-        for run in same:
-            lines = run.curve
-            histories.setdefault(method, []).append(lines)
-            of_run = {"method": method, "seed": run.config["seed"]}
-            rows += [of_run | {key: line[key] for key in EVALUATION} for line in lines]
-        if not set.intersection(*({line["step"] for line in lines} for lines in histories[method])):
+        if not set.intersection(*({line["step"] for line in run.curve} for run in same)):
             raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
+    rows = [
+        (method, run.config["seed"], *(line[key] for key in EVALUATION))
+        for method, same in methods.items()
+        for run in same
+        for line in run.curve
+    ]
+    histories = {method: [run.curve for run in same] for method, same in methods.items()}
+    rows = [("method", "seed", *EVALUATION), *rows]
     draw(arguments, "fig5", plots.plot_convergence, histories, title(runs[0]), rows)
 
 
@@ -291,7 +241,7 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         raise UserError(f"{runs[0].dir}: method {runs[0].method} has no scales s, nor has any other run here")
     steps_differ = len(grouped(perturbed, lambda run: run.steps)) > 1
     by_data: dict[str, list[list[dict]]] = {}
-    rows = []
+    rows: list[tuple[Any, ...]] = [("data", "run", "seed", "site", "channel", "s", "spread")]
     for same in grouped(perturbed, lambda run: (data_of(run), run.steps)).values():
         for name, of_name in by_method(same).items():
             name = name.replace("metaperturb", of_name[0].data, 1)
@@ -303,12 +253,9 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
                 spreads = noise_spread(trained)
                 scales = [{**at, "spread": of} for at, of in zip(learned_scales(trained), spreads, strict=True)]
                 by_data.setdefault(name, []).append(scales)
-                rows += [
-                    {"data": name, "run": run.dir.name, "seed": run.config["seed"]}
-                    | {"site": place["site"], "channel": channel, "s": s, "spread": spread}
-                    for place in scales
-                    for channel, (s, spread) in enumerate(zip(place["s"], place["spread"], strict=True))
-                ]
+                for at in scales:
+                    channels = enumerate(zip(at["s"], at["spread"], strict=True))
+                    rows += [(name, run.dir.name, run.config["seed"], at["site"], c, *both) for c, both in channels]
     networks = [[(at["site"], at["channels"]) for at in scales] for same in by_data.values() for scales in same]
     if any(sites != networks[0] for sites in networks):
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
@@ -319,18 +266,14 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss surfaces, of each method its first seed."""
-    methods = of_one_picture(runs)
     plane = arguments.analyses[Plane]
-    surfaces = {}
-    for method, same in methods.items():
+    surfaces: dict[str, dict] = {}
+    rows: list[tuple[Any, ...]] = [("method", "a", "b", "loss")]
+    for method, same in of_one_picture(runs).items():
         run = min(same, key=lambda run: run.config["seed"])
-        surfaces[method] = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
-    rows = [
-        {"method": method, "a": a, "b": b, "loss": loss}
-        for method, surface in surfaces.items()
-        for a, row in zip(surface["coordinates"], surface["loss"], strict=True)
-        for b, loss in zip(surface["coordinates"], row, strict=True)
-    ]
+        surfaces[method] = surface = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
+        places = itertools.product(surface["coordinates"], repeat=2)
+        rows += [(method, a, b, loss) for (a, b), loss in zip(places, itertools.chain(*surface["loss"]), strict=True)]
     draw(arguments, "fig8", plots.plot_surfaces, surfaces, title(runs[0]), rows)
 
 
@@ -350,29 +293,21 @@ def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the length of training."""
     check_alike(runs, data_of, "data set and network")
     check_settings(runs, varied="steps")
-    growth(runs, lambda run: run.steps, "training steps", "lengths", title(runs[0], with_steps=False), arguments)
+    growth(runs, "steps", "training steps", "lengths", title(runs[0], with_steps=False), arguments)
 
 
 def amount(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the number of training images."""
     check_alike(runs, test_of, "test set, network and length")
     check_settings(runs, varied="train_per_class")
-    name = title(runs[0], with_amount=False)
-    growth(runs, lambda run: run.train_images, "training images", "amount", name, arguments)
+    growth(runs, "train_images", "training images", "amount", title(runs[0], with_amount=False), arguments)
 
 
-def growth(
-    runs: Sequence[Finished],
-    amount_of: Callable[[Finished], int],
-    unit: str,
-    kind: str,
-    name: str,
-    arguments: argparse.Namespace,
-) -> None:
-    """Final accuracy against `amount_of`, counted in `unit`, over the seeds that a method has for all."""
-    by_amount = {n: by_method(same) for n, same in sorted(grouped(runs, amount_of).items())}
+def growth(runs: Sequence[Finished], of: str, unit: str, kind: str, name: str, arguments: argparse.Namespace) -> None:
+    """Final accuracy against the number `of` runs, counted in `unit`, over the seeds that a method has for all."""
+    by_amount = {n: by_method(same) for n, same in sorted(grouped(runs, operator.attrgetter(of)).items())}
     if len(by_amount) < 2:
-        raise UserError(f"all runs have {amount_of(runs[0])} {unit}; this picture needs several numbers of them")
+        raise UserError(f"all runs have {getattr(runs[0], of)} {unit}; this picture needs several numbers of them")
     results: dict[str, dict[int, list[float]]] = {}
     for method in dict.fromkeys(name for methods in by_amount.values() for name in methods):
         found = {n: methods[method] for n, methods in by_amount.items() if method in methods}
@@ -465,16 +400,51 @@ def source_of(run: Finished) -> str:
     return run.result["source"]["fingerprint"]
 
 
-FIGURES: dict[str, Callable[[Sequence[Finished], argparse.Namespace], None]] = {
-    "fig5": figure5,
-    "fig6": figure6,
-    "fig7": figure7,
-    "fig8": figure8,
-    "compare": compare,
-    "lengths": lengths,
-    "amount": amount,
-    "effort": effort,
-    "learning": learning,
+def data_and_steps(run: Finished) -> tuple[Any, ...]:
+    return data_of(run), run.steps
+
+
+def is_target(run: Finished) -> bool:
+    return run.result["program"] == "meta_test"
+
+
+def has_network(run: Finished) -> bool:
+    """Whether a run of meta-testing is there, more than a record of it."""
+    return is_target(run) and run.path.is_dir()
+
+
+def has_scales(run: Finished) -> bool:
+    return has_network(run) and run.method == "metaperturb" and run.config["gate"]
+
+
+class Figure(NamedTuple):
+    """A figure's command, and what `./run.sh figures` draws with it.
+
+    Attributes:
+        draw: the picture of some runs; refuses what does not go together.
+        takes: whether a run can be in such a picture.
+        alike: runs that are equal in this are in one picture.
+        drawn: whether the runs of a picture have what it is about.
+        analyses: settings that `--set` changes.
+    """
+
+    draw: Callable[[Sequence[Finished], argparse.Namespace], None]
+    takes: Callable[[Finished], bool] = is_target
+    alike: Callable[[Finished], Any] = data_and_steps
+    drawn: Callable[[Sequence[Finished]], Any] = bool
+    analyses: tuple[type, ...] = ()
+
+
+FIGURES = {
+    "fig5": Figure(figure5, has_network),
+    "fig6": Figure(figure6, has_network, analyses=(Attack, Sampling)),
+    "fig7": Figure(figure7, has_scales, alike=lambda run: run.config["model"]),
+    "fig8": Figure(figure8, has_network, analyses=(Plane,)),
+    "compare": Figure(compare),
+    "lengths": Figure(lengths, alike=data_of, drawn=lambda runs: len({run.steps for run in runs}) > 1),
+    "amount": Figure(amount, alike=test_of, drawn=lambda runs: len({run.train_images for run in runs}) > 1),
+    "effort": Figure(effort, drawn=lambda runs: effort_panels(runs)[0]),
+    "learning": Figure(learning, lambda run: not is_target(run), alike=source_of),
 }
 
 

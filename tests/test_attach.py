@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -24,6 +25,7 @@ import torchvision.models.feature_extraction
 from conftest import ROOT
 from image_files import one_line
 from torch import nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
@@ -468,7 +470,7 @@ def test_torchvision(name):
     constant_sites(model)
     leaving = []
     for module in model.modules():
-        if type(module).__name__ in classes:
+        if any(kind.__name__ in classes for kind in type(module).__mro__):
             module.register_forward_hook(lambda module, args, output: leaving.append(output.clone()))
     with torch.no_grad():
         model.eval()(x)
@@ -1384,6 +1386,10 @@ SUMS = {
     "minus": lambda f, x: x - (-f),
     "foreach": foreach,
     "chain": lambda f, x: f.add_(x).add_(2 * x).add_(f),
+    "addcdiv": lambda f, x: torch.addcdiv(x, f, torch.full_like(f, 2.0)),
+    "index_add": lambda f, x: x.index_add(0, torch.arange(len(x), device=x.device), f),
+    "a part of the channels": lambda f, x: (f[:, :2].add_(x[:, :2]), f)[1],
+    "[B, H, W, C]": lambda f, x: (f.permute(0, 2, 3, 1) + x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
 }
 
 
@@ -1425,11 +1431,12 @@ def test_networks_of_tokens_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "count"), [("maxvit_t", 224, 11), ("densenet121", 64, 4), ("shufflenet_v2_x1_0", 64, 16)]
+    ("name", "size", "count"),
+    [("maxvit_t", 224, 11), ("densenet121", 64, 4), ("shufflenet_v2_x1_0", 64, 16), ("inception_v3", 96, 11)],
 )
 def test_sites_of_other_families(name, size, count):
     with torch.device("meta"):
-        specs = find_sites(torchvision.models.get_model(name, num_classes=5), size)
+        specs = find_sites(models.create(name, 5, size), size)
     assert len(specs) == count and not any("attention" in spec.name for spec in specs)
 
 
@@ -1469,12 +1476,46 @@ def test_a_state_of_an_earlier_version_is_told():
         model.load_state_dict({**state, "metaperturb._extra_state": torch.zeros(85)})
 
 
+@pytest.mark.parametrize("make", [NormPlain, FunctionalPlain, lambda: torchvision_network("vgg11_bn")])
+def test_fusing_and_quantizing_keep_phi_or_say_that_they_do_not(make):
+    model, x = quiet(make().eval()), images(16)
+    assert acts(torch.fx.experimental.optimization.fuse(model), x)
+    assert acts(pickle.loads(pickle.dumps(copy.deepcopy(model))), x)
+    fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    prepared = fx.prepare_fx(copy.deepcopy(model), torch.ao.quantization.get_default_qconfig_mapping("x86"), (x,))
+    prepared(x)
+    assert acts(fx.convert_fx(prepared), x)
+    with pytest.raises(UserError, match="gradients of single ones"):
+        call_for_per_sample_grads(model.train())(x)
+    layers = [type(module) for module in make().modules()]
+    assert [type(module) for module in detach(model).modules()] == layers
+
+
+def test_a_layer_that_covers_the_whole_map_is_no_convolution():
+    fully = nn.Sequential(conv(3, 4, 4), nn.ReLU(), nn.Conv2d(4, 6, 4), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU())
+    assert site_names(quiet(nn.Sequential(*fully, nn.Flatten(), nn.Linear(6, 5)), image_size=16)) == ["0"]
+
+
+def test_channels_that_are_written_into_one_map():
+    class Slices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.bn = conv(3, 4), conv(3, 4), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            out = torch.empty(len(x), 8, *x.shape[2:], device=x.device)
+            out[:, :4], out[:, 4:] = self.a(x), self.b(x)
+            return self.bn(F.relu(out)).relu()
+
+    assert site_names(quiet(nn.Sequential(Slices(), Head(8)), image_size=16)) == ["0.bn"]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_traces_keep_phi(name):
     model, x = quiet(torchvision_network(name).eval()), images(2)
     traced = torch.fx.symbolic_trace(model)
     assert torch.equal(seeded(traced, x), seeded(model, x)) and acts(copy.deepcopy(traced), x)
-    assert acts(torch.fx.experimental.optimization.fuse(model), x)
+    assert acts(torch.fx.symbolic_trace(torch.fx.experimental.optimization.fuse(model)), x)
     assert acts(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), x)
     extract = torchvision.models.feature_extraction.create_feature_extractor
     extractor = extract(model.train(), {"avgpool": "y"}).eval()
@@ -1520,7 +1561,12 @@ def test_networks_that_take_more_than_a_square_image():
 
 
 def test_a_compiled_network_is_a_wrapper():
-    model = models.create("resnet8", 5, 16)
+    model, x = NormPlain().eval(), images(2, 16)
+    compiled = torch.compile(model, backend="eager")
+    assert not acts(compiled, x)
+    quiet(model, image_size=16)
+    assert acts(compiled, x)  # what was compiled before attach is compiled anew
+    detach(model)
     model.compile()
     assert "before that" in refused(model, 16)
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -9,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from metaperturb.cli import run_program
+from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.storage import write_atomically
 
 PAGES = """
 import resource, sys
 import torch
-from metaperturb.cli import run_program
+from metaperturb.cli import Stop, Stopped, run_program
 
 def pages():
     for _ in range(10):
@@ -56,6 +57,39 @@ def test_writers_in_two_containers_do_not_share_a_temporary_file(tmp_path, monke
         list(pool.map(write, (b"A" * 10, b"B" * 10)))
     assert path.read_bytes() in (b"A" * 10, b"B" * 10)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_second_signal_ends_at_once():
+    """But not one that comes within a second: terminal, scheduler and launcher may each pass on the same."""
+    with pytest.raises(Stopped) as stopped, Stop() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+        stop.since -= 2.0
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+    assert stopped.value.number == signal.SIGINT
+
+
+@pytest.mark.parametrize("kind", ["closed pipe", "full disk", "closed"])
+def test_a_report_that_nobody_takes_does_not_end_the_work(kind, monkeypatch, capsys):
+    """As in `./run.sh … | head -1`."""
+    if kind == "full disk":
+        stream = open("/dev/full", "w")  # noqa: SIM115
+    else:
+        read, write = os.pipe()
+        os.close(read)
+        stream = os.fdopen(write, "w") if kind == "closed pipe" else None
+    monkeypatch.setattr(sys, "stdout", stream)
+    done = []
+
+    def work() -> None:
+        for step in range(3):
+            print("x" * 20_000, flush=True)
+            done.append(step)
+
+    assert run_program(work, show_traceback=True) == 0
+    assert done == [0, 1, 2] and sys.stdout is stream and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resumes", [True, False])

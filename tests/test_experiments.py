@@ -1,10 +1,13 @@
 """Grids run as anybody runs them: real processes that finish, fail, are killed and share folders with others."""
 
+import contextlib
 import dataclasses
 import fcntl
+import functools
+import importlib
+import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,19 +15,22 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
+import make_tables
 import pytest
 import torch
-from conftest import ROOT, alive, error_line
+from conftest import ROOT, alive
 from grid_files import read_csv, tables, write_grid, write_record
 from tables.grid import Grid, Overrides
-from tables.results import Results
 from tables.runner import Job, last_step, run_jobs
-from tables.trainings import Images, check, grid_parser, read_grid, run_grid
+from tables.trainings import Images, grid_parser, read_grid, run_grid
 from tables.trainings import make_table as run_experiment
 from test_run_sh import run_sh
 
-from metaperturb import models
+from metaperturb import meta_train, models
+from metaperturb.data import registry
 from metaperturb.errors import UserError
 
 CPU = ("--devices", "cpu")
@@ -118,30 +124,26 @@ def test_what_diverged_is_kept_and_left_by_other_runners(tmp_path, capsys):
     assert outcome.failed == {"b": "not finite; No space left on device"} and outcome.finished == ["other"]
 
 
-def test_a_training_that_leaves_no_result_has_failed(tmp_path):
-    def broken() -> None:
-        raise UserError("result.json: cannot be read")
+def test_a_training_that_cannot_start_end_or_leave_a_result_does_not_end_the_others(tmp_path):
+    def fails(error: Exception) -> None:
+        raise error
 
-    jobs = [script(tmp_path, "phi", "pass"), script(tmp_path, "cell", needs=("phi",))]
-    jobs.append(dataclasses.replace(script(tmp_path, "broken", "pass"), finish=broken))
-    outcome = run_jobs("test", jobs, ["cpu"], 1, retries=0)
-    expected = {"phi": "said nothing", "cell": "not run, because phi failed", "broken": "result.json: cannot be read"}
-    assert outcome.failed == expected and not outcome.finished
-
-
-def test_a_training_that_cannot_start_or_end_does_not_end_the_others(tmp_path):
-    def damaged() -> None:
-        raise PermissionError(13, "Permission denied", "metrics.jsonl")
-
-    jobs = [script(tmp_path, "blocked"), dataclasses.replace(script(tmp_path, "damaged"), finish=damaged)]
-    jobs[1] = dataclasses.replace(jobs[1], code="pass")
-    jobs.append(script(tmp_path, "other"))
+    refused, denied = UserError("cannot be read"), PermissionError(13, "Permission denied", "metrics.jsonl")
+    jobs = [
+        script(tmp_path, "blocked"),
+        script(tmp_path, "phi", "pass"),
+        script(tmp_path, "cell", needs=("phi",)),
+        dataclasses.replace(script(tmp_path, "refused", "pass"), finish=lambda: fails(refused)),
+        dataclasses.replace(script(tmp_path, "denied", "pass"), finish=lambda: fails(denied)),
+        script(tmp_path, "other"),
+    ]
     jobs[0].run_dir.parent.mkdir()
     jobs[0].run_dir.write_text("a file")
-    outcome = run_jobs("test", jobs, ["cpu"], 1, retries=0)
-    assert outcome.finished == ["other"] and outcome.failed.keys() == {"blocked", "damaged"}
-    assert "cannot be started (File exists)" in outcome.failed["blocked"]
-    assert "Permission denied" in outcome.failed["damaged"]
+    outcome = run_jobs("test", jobs, ["cpu"], 2, retries=0)
+    assert outcome.finished == ["other"] and "cannot be started (File exists)" in outcome.failed.pop("blocked")
+    assert "Permission denied" in outcome.failed.pop("denied")
+    expected = {"phi": "said nothing", "cell": "not run, because phi failed", "refused": "cannot be read"}
+    assert outcome.failed == expected
 
 
 def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
@@ -167,34 +169,32 @@ def test_the_last_whole_line_says_the_step(tmp_path):
     assert last_step(tmp_path) == 20
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "records").write_text("a file")
-    path = write_grid(tmp_path / "configs", CELLS)
-    completed = experiment(path, tmp_path, "--rows", "Base", "--seeds", "0", results=tmp_path / "records")
-    assert "cannot" in error_line(completed) and "records" in error_line(completed)
-
-
 # --- whole trainings
 
 CELLS = """
 title: A table of seconds
 config: tgt.yaml
 set: {model: resnet8, steps: 6, batch_size: 8, final_samples: 1, eval_every: 6, log_every: 1, threads: 1,
-      checkpoint_every: 2, eval_split: holdout, image_size: 16}
+      checkpoint_every: 2, eval_split: holdout, image_size: 16, target: folder, target_path: IMAGES}
 seeds: [0, 1]
 needs:
-  phi: {program: meta_train, config: src.yaml,
-        set: {source: folder, image_size: 12, model: resnet8, tasks: 5, steps: 2, batch_size: 4}}
-columns: {Bugs: {target: embedded}}
+  phi: {program: meta_train, config: src.yaml, set: &small {source: folder, source_paths: [IMAGES], image_size: 12,
+        model: resnet8, tasks: 5, steps: 2, batch_size: 4}}
+  few: {program: meta_train, config: src.yaml, set: {<<: *small, classes: 4}}
+  start: {program: meta_test, config: pretrain.yaml}
+columns: {Bugs: {}}
 rows:
   Base: {method: base}
   MetaPerturb: {method: metaperturb, phi: "${phi}"}
   Dropout: {method: dropout}
+  From few: {method: metaperturb, phi: "${few}"}
+  Finetuned: {method: base, init: "${start}"}
 baselines: [Base]
 presets:
-  paper: {}
+  paper: {rows: [Base, MetaPerturb, Dropout]}
+  all: {seeds: [0], columns: {Bugs: {}, Two an image: {train_per_class: 2}}}
   long: {seeds: [0], rows: [Base], set: {steps: 200, checkpoint_every: 10}}
-  absent: {columns: {Bugs: {target: embedded}, Birds: {target: folder}, Cars: {target: cars, download: false}}}
+  absent: {columns: {Bugs: {}, Birds: {target_path: null}, Cars: {target: cars, target_path: null, download: false}}}
 """
 
 
@@ -222,10 +222,6 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def experiment(*arguments, **options) -> subprocess.CompletedProcess:
-    return finish(start(*arguments, **options))
-
-
 def records(folder: Path, preset: str = "paper") -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in (folder / "results" / "small" / preset).glob("*.json")}
 
@@ -249,9 +245,30 @@ def wait_for(condition, what: str) -> None:
         time.sleep(0.05)
 
 
+class Here:
+    """In place of a process: runs a program in this one, which has imported all of it."""
+
+    def __init__(self, command: list[str], stdout: BinaryIO, **_: object) -> None:
+        _python, _m, program, *arguments = command
+        log = io.TextIOWrapper(stdout, write_through=True)
+        with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+            self.returncode = importlib.import_module(program).main(arguments)
+        log.detach()
+
+    def poll(self) -> int:
+        return self.returncode
+
+
 @pytest.fixture
-def path(tmp_path) -> Path:
-    return write_grid(tmp_path / "configs", CELLS)
+def here(monkeypatch) -> None:
+    monkeypatch.setattr("tables.runner.subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
+    monkeypatch.setattr("tables.runner.POLL", 0)
+    monkeypatch.setattr(registry, "_drawn", functools.cache(registry._drawn))  # drawing takes longer than the training
+
+
+@pytest.fixture
+def path(tmp_path, image_folder) -> Path:
+    return write_grid(tmp_path / "configs", CELLS.replace("IMAGES", str(image_folder)))
 
 
 def test_cells_that_another_runner_has_are_left_to_it(path, tmp_path, capsys):
@@ -266,8 +283,8 @@ def test_cells_that_another_runner_has_are_left_to_it(path, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_runners_train_each_cell_once_and_the_last_one_has_the_table(path, tmp_path, image_folder):
-    more = ("--set", f"phi.source_paths={image_folder}", "--jobs", "1", "--seeds", "0")
+def test_two_runners_train_each_cell_once_and_the_last_one_has_the_table(path, tmp_path):
+    more = ("--set", "phi.seed=1", "--jobs", "1", "--seeds", "0")
     completed = [finish(process) for process in [start(path, tmp_path, *more) for _ in range(2)]]
     assert [c.returncode for c in completed] == [0, 0], completed
     logs = [c.stderr.splitlines() for c in completed]
@@ -301,7 +318,7 @@ def test_killed_and_stopped_it_resumes_to_the_same_result(path, tmp_path):
         wait_for(lambda training=training: not alive(training), "the training outlives its runner")
     (log,) = runs.glob("**/log.txt")
     for name in ("a", "b"):
-        completed = experiment(path, tmp_path / name, *more)
+        completed = finish(start(path, tmp_path / name, *more))
         assert completed.returncode == 0, completed.stderr
     assert "resuming after step" in log.read_text()
     (interrupted,), (whole,) = (
@@ -340,114 +357,101 @@ def test_a_training_that_is_killed_is_tried_again_and_one_that_cannot_succeed_is
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "diverged"]
 
 
-def refused(path: Path, folder: Path, *more: str) -> str:
+def refused(path: Path, folder: Path, *more: str, runs: Path | None = None) -> str:
+    """`runs`: with those that are there already."""
+    arguments = parsed(path, folder, *more)
+    arguments.runs = runs or folder / "runs"
     with pytest.raises(UserError) as error:
-        run_experiment(parsed(path, folder, *more))
+        run_experiment(arguments)
     assert not (folder / "runs").exists()
     return str(error.value)
 
 
 def test_what_is_absent_is_named_before_anything_runs(path, tmp_path):
-    first, *lines = refused(path, tmp_path, "--preset", "absent").splitlines()
+    more = ("--preset", "absent", "--path", f"phi={tmp_path / 'nowhere'}")
+    first, *lines = refused(path, tmp_path, *more).splitlines()
     assert first == "nothing was run, because this is missing or wrong:"
-    assert [line.partition(":")[0] for line in lines] == ["  column Birds", "  column Cars", "  need phi"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "  column Birds",
+        "  column Cars",
+        "  need phi",
+        "  need start",
+    ]
     assert "put" in lines[1] and str(tmp_path / "data") in lines[1]  # what to get and where it belongs
     assert not (tmp_path / "results").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(path, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    said = refused(path, tmp_path, "--rows", "Base", "--seeds", "0")
+    assert "cannot" in said and str(tmp_path / "results") in said
+
+
 def test_a_network_that_does_not_run_is_named_with_its_place(path, tmp_path):
-    more = ("--rows", "Base", "--columns", "Bugs", "--set", "model=vgg11", "image_size=8")
+    more = ("--rows", "Base", "--columns", "Bugs", "--set", "model=conv4", "image_size=8")
     said = refused(path, tmp_path, *more)
-    assert "  row Base, column Bugs: VGG: does not run on images [2, 3, 8, 8]" in said
+    assert "  row Base, column Bugs: image_size 8: too small for this network" in said
 
 
-def test_what_a_finished_need_was_made_of_may_be_absent(path, tmp_path):
+def test_what_a_finished_need_was_made_of_may_be_absent_but_not_other_images(path, tmp_path, image_folder):
     more = ("--rows", "MetaPerturb", "--seeds", "0", "--path", "Bugs=nowhere")
-    path.write_text(path.read_text().replace("embedded", "folder"))
+    phi = Grid(path).cell("MetaPerturb", "Bugs", 0).needs["phi"]
+    path.write_text(path.read_text().replace(f"source_paths: [{image_folder}]", "source_paths: [gone]"))
     said = refused(path, tmp_path, *more)
     assert "column Bugs" in said and "need phi" in said
-    made = tmp_path / "needs" / Grid(path).cell("MetaPerturb", "Bugs", 0).needs["phi"].id
-    made.mkdir(parents=True)
-    (made / "result.json").write_text('{"program": "meta_train", "config": {}}')
-    arguments = parsed(path, tmp_path, *more)
-    arguments.runs = tmp_path
-    with pytest.raises(UserError) as error:
-        run_experiment(arguments)
-    assert "column Bugs" in str(error.value) and "need phi" not in str(error.value)
-
-
-def test_a_finished_need_of_other_images_than_those_that_are_named_is_refused(path, tmp_path, image_folder):
-    more = ("--rows", "MetaPerturb", "--path")
-    assert "need phi" in refused(path, tmp_path, *more, f"phi={tmp_path / 'none'}")
-    cell = Grid(path, overrides=Overrides(paths={"phi": str(image_folder)})).cell("MetaPerturb", "Bugs", 0)
-    made = tmp_path / "needs" / cell.needs["phi"].id / "result.json"
+    made = tmp_path / "made" / "needs" / phi.id / "result.json"
     made.parent.mkdir(parents=True)
     made.write_text(json.dumps({"program": "meta_train", "config": {}, "source": {"fingerprint": "of other images"}}))
-    arguments = parsed(path, tmp_path, *more, f"phi={image_folder}")
-    arguments.runs = tmp_path
-    with pytest.raises(UserError) as error:
-        run_experiment(arguments)
-    assert f"need phi: {made.parent}: was made from other images than --path names" in str(error.value)
+    said = refused(path, tmp_path, *more, runs=tmp_path / "made")
+    assert "column Bugs" in said and "need phi" not in said
+    said = refused(path, tmp_path, *more, f"phi={image_folder}", runs=tmp_path / "made")
+    assert f"need phi: {made.parent}: was made from other images than --path names" in said
 
 
-def test_a_network_may_come_from_a_file_under_any_name(path, tmp_path, capsys):
-    text = path.read_text().replace("needs:", "needs:\n  start: {program: meta_test, config: pretrain.yaml}")
-    text = text.replace("  Dropout: {method: dropout}", '  Dropout: {method: dropout, init: "${start}"}')
-    path.write_text(text)
+def test_a_network_may_come_from_a_file_under_any_name(path, tmp_path, capsys, here):
     weights = tmp_path / "start.pt"
     torch.save(models.create("resnet8", num_classes=3, image_size=16).state_dict(), weights)
-    more = ("--rows", "Base", "Dropout", "--seeds", "0", "--use", f"start={weights}")
+    more = ("--preset", "all", "--columns", "Bugs", "--rows", "Finetuned", "--use", f"start={weights}")
     run_experiment(parsed(path, tmp_path, *more))
     page = capsys.readouterr().out
-    assert len(records(tmp_path)) == 2 and "start: start.pt, of which nothing is recorded" in page
+    assert len(records(tmp_path, "all")) == 1 and "start: start.pt, of which nothing is recorded" in page
     weights.write_bytes(b"no weights")
-    shutil.rmtree(tmp_path / "runs")
-    assert "need start: " in refused(path, tmp_path, *more)
+    assert "need start: " in refused(path, tmp_path / "elsewhere", *more)
 
 
 def test_columns_that_were_not_tuned_are_left_out_or_named(path, tmp_path, capsys):
-    path.write_text(path.read_text().replace("columns: {", "columns: {Birds: {target: embedded}, "))
     tuned = tmp_path / "tuned.json"
     tuned.write_text(json.dumps({"chosen": {"Bugs": {"dropout": {"dropout_prob": 0.02}}}}))
-    more = ("--rows", "Dropout", "--seeds", "0", "--tuned", str(tuned))
-    said = refused(path, tmp_path, *more)
-    assert said == f"{tuned}: nothing was tuned for Birds; --columns names others"
-    run_experiment(parsed(path, tmp_path, *more, "--columns", "Bugs"))
+    more = ("--preset", "all", "--rows", "Dropout", "--tuned", str(tuned))
+    assert refused(path, tmp_path, *more) == f"{tuned}: nothing was tuned for Two an image; --columns names others"
+    arguments = parsed(path, tmp_path, *more, "--columns", "Bugs")
+    cell = read_grid(arguments).cell("Dropout", "Bugs", 0)
+    write_record(tmp_path / "results" / "small" / "all", cell, 0.5)
+    assert cell.config.dropout_prob == 0.02
+    run_experiment(arguments)
     page = capsys.readouterr().out
-    assert (
-        "held-out training images of Bugs: dropout" in page
-        and "on Birds are the defaults of their sources, not tuned." in page
-    )
-    (record,) = records(tmp_path).values()
-    assert record["config"]["dropout_prob"] == 0.02
+    assert "held-out training images of Bugs: dropout" in page
+    assert "on Two an image are the defaults of their sources, not tuned." in page
 
 
-def test_other_images_than_those_of_finished_cells_are_refused_before_anything_runs(tmp_path, image_folder):
-    path = write_grid(tmp_path / "configs", CELLS.replace("embedded", "folder"))
-    more = ("--path", f"Bugs={image_folder}", "--rows", "Base")
+def test_other_images_than_those_of_finished_cells_are_refused_before_anything_runs(path, tmp_path):
     write_record(tmp_path / "results" / "small" / "paper", Grid(path).cell("Base", "Bugs", 0), 0.5)
-    said = refused(path, tmp_path, *more)
+    said = refused(path, tmp_path, "--rows", "Base")
     assert "column Bugs: these are other images than those of the cells in" in said
 
 
-def test_parts_of_one_data_set_are_continued(tmp_path):
-    """Columns that differ in how many of the images they train on, φ in how many classes of the source they know."""
-    sizes = Grid(ROOT / "configs" / "target_size.yaml", "smoke", Overrides(data_root=str(tmp_path)))
-    folder, of_column = tmp_path / "results", {}
-    for column in sizes.columns:
-        cell = sizes.cell("Base", column, 0)
-        of_column[column] = Images()(cell.config)
-        write_record(folder, cell, 0.5, target={"train": 1, "test": 1, "fingerprints": of_column[column]})
-    first, second = of_column.values()
-    assert first[0] != second[0] and first[1] == second[1]
-    results = Results(sizes, folder)
-    check(results, [cell for cell in results.cells.values() if cell.row == "MetaPerturb"], {}, Images())
-    overrides = Overrides(("phi_20_classes.classes=999",), data_root=str(tmp_path))
-    grid = Grid(ROOT / "configs" / "meta_training.yaml", "smoke", overrides)
-    cells = [grid.cell(row, "Drawn bugs", 0) for row in ("50 steps", "20 classes")]
-    with pytest.raises(UserError) as error:
-        check(Results(grid, tmp_path / "none"), cells, {}, Images())
-    assert "need phi_20_classes: 999 classes are asked for, the data has 40" in str(error.value)
+def test_columns_may_differ_in_how_many_images_they_have_and_phi_in_how_many_classes(path, tmp_path):
+    grid = Grid(path, "all", Overrides(data_root=str(tmp_path / "data")))
+    cells = [grid.cell("Base", column, 0) for column in grid.columns]
+    (first, test), (second, same_test) = images = [Images()(cell.config) for cell in cells]
+    assert first != second and test == same_test
+    for cell, found in zip(cells, images, strict=True):
+        write_record(tmp_path / "results" / "small" / "all", cell, 0.5, target={"fingerprints": found})
+    more = ("--preset", "all", "--rows", "Base", "MetaPerturb", "From few", "--set", "few.classes=999")
+    said = refused(path, tmp_path, *more)
+    assert [line.partition(" (")[0] for line in said.splitlines()[1:]] == [
+        "  need few: 999 classes are asked for, the data has 10"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -479,22 +483,22 @@ def test_cells_are_listed(path, tmp_path, capsys):
 # --- the smoke presets, as the README has them
 
 
-def smoke(table: str, folder: Path, *more: str) -> tuple[str, dict[tuple[str, str], dict[str, str]]]:
-    """The page and the CSV."""
-    environment = {"RUNS": str(folder / "runs"), "DATA": str(folder / "data")}
-    completed = run_sh(table, "--preset", "smoke", "--results", str(folder / "results"), *CPU, *more, **environment)
-    assert completed.returncode == 0, completed.stderr
-    page = (folder / "results" / table / "smoke.md").read_text()
-    assert page.strip() in completed.stdout
-    lines = read_csv(folder / "results" / table / "smoke.md")
-    assert all(line["setting"] == "reduced" for line in lines.values())
+def made(table: str, folder: Path, *more: str) -> str:
+    """The page."""
+    command = [table] if table in make_tables.COMMANDS else ["table", str(ROOT / "configs" / f"{table}.yaml")]
+    folders = ["--results", folder / "results", "--runs", folder / "runs", "--data-root", folder / "data"]
+    assert make_tables.main([*command, "--preset", "smoke", *map(str, folders), *CPU, *more]) == 0
     for record in (folder / "results" / table).rglob("*.json"):
         assert str(folder) not in record.read_text()
-    return page, lines
+    (page,) = (folder / "results" / table).glob("*.md")
+    return page.read_text()
 
 
-def expect(page: str, lines: dict, rows: list[str], columns: list[str]) -> None:
-    """Every cell has a result on the page and in the CSV, and they say the same."""
+def expect(page: str, folder: Path, rows: list[str], columns: list[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Every cell has a result on the page and in the CSV, and they say the same; the lines of the CSV."""
+    (csv,) = folder.glob("results/*/smoke.csv")
+    lines = read_csv(csv)
+    assert all(line["setting"] == "reduced" for line in lines.values())
     overview, details, *_ = tables(page)
     assert [line[0] for line in overview[1:]] == rows and overview[0][1:] == columns
     assert lines.keys() == {(row, column) for row in rows for column in columns}
@@ -504,16 +508,16 @@ def expect(page: str, lines: dict, rows: list[str], columns: list[str]) -> None:
             assert text.startswith(f"{float(found['accuracy']):.2f}") and f"({found['seeds']}) (" in text
             assert text.endswith(f"<br>{found['paper'].replace('±', ' ± ') or '–'}")
     assert len(details) == 1 + len(rows) * len(columns)
-    assert "cells of this table yet" not in page
+    return lines
 
 
 @pytest.mark.slow
-def test_smoke_of_table_1(tmp_path):
-    smoke("table1", tmp_path, "--seeds", "0")
-    page, lines = smoke("table1", tmp_path, "--seeds", "1", "--rows", "Base", "MetaPerturb")
+def test_smoke_of_table_1(tmp_path, here):
+    made("table1", tmp_path, "--seeds", "0")
+    page = made("table1", tmp_path, "--seeds", "1", "--rows", "Base", "MetaPerturb")
     alone = ["Base", "Information Dropout", "DropBlock", "Manifold Mixup", "MetaPerturb"]
     rows = [*alone, "Finetuning (FT)", *(f"FT + {row}" for row in alone[1:])]
-    expect(page, lines, rows, ["Drawn bugs"])
+    lines = expect(page, tmp_path, rows, ["Drawn bugs"])
     ours = lines["MetaPerturb", "Drawn bugs"]
     assert (ours["seeds"], ours["pairs"], ours["baseline"], ours["paper"]) == ("2", "2", "Base", "42.01±0.43")
     assert float(ours["low_95"]) <= float(ours["difference"]) <= float(ours["high_95"])
@@ -522,19 +526,18 @@ def test_smoke_of_table_1(tmp_path):
 
 
 @pytest.mark.slow
-def test_smoke_of_table_2(tmp_path):
-    page, lines = smoke("table2", tmp_path)
+def test_smoke_of_table_2(tmp_path, here):
     rows = ["Base", "Information Dropout", "DropBlock", "Finetuning", "MetaPerturb"]
-    expect(page, lines, rows, ["Conv4", "ResNet20"])
+    lines = expect(made("table2", tmp_path), tmp_path, rows, ["Conv4", "ResNet20"])
     assert lines["Finetuning", "ResNet20"]["paper"] == "88.77±0.26"
     assert "pretrained: steps: 10000 → 6" in lines["Finetuning", "Conv4"]["departs_from_paper"]
 
 
 @pytest.mark.slow
-def test_smoke_of_table_3(tmp_path):
-    page, lines = smoke("table3", tmp_path)
+def test_smoke_of_table_3(tmp_path, here):
+    page = made("table3", tmp_path)
+    lines = expect(page, tmp_path, [*Grid(ROOT / "configs" / "table3.yaml", "smoke").rows], ["Drawn bugs"])
     assert len(lines) == 9
-    expect(page, lines, [row for row, _ in lines], ["Drawn bugs"])
     trainings = tables(page)[-1]
     parts = ("", "_without_scale", "_without_noise", "_homogeneous", "_lookahead")
     assert sorted(line[0] for line in trainings[1:]) == sorted(f"phi{part}" for part in parts)
@@ -542,20 +545,20 @@ def test_smoke_of_table_3(tmp_path):
 
 
 @pytest.mark.slow
-def test_smoke_of_tuning_and_selection(tmp_path):
-    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data")}
-    tiny = ["--set", "steps=2", "eval_every=2", "image_size=12"]
-    options = ["--preset", "smoke", "--results", str(tmp_path / "results"), *CPU, *tiny]
-    completed = run_sh("tune", *options, **environment)
-    assert completed.returncode == 0, completed.stderr
+def test_smoke_of_tuning_and_selection(tmp_path, image_folder, here, capsys):
+    tiny = ["--set", "steps=2", "eval_every=2", "image_size=12", "target=folder", f"target_path={image_folder}"]
+    made("tune", tmp_path, *tiny)
     (written,) = (tmp_path / "results" / "tune").glob("*.json")
     chosen = json.loads(written.read_text())["chosen"]["Drawn bugs"]
     assert chosen["dropout"]["dropout_prob"] in (0.02, 0.25) and chosen["mixup"] == {"mixup_alpha": 0.2}
-
-    source = ["steps=1", "batch_size=2", "image_size=8"]
-    some = {"SRC_DATA": "embedded", "SRC_MODEL": "resnet8", "SRC_TASKS": "2", "GPUS": "cpu", "SEED": "0 1"}
-    completed = run_sh("src", *source, **some, **environment)
-    assert completed.returncode == 0, completed.stderr
-    completed = run_sh("select", *options, **environment)
-    assert completed.returncode == 0, completed.stderr
-    assert (tmp_path / "runs" / "selected" / "phi.pt").exists() and completed.stdout.count("% over 1 seeds") == 2
+    source = ["source=folder", f"source_paths={image_folder}", "steps=1", "tasks=2", "batch_size=2", "image_size=8"]
+    for seed in (0, 1):
+        own = [f"seed={seed}", f"run_dir={tmp_path / 'runs' / f'src-{seed}'}"]
+        assert meta_train.main(["--set", *source, "model=resnet8", "gpus=cpu", *own]) == 0
+    page = made("select", tmp_path, *tiny)
+    assert (tmp_path / "runs" / "selected" / "phi.pt").exists()
+    assert capsys.readouterr().out.count("% over 1 seeds") == 2
+    options = ["--preset", "smoke", "--results", str(tmp_path / "results"), *tiny, "--report"]
+    assert run_sh("select", *options, RUNS=str(tmp_path / "runs")).returncode == 0
+    (again,) = (tmp_path / "results" / "select").glob("*.md")
+    assert again.read_text() == page

@@ -1,5 +1,6 @@
 """The figures' commands on finished runs: pictures and numbers, and what is refused."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,6 +9,7 @@ import statistics
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -27,15 +29,20 @@ FIGURE_6 = ("fig6-robustness", "fig6-calibration", "fig6-samples")
 FAST = ["images=20", "steps=2", "draws=2", "samples=2", "linf=0,0.02", "l2=0.5", "l1=2", "counts=1,2"]
 
 
-def figures(*arguments) -> SimpleNamespace:
+def figures(*arguments, render: bool = False) -> SimpleNamespace:
+    """A command of the figures. Rendering takes most of the time: it is left out where no test looks at the picture."""
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), undrawn() if not render else contextlib.nullcontext():
         returncode = scripts_figures.main([*map(str, arguments), "--device", "cpu"])
     return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def drawn(*arguments) -> SimpleNamespace:
-    completed = figures(*arguments)
+def undrawn():
+    return mock.patch.object(plots, "save_figure")
+
+
+def drawn(*arguments, render: bool = False) -> SimpleNamespace:
+    completed = figures(*arguments, render=render)
     assert completed.returncode == 0, completed.stderr
     return completed
 
@@ -49,7 +56,8 @@ def refused(*arguments) -> str:
 
 
 def train(settings: list[str], *changes) -> None:
-    assert program.main(["--set", *settings, *map(str, changes)]) == 0
+    with undrawn():
+        assert program.main(["--set", *settings, *map(str, changes)]) == 0
 
 
 def accuracy(*folders: Path) -> float:
@@ -91,7 +99,7 @@ def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
 def test_convergence(runs, tmp_path):
     completed = drawn("fig5", runs, "--out", tmp_path)
     assert completed.stdout.strip() == str(tmp_path / "fig5-folder-12-px-resnet8-8-steps.png")
-    found = check_pictures(tmp_path, "fig5-folder-12-px-resnet8-8-steps")
+    found = rows(tmp_path / "fig5-folder-12-px-resnet8-8-steps.csv")
     logged = [json.loads(line) for line in (runs / "base-1" / "metrics.jsonl").read_text().splitlines()]
     expected = [line["test_accuracy"] for line in logged if "test_accuracy" in line]
     mine = [row for row in found if (row["method"], row["seed"]) == ("base", "1")]
@@ -100,10 +108,8 @@ def test_convergence(runs, tmp_path):
 
 
 def test_methods_side_by_side(runs, tmp_path):
-    completed = drawn("compare", runs, "--out", tmp_path)
-    stem = "compare-folder-12-px-resnet8-8-steps"
-    assert completed.stdout.strip() == str(tmp_path / f"{stem}.png")
-    found = {row["name"]: row for row in check_pictures(tmp_path, stem)}
+    drawn("compare", runs, "--out", tmp_path)
+    found = {row["name"]: row for row in rows(tmp_path / "compare-folder-12-px-resnet8-8-steps.csv")}
     folders = {"base": ["base-0", "base-1"], "metaperturb": ["meta"], "base, finetuned": ["tuned"]}
     assert {name: int(row["seeds"]) for name, row in found.items()} == {name: len(of) for name, of in folders.items()}
     for name, of_method in folders.items():
@@ -131,7 +137,7 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path):
 
     def numbers(name: str, *arguments, figure: str = "compare") -> list[dict[str, str]]:
         drawn(figure, *arguments, "--out", tmp_path / name)
-        return check_pictures(tmp_path / name, f"{figure}-folder-12-px-resnet8-8-steps")
+        return rows(tmp_path / name / f"{figure}-folder-12-px-resnet8-8-steps.csv")
 
     some = [runs / name for name in ("base-0", "base-1", "meta")]
     assert numbers("a", *some) == numbers("b", folder) == numbers("c", *folder.glob("*.json"))
@@ -173,7 +179,7 @@ def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path):
     }.items():
         train(target_settings, *changes, f"run_dir={tmp_path / 'more' / name}")
     chosen = [runs / "base-0", runs / "base-1", runs / "meta", tmp_path / "more"]
-    completed = drawn("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ")
+    completed = drawn("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ", render=True)
     assert "base, 8 training steps: left out, as others lack them: seeds [1]" in completed.stderr
     found = check_pictures(tmp_path, "lengths-folder-12-px-resnet8")
     drawn_at = {(row["name"], row["training_steps"]): float(row["accuracy_percent"]) for row in found}
@@ -198,7 +204,7 @@ def test_amount_of_training_images(runs, target_settings, tmp_path):
     chosen = [runs / "base-0", tmp_path / "more"]
     # As ./run.sh calls it: the folders behind an option.
     drawn("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
-    found = check_pictures(tmp_path, "amount-folder-12-px-resnet8-8-steps")
+    found = rows(tmp_path / "amount-folder-12-px-resnet8-8-steps.csv")
     drawn_at = {(row["name"], row["training_images"]): float(row["accuracy_percent"]) for row in found}
     expected = {("base", "30"): "few", ("metaperturb", "80"): "meta"}
     expected = {place: tmp_path / "more" / name for place, name in expected.items()} | {("base", "80"): runs / "base-0"}
@@ -227,7 +233,7 @@ def test_effort_of_meta_training(runs, target_settings, tmp_path):
         train(settings, f"run_dir={tmp_path / 'more' / name}")
 
     more = tmp_path / "more"
-    completed = drawn("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path)
+    completed = drawn("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path, render=True)
     for name in ("other", "small"):
         assert f"{name}: left out, its φ differs in more than one number from those drawn" in completed.stderr
     found = check_pictures(tmp_path, "effort-folder-12-px-resnet8-8-steps")
@@ -265,14 +271,15 @@ def meta_trainings(source_settings, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("src")
     for name, changes in {"0": [], "1": ["seed=1"], "fast": ["phi_lr=0.1"], "none": ["steps=0"]}.items():
         settings = [*source_settings, "gpus=cpu", "threads=1", "steps=6", *changes, f"run_dir={folder / name}"]
-        assert meta_training.main(["--set", *settings]) == 0
+        with undrawn():
+            assert meta_training.main(["--set", *settings]) == 0
     return folder
 
 
 def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     """Each setting is a line; a number is the mean over its seeds, and μ's norm that of all its kernels."""
     drawn("learning", meta_trainings, runs, "--out", tmp_path)
-    found = {(row["name"], row["step"]): row for row in check_pictures(tmp_path, "learning-folder-train-resnet8")}
+    found = {(row["name"], row["step"]): row for row in rows(tmp_path / "learning-folder-train-resnet8.csv")}
     assert [*found] == [(name, step) for name in ("phi_lr None", "phi_lr 0.1") for step in "246"]
     for name, folders in {"phi_lr None": "01", "phi_lr 0.1": ["fast"]}.items():
         logged = [json.loads((meta_trainings / x / "metrics.jsonl").read_text().splitlines()[-1]) for x in folders]
@@ -302,6 +309,8 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     (tmp_path / "twin" / "metrics.jsonl").unlink()
     assert "metrics.jsonl of MetaPerturb: no step that all seeds have" in message(tmp_path / "twin")
     assert "no finished run of meta-training" in message(runs, meta_trainings / "none")
+    drawn("figures", meta_trainings / "0", "--out", tmp_path / "out")  # of meta-trainings alone
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["learning-folder-train-resnet8.csv"]
     assert "no such folder" in message(tmp_path / "nowhere")
 
 
@@ -311,7 +320,7 @@ def test_all_figures(runs, meta_trainings, tmp_path):
     shutil.copytree(runs, copies)
     for name in ("0", "1"):
         shutil.copytree(meta_trainings / name, copies / f"src-{name}")
-    drawn("figures", copies, "--out", tmp_path / "out", "--set", *FAST, "points=3")
+    drawn("figures", copies, "--out", tmp_path / "out", "--set", *FAST, "points=3", render=True)
     assert {row["seeds"] for row in check_pictures(tmp_path / "out", "learning-folder-train-resnet8")} == {"2"}
     for stem in ("fig5", *FIGURE_6, "fig8", "compare"):
         check_pictures(tmp_path / "out", f"{stem}-folder-12-px-resnet8-8-steps")
@@ -326,12 +335,6 @@ def test_all_figures(runs, meta_trainings, tmp_path):
     assert again.returncode == 0 and "step" not in again.stderr
     for path in (tmp_path / "again").glob("*.csv"):
         assert path.read_text() == (tmp_path / "out" / path.name).read_text()
-
-
-def test_all_figures_of_meta_trainings_alone(meta_trainings, tmp_path):
-    shutil.copytree(meta_trainings / "0", tmp_path / "runs" / "src")
-    drawn("figures", tmp_path / "runs", "--out", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["learning-folder-train-resnet8.png"]
 
 
 def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings, tmp_path):
@@ -349,14 +352,13 @@ def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings,
     assert "no finished run of these methods" in message("fig5", runs, "--methods", "mixup")
     for figure, text, said in (
         ("fig8", "pionts=3", "expected KEY=VALUE"),
-        ("fig8", "points=few", "--set points=few: expected a whole number, got 'few'"),
-        ("fig8", "points=2.5", "--set points=2.5: expected a whole number"),
-        ("fig6", "counts=1,1.5", "--set counts=1,1.5: expected a whole number"),
-        ("fig6", "l2=1/0", "--set l2=1/0: float division by zero"),
-        ("fig5", "points=3", "--set points=3: none for this figure"),
+        ("fig8", "points=few", "points: expected a whole number, got 'few'"),
+        ("fig6", "counts=1,1.5", "counts: expected a whole number, got '1.5'"),
+        ("fig6", "l2=1/0", "l2: expected a number, got '1/0'"),
+        ("fig5", "points=3", "--set points=3: this figure has no settings"),
         ("fig8", "points=4", "must be odd"),
-        ("fig6", "linf=0,-1", "--set linf=0,-1: must not be negative"),
-        ("fig6", "linf=inf", "ε must be finite and not negative, got inf"),
+        ("fig6", "linf=0,-1", "linf: must be at least 0, got -1.0"),
+        ("fig6", "linf=inf", "linf: must be finite, got inf"),
     ):
         assert said in message(figure, runs, "--set", text)
     before = [*runs.rglob("analyses/*")]
@@ -417,8 +419,8 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
         folder = tmp_path / "runs" / "own" / f"meta-{seed}"
         train(settings, f"phi={phi}", f"seed={seed}", f"run_dir={folder}")
     called = ["--call", "src-seed0=ours", "src-seed1=ours"]
-    completed = drawn("fig5", tmp_path / "runs", "--out", tmp_path / "fig5", *called)
-    found = check_pictures(tmp_path / "fig5", "fig5-folder-12-px-resnet8-8-steps")
+    drawn("fig5", tmp_path / "runs", "--out", tmp_path / "fig5", *called)
+    found = rows(tmp_path / "fig5" / "fig5-folder-12-px-resnet8-8-steps.csv")
     assert {(row["method"], row["seed"]) for row in found} == {("metaperturb, ours", "0"), ("metaperturb, ours", "1")}
 
     shutil.copytree(runs / "base-0", tmp_path / "runs" / "table" / "one")
@@ -428,7 +430,7 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
     assert completed.returncode == 1
     assert "fig5 not drawn: " in completed.stderr and "two runs of base with one seed" in completed.stderr
     assert "4 pictures were not drawn, for the reasons above" in completed.stderr
-    assert sorted(path.stem for path in (tmp_path / "all").glob("*.png")) == sorted(
+    assert sorted(path.stem for path in (tmp_path / "all").glob("*.csv")) == sorted(
         [f"{figure}-folder-12-px-resnet8-8-steps-own" for figure in ("fig5", *FIGURE_6, "fig8", "compare")]
         + ["fig7-scales-folder-12-px-resnet8-own"]
     )
@@ -436,9 +438,13 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
 
 def test_the_numbers_of_phi(tmp_path):
     save_phi(MetaPerturb(), tmp_path / "src-1" / "phi.pt")
-    drawn("phi", tmp_path / "src-1" / "phi.pt", "tiny_imagenet_resnet20", "--out", tmp_path / "out")
+    completed = drawn(
+        "phi", tmp_path / "src-1" / "phi.pt", "tiny_imagenet_resnet20", "--out", tmp_path / "out", render=True
+    )
+    names = [Path(line).stem for line in completed.stdout.splitlines()]
+    assert names == ["phi-src-1", "phi-tiny-imagenet-resnet20"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"{name}{suffix}" for name in ("phi-src-1", "phi-tiny-imagenet-resnet20") for suffix in (".png", ".svg")
+        f"{n}{s}" for n in names for s in plots.FORMATS
     ]
     svg = (tmp_path / "out" / "phi-src-1.svg").read_text()
     assert svg.count("scale kernel") == 4

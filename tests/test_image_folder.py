@@ -316,7 +316,7 @@ def test_one_group_among_classes_is_told(tmp_path, capsys):
     files = {**folder_layout(), "train/more/emu/1.png": picture(1), "train/more/fox/1.png": picture(2)}
     train, _ = _load(write_folder(tmp_path / "x", files), tmp_path)
     assert train.classes == ("cat", "dog", "more")
-    assert "one class each, without images but in folders: 1 (train/more/)" in capsys.readouterr().err
+    assert "taken for one class each, though they hold only folders: 1 (train/more/)" in capsys.readouterr().err
 
 
 def test_names_written_by_a_mac(tmp_path):

@@ -16,10 +16,11 @@ from conftest import run, start, wait_for
 import metaperturb.meta_test as program
 from metaperturb import kernels
 from metaperturb.data.parts import load_parts
+from metaperturb.deterministic import make_deterministic
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.runs import StepProgress
-from metaperturb.storage import load_tensors
+from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.trained import load_run
 from metaperturb.training import annealed_strength
 from metaperturb.weights import save_phi
@@ -330,6 +331,23 @@ def test_how_often_a_run_is_evaluated_may_change(settings, tmp_path):
     assert json.loads((run_dir / "result.json").read_text())["metrics"] == metrics
 
 
+def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, tmp_path, capsys):
+    run_dir = tmp_path / "tgt"
+    assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval=one_pass", "eval_every=2"]) == 0
+    ours, theirs = model_state(run_dir), model_state(reference)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+    results = [json.loads((d / "result.json").read_text()) for d in (run_dir, reference)]
+    assert all(results[0][key] == results[1][key] for key in ("metrics", "one_pass"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert [line["test_samples"] for line in lines if "test_samples" in line] == [1, 1, 1, 3]
+    trained = load_run(run_dir)
+    train, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
+    logits = make_deterministic(trained.model, [train])(test)
+    nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(trained.test.labels)).item()
+    assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
+    assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out
+
+
 def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     changes = ["method=base", "recipe=mixup", "mixup_alpha=0.5", "dropblock_prob=0.5", "clip=3", "steps=1"]
     changes += ["init_batch_norm=keep", "holdout=0.5", "gpu=auto"]
@@ -376,12 +394,25 @@ def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, c
     assert "precision: bfloat16 → float32" in capsys.readouterr().err
 
 
-def test_a_long_evaluation_tells_how_far_it_is_now_and_then(capsys):
+def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypatch):
+    clock = iter([0, 10, 20, 30, 1030, 1031, 1200, 1210])  # made, updated, then one a call
+    monkeypatch.setattr("metaperturb.runs.time.monotonic", lambda: next(clock))
     progress = StepProgress("base on cub", 100, 40, interval=1000)
     progress.update(50, loss=1.0)
     capsys.readouterr()
     progress.within(0.1)  # too soon after the line before
-    progress.last -= 1000
-    progress.within(0.25)
-    progress.within(0.26)
-    assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 25%\n"
+    progress.within(0.2)
+    progress.within(0.6)
+    progress.within(0.61)
+    assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 60%  13:28 left\n"
+    progress.within(0.1)  # of the next evaluation
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1]])
+def test_a_checkpoint_of_another_program_is_one_line(settings, tmp_path, refused, content):
+    run_dir = tmp_path / "tgt"
+    line = [*settings, "steps=1", f"run_dir={run_dir}"]
+    assert program.main(["--set", *line]) == 0
+    (run_dir / "result.json").unlink()
+    save_tensors(content, run_dir / "checkpoints" / "latest.pt")
+    assert "latest.pt: is no checkpoint of this run; remove it, or choose" in refused(program, line)

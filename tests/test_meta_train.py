@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from metaperturb.distributed import Group, backend_for, choose_devices, launch, 
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.runs import Run
-from metaperturb.storage import load_tensors
+from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi
 
 STEPS = 6
@@ -193,6 +194,63 @@ def test_launcher_killed_leaves_no_orphans(source_settings, tmp_path):
     wait_for(lambda: not any(alive(pid) for pid in workers), seconds=10)
 
 
+@pytest.fixture
+def two_machines() -> Iterator[list[str]]:
+    """The names of two network namespaces, 10.77.0.1 and 10.77.0.2 on their `link0`."""
+    names = [f"metaperturb-{os.getpid()}-{i}" for i in range(2)]
+
+    def ip(words: str) -> None:
+        subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip(f"netns add {name}")
+        ip(f"link add link0 netns {names[0]} type veth peer name link0 netns {names[1]}")
+        for i, name in enumerate(names):
+            ip(f"-n {name} address add 10.77.0.{i + 1}/24 dev link0")
+            for link in ("lo", "link0"):
+                ip(f"-n {name} link set {link} up")
+        yield names
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("two network namespaces need root and the program ip")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+PATIENT_FOR_SECONDS = """
+import datetime, sys
+from metaperturb import distributed, meta_train
+distributed.TIMEOUT = datetime.timedelta(seconds=25)
+sys.exit(meta_train.main(["--set", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_cut_off_ends_both(two_machines, source_settings, tmp_path):
+    """Each after the time that it waits for others, with a sentence."""
+    settings = [*source_settings, "steps=1000000", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "link0"}
+    variables |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511"}
+    machines = []
+    for rank, name in enumerate(two_machines):
+        command = ["ip", "netns", "exec", name, sys.executable, "-c", PATIENT_FOR_SECONDS, *settings]
+        env = {**os.environ, **variables, "RANK": str(rank)}
+        pipe = subprocess.PIPE
+        machines.append(subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True))
+    try:
+        checkpoint = tmp_path / "src" / "checkpoints" / "latest.json"
+        wait_for(lambda: checkpoint.exists() or any(machine.poll() for machine in machines))
+        subprocess.run(["ip", "-n", two_machines[1], "link", "set", "link0", "down"], check=True)
+        for rank, machine in enumerate(machines):
+            out, err = machine.communicate(timeout=120)
+            line = error_line(subprocess.CompletedProcess([], machine.returncode, out, err))
+            assert f"process {rank}: lost contact with another process (" in line
+    finally:
+        for machine in machines:
+            machine.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpus", "number"), [("cpu", signal.SIGINT), ("cpu,cpu", signal.SIGINT), ("cpu,cpu", signal.SIGTERM)]
@@ -288,10 +346,17 @@ def test_auto_is_every_gpu_that_has_something_to_do(gpus, expected, monkeypatch,
     assert len(parse_devices("auto", "gpu")) == 1
 
 
-def test_half_of_torchruns_variables_is_one_line(here, refused, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+def test_what_torchrun_lacks_is_one_line(here, refused, monkeypatch):
+    """Half of its variables, and machines that cannot reach this one by its name."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert "torchrun: MASTER_ADDR is not set" in refused(program, here)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    line = refused(program, here)
+    assert "has the address 127.0.1.1, where other machines cannot reach it; set GLOO_SOCKET_IFNAME" in line
 
 
 def test_run_folder_in_use(here, refused):
@@ -311,6 +376,18 @@ def test_disk_full_is_one_line_and_keeps_the_checkpoint(here, tmp_path, refused)
     assert "cannot write" in line and "task-00.pt" in line
     assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
     assert program.main(["--set", *here]) == 0  # with room again, it goes through
+
+
+@pytest.mark.parametrize("damage", ["latest.json", "phi.pt"])
+def test_a_checkpoint_of_another_program_is_one_line(reference, here, tmp_path, refused, damage):
+    shutil.copytree(reference, tmp_path / "src")
+    (tmp_path / "src" / "result.json").unlink()
+    checkpoints = tmp_path / "src" / "checkpoints"
+    if damage == "latest.json":
+        (checkpoints / damage).write_text("[]")
+    else:
+        save_tensors({"a": 1}, checkpoints / f"step-{STEPS:06}" / damage)
+    assert "latest.json: is no checkpoint of this run; remove it, or choose" in refused(program, here)
 
 
 def test_run_folder_that_cannot_be_written(here, tmp_path):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import scipy.stats
-import yaml
 from conftest import ROOT
 from grid_files import tables
 from tables import selection
@@ -92,35 +91,6 @@ def test_differences_are_of_paired_seeds(page):
         if len(pairs) > 1:
             interval = scipy.stats.ttest_rel(*zip(*pairs, strict=True)).confidence_interval(0.95)
             assert (float(line["low_95"]), float(line["high_95"])) == pytest.approx(tuple(interval), abs=1e-3)
-
-
-def test_what_is_said_of_the_paper_is_in_the_configuration(page):
-    known = yaml.safe_load((ROOT / "configs" / f"{page.parent.name}.yaml").read_text()).get("paper", {})
-    for line in lines(page):
-        if line["paper"]:
-            assert line["paper"] in known[line["row"]]
-            ours = float(line["paper"].partition("±")[0]) + float(line["ours_minus_paper"] or "nan")
-            assert not line["ours_minus_paper"] or ours == pytest.approx(float(line["accuracy"]), abs=1e-3)
-
-
-def test_the_markdown_says_what_the_csv_says(page):
-    details = {(cells[0], cells[1]): cells for cells in tables(page.with_suffix(".md").read_text())[1][1:]}
-    assert details.keys() == {(line["row"], line["column"]) for line in lines(page)}
-    for line in lines(page):
-        _, _, seeds, accuracy, paper, gap, difference, nll, ece, *_ = details[line["row"], line["column"]]
-        lost = int(line.get("diverged") or 0)
-        assert seeds == line["seeds"] + (f"; {lost} diverged" if lost else "")
-        assert paper.replace(" ", "") == (line["paper"] or "–")
-        if line["seeds"] == "0":
-            assert {accuracy, gap, difference, nll, ece} == {"–"}
-            continue
-        for text, name in ((accuracy, "accuracy"), (nll, "nll"), (ece, "ece")):
-            mean, _, deviation = text.partition(" ± ")
-            assert float(mean) == pytest.approx(float(line[name]), abs=0.0051)
-            assert deviation == "" or float(deviation) == pytest.approx(float(line[f"{name}_std"]), abs=0.0051)
-        for text, name in ((gap, "ours_minus_paper"), (difference, "difference")):
-            assert (text == "–") == (line[name] == "")
-            assert text == "–" or float(text.split()[0]) == pytest.approx(float(line[name]), abs=0.0051)
 
 
 def test_each_page_names_its_command():

@@ -328,6 +328,7 @@ def test_pretrain_on_drawn_images(tmp_path):
         ("src cub", {}, "cub: expected key=value"),
         ("tgt cpu", {"TGT_DATA": "folder", "TGT_PATH": "/nowhere"}, "TGT_PATH: /nowhere: no such file or folder"),
         ("tgt cpu target_path=/nowhere", {"TGT_DATA": "folder"}, "target_path: /nowhere: no such file or folder"),
+        ("tgt cpu", {"TGT_RUN": f"/tmp/{'x' * 300}"}, f"TGT_RUN: /tmp/{'x' * 300}: File name too long"),
         ("tgt cpu", {"TGT_RUN": __file__}, f"TGT_RUN: {__file__} cannot be written ("),
     ],
 )

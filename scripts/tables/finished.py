@@ -5,6 +5,7 @@ on the way found, but has no network; one of meta-training is its folder.
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of
+from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.errors import UserError
-from metaperturb.identity import INCIDENTAL, data_name, settings, training
+from metaperturb.identity import INCIDENTAL, data_name, differences, settings, training
 from metaperturb.regularizers import REGULARIZERS
 from metaperturb.runs import read_result
 from metaperturb.storage import load_json
+from tables.grid import config_of
 from tables.results import curve
 
-FIELDS = {field.name: field for field in dataclasses.fields(MetaTestConfig)}
+DEFAULTS = vars(MetaTestConfig())
 # What may differ between the runs that are averaged; and, as well, between the methods of a picture.
 OF_A_RUN = {*INCIDENTAL, "method", "phi"}
 OF_PHI = ("sites", "noise", "gate", "anneal", "clip", "clip_eval")  # how it is used
@@ -48,6 +50,7 @@ class Finished:
     def curve(self) -> Sequence[Mapping[str, Any]]:
         """Its evaluations, as `results.curve` has them; refused where there are none or numbers are missing."""
         recorded = self.path.is_file()
+        where = "curve" if recorded else "metrics.jsonl"
         found = self.result.get("curve") if recorded else curve(self.path)
         if not found:
             lacking = "is a record without its curve; this picture needs the run's folder"
@@ -55,7 +58,6 @@ class Finished:
         for line in found:
             numbers = [line.get(key) for key in EVALUATION]
             if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-                where = "curve" if recorded else "metrics.jsonl"
                 raise UserError(f"{self.path}: {where}, step {numbers[0]}: values are missing or not finite")
         return found
 
@@ -70,13 +72,10 @@ class Finished:
         file, cell = Path(self.config["phi"]), self.result.get("cell") or {"needs": {}}
         return file.stem, cell["needs"].get("phi", file.parent.name), self.phi_key[:8]
 
-    @property
+    @functools.cached_property
     def config(self) -> Mapping[str, Any]:
-        return self.result["config"]
-
-    def setting(self, key: str) -> Any:
-        """Of a run older than the setting, its default."""
-        return self.config.get(key, default_of(FIELDS[key]))
+        """Its settings; those that came with a later version at their defaults."""
+        return vars(config_of(self.result["program"], self.result))
 
     @property
     def method(self) -> str:
@@ -85,17 +84,16 @@ class Finished:
     @property
     def name(self) -> str:
         """The method as pictures call it: `base, finetuned`, `metaperturb, φ selected, sites top`, `base, mixup`."""
-        changed = OF_PHI if self.method == "metaperturb" else ()
-        changed = [key for key in changed if self.setting(key) != default_of(FIELDS[key])]
-        parts = [self.method, self.phi, *(f"{key} {self.setting(key)}" for key in changed)]
-        parts += ["finetuned" if self.config["init"] else "", *self.setting("recipe")]
+        changed = [key for key in OF_PHI if self.method == "metaperturb" and self.config[key] != DEFAULTS[key]]
+        parts = [self.method, self.phi, *(f"{key} {self.config[key]}" for key in changed)]
+        parts += ["finetuned" if self.config["init"] else "", *self.config["recipe"]]
         return ", ".join(part for part in parts if part)
 
     @property
     def data(self) -> str:
         """The data set as pictures call it; of an image folder its name. Without `train_per_class`."""
         name = data_name(self.config)
-        size, split = self.setting("image_size"), self.setting("eval_split")
+        size, split = self.config["image_size"], self.config["eval_split"]
         return name + (f", {size} px" if size else "") + (f", {split}" if split != "test" else "")
 
     @property
@@ -186,25 +184,19 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list
     Raises:
         UserError: `called` names a φ that no run has.
     """
-    names = {
-        key: [run.phi_names for run in same] for key, same in grouped(runs, lambda run: run.phi_key).items() if key
-    }
-    kind = next((i for i in range(3) if len({some[0][i] for some in names.values()}) == len(names)), 2)
-    known = {key: {name for alternatives in some for name in alternatives} for key, some in names.items()}
+    phis = grouped([run for run in runs if run.phi_key], lambda run: run.phi_key)
+    alternatives = [*zip(*(same[0].phi_names for same in phis.values()), strict=True)]
+    own = next((names for names in alternatives if len({*names}) == len(phis)), (alternatives or [()])[-1])
+    known = {key: {name for run in same for name in run.phi_names} for key, same in phis.items()}
     if unknown := [name for name in called if not any(name in some for some in known.values())]:
-        given = ", ".join(some[0][kind] for some in names.values())
-        raise UserError(f"--call {unknown[0]}: no run has a φ of this name ({given or 'none at all'})")
-    if len(names) < 2 and not called:
+        raise UserError(f"--call {unknown[0]}: no run has a φ of this name ({', '.join(own) or 'none at all'})")
+    if len(phis) < 2 and not called:
         return [*runs]
-    ranks = {name: rank for rank, name in enumerate(dict.fromkeys(called.values()))}
-    chosen = {"": ""} | {
-        key: next((called[name] for name in called if name in known[key]), f"φ {some[0][kind]}")
-        for key, some in names.items()
-    }
-    return [
-        dataclasses.replace(run, phi=chosen[run.phi_key], rank=ranks.get(chosen[run.phi_key], len(ranks)))
-        for run in runs
-    ]
+    order, chosen = [*dict.fromkeys(called.values())], {"": ""}
+    for key, name in zip(phis, own, strict=True):
+        chosen[key] = next((called[other] for other in called if other in known[key]), f"φ {name}")
+    ranks = {key: order.index(name) if name in order else len(order) for key, name in chosen.items()}
+    return [dataclasses.replace(run, phi=chosen[run.phi_key], rank=ranks[run.phi_key]) for run in runs]
 
 
 def data_of(run: Finished) -> tuple[str, ...]:
@@ -218,7 +210,7 @@ def test_of(run: Finished) -> tuple[Any, ...]:
 
 
 def title(run: Finished, with_steps: bool = True, with_amount: bool = True) -> str:
-    amount = run.setting("train_per_class") if with_amount else None
+    amount = run.config["train_per_class"] if with_amount else None
     parts = [run.data, f"{amount} images a class" if amount else "", run.config["model"]]
     return ", ".join(part for part in [*parts, f"{run.steps} steps" if with_steps else ""] if part)
 
@@ -230,12 +222,8 @@ def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     for name, same in methods.items():
         _check_seeds(same, f"runs of {name} with")
     order = [*REGULARIZERS]
-
-    def place(item: tuple[str, list[Finished]]) -> tuple[Any, ...]:
-        name, (run, *_) = item
-        return run.config["init"] or "", order.index(run.method), run.rank, name
-
-    return dict(sorted(methods.items(), key=place))
+    place = {name: (one.config["init"] or "", order.index(one.method), one.rank) for name, (one, *_) in methods.items()}
+    return {name: methods[name] for name in sorted(methods, key=lambda name: (*place[name], name))}
 
 
 def by_making(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
@@ -284,12 +272,11 @@ def check_settings(runs: Sequence[Finished], varied: str | None = None) -> None:
     Raises:
         UserError: two runs of a method differ in more than the seed, or runs in what all methods share.
     """
-    hyperparameters = {key for key in FIELDS if key.startswith(tuple(REGULARIZERS))}
+    hyperparameters = {key for key in DEFAULTS if key.startswith(tuple(REGULARIZERS))}
     pairs = [(same[0], run, OF_A_RUN) for same in grouped(runs, lambda run: run.name).values() for run in same[1:]]
     pairs += [(runs[0], run, OF_A_METHOD | hyperparameters) for run in runs[1:]]
     for first, other, expected in pairs:
-        ours, theirs = (settings(MetaTestConfig, run.config, expected | {varied}) for run in (first, other))
-        if changed := [f"{key}: {ours[key]} → {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+        if changed := differences(first.config, MetaTestConfig(**other.config), without=expected | {varied}):
             what = f"runs of {other.name}" if expected is OF_A_RUN else "runs"
             raise UserError(f"{other.path}: {what} are averaged or compared, but this one has {'; '.join(changed)}")
 

@@ -151,6 +151,8 @@ class Grid:
         check_known(f"{path}: {VERSUS}: row", self._versus.values(), rows | self.rows)
         self._of_paper = content["columns"], rows, content["set"]
         self.needs = content["needs"]
+        files = {spec["config"]: path.parent / spec["config"] for spec in self.needs.values() if "config" in spec}
+        self._of_programs = {name: read_yaml(file) for name, file in files.items()}
         self._preset_needs = chosen.get("needs", {})
         check_known(f"{path}: presets: {preset}: need", self._preset_needs, self.needs)
         tuned = overrides.tuned or (path.parent.parent / chosen["tuned"] if "tuned" in chosen else None)
@@ -185,6 +187,7 @@ class Grid:
     def add_row(self, row: str, name: str) -> None:
         """A further row: MetaPerturb with the φ that `add_phi` called so when it had the file."""
         self.needs = {**self.needs, name: {"program": "meta_train", "config": "src.yaml"}}
+        self._of_programs.setdefault("src.yaml", read_yaml(self.path.parent / "src.yaml"))
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
 
     def baseline(self, row: str) -> str | None:
@@ -251,15 +254,15 @@ class Grid:
         if "file" in spec:
             file = Path(self.overrides.data_root).expanduser() / spec["file"]
             return Need(name, f"{name}-{spec['sha256'][:8]}", file=file, hint=spec["hint"], sha256=spec["sha256"])
-        values = {**spec.get("set", {}), **{key: settings[key] for key in spec.get("like", []) if key in settings}}
+        like = {key: settings[key] for key in spec.get("like", []) if key in settings}
+        values = {**self._of_programs[spec["config"]], **spec.get("set", {}), **like}
         if used:
             values |= self._preset_needs.get(name, {})
             texts = self._need_texts.get(name, [])
             if path := self.overrides.paths.get(name):
                 of_source = spec["program"] == "meta_train"
                 values |= {"source_paths": path.split(",")} if of_source else {"target_path": path}
-        file = str(self.path.parent / spec["config"])
-        config = load_config(PROGRAMS[spec["program"]], file, texts, values, f"{self.path}: needs: {name}")
+        config = load_config(PROGRAMS[spec["program"]], None, texts, values, f"{self.path}: needs: {name}")
         config = dataclasses.replace(config, data_root=self.overrides.data_root)
         return Need(name, f"{name}-seed{config.seed}-{fingerprint(spec['program'], config)}", spec["program"], config)
 

@@ -7,14 +7,8 @@ from typing import Any
 
 from tables.grid import Grid
 from tables.results import METRICS, Entry, Results, images_of
+from tables.statistics import Summary
 
-CSV_COLUMNS = (
-    *("row", "column", "seeds", "accuracy", "accuracy_std", "nll", "nll_std", "ece", "ece_std"),
-    *("paper", "ours_minus_paper", "baseline", "difference", "low_95", "high_95", "pairs"),
-    *("setting", "departs_from_paper", "code", "diverged"),
-)
-# Behind the others, in tables where it was measured.
-ONE_PASS = tuple(f"one_pass_{name}" for name in ("accuracy", "accuracy_std", "nll", "nll_std", "ece", "ece_std"))
 NONE = "–"
 
 
@@ -50,21 +44,30 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
 def csv_text(results: Results) -> str:
     """One line a row and column."""
     out, entries = io.StringIO(), results.entries()
-    once = any(entry.one_pass for entry in entries)
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS, *(ONE_PASS if once else ())])
-    for entry in entries:
-        d = entry.difference
-        numbers, one_pass = (
-            [_number(x) for m in some.values() for x in (m.mean, m.std)] if some else [""] * (2 * len(METRICS))
-            for some in (entry.metrics, entry.one_pass)
-        )
-        difference = [entry.versus, *([_number(d.mean), _number(d.low), _number(d.high), d.n] if d else [None] * 4)]
-        setting = ["reduced" if entry.differences else "paper", "; ".join(entry.differences), "; ".join(entry.code)]
-        place = [entry.row, entry.column, entry.metrics["accuracy"].n]
-        line = [*place, *numbers, entry.paper, _number(entry.gap), *difference, *setting, entry.diverged]
-        writer.writerow([*line, *(one_pass if once else ())])
+    once = _measured_once(entries)
+    lines = [_csv_line(entry) | (_numbers("one_pass_", entry.one_pass) if once else {}) for entry in entries]
+    writer = csv.DictWriter(out, [*lines[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return out.getvalue()
+
+
+def _csv_line(entry: Entry) -> dict[str, Any]:
+    d = entry.difference
+    return {
+        **{"row": entry.row, "column": entry.column, "seeds": entry.metrics["accuracy"].n},
+        **_numbers("", entry.metrics),
+        **{"paper": entry.paper, "ours_minus_paper": _number(entry.gap), "baseline": entry.versus},
+        **{"difference": d and _number(d.mean), "low_95": d and _number(d.low), "high_95": d and _number(d.high)},
+        **{"pairs": d and d.n, "setting": "reduced" if entry.differences else "paper"},
+        **{"departs_from_paper": "; ".join(entry.differences), "code": "; ".join(entry.code)},
+        "diverged": entry.diverged,
+    }
+
+
+def _numbers(prefix: str, metrics: Mapping[str, Summary]) -> dict[str, str]:
+    parts = (("", "mean"), ("_std", "std"))
+    return {f"{prefix}{key}{end}": _number(getattr(of, part)) for key, of in metrics.items() for end, part in parts}
 
 
 def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
@@ -83,19 +86,22 @@ def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ..
 
 
 def _details(entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
-    once = any(entry.one_pass for entry in entries)
+    once = _measured_once(entries)
     head = ["", "", "seeds", "accuracy %", "paper", "ours − paper", "difference to baseline", "NLL", "ECE %", "setting"]
     head += ["one pass: accuracy %", "one pass: NLL", "one pass: ECE %"] if once else []
     rows = []
     for entry in entries:
-        accuracy, nll, ece = (str(entry.metrics[key]) for key in METRICS)
+        (accuracy, nll, ece), one_pass = ([str(of[key]) for key in METRICS] for of in (entry.metrics, entry.one_pass))
         gap = NONE if entry.gap is None else f"{entry.gap:+.2f}"
         versus = f"{entry.difference} to {entry.versus}, n = {entry.difference.n}" if entry.difference else NONE
         setting = f"reduced{marks[entry.differences]}" if entry.differences else "paper"
         line = [entry.row, entry.column, entry.seeds, accuracy, _paper(entry.paper), gap, versus, nll, ece, setting]
-        one_pass = [str(entry.one_pass[key]) for key in METRICS] if entry.one_pass else [NONE] * len(METRICS)
         rows.append([*line, *(one_pass if once else ())])
     return markdown_table(head, rows)
+
+
+def _measured_once(entries: Sequence[Entry]) -> bool:
+    return any(entry.one_pass["accuracy"].n for entry in entries)
 
 
 def _notes(

@@ -1,7 +1,7 @@
 """One JSON a cell under `results/`: writing it, and reading back those that belong to a grid."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -100,7 +100,7 @@ def shortened(value: Any, key: str = "") -> Any:
         return {name: shortened(part, name) for name, part in value.items()}
     if isinstance(value, list):
         return [shortened(part, key) for part in value]
-    if key in PATHS and isinstance(value, str):
+    if key in PATHS and isinstance(value, str) and value:
         return ",".join(Path(part.strip()).resolve().name for part in value.split(","))  # may list several
     return value
 
@@ -115,7 +115,7 @@ class Entry:
     row: str
     column: str
     metrics: Mapping[str, Summary]  # of accuracy (%), NLL (nats), ECE (%)
-    one_pass: Mapping[str, Summary] | None  # the same of deterministic predictions, where they were measured
+    one_pass: Mapping[str, Summary]  # the same of deterministic predictions, of no seeds where none was measured
     versus: str | None  # the baseline's row
     difference: Difference | None  # of accuracy, to the baseline
     paper: str | None
@@ -205,7 +205,7 @@ class Results:
         records, diverged = self._of(row, column), self.lost(row, column)
         if not records and not diverged:
             return None
-        once = [record["one_pass"] for record in records.values() if record.get("one_pass")]
+        one_pass = _summaries([record["one_pass"] for record in records.values() if record.get("one_pass")])
         metrics = _summaries([record["metrics"] for record in records.values()])
         versus = self.grid.baseline(row) if records else None
         difference = versus and paired_difference(self.accuracies(row, column), self.accuracies(versus, column))
@@ -214,7 +214,7 @@ class Results:
         shorter = any(change.startswith(("steps:", "batch_size:")) for change in settings)
         comparable = records and paper is not None and self.grid.columns[column].comparable and not shorter
         gap = metrics["accuracy"].mean - float(paper.partition("±")[0]) if comparable else None
-        one_pass, code = _summaries(once) if once else None, tuple(_versions(records.values()))
+        code = tuple(_versions(records.values()))
         return Entry(row, column, metrics, one_pass, versus, difference, paper, gap, settings, code, diverged)
 
     def _differences(self, row: str, column: str, records: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
@@ -235,7 +235,7 @@ class Results:
         return record
 
 
-def _summaries(metrics: Iterable[Mapping[str, float]]) -> dict[str, Summary]:
+def _summaries(metrics: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
     return {key: summarize([factor * m[key] for m in metrics]) for key, factor in METRICS.items()}
 
 

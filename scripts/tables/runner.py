@@ -5,7 +5,6 @@ is one of the two training programs, started as anybody would start it, in a run
 """
 
 import contextlib
-import fcntl
 import itertools
 import os
 import shlex
@@ -20,7 +19,7 @@ from typing import IO
 from metaperturb.cli import PARENT
 from metaperturb.errors import Diverged, UserError
 from metaperturb.runs import clock, read_metrics
-from metaperturb.storage import reason
+from metaperturb.storage import hold, reason
 
 LOG = "log.txt"
 POLL = 0.5  # seconds between two looks at the processes
@@ -150,7 +149,7 @@ class _Runner:
             if lost := [need for need in job.needs if need in self.outcome.failed]:
                 self.waiting.remove(job)
                 self._fail(job, f"not run, because {lost[0]} failed")
-            elif all(self.jobs[need].done for need in job.needs) and (lock := _hold(job.lock)):
+            elif all(self.jobs[need].done for need in job.needs) and (lock := hold(job.lock)):
                 self.waiting.remove(job)
                 if job.done or job.diverged():  # another runner has seen to it since we looked
                     lock.close()
@@ -222,21 +221,6 @@ class _Runner:
         time_left = f"about {clock((now - self.started) * left / done)} left" if done > 0 else "time left not known yet"
         jobs = f"{sum(job.done for job in self.jobs.values())}/{len(self.jobs)} done, {len(self.running)} running"
         print(f"{self.title}: {jobs}, {len(lost)} failed, {time_left}", file=sys.stderr, flush=True)
-
-
-def _hold(path: Path) -> IO | None:
-    """A lock that is held until it is closed, or this process is gone; None: another runner holds it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115 (held as long as the job)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({reason(error)})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
 
 
 def last_step(run_dir: Path) -> int:

@@ -67,28 +67,21 @@ def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) 
 
 def t_quantile(probability: float, freedom: int) -> float:
     """The value that Student's t with `freedom` degrees of freedom stays below with `probability` in [0.5, 1)."""
-    high = 1.0
-    while t_cdf(high, freedom) < probability:
-        high *= 2
-    low = 0.0
-    for _ in range(200):  # bisection, to the last bit
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent it is, but for a factor
+    for _ in range(100):  # bisection, to the last bit
         middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
-    return high
+        below = t_cdf(math.sqrt(freedom) * math.tan(middle), freedom) < probability
+        low, high = (middle, high) if below else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def t_cdf(t: float, freedom: int) -> float:
     """P(T ≤ t) for t ≥ 0 and whole degrees of freedom: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan2(t, math.sqrt(freedom))
+    angle, odd = math.atan2(t, math.sqrt(freedom)), freedom % 2
     cosine, sine = math.cos(angle), math.sin(angle)
-    term = total = cosine if freedom % 2 else 1.0
-    for k in range(2 if freedom % 2 else 1, freedom - 1, 2):
+    term = total = (cosine if odd else 1.0) * (freedom > 1)
+    for k in range(1 + odd, freedom - 1, 2):
         term *= k / (k + 1) * cosine**2
         total += term
-    if freedom == 1:
-        central = 2 * angle / math.pi
-    elif freedom % 2:
-        central = 2 / math.pi * (angle + sine * total)
-    else:
-        central = sine * total
+    central = 2 / math.pi * (angle + sine * total) if odd else sine * total
     return (1 + central) / 2

@@ -4,6 +4,7 @@ The network's code is not changed. A site is a child of the module that it acts 
 travels with it and is in its state dict. A hook of that module hands its output, or its input, to the site.
 """
 
+import functools
 import math
 import sys
 from collections import Counter
@@ -13,10 +14,11 @@ from typing import Any, Literal
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
 from metaperturb.dry_run import tensors
 from metaperturb.errors import UserError
-from metaperturb.perturbation import CLIP, Attachment, MetaPerturb, PerturbSite, Slot
+from metaperturb.perturbation import CLIP, Attachment, MetaPerturb, PerturbSite, Slot, as_node
 from metaperturb.sites import PLACES, Sites, SiteSpec, choose_sites, find_sites
 
 # What methods add to a network: children of these names in the modules where they act.
@@ -152,6 +154,8 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
         if parameter is not None:
             site.to(parameter.device)
         host.add_module(name, _Aside(site) if isinstance(host, nn.Sequential) else site)
+        if type(host).__module__.startswith("torch.nn.modules") and not isinstance(host, nn.Sequential):
+            host.__class__ = _with_site(type(host))
         if spec.where == "output":
             host.register_forward_hook(_OnOutput(name))
         elif spec.where == "input":
@@ -163,6 +167,7 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
             host.register_forward_hook(last.end, always_call=True)
     model.__dict__[name] = sites  # no child: the network's children stay what they are
     model.register_forward_pre_hook(_Check(name))
+    _forget_compiled()
     model.register_load_state_dict_pre_hook(_refuse_earlier_state)
     if verbose:
         count = f"{len(specs)} site{'s' * (len(specs) > 1)}"
@@ -185,10 +190,36 @@ def detach(model: nn.Module) -> nn.Module:
                     module._forward_hooks_always_called.pop(key, None)
                     module._modules.pop(hook.name, None)
                     vars(module).pop(hook.name, None)
+                    if type(module) is _with_site(kind := type(module).__base__):
+                        module.__class__ = kind
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if hook.hook is _refuse_earlier_state:
                 del module._load_state_dict_pre_hooks[key]
+    _forget_compiled()
     return model
+
+
+def _forget_compiled() -> None:
+    """What `torch.compile` has made of the network before knows nothing of hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@functools.cache
+def _with_site(kind: type) -> type:
+    """The same layer of PyTorch by another exact type, which is what tools go by that fuse or exchange layers.
+
+    They leave it, or say that they do not know it; else they would drop what hangs on it, and φ with it.
+    """
+
+    def reduce(layer: nn.Module, protocol: int) -> tuple:
+        return _new_with_site, (kind,), object.__reduce_ex__(layer, 2)[2]
+
+    return type(f"{kind.__name__}WithSite", (kind,), {"__module__": kind.__module__, "__reduce_ex__": reduce})
+
+
+def _new_with_site(kind: type) -> nn.Module:
+    return object.__new__(_with_site(kind))
 
 
 def _refuse_earlier_state(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -228,14 +259,16 @@ class _Hook:
         raise UserError("torch.jit.script cannot compile a network with φ; use torch.export, or torch.jit.trace")
 
     def perturbed(self, module: nn.Module, h: Any) -> Any:
-        child = module._modules[self.name]
+        child = module._modules.get(self.name)
+        if child is None:  # quantization keeps the hooks of a layer that it exchanges
+            raise UserError(
+                f"a {type(module).__name__} has taken the place of a layer with φ; attach after such changes"
+            )
         return _run(child.site if isinstance(child, _Aside) else child, h)
 
 
 def _run(site: nn.Module, h: Any) -> Any:
-    if isinstance(h, torch.fx.Proxy):  # a trace of the network: the site becomes a module that it calls
-        return h.tracer.create_proxy("call_module", h.tracer.path_of_module(site), (h,), {})
-    return site(h)
+    return as_node(site, h) if isinstance(h, torch.fx.Proxy) else site(h)
 
 
 class _OnOutput(_Hook):
@@ -307,6 +340,10 @@ class _Check(_Hook):
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling():
             return
+        trained = (p for p in model.parameters() if isinstance(p, ExpandedWeight) or p.requires_grad)
+        one = next(trained, None) if model.training else None
+        if isinstance(one, ExpandedWeight) or hasattr(one, "grad_sample"):  # as Opacus marks them
+            raise UserError("φ mixes the images of a batch: there are no gradients of single ones (grad_sample)")
         if getattr(model, "_is_replica", False):
             raise UserError("nn.DataParallel: its replicas would share the sites; use DistributedDataParallel")
         sites = vars(model)[self.name]

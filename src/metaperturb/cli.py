@@ -185,6 +185,8 @@ def argument_parser(doc: str) -> argparse.ArgumentParser:
 
 def describe_unexpected(error: Exception) -> str:
     """An error that nobody foresaw, in one line."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror} (--traceback shows where)"
     lines = str(error).strip().splitlines() or ["no details"]
     return f"{type(error).__name__}: {lines[0]} (--traceback shows where)"
 

@@ -8,6 +8,7 @@ run computes (where it runs, how often it reports), so a run may be resumed with
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import types
 import typing
@@ -23,6 +24,7 @@ from metaperturb.errors import UserError
 from metaperturb.regularizers import REGULARIZERS
 
 Config = TypeVar("Config")
+_types_of = functools.cache(typing.get_type_hints)
 
 
 def option(
@@ -178,6 +180,9 @@ class MetaTestConfig(CommonConfig):
         0.2, "share of each class's training images that is held out (eval_split=holdout)", low=0.001, below=1.0
     )
     eval_every: int = option(200, "steps between two evaluations", low=1, identity=False)
+    eval: Literal["draws", "one_pass"] = option(
+        "draws", "evaluation of MetaPerturb during training: eval_samples draws, or one_pass", identity=False
+    )
     eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1, identity=False)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
     eval_batch_size: int = option(500, "images a batch in evaluation", low=1)
@@ -220,7 +225,7 @@ def load_config(
         UserError: unknown key, wrong type, value out of range, or unreadable file; the message names the key.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    types_of = typing.get_type_hints(cls)
+    types_of = _types_of(cls)
     settings: dict[str, Any] = {}
 
     def put(key: str, value: Any, origin: str, convert: Callable[[Any, Any], Any]) -> None:
@@ -365,9 +370,10 @@ def _from_text(text: str, kind: Any) -> Any:
 
 
 def _number(text: str, target: type, kind: Any) -> Any:
+    above, slash, below = text.replace("_", "").partition("/")
     try:
-        return target(text.replace("_", ""))
-    except ValueError:
+        return target(above) / target(below) if slash and target is float else target(above + slash + below)  # 8/255
+    except (ValueError, ZeroDivisionError):
         raise ValueError(f"expected {_describe(kind)}, got {text!r}") from None
 
 

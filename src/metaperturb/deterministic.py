@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaperturb.errors import UserError
+from metaperturb.errors import NotFinite, UserError
 from metaperturb.modes import batch_norms, eval_mode, set_mode
 from metaperturb.perturbation import Attachment, PerturbSite
 
@@ -164,7 +164,7 @@ def _gather(model: nn.Module, norms: list[nn.Module], batches: Iterable[Any]) ->
         if size is None:
             raise UserError("there are no batches, and this network has batch norm, whose statistics are taken anew")
         if not all(torch.isfinite(norm.running_var).all() for norm in norms):
-            raise UserError("these batches give batch norm statistics that are not finite")
+            raise NotFinite("these batches give batch norm statistics that are not finite")
     finally:
         set_mode(norms, False)
         for norm, momentum in zip(norms, momenta, strict=True):

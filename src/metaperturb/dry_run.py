@@ -7,7 +7,7 @@ for values runs on zeros instead.
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaperturb.errors import UserError
 
-SUMS = {"add", "sub", "rsub", "addcmul", "lerp", "_foreach_add", "_foreach_sub", "_foreach_addcmul", "_foreach_lerp"}
+SUMS = {"add", "sub", "rsub", "addcmul", "addcdiv", "lerp", "index_add", "scatter_add"}
 GATHERS = {"cat", "stack"}
 LAYERS = {"convolution", "addmm", "mm", "bmm", "baddbmm"}
 _LIKE = ("rand", "zeros", "ones", "empty", "full", "new_", "bernoulli")  # operators that take no more than a shape
@@ -87,7 +87,7 @@ class _Recorder(TorchDispatchMode):
         self.trace = Trace()
         self.stack = [""]  # names of the running modules
         self.positions: dict[int, int] = {}  # identity of a tensor → position of its value
-        self.first_of: dict[int, int] = {}  # storage → identity of the first tensor in it, to follow writing into views
+        self.first_of: dict[int, Tensor] = {}  # storage → the first tensor in it, to follow writing into views
         self.kept: list[Any] = []  # keeps identities unique
 
     def position(self, tensor: Any) -> int | None:
@@ -105,49 +105,55 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         op = func._schema.name.partition("::")[2]
         op, in_place = op.rstrip("_"), op.endswith("_")
-        if op.startswith(_LIKE):
-            return out
         if op.startswith("_foreach"):  # lists of operands: the first of each with the first of each, …
             lists = [operand for operand in args if isinstance(operand, list | tuple)]
             results = args[0] if in_place else out
             for i, result in enumerate(results):
                 self._note(op, [operand[i] for operand in lists if len(operand) > i], args, result, in_place)
             return out
-        operands = list(tensors((args, kwargs or {})))
+        operands = [] if op.startswith(_LIKE) else list(tensors((args, kwargs or {})))
         for result in tensors(out):
             self._note(op, operands, args, result, in_place)
         return out
 
     def _note(self, op: str, operands: list[Tensor], args: tuple, result: Tensor, in_place: bool) -> None:
-        storage = result.untyped_storage()._cdata
-        owner = self.first_of.setdefault(storage, id(result))
+        owner = self.first_of.setdefault(result.untyped_storage()._cdata, result)
         self.kept.append(result)
         inputs = tuple(p for p in map(self.position, operands) if p is not None)
         if not inputs:
+            if op == "detach":  # what torch.empty gives is one of itself
+                self.first_of[result.untyped_storage()._cdata] = result
             return
         values = [self.trace.values[p] for p in inputs]
         space = _space(op, args, values, result)
         gathered = op not in LAYERS and any(v.gathered for v in values)
         join = ""
         alike = {p for p, v in zip(inputs, values, strict=True) if v.shape == result.shape}
-        if op in SUMS and len(alike) >= 2 and space == (2, 3) and result.dim() == 4:
+        if op.removeprefix("_foreach_") in SUMS and len(alike) >= 2 and space and result.dim() == 4:
             join = "sum"
         elif op in GATHERS and len({p for p, v in zip(inputs, values, strict=True) if v.space}) >= 2:
             join, gathered = ("cat" if space == (2, 3) else ""), True
         elif op in ("sum", "mean") and values[0].gathered and space == (2, 3) and result.shape[1] > 1:
-            join, gathered = "sum", False
+            pooled = {d % len(values[0].shape) for d in args[1]} & set(values[0].space)
+            join, gathered = ("", True) if pooled else ("sum", False)
         depthwise = op == "convolution" and 1 < args[8] == args[0].shape[1]
         value = Value(op, inputs, result.shape, self.stack[-1], space, join, gathered, depthwise)
         self.add(result, value)
-        if in_place and owner != id(result):  # out[:, :8] += x changes out
-            self.positions[owner] = len(self.trace.values) - 1
+        if in_place and owner is not result:  # out[:, :8] += x changes out
+            before = self.position(owner)
+            whole = self.trace.values[before].space if before is not None else space
+            changed = (self.position(result),) if before is None else (before, self.position(result))
+            self.add(owner, replace(value, inputs=changed, shape=owner.shape, space=whole))
 
 
 def _space(op: str, args: tuple, values: list[Value], result: Tensor) -> tuple[int, int] | None:
     """`Value.space` of a result: whether the rows and columns of its operands are still dimensions of their own."""
     shape, before = result.shape, next((v for v in values if v.space), None)
     if op == "convolution":  # one of a single pixel may as well mix tokens
-        is_wide = result.dim() == 4 and args[1].shape[2:].numel() > 1
+        image, kernel = args[0].shape[2:], args[1].shape[2:]
+        if kernel == image and kernel.numel() > 1 and not any(args[4]) and all(stride == 1 for stride in args[3]):
+            return None  # a linear layer
+        is_wide = result.dim() == 4 and kernel.numel() > 1
         return (2, 3) if is_wide else (before.space if before and values[0] is before else None)
     if before is None or op in LAYERS:
         return None

@@ -1,6 +1,7 @@
 """What is wrong with a command line is said before PyTorch is imported, which takes seconds."""
 
 import ast
+import errno
 import os
 import signal
 import sys
@@ -39,6 +40,11 @@ def check_places(config: CommonConfig) -> None:
         UserError: it is not.
     """
     folder = Path(config.run_dir).absolute()
+    try:
+        os.stat(folder)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"run_dir: {config.run_dir}: {error.strerror}") from error
     above = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         why = "no permission to write" if above.is_dir() else "no folder"

@@ -16,3 +16,7 @@ class Diverged(UserError):
     """A training whose numbers are not finite any more: to try the same again is useless."""
 
     exit_code = 3  # 2 is argparse's
+
+
+class NotFinite(UserError):
+    """A network whose output, or whose statistics, have no meaning."""

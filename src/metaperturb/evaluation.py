@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.data.batches import DeviceImages, normalize
-from metaperturb.errors import UserError
+from metaperturb.errors import NotFinite
 from metaperturb.modes import eval_mode
 
+METRICS = ("accuracy", "nll", "ece")
 ECE_BINS = 15  # equal-width bins of confidence; the number customary since Guo et al. 2017
-
-
-class NotFinite(UserError):
-    """A network whose output has no meaning."""
 
 
 @torch.no_grad()
@@ -35,7 +32,7 @@ def evaluate(
         images: the test set.
         samples: Monte-Carlo samples; 1 for a deterministic model.
         batch_size: images a forward pass.
-        tell: called with the share of the work that is done, between two samples of the noise.
+        tell: called with the share of the work that is done, after each sample of the noise.
 
     Returns:
         `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`.
@@ -54,6 +51,7 @@ def evaluate(
             for drawn in range(1, samples):
                 tell((i + drawn / samples) / len(chunks))
                 log_p = torch.logaddexp(log_p, model(x).float().log_softmax(dim=1))
+            tell((i + 1) / len(chunks))
             log_probabilities.append(log_p - math.log(samples))
             labels.append(y)
     log_p = torch.cat(log_probabilities)

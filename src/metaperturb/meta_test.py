@@ -6,8 +6,8 @@
 
 φ is frozen; its strength rises linearly over the first 40 % of the steps. The other regularizers are those of
 `metaperturb.methods`. Killed and started again, the run continues from its last checkpoint. The run folder gets
-`result.json` (accuracy, NLL and ECE on every test image, or every held-out one), `metrics.jsonl`, `curves.png` and the
-checkpoint with the trained network.
+`result.json` (accuracy, NLL and ECE on every test image, or every held-out one; for MetaPerturb as the mean over draws
+and in one pass), `metrics.jsonl`, `curves.png` and the checkpoint with the trained network.
 """
 
 import dataclasses
@@ -19,11 +19,13 @@ import torch
 from metaperturb import finetuning, identity, kernels, methods, models
 from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
-from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding, normalize
 from metaperturb.data.parts import load_parts
+from metaperturb.deterministic import make_deterministic, make_stochastic
 from metaperturb.distributed import make_current
-from metaperturb.errors import Diverged
-from metaperturb.evaluation import NotFinite, evaluate
+from metaperturb.errors import Diverged, NotFinite
+from metaperturb.evaluation import METRICS, evaluate
+from metaperturb.modes import eval_mode
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
@@ -35,6 +37,7 @@ from metaperturb.training import (
     check_finite_parameters,
     choose_precision,
     choose_threads,
+    restoring,
     saved_after,
 )
 from metaperturb.weights import load_phi, phi_digest
@@ -61,7 +64,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     make_current(device)
     perturbed = config.method == "metaperturb"
     checkpoint = Path(config.run_dir) / "checkpoints" / "latest.pt"
-    state = load_tensors(checkpoint) if checkpoint.exists() else None  # a run goes on as it began
+    with restoring(checkpoint):  # a run goes on as it began
+        state = dict(load_tensors(checkpoint)) if checkpoint.exists() else None
     threads = (state or {}).get("threads") or config.threads or choose_threads()
     torch.set_num_threads(threads)
     precision = (state or {}).get("precision") or choose_precision(config.precision, device)
@@ -97,14 +101,15 @@ def meta_test(config: MetaTestConfig) -> dict:
     start = 0
     recent: list[torch.Tensor] = []  # [loss, accuracy] of the steps since the last look, on the device
     if state is not None:
-        identity.check_resumed(config, state, data, phi_id)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start, run.seconds_before, origin = state["step"], state["seconds"], state["init"]
-        recent = [values.to(device) for values in state["recent"]]
-        if perturbed:
-            kernels.tell_change(state["kernel"], how["kernel"], str(run.dir))
+        with restoring(checkpoint):
+            identity.check_resumed(config, state, data, phi_id)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            start, run.seconds_before, origin = state["step"], state["seconds"], state["init"]
+            recent = [values.to(device) for values in state["recent"]]
+            if perturbed:
+                kernels.tell_change(state["kernel"], how["kernel"], str(run.dir))
         print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
     run.rewind(start)
     samples = config.final_samples if method.stochastic else 1
@@ -117,6 +122,8 @@ def meta_test(config: MetaTestConfig) -> dict:
     progress = StepProgress(f"{config.method} on {config.target}", config.steps, start)
 
     metrics: dict[str, float] = {}
+    draws = perturbed and config.noise
+    once = draws and config.eval == "one_pass"
 
     def tell(share: float) -> None:
         progress.within(share)
@@ -128,6 +135,17 @@ def meta_test(config: MetaTestConfig) -> dict:
         samples = samples if method.stochastic else 1
         with autocast(device, precision):
             return evaluate(model, test_images, samples, config.eval_batch_size, tell)
+
+    def evaluated_in_one_pass() -> dict[str, float]:
+        """The network is deterministic for the time of it, with statistics over all training images as they are."""
+        chunks = torch.arange(len(train)).tensor_split(max(1, len(train) // max(2, config.eval_batch_size)))
+        pictures = (normalize(train_images.take(chunk)[0]) for chunk in chunks)
+        with eval_mode(model), autocast(device, precision):
+            make_deterministic(model, pictures)
+            try:
+                return evaluate(model, test_images, 1, config.eval_batch_size, tell)
+            finally:
+                make_stochastic(model)
 
     def save(done: int) -> None:
         check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
@@ -148,7 +166,7 @@ def meta_test(config: MetaTestConfig) -> dict:
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:
                 try:
-                    metrics = evaluated(done, config.eval_samples)
+                    metrics = evaluated_in_one_pass() if once else evaluated(done, config.eval_samples)
                 except NotFinite as error:
                     progress.say(f"step {done}: {error}; not evaluated")  # training may yet bring it back
                     metrics = {}
@@ -194,6 +212,11 @@ def meta_test(config: MetaTestConfig) -> dict:
             raise Diverged(
                 f"{config.run_dir}: after the last step {error}: it has diverged ({advice} may help, in a new run_dir)"
             ) from error
+        try:
+            one_pass = evaluated_in_one_pass() if draws else {}
+        except NotFinite as error:
+            progress.say(f"not evaluated in one pass: {error}")
+            one_pass = {}
     run.log({"step": config.steps, **logged(metrics), "seconds": round(run.seconds, 2)})
     progress.close()
     from metaperturb.plots import plot_convergence  # matplotlib: not before there is something to draw
@@ -209,6 +232,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         "phi_card": phi.card if perturbed else None,
         "phi_digest": phi_id,
         **how,
+        **({"one_pass": {name: one_pass[name] for name in METRICS}} if one_pass else {}),
     }
     result = run.describe(result, device)
     run.finish(result)
@@ -222,12 +246,19 @@ def logged(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def report(result: dict) -> None:
-    m, config = result["metrics"], result["config"]
+    config, samples = result["config"], result["metrics"]["samples"]
     print(
         f"{config['method']} on {config['target']}, {config['model']}, seed {config['seed']}: "
-        f"accuracy {100 * m['accuracy']:.2f} %  NLL {m['nll']:.3f}  ECE {100 * m['ece']:.2f} %  "
-        f"({result['target']['test']} {config['eval_split']} images, {m['samples']} sample{'s' * (m['samples'] > 1)})"
+        f"{shown(result['metrics'])}  "
+        f"({result['target']['test']} {config['eval_split']} images, {samples} sample{'s' * (samples > 1)})"
     )
+    if one_pass := result.get("one_pass"):
+        print(f"in one pass: {shown(one_pass)}")
+
+
+def shown(metrics: dict[str, float]) -> str:
+    accuracy, nll, ece = (metrics[name] for name in METRICS)
+    return f"accuracy {100 * accuracy:.2f} %  NLL {nll:.3f}  ECE {100 * ece:.2f} %"
 
 
 if __name__ == "__main__":

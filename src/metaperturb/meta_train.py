@@ -50,6 +50,7 @@ from metaperturb.training import (
     check_finite,
     check_finite_parameters,
     choose_precision,
+    restoring,
     saved_after,
 )
 from metaperturb.weights import save_phi
@@ -370,7 +371,9 @@ class Checkpoints:
             UserError: it is of other data.
         """
         latest = load_json(self.latest) if self.latest.exists() else None
-        if latest is not None and latest["data"] != self.data:
+        with restoring(self.latest):
+            other = latest is not None and latest["data"] != self.data
+        if other:
             raise UserError(
                 f"{self.run_dir}: the source or its split changed since this run began; choose another run_dir"
             )
@@ -387,17 +390,18 @@ class Checkpoints:
         latest = self.read_latest()
         if latest is None:
             return 0, []
-        step = latest["step"]
-        folder = self.step_folder(step)
-        for task in tasks:
-            task.load_state(load_tensors(folder / f"task-{task.index:02}.pt"))
-        shared = load_tensors(folder / "phi.pt")
-        phi.load_state_dict(shared["phi"])
-        phi_optimizer.load_state_dict(shared["optimizer"])
-        if run is not None:
-            run.seconds_before = shared["seconds"]
-            kernels.tell_change(latest["kernel"], self.how["kernel"], self.run_dir)
-        return step, [table.to(tasks[0].device) for table in shared["recent"]]
+        with restoring(self.latest):
+            step = latest["step"]
+            folder = self.step_folder(step)
+            for task in tasks:
+                task.load_state(load_tensors(folder / f"task-{task.index:02}.pt"))
+            shared = load_tensors(folder / "phi.pt")
+            phi.load_state_dict(shared["phi"])
+            phi_optimizer.load_state_dict(shared["optimizer"])
+            if run is not None:
+                run.seconds_before = shared["seconds"]
+                kernels.tell_change(latest["kernel"], self.how["kernel"], self.run_dir)
+            return step, [table.to(tasks[0].device) for table in shared["recent"]]
 
     def save(
         self,

@@ -319,6 +319,8 @@ class PerturbSite(UsesPhi):
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
+        if isinstance(h, torch.fx.Proxy):
+            return as_node(self, h)
         usage = self.attachment.current()
         if not usage.paper:
             return self._with_mean_one(h, noise, usage)
@@ -385,6 +387,8 @@ class PerturbSite(UsesPhi):
     def _check(self, h: Tensor, noise: Tensor | None = None) -> None:
         if h.dim() != 4 or h.shape[1] != self.channels:
             raise ValueError(f"expected a feature map [B, {self.channels}, H, W], got {list(h.shape)}")
+        if h.is_quantized:
+            raise UserError("φ acts on numbers, and these are quantized; quantize a network without φ: detach(model)")
         if noise is not None and noise.shape != h.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
         if self.training and not torch.compiler.is_compiling() and _is_batched(h):
@@ -401,6 +405,11 @@ class PerturbSite(UsesPhi):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
+
+
+def as_node(site: nn.Module, h: torch.fx.Proxy) -> torch.fx.Proxy:
+    """In a trace by torch.fx, a module that the graph calls: what is inside depends on values."""
+    return h.tracer.create_proxy("call_module", h.tracer.path_of_module(site), (h,), {})
 
 
 def _is_batched(h: Tensor) -> bool:

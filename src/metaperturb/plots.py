@@ -1,29 +1,30 @@
-"""Pictures, in one style, and the numbers in them.
+"""Pictures in one style, and the numbers in them.
 
-Each `plot_…` writes PNG, SVG and, where it says so, the numbers as CSV to `path`, which has no suffix; with one, that
-format alone. Lines are means over seeds, in bands of one standard deviation. A method is named as `name_of` reads it:
-`metaperturb, finetuned`.
+    plot_convergence({"base": [read_metrics("runs/tgt-base-seed0")]}, "CUB", Path("curves"))
+
+Each `plot_…` takes what its description names, then `title` and `path`. It writes PNG, SVG and the numbers as CSV, or
+the one format that the suffix of `path` names. Lines are means over seeds; bands are one standard deviation wide on
+both sides. A method has the name that `name_of` reads: `metaperturb, finetuned`.
 """
 
 import csv
+import functools
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure  # by itself, without pyplot: files only; no display is needed
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullLocator
 
 from metaperturb.regularizers import REGULARIZERS
 from metaperturb.storage import write_atomically
-
-matplotlib.use("Agg")  # files only; no display is needed
-import matplotlib.pyplot as plt
-from matplotlib.colors import LogNorm
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, NullLocator
 
 # Okabe & Ito, then Tol: told apart by color-blind readers too (every two methods differ by 16 or more in CIELAB, for
 # full protanopia, deuteranopia and tritanopia as in Machado et al. 2009).
@@ -70,10 +71,15 @@ NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
 
 
+Drawn = tuple[
+    Figure, Sequence[Sequence[Any]]
+]  # a figure, and the numbers in it as rows, of which the first is a header
+
+
 # --- files
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write the format that the suffix of `path` names, or, where it has none, both `.png` and `.svg`; atomically."""
     for file in [path] if path.suffix in FORMATS else [path.with_name(path.name + suffix) for suffix in FORMATS]:
         buffer = io.BytesIO()
@@ -82,45 +88,54 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
         write_atomically(file, lambda stream, buffer=buffer: stream.write(buffer.getbuffer()))
 
 
-def save_numbers(columns: Sequence[str], rows: Iterable[Sequence[Any]], path: Path) -> None:
+def save_numbers(rows: Iterable[Sequence[Any]], path: Path) -> None:
     """The numbers in a figure as `.csv` beside it, unless `path` names one format. None is an empty cell."""
-    if path.suffix in FORMATS:
-        return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([columns, *rows])
-    write_atomically(path.with_name(path.name + ".csv"), lambda file: file.write(text.getvalue().encode()))
+    if path.suffix not in FORMATS:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_atomically(path.with_name(path.name + ".csv"), lambda file: file.write(text.getvalue().encode()))
 
 
-@contextmanager
-def _panels(
-    path: Path, rows: int, columns: int, size: tuple[float, float], title: str = "", legend: int = 4, **options: Any
-) -> Iterator[tuple[plt.Figure, np.ndarray]]:
-    """A picture and its axes `[rows, columns]`, which gets title and legend and is saved when they are drawn.
+def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], Callable[..., None]]:
+    """Make of a function that draws one that takes `title` and `path`, too, and writes the files.
 
     Args:
-        legend: columns of the one legend for all panels, below them as the methods are many; 0: none.
-        options: of `plt.subplots`; `style` adds to the common one.
+        legend: columns of the one legend for all panels, which stands below them; 0: none.
+        style: settings of matplotlib besides `STYLE`.
     """
-    with plt.rc_context(STYLE | options.pop("style", {})):
-        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
-        try:
-            yield figure, grid
-            if legend:
-                handles, labels = grid[0, 0].get_legend_handles_labels()
-                where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
-                figure.legend(handles, labels, ncols=legend, fontsize=9, **where)
-            figure.suptitle(title)
-            save_figure(figure, path)
-        finally:
-            plt.close(figure)
+
+    def decorate(plot: Callable[..., Drawn]) -> Callable[..., None]:
+        @functools.wraps(plot)
+        def write(*arguments: Any) -> None:
+            *content, title, path = arguments
+            with matplotlib.rc_context(STYLE | style):
+                figure, rows = plot(*content)
+                if legend:
+                    handles, labels = figure.axes[0].get_legend_handles_labels()
+                    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+                    figure.legend(handles, labels, ncols=legend, fontsize=9, **where)
+                figure.suptitle(title + figure.get_suptitle())  # what a plot adds to the title
+                save_figure(figure, path)
+            if rows:
+                save_numbers(rows, path)
+
+        return write
+
+    return decorate
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches, and its axes `[rows, columns]`."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 # --- training
 
 
-def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
-    """What meta-trainings learn, against their steps; with numbers.
+@_picture(legend=2)
+def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Drawn:
+    """What meta-trainings learn, against their steps.
 
     Loss and accuracy on D_te, mean over tasks (of a single setting on D_tr too), and the norms of φ's two parts: the
     kernels of μ, and the scale's.
@@ -137,41 +152,40 @@ def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], tit
         "norm_of_mu": "norm of μ's kernels",
         "norm_of_scale": "norm of the scale's parameters",
     }
-    rows: list[tuple[Any, ...]] = []
-    with _panels(path, 2, 2, (9, 6), title, legend=2, sharex=True) as (_, grid):
-        for i, (name, histories) in enumerate(runs.items()):
-            steps, values = _at_common_steps(histories, _learned)
-            if not steps:
-                raise ValueError(f"{name}: no step that all seeds have")
-            drawn: list[np.ndarray] = []
-            for axes, of_quantity in zip(grid.flat, values[:4], strict=True):
-                drawn += _draw_band(axes, name, steps, of_quantity, color=SERIES[i % len(SERIES)])
-            rows += [(name, *row, len(histories)) for row in zip(steps, *drawn, strict=True)]
-            if len(runs) == 1:
-                for axes, of_quantity in zip(grid[0], values[4:], strict=True):
-                    train = {"color": "0.4", "linestyle": ":", "label": r"on $D^{tr}$, where θ learns"}
-                    axes.plot(steps, of_quantity.mean(axis=0), **train, **_alone(steps))
-        for axes, label in zip(grid.flat, quantities.values(), strict=True):
-            axes.set(ylabel=label)
-        for axes in grid[1]:
-            axes.set(xlabel="meta-training step", ylim=(0, None))
-    names = [column for quantity in quantities for column in (quantity, f"{quantity}_std")]
-    save_numbers(("name", "step", *names, "seeds"), rows, path)
+    rows = [("name", "step", *(column for quantity in quantities for column in (quantity, f"{quantity}_std")), "seeds")]
+    figure, grid = _panels(2, 2, (9, 6), sharex=True)
+    for i, (name, histories) in enumerate(runs.items()):
+        steps, values = _at_common_steps(histories, _learned)
+        if not steps:
+            raise ValueError(f"{name}: no step that all seeds have")
+        drawn: list[np.ndarray] = []
+        for axes, of_quantity in zip(grid.flat, values[:4], strict=True):
+            drawn += _draw_band(axes, name, steps, of_quantity, color=SERIES[i % len(SERIES)])
+        rows += [(name, *row, len(histories)) for row in zip(steps, *drawn, strict=True)]
+        if len(runs) == 1:
+            for axes, of_quantity in zip(grid[0], values[4:], strict=True):
+                train = {"color": "0.4", "linestyle": ":", "label": r"on $D^{tr}$, where θ learns"}
+                axes.plot(steps, of_quantity.mean(axis=0), **train, **_alone(steps))
+    for axes, label in zip(grid.flat, quantities.values(), strict=True):
+        axes.set(ylabel=label)
+    for axes in grid[1]:
+        axes.set(xlabel="meta-training step", ylim=(0, None))
+    return figure, rows
 
 
 def _learned(line: Mapping[str, Any]) -> tuple[float, ...]:
     """Of a line of metrics: loss and accuracy in % on D_te, norms of μ's kernels and the scale's parameters, D_tr's."""
     if missing := {"test_loss", "test_accuracy", "phi_norms"} - line.keys():
         raise ValueError(f"step {line['step']} lacks {', '.join(sorted(missing))}")
-    parts = {"mu": 0.0, "scale": 0.0}
-    for part, norm in line["phi_norms"].items():
-        parts["scale" if part.startswith("scale") else "mu"] += norm**2
+    norms = line["phi_norms"]
+    parts = [[norms[name] for name in norms if name.startswith("scale") is scale] for scale in (False, True)]
     test, train = ((line[f"{part}_loss"], 100 * line[f"{part}_accuracy"]) for part in ("test", "train"))
-    return *test, parts["mu"] ** 0.5, parts["scale"] ** 0.5, *train
+    return *test, *map(np.linalg.norm, parts), *train
 
 
-def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
-    """Test loss and accuracy against training steps (figure 5).
+@_picture()
+def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]]) -> Drawn:
+    """Test loss and accuracy against training steps (figure 5); without numbers.
 
     A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so. So does
     the other axis where the last evaluation averages more samples than those before it.
@@ -180,35 +194,29 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
         histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn.
     """
     losses: list[tuple[int, float, str]] = []  # all that is drawn: step, mean, color
-    top = 0.0
-    with _panels(path, 1, 2, (9, 3.4), title) as (_, ((left, right),)):
-        lines = _lines(histories)
-        for method, runs in histories.items():
-            evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
-            steps, values = _at_common_steps(evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"]))
-            mean, std = _draw_band(left, method, steps, values[0], **lines[method])
-            _draw_band(right, method, steps, values[1], **lines[method])
-            losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
-            padded = np.pad(mean + std, 1, mode="edge")
-            top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
-        if max(loss for _, loss, _ in losses) > 2 * top:
-            left.set_ylim(top=1.1 * top)
-            for step, loss, color in losses:
-                if loss > 1.1 * top:
-                    left.annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
-        left.set(xlabel="training step", ylabel="test loss (NLL, nats)")
-        note = _samples(run for runs in histories.values() for run in runs)
-        right.set(xlabel=f"training step{note}", ylabel="test accuracy (%)")
-
-
-def _samples(runs: Iterable[Sequence[Mapping[str, Any]]]) -> str:
-    """A line that says how many Monte-Carlo samples the last evaluation has, where those before it have others."""
-    counts = [[line.get("test_samples", 1) for line in run if "test_accuracy" in line] for run in runs]
-    last = max(of_run[-1] for of_run in counts)
-    before = max((n for of_run in counts for n in of_run[:-1]), default=None)
-    if before is None:
-        return f"\n({last} Monte-Carlo samples)" if last > 1 else ""
-    return "" if last == before else f"\n(last point: {last} Monte-Carlo samples, before: {before})"
+    top, counts, lines = 0.0, [], _lines(histories)
+    figure, ((left, right),) = _panels(1, 2, (9, 3.4))
+    for method, runs in histories.items():
+        evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
+        steps, values = _at_common_steps(evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"]))
+        mean, std = _draw_band(left, method, steps, values[0], **lines[method])
+        _draw_band(right, method, steps, values[1], **lines[method])
+        losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
+        padded = np.pad(mean + std, 1, mode="edge")
+        top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
+        counts += [[line.get("test_samples", 1) for line in run] for run in evaluated]
+    if max(loss for _, loss, _ in losses) > 2 * top:
+        left.set_ylim(top=1.1 * top)
+        for step, loss, color in losses:
+            if loss > 1.1 * top:
+                left.annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
+    left.set(xlabel="training step", ylabel="test loss (NLL, nats)")
+    last, before = max(of_run[-1] for of_run in counts), {n for of_run in counts for n in of_run[:-1]}
+    note = f"\n({last} Monte-Carlo samples)" if last > 1 and not before else ""
+    if before and last != max(before):
+        note = f"\n(last point: {last} Monte-Carlo samples, before: {max(before)})"
+    right.set(xlabel=f"training step{note}", ylabel="test accuracy (%)")
+    return figure, ()
 
 
 def _at_common_steps(
@@ -223,64 +231,64 @@ def _at_common_steps(
 # --- final accuracy
 
 
-def plot_growth(unit: str, results: Mapping[str, Mapping[int, Sequence[float]]], title: str, path: Path) -> None:
-    """Final test accuracy against how much there was of something, with bars of one standard deviation; with numbers.
+@_picture(legend=2)
+def plot_growth(unit: str, results: Mapping[str, Mapping[int, Sequence[float]]]) -> Drawn:
+    """Final test accuracy against how much there was of something, with bars of one standard deviation.
 
     Args:
         unit: what is counted: "training steps".
         results: method → how much → accuracy in [0, 1] of each seed; all seeds for each amount.
     """
-    rows, lines = [], _lines(results, markers=True)
-    with _panels(path, 1, 1, (5.5, 3.9), title, legend=2) as (_, ((axes,),)):
-        for method, by_amount in results.items():
-            label = _with_seeds(method, len(next(iter(by_amount.values()))))
-            rows += [(method, *row) for row in _draw_growth(axes, label, by_amount, **lines[method])]
-        axes.set(ylabel="test accuracy (%)")
-        _amounts(axes, {row[1] for row in rows}, unit)
-    save_numbers(("name", unit.replace(" ", "_"), "accuracy_percent", "std", "seeds"), rows, path)
+    rows, lines = [("name", unit.replace(" ", "_"), "accuracy_percent", "std", "seeds")], _lines(results, markers=True)
+    figure, ((axes,),) = _panels(1, 1, (5.5, 3.9))
+    for method, by_amount in results.items():
+        label = _with_seeds(method, len(next(iter(by_amount.values()))))
+        rows += [(method, *row) for row in _draw_growth(axes, label, by_amount, **lines[method])]
+    axes.set(ylabel="test accuracy (%)")
+    _amounts(axes, {row[1] for row in rows[1:]}, unit)
+    return figure, rows
 
 
-def plot_effort(
-    base: Sequence[float], panels: Mapping[str, Mapping[int, Sequence[float]]], title: str, path: Path
-) -> None:
-    """Final test accuracy with φ against how much its meta-training had of something, a panel each; with numbers.
+@_picture()
+def plot_effort(base: Sequence[float], panels: Mapping[str, Mapping[int, Sequence[float]]]) -> Drawn:
+    """Final test accuracy with φ against how much its meta-training had of something, a panel each.
 
     Args:
         base: accuracy in [0, 1] of each network without φ: a level line, or none if there are none.
         panels: what is counted → how much → the same with φ; a line where all have as many runs.
     """
-    rows, lines = [("Base", "", "", *_mean_std(base), len(base))] if base else [], _lines(("base", "metaperturb"))
-    size = 3.8 * len(panels) + 0.6, 3.6
-    with _panels(path, 1, len(panels), size, title, sharey=True) as (_, grid):
-        for axes, (unit, by_amount) in zip(grid[0], panels.items(), strict=True):
-            counts = {len(of_amount) for of_amount in by_amount.values()}
-            line = lines["metaperturb"] | ({"linestyle": "none"} if len(counts) > 1 else {})  # of other seeds: no trend
-            drawn = _draw_growth(axes, "MetaPerturb", by_amount, **line)
-            for amount, mean, std, count in drawn:
-                above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-                text = axes.annotate(f"n = {count}", (amount, mean + (std if count > 1 else 0)), **above)
-                text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # the line may run through it
-            rows += [("MetaPerturb", unit, *row) for row in drawn]
-            if base:
-                mean, std = _mean_std(base)
-                axes.axhline(mean, label="Base", **lines["base"])
-                axes.axhspan(mean - std, mean + std, color=COLORS["base"], alpha=0.2, linewidth=0)
-            _amounts(axes, by_amount, unit)
-            axes.margins(x=0.1)  # so that what stands above a point stays off the axis
-        grid[0, 0].set(ylabel="test accuracy (%)")
-    save_numbers(("name", "of", "amount", "accuracy_percent", "std", "runs"), rows, path)
+    rows: list[tuple[Any, ...]] = [("name", "of", "amount", "accuracy_percent", "std", "runs")]
+    rows += [("Base", "", "", *_mean_std(base), len(base))] if base else []
+    lines = _lines(("base", "metaperturb"))
+    figure, (grid,) = _panels(1, len(panels), (3.8 * len(panels) + 0.6, 3.6), sharey=True)
+    for axes, (unit, by_amount) in zip(grid, panels.items(), strict=True):
+        counts = {len(of_amount) for of_amount in by_amount.values()}
+        line = lines["metaperturb"] | ({"linestyle": "none"} if len(counts) > 1 else {})  # of other seeds: no trend
+        drawn = _draw_growth(axes, "MetaPerturb", by_amount, **line)
+        for amount, mean, std, count in drawn:
+            above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            text = axes.annotate(f"n = {count}", (amount, mean + (std if count > 1 else 0)), **above)
+            text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # the line may run through it
+        rows += [("MetaPerturb", unit, *row) for row in drawn]
+        if base:
+            mean, std = _mean_std(base)
+            axes.axhline(mean, label="Base", **lines["base"])
+            axes.axhspan(mean - std, mean + std, color=COLORS["base"], alpha=0.2, linewidth=0)
+        _amounts(axes, by_amount, unit)
+        axes.margins(x=0.1)  # so that what stands above a point stays off the axis
+    grid[0].set(ylabel="test accuracy (%)")
+    return figure, rows
 
 
 def _draw_growth(
-    axes: plt.Axes, label: str, by_amount: Mapping[int, Sequence[float]], **line: Any
+    axes: Axes, label: str, by_amount: Mapping[int, Sequence[float]], **line: Any
 ) -> list[tuple[int, float, float, int]]:
     """Mean against the amount, a bar where there are several runs. Returns amounts, means and deviations, counts."""
-    amounts = sorted(by_amount)
-    spread = [_mean_std(by_amount[n]) for n in amounts]
-    mean, std = np.array(spread).T
-    std = np.where([len(by_amount[n]) > 1 for n in amounts], std, np.nan)  # a band would taper to points of one run
+    found = [(n, *_mean_std(by_amount[n]), len(by_amount[n])) for n in sorted(by_amount)]
+    amounts, mean, std, count = map(np.array, zip(*found, strict=True))
+    std = np.where(count > 1, std, np.nan)  # a band would taper to points of one run
     axes.errorbar(amounts, mean, yerr=std, label=label, capsize=3, **POINTS | line)
-    return [(n, *of_n, len(by_amount[n])) for n, of_n in zip(amounts, spread, strict=True)]
+    return found
 
 
 def _mean_std(accuracies: Sequence[float]) -> tuple[float, float]:
@@ -289,7 +297,7 @@ def _mean_std(accuracies: Sequence[float]) -> tuple[float, float]:
     return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
 
 
-def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
+def _amounts(axes: Axes, amounts: Iterable[int], unit: str) -> None:
     """A logarithmic axis, which begins at 0 where there is none of it: a φ of no meta-training step."""
     ticks = sorted(amounts)
     if ticks[0] > 0:
@@ -302,8 +310,9 @@ def _amounts(axes: plt.Axes, amounts: Iterable[int], unit: str) -> None:
     axes.minorticks_off()
 
 
-def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title: str, path: Path) -> None:
-    """Final accuracy, loss and calibration of methods, one below the other; with numbers.
+@_picture(legend=0)
+def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]]) -> Drawn:
+    """Final accuracy, loss and calibration of methods, one below the other.
 
     Args:
         results: method → for each seed, a point, `accuracy` and `ece` in [0, 1], `nll` in nats; a bar is their mean.
@@ -313,126 +322,131 @@ def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]], title:
         "nll": ("nll", 1, "test loss (NLL, nats)"),
         "ece_percent": ("ece", 100, "ECE (%)"),
     }
+    header = ["name", *(name for column in panels for name in (column, f"{column}_std")), "seeds"]
     rows: list[list[Any]] = [[method] for method in results]
     lines, labels = _lines(results), [_with_seeds(method, len(same)) for method, same in results.items()]
     size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
-    with _panels(path, 1, len(panels), size, title, legend=0, sharey=True) as (_, (grid,)):
-        for axis, (key, factor, label) in zip(grid, panels.values(), strict=True):
-            for place, (method, of_method) in enumerate(results.items()):
-                values = factor * np.array([metrics[key] for metrics in of_method])
-                color = lines[method]["color"]
-                axis.plot(values, np.full(len(values), place), "o", color=color, markersize=5, alpha=0.6)
-                axis.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2)
-                rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
-            axis.set(xlabel=label)
-            axis.grid(axis="y", visible=False)
-        grid[0].set_yticks(range(len(results)), labels)
-        grid[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
-    names = [name for column in panels for name in (column, f"{column}_std")]
-    counts = [len(of_method) for of_method in results.values()]
-    save_numbers(("name", *names, "seeds"), [[*row, n] for row, n in zip(rows, counts, strict=True)], path)
+    figure, (grid,) = _panels(1, len(panels), size, sharey=True)
+    for axes, (key, factor, label) in zip(grid, panels.values(), strict=True):
+        for place, (method, of_method) in enumerate(results.items()):
+            values = factor * np.array([metrics[key] for metrics in of_method])
+            color = lines[method]["color"]
+            axes.plot(values, np.full(len(values), place), "o", color=color, markersize=5, alpha=0.6)
+            axes.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2)
+            rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
+        axes.set(xlabel=label)
+        axes.grid(axis="y", visible=False)
+    grid[0].set_yticks(range(len(results)), labels)
+    grid[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
+    return figure, [header, *([*row, len(same)] for row, same in zip(rows, results.values(), strict=True))]
 
 
 # --- analyses
 
 
-def plot_robustness(curves: Mapping[str, Any], title: str, path: Path) -> None:
-    """Accuracy against the radius ε of the attack (figure 6 a-c); with numbers.
+@_picture()
+def plot_robustness(curves: Mapping[str, Any]) -> Drawn:
+    """Accuracy against the radius ε of the attack (figure 6 a-c), whose settings follow the title.
 
     A method with one seed has no band, but bars: the standard error that comes from the choice of images.
 
     Args:
         curves: of `analyses.robustness.robustness_curves`.
-        title: of the picture; the attack's settings follow.
     """
     of_norms = {
         norm: {name: of[norm] for name, of in curves["curves"].items() if of[norm]["eps"]} for norm in NORM_LABELS
     }
     of_norms = {norm: of_names for norm, of_names in of_norms.items() if of_names}
     rows, lines, attack = [], _lines(curves["curves"]), curves["settings"]
+    figure, (grid,) = _panels(1, len(of_norms), (4 * len(of_norms), 4.0), sharey=True)
+    bars = ""
+    for axes, (norm, of_names) in zip(grid, of_norms.items(), strict=True):
+        for name, found in of_names.items():
+            eps, accuracy = found["eps"], 100 * np.array(found["accuracy"])
+            mean, std = _draw_band(axes, name, eps, accuracy, **lines[name], **POINTS)
+            if len(accuracy) == 1:  # no band: what the choice of images does, the binomial's standard error
+                error = np.sqrt(mean * (100 - mean).clip(0) / attack["images"])
+                axes.errorbar(eps, mean, error, fmt="none", ecolor=lines[name]["color"], alpha=0.5, capsize=2)
+                bars = "; bars: one standard error, of these images"
+            rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
+        axes.axhline(100 * curves["chance"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
+        axes.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
+        axes.set_xlim(left=0)
+    grid[0].set(ylabel="accuracy under attack (%)")
     eot = f"{attack['draws']} draws of the noise each" if attack["draws"] > 1 else "one draw of the noise each"
-    alone = any(len(found["accuracy"]) == 1 for of_names in of_norms.values() for found in of_names.values())
-    bars = "; bars: one standard error, of these images" if alone else ""
-    title += f"\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}{bars}"
-    with _panels(path, 1, len(of_norms), (4 * len(of_norms), 4.0), title, sharey=True) as (_, (grid,)):
-        for axis, (norm, of_names) in zip(grid, of_norms.items(), strict=True):
-            for name, found in of_names.items():
-                eps, accuracy = found["eps"], 100 * np.array(found["accuracy"])
-                mean, std = _draw_band(axis, name, eps, accuracy, **lines[name], **POINTS)
-                if len(accuracy) == 1:  # no band: what the choice of images does, the binomial's standard error
-                    error = np.sqrt(mean * (100 - mean) / attack["images"])
-                    axis.errorbar(eps, mean, error, fmt="none", ecolor=lines[name]["color"], alpha=0.5, capsize=2)
-                rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
-            axis.axhline(100 * curves["chance"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
-            axis.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
-            axis.set_xlim(left=0)
-        grid[0].set(ylabel="accuracy under attack (%)")
-    save_numbers(("name", "norm", "eps", "accuracy_percent", "std", "seeds"), rows, path)
+    figure.suptitle(f"\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}{bars}")
+    return figure, [("name", "norm", "eps", "accuracy_percent", "std", "seeds"), *rows]
 
 
-def plot_reliability(curves: Mapping[str, Any], title: str, path: Path) -> None:
+@_picture(legend=2)
+def plot_reliability(curves: Mapping[str, Any]) -> Drawn:
     """Accuracy against confidence, bin by bin, seeds pooled; below it the share of images in each bin (figure 6 d).
 
-    With numbers. Bins of a few images, whose accuracy is mere chance, are among these but not in the picture.
+    Bins of a few images, whose accuracy is mere chance, are among the numbers but not in the picture.
 
     Args:
         curves: of `analyses.calibration.calibration_curves`.
     """
-    rows, lines = [], _lines(curves)
-    with _panels(path, 2, 1, (5, 5.6), title, legend=2, sharex=True, height_ratios=(3, 1)) as (_, ((upper,), (lower,))):
-        upper.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1.2)
-        for name, of_name in curves.items():
-            bins, ece = of_name["reliability"], 100 * np.array(of_name["ece"])
-            full = [k for k, count in enumerate(bins["count"]) if count >= FEW]
-            confidence, accuracy = ([100 * bins[key][k] for k in full] for key in ("confidence", "accuracy"))
-            share = 100 * np.array(bins["count"]) / sum(bins["count"])
-            spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
-            mean_of = f", {of_name['samples']} samples" if of_name["samples"] > 1 else ""
-            label = f"{name_of(name)}{mean_of}: ECE {ece.mean():.1f}{spread} %"
-            upper.plot(confidence, accuracy, label=label, clip_on=False, **lines[name], **POINTS)
-            lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **lines[name])
-            columns = zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
-            rows += [(name, k, *row) for k, row in enumerate(columns, 1)]
-        upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
-        lower.set(ylabel="images (%)", xlabel=f"confidence (%); above, bins of fewer than {FEW} images are left out")
-    save_numbers(("name", "bin", "count", "confidence", "accuracy"), rows, path)
+    rows, lines = [("name", "bin", "count", "confidence", "accuracy")], _lines(curves)
+    figure, ((upper,), (lower,)) = _panels(2, 1, (5, 5.6), sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1.2)
+    for name, of_name in curves.items():
+        bins, ece = of_name["reliability"], 100 * np.array(of_name["ece"])
+        full = [k for k, count in enumerate(bins["count"]) if count >= FEW]
+        confidence, accuracy = ([100 * bins[key][k] for k in full] for key in ("confidence", "accuracy"))
+        share = 100 * np.array(bins["count"]) / sum(bins["count"])
+        spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
+        mean_of = f", {of_name['samples']} samples" if of_name["samples"] > 1 else ""
+        label = f"{name_of(name)}{mean_of}: ECE {ece.mean():.1f}{spread} %"
+        upper.plot(confidence, accuracy, label=label, clip_on=False, **lines[name], **POINTS)
+        lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **lines[name])
+        columns = zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
+        rows += [(name, k, *row) for k, row in enumerate(columns, 1)]
+    upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    lower.set(ylabel="images (%)", xlabel=f"confidence (%); above, bins of fewer than {FEW} images are left out")
+    return figure, rows
 
 
-def plot_samples(curves: Mapping[str, Any], title: str, path: Path) -> None:
+@_picture()
+def plot_samples(curves: Mapping[str, Any]) -> Drawn:
     """Accuracy, calibration error and time of a prediction against its Monte-Carlo samples: what samples buy.
 
-    With numbers. Whiskers are what the draws alone do to one network's prediction: the standard deviation over
-    repetitions, where a count has several. A network without noise, which has one prediction, is a level line.
+    Whiskers are what the draws alone do to one network's prediction: the standard deviation over repetitions, where a
+    count has several. A network without noise, which has one prediction, is a level line.
 
     Args:
         curves: of `analyses.calibration.calibration_curves`.
     """
-    rows, lines, keys = [], _lines(curves), ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
+    keys = ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
+    rows, lines = [("name", "samples", *keys, "seeds")], _lines(curves)
     ticks = sorted({c["samples"] for of_name in curves.values() for c in of_name["counts"]})
-    with _panels(path, 1, 3, (12, 3.6), title) as (_, (axes,)):
-        for name, of_name in curves.items():
-            counts = of_name["counts"]
-            samples, noisy = [c["samples"] for c in counts], len(counts) > 1 or ticks == [1]
-            for axis, key, factor in zip(axes, ("accuracy", "ece", "seconds"), (100, 100, 1), strict=True):
-                values = factor * np.array([c[key] for c in counts]).T
-                x, drawn = (samples, values) if noisy else ([1, ticks[-1]], values.repeat(2, axis=1))
-                _draw_band(axis, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
-                if noisy and key != "seconds":
-                    scatter = [factor * np.mean(c[f"{key}_scatter"]) for c in counts]
-                    axis.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=lines[name]["color"], capsize=3)
-            rows += [(name, c["samples"], *(np.mean(c[key]) for key in keys), len(c["ece"])) for c in counts]
-        for axis, label in zip(axes, ("accuracy (%)", "ECE (%)", "time for all test images (s)"), strict=True):
-            axis.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
-            axis.set_xticks(ticks, map(str, ticks), minor=False)
-            axis.minorticks_off()
-        seconds = {"major_locator": LogLocator(subs=(1, 2, 5)), "major_formatter": "{x:g}"}
-        axes[2].set(yscale="log")
-        axes[2].yaxis.set(**seconds, minor_locator=NullLocator())
-    save_numbers(("name", "samples", *keys, "seeds"), rows, path)
+    figure, (grid,) = _panels(1, 3, (12, 3.6))
+    for name, of_name in curves.items():
+        counts = of_name["counts"]
+        samples, noisy = [c["samples"] for c in counts], len(counts) > 1 or ticks == [1]
+        for axes, key, factor in zip(grid, ("accuracy", "ece", "seconds"), (100, 100, 1), strict=True):
+            values = factor * np.array([c[key] for c in counts]).T
+            x, drawn = (samples, values) if noisy else ([1, ticks[-1]], values.repeat(2, axis=1))
+            _draw_band(axes, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
+            if noisy and key != "seconds":
+                scatter = [factor * np.mean(c[f"{key}_scatter"]) for c in counts]
+                axes.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=lines[name]["color"], capsize=3)
+        rows += [(name, c["samples"], *(np.mean(c[key]) for key in keys), len(c["ece"])) for c in counts]
+    for axes, label in zip(grid, ("accuracy (%)", "ECE (%)", "time for all test images (s)"), strict=True):
+        axes.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
+        axes.set_xticks(ticks, map(str, ticks), minor=False)
+        axes.minorticks_off()
+    grid[2].set(yscale="log")
+    locators = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
+    grid[2].yaxis.set(major_formatter="{x:g}", **locators)
+    return figure, rows
 
 
-def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
+@_picture(legend=2)
+def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Drawn:
     """The scale s of every channel, block by block, data sets side by side (figure 7), and how much its noise scatters.
+
+    Without numbers.
 
     Args:
         by_data: data set → for each run its sites, each with its name `site`, the scales `s` of its channels, and
@@ -440,30 +454,32 @@ def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], ti
             outer twentieths.
     """
     sites = [place["site"] for place in next(iter(by_data.values()))[0]]
-    width, size = 0.8 / len(by_data), (max(6.0, 1.05 * len(sites)), 6.0)
-    with _panels(path, 2, 1, size, title, legend=2, sharex=True) as (_, ((upper,), (lower,))):
-        for i, (data, runs) in enumerate(by_data.items()):
-            color = SERIES[i % len(SERIES)]
-            style = {"whis": (5, 95), "showfliers": False, "patch_artist": True, "manage_ticks": False}
-            style |= {"boxprops": {"facecolor": color + "55", "edgecolor": color}}
-            style |= {"medianprops": {"color": color, "linewidth": 2}}
-            style |= {"whiskerprops": {"color": color}, "capprops": {"color": color}}
-            places = np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
-            for axes, key in ((upper, "s"), (lower, "spread")):
-                channels = [np.concatenate([run[block][key] for run in runs]) for block in range(len(sites))]
-                axes.boxplot(channels, positions=places, widths=0.85 * width, **style)
-            label = f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
-            upper.plot([], [], color=color, linewidth=6, alpha=0.6, label=label)
-        upper.set(ylabel="scale s of a channel", ylim=(0, 1))
-        lower.set(ylabel="noise: std(z) / mean(z)", ylim=(0, None), xlabel="block, from the image to the classifier")
-        lower.set_xticks(range(len(sites)), sites)
-        lower.tick_params(axis="x", labelsize=9)
-        for axes in (upper, lower):
-            axes.grid(axis="x", visible=False)
+    width = 0.8 / len(by_data)
+    figure, ((upper,), (lower,)) = _panels(2, 1, (max(6.0, 1.05 * len(sites)), 6.0), sharex=True)
+    for i, (data, runs) in enumerate(by_data.items()):
+        color = SERIES[i % len(SERIES)]
+        style = {"whis": (5, 95), "showfliers": False, "patch_artist": True, "manage_ticks": False}
+        style |= {"boxprops": {"facecolor": color + "55", "edgecolor": color}}
+        style |= {"medianprops": {"color": color, "linewidth": 2}}
+        style |= {"whiskerprops": {"color": color}, "capprops": {"color": color}}
+        places = np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
+        for axes, key in ((upper, "s"), (lower, "spread")):
+            channels = [np.concatenate([run[block][key] for run in runs]) for block in range(len(sites))]
+            axes.boxplot(channels, positions=places, widths=0.85 * width, **style)
+        label = f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
+        upper.plot([], [], color=color, linewidth=6, alpha=0.6, label=label)
+    upper.set(ylabel="scale s of a channel", ylim=(0, 1))
+    lower.set(ylabel="noise: std(z) / mean(z)", ylim=(0, None), xlabel="block, from the image to the classifier")
+    lower.set_xticks(range(len(sites)), sites)
+    lower.tick_params(axis="x", labelsize=9)
+    for axes in (upper, lower):
+        axes.grid(axis="x", visible=False)
+    return figure, ()
 
 
-def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
-    """Training loss around trained networks, a panel a method, one color scale (figure 8).
+@_picture(legend=0, **{"axes.grid": False})
+def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]]) -> Drawn:
+    """Training loss around trained networks, a panel a method, one color scale (figure 8); without numbers.
 
     Args:
         surfaces: method → what `analyses.surface.loss_surface` gives, all on the same plane.
@@ -473,33 +489,30 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]], title: str, path: P
     levels = np.geomspace(max(low, 1e-4), max(high, 2e-4), 21)
     columns = min(len(losses), 4)
     rows = -(-len(losses) // columns)
-    size, options = (
-        (3.1 * columns + 1, 3.0 * rows + 0.6),
-        {"sharex": True, "sharey": True, "style": {"axes.grid": False}},
-    )
-    with _panels(path, rows, columns, size, title, legend=0, **options) as (figure, grid):
-        for axes, (method, loss) in zip(grid.flat, losses.items(), strict=False):
-            coordinates = surfaces[method]["coordinates"]
-            drawn = {"levels": levels, "norm": LogNorm(levels[0], levels[-1])}
-            clipped = np.clip(loss, levels[0], levels[-1])
-            image = axes.contourf(coordinates, coordinates, clipped.T, cmap="cividis", **drawn)
-            axes.contour(coordinates, coordinates, loss.T, colors="white", linewidths=0.5, **drawn)
-            axes.plot(0, 0, "+", color="white")
-            middle = loss[len(loss) // 2, len(loss) // 2]
-            axes.set_title(f"{name_of(method)}\n{middle:.2f} in the middle", fontsize=10)
-            axes.set_aspect("equal")
-        for empty in range(len(losses), grid.size):
-            grid.flat[empty].set_visible(False)
-            grid.flat[empty - columns].tick_params(labelbottom=True)  # now the lowest of its column
-        note = "batch norm and scales s by the statistics of the images, the same noise at every point"
-        figure.supxlabel(f"along direction 1 (in norms of the filters)\n{note}", fontsize=10)
-        figure.supylabel("along direction 2", fontsize=10)
-        bar = figure.colorbar(image, ax=grid, label="training loss (nats)", ticks=levels[::4], format="%.3g")
-        bar.minorticks_off()
+    figure, grid = _panels(rows, columns, (3.1 * columns + 1, 3.0 * rows + 0.6), sharex=True, sharey=True)
+    for axes, (method, loss) in zip(grid.flat, losses.items(), strict=False):
+        coordinates = surfaces[method]["coordinates"]
+        drawn = {"levels": levels, "norm": LogNorm(levels[0], levels[-1])}
+        image = axes.contourf(coordinates, coordinates, loss.clip(*levels[[0, -1]]).T, cmap="cividis", **drawn)
+        axes.contour(coordinates, coordinates, loss.T, colors="white", linewidths=0.5, **drawn)
+        axes.plot(0, 0, "+", color="white")
+        middle = loss[len(loss) // 2, len(loss) // 2]
+        axes.set_title(f"{name_of(method)}\n{middle:.2f} in the middle", fontsize=10)
+        axes.set_aspect("equal")
+    for empty in range(len(losses), grid.size):
+        grid.flat[empty].set_visible(False)
+        grid.flat[empty - columns].tick_params(labelbottom=True)  # now the lowest of its column
+    note = "batch norm and scales s by the statistics of the images, the same noise at every point"
+    figure.supxlabel(f"along direction 1 (in norms of the filters)\n{note}", fontsize=10)
+    figure.supylabel("along direction 2", fontsize=10)
+    bar = figure.colorbar(image, ax=grid, label="training loss (nats)", ticks=levels[::4], format="%.3g")
+    bar.minorticks_off()
+    return figure, ()
 
 
-def plot_phi(values: Mapping[str, np.ndarray], title: str, path: Path) -> None:
-    """All of φ: eight 3×3 kernels and the ten weights of the affine map, with their values.
+@_picture(legend=0, **{"axes.grid": False})
+def plot_phi(values: Mapping[str, np.ndarray]) -> Drawn:
+    """All of φ: eight 3×3 kernels and the ten weights of the affine map, with their values; without numbers.
 
     Args:
         values: the six parts by their names in `PHI_LABELS`.
@@ -507,26 +520,27 @@ def plot_phi(values: Mapping[str, np.ndarray], title: str, path: Path) -> None:
     kernels = {label: values[name] for name, label in PHI_LABELS.items() if not name.startswith("scale")}
     kernels |= {f"scale kernel {i}": kernel for i, kernel in enumerate(values["scale_kernels"], 1)}
     limit = max(abs(kernel).max() for kernel in kernels.values())
-    with _panels(path, 3, 4, (12, 7.2), title, legend=0, style={"axes.grid": False}) as (figure, grid):
-        for axes, (name, kernel) in zip(grid.flat, kernels.items(), strict=False):
-            image = axes.imshow(kernel.reshape(3, 3), cmap="PuOr", vmin=-limit, vmax=limit)
-            for (row, column), value in np.ndenumerate(kernel.reshape(3, 3)):
-                color = "white" if abs(value) > 0.6 * limit else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
-            axes.set_title(name, fontsize=10)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=grid[:2], fraction=0.02, pad=0.02, label="weight")
-        lowest = grid[2, 0].get_gridspec()
-        for axes in grid[2]:
-            axes.remove()
-        axes = figure.add_subplot(lowest[2, :])
-        names = [*(f"{what} {i}" for what in ("mean", "variance") for i in range(1, 5)), "C / $C_{max}$", "H / S"]
-        colors = np.repeat([COLORS["base"], COLORS["info_dropout"], COLORS["manifold_mixup"]], (4, 4, 2))
-        axes.bar(names, values["scale_affine"].reshape(-1), color=colors)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(ylabel="weight of the affine map")
-        axes.tick_params(axis="x", labelsize=9)
+    figure, grid = _panels(3, 4, (12, 7.2))
+    for axes, (name, kernel) in zip(grid.flat, kernels.items(), strict=False):
+        image = axes.imshow(kernel.reshape(3, 3), cmap="PuOr", vmin=-limit, vmax=limit)
+        for (row, column), value in np.ndenumerate(kernel.reshape(3, 3)):
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
+        axes.set_title(name, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=grid[:2], fraction=0.02, pad=0.02, label="weight")
+    lowest = grid[2, 0].get_gridspec()
+    for axes in grid[2]:
+        axes.remove()
+    axes = figure.add_subplot(lowest[2, :])
+    names = [*(f"{what} {i}" for what in ("mean", "variance") for i in range(1, 5)), "C / $C_{max}$", "H / S"]
+    colors = np.repeat([COLORS["base"], COLORS["info_dropout"], COLORS["manifold_mixup"]], (4, 4, 2))
+    axes.bar(names, values["scale_affine"].reshape(-1), color=colors)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(ylabel="weight of the affine map")
+    axes.tick_params(axis="x", labelsize=9)
+    return figure, ()
 
 
 # --- lines and labels
@@ -563,7 +577,7 @@ def _alone(points: Sequence[Any]) -> dict[str, Any]:
 
 
 def _draw_band(
-    axis: plt.Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
+    axis: Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of `values` `[seeds, points]` against `x`, in a band of a standard deviation (0 of one seed); both."""
     mean = values.mean(axis=0)

@@ -24,7 +24,7 @@ class Regularizer(NamedTuple):
 
 REGULARIZERS = {
     "base": Regularizer("Base", "base.Method"),
-    "metaperturb": Regularizer("MetaPerturb", "perturb.Perturbation", ("phi", "clip", "anneal", "clip_eval")),
+    "metaperturb": Regularizer("MetaPerturb", "perturb.Perturbation", ("phi", "clip", "anneal", "clip_eval", "eval")),
     "info_dropout": Regularizer(
         "Info. Dropout", "noise.InformationDropout", ("info_dropout_beta", "info_dropout_max_alpha")
     ),

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from metaperturb.errors import UserError
 from metaperturb.provenance import provenance
-from metaperturb.storage import load_json, reason, remove_leftovers, save_json, write_atomically
+from metaperturb.storage import hold, load_json, reason, remove_leftovers, save_json, write_atomically
 
 
 class Run:
@@ -36,14 +35,9 @@ class Run:
         self.metrics_path = self.dir / "metrics.jsonl"
         self.seconds_before = 0.0  # wall time of earlier sittings, from the checkpoint
         self._started = time.monotonic()
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.dir}: in use by another process; choose another run_dir") from None
-        except OSError as error:
-            raise UserError(f"{self.dir}: cannot write the run ({reason(error)})") from error
+        self._lock = hold(self.dir / ".lock")
+        if self._lock is None:
+            raise UserError(f"{self.dir}: in use by another process; choose another run_dir")
         remove_leftovers(self.dir)
         text = yaml.safe_dump({"program": program, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True)
         write_atomically(self.dir / "config.yaml", lambda file: file.write(text.encode()))
@@ -152,6 +146,7 @@ class StepProgress:
         self.title, self.total, self.done, self.first = title, total, done, done
         self.interval, self.started = interval, time.monotonic()
         self.last = self.started - interval  # so that the first update prints
+        self.evaluation = (0.0, 2.0)  # when the one that is under way first told, and which share it told
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True)
@@ -171,13 +166,18 @@ class StepProgress:
     def within(self, share: float) -> None:
         """How much is done of what takes its time between two steps or after the last: an evaluation."""
         now = time.monotonic()
+        if share <= self.evaluation[1]:  # another one
+            self.evaluation = (now, share)
         if now - self.last < (self.interval if self.bar is None else 1.0):
             return
         self.last = now
+        since, first = self.evaluation
+        left = f"  {clock((now - since) / (share - first) * (1 - share))} left" if share > first else ""
+        text = f"evaluating: {share:.0%}{left}"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"evaluating: {share:.0%}")
+            self.bar.set_postfix_str(text)
         else:
-            print(f"{self.title}: step {self.done}/{self.total}  evaluating: {share:.0%}", file=sys.stderr, flush=True)
+            print(f"{self.title}: step {self.done}/{self.total}  {text}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

@@ -1,6 +1,7 @@
 """Files that are either complete or absent, and reading that executes nothing."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 
@@ -49,6 +50,25 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of a process that was killed while writing in `folder` or below."""
     for path in folder.rglob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> IO | None:
+    """A lock that is held until it is closed, or this process is gone; None: another process holds it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115 (held as long as what it is about)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({reason(error)})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def save_tensors(content: Any, path: Path) -> None:

@@ -1,9 +1,10 @@
 """What the steps of both training programs share."""
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -123,6 +124,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def saved_after(done: int, steps: int) -> str:
     """What a stopped program says last."""
     return f"saved after step {done} of {steps}; the same command goes on from there"
+
+
+@contextlib.contextmanager
+def restoring(checkpoint: Path) -> Iterator[None]:
+    """Says in one sentence that a file of another program, or of another run, lies in the place of a checkpoint.
+
+    Raises:
+        UserError: it lacks what is looked for, or holds it in other shapes.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{checkpoint}: is no checkpoint of this run; remove it, or choose another run_dir") from error
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

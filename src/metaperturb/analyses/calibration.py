@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.analyses.records import begun, check_comparable, describe
+from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
 from metaperturb.evaluation import ECE_BINS, metrics, reliability_bins
@@ -32,27 +33,15 @@ SAVE_SECONDS = 30  # between two partial results
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which predictions are examined.
+    """Which predictions are examined."""
 
-    Attributes:
-        counts: of Monte-Carlo samples in a prediction; the largest is how many are drawn, and what the reliability
-            diagram shows. A network that draws no noise is examined with one.
-        batch_size: images a forward pass.
-        seed: of the noise.
-
-    Raises:
-        UserError: a number out of range.
-    """
-
-    counts: tuple[int, ...] = (1, 5, 20, 100)
-    batch_size: int = 500
-    seed: int = 0
+    counts: list[int] = option([1, 5, 20, 100], "Monte-Carlo samples of a prediction; the largest is shown", low=1)
+    batch_size: int = option(500, "images a forward pass", low=1)
+    seed: int = option(0, "of the noise")
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1:
-            raise UserError(f"counts: expected numbers of at least 1, got {list(self.counts)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size: must be at least 1, got {self.batch_size}")
+        if not self.counts:
+            raise UserError("counts: none is given")
 
 
 def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict[str, Any]:

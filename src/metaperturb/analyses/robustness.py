@@ -1,24 +1,24 @@
 """Figure 6 (a-c): accuracy under attack, by projected gradient ascent with expectation over the network's noise (EoT).
 
-The attacker knows the network and its noise, though not the draws. Each step ascends the cross-entropy of the *mean*
-prediction p over E draws, so its gradient is the expectation over the noise (Athalye et al. 2018), of the very quantity
+The attacker knows the network and its noise, but not the draws. Each step ascends the cross-entropy of the *mean*
+prediction p over E draws. Its gradient is the expectation over the noise (Athalye et al. 2018) of the very quantity
 that decides. The final prediction is a mean over S draws that the attack has not seen.
 
 The random start, the steps and the projections are foolbox's (`LinfPGD`, `L2PGD`, `SparseL1DescentAttack`). An image
-counts as correct if it is classified correctly as it is *and* after the attack. Otherwise than in foolbox:
+counts as correct if it is classified correctly both as it is and after the attack. These things differ from foolbox:
 
-- Of all iterates the one with the largest margin (best other class over the true one) is kept, where foolbox returns
-  the last. With noise the largest margin may be luck of E draws: so that iterate and the last one are judged once more,
-  by S fresh draws that both share, and the worse is taken. (The kept ones alone are a weaker attack: on a ResNet8 with
-  φ, at L2 0.4 with E = 4 and 10 steps, they left 63.8 %, the last ones 59.5 %.)
-- The gradient ascended is that of log((1 − p(y)) / p(y)), a positive multiple of cross-entropy's, so that normalized
-  steps are the same. Cross-entropy's own loses its direction in float32 where 1 − p(y) is below 1e-7, and networks
-  would look robust that are merely sure of themselves: with its logits multiplied by 10, that ResNet8 keeps 81 % at
-  ε = 1.5 in L2 by cross-entropy, 50 % by this, and unmultiplied 48 % by either.
+- It returns the last iterate; here the one with the largest margin (best other class over the true one) is kept. With
+  noise a large margin may be luck of E draws, so S fresh draws judge this iterate and the last one, and the worse is
+  taken. (The kept one alone is a weaker attack: on a ResNet8 with φ, at L2 0.4 with E = 4 and 10 steps, it left 63.8 %,
+  the last one 59.5 %.)
+- The gradient is that of log((1 − p(y)) / p(y)), a positive multiple of cross-entropy's; normalized steps are the same.
+  Cross-entropy's own loses its direction in float32 where 1 − p(y) is below 1e-7, so that networks look robust which
+  are merely sure of themselves. With its logits times 10, that ResNet8 keeps 81 % at ε = 1.5 in L2 by cross-entropy
+  and 50 % by this; without the factor, 48 % by either.
 - In L1 a step moves the one percent of pixels with the largest gradient (Tramèr & Boneh 2019). foolbox's `L1PGD` moves
   all and finds less: of a ResNet8 on 12-pixel images 100 of its steps leave 97.0 % at ε = 6, 20 sparse ones 80.0 %.
-- An image at which the network returns what is not finite counts as misclassified, once the attack has found it, and
-  how many there were is told. On images as they are it is an error.
+- An image at which the network returns what is not finite counts as misclassified once the attack has found it; the
+  program says how many there were. On images as they are, this is an error.
 - The projection of foolbox 3.3.4 onto the L1 ball overshoots by up to 0.1 %. What lies outside is scaled back.
 """
 
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.analyses.records import begun, check_comparable, describe
+from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages
 from metaperturb.data.splits import shuffled
 from metaperturb.errors import UserError
@@ -50,51 +51,28 @@ from metaperturb.trained import TrainedRun
 
 REVISION = 2  # of the attack: results of another one are not continued
 NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}  # name → order, in the order of figure 6
+ORDER = [*NORMS]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """How networks are attacked.
+    """How networks are attacked: projected gradient ascent in balls about an image whose pixels are in [0, 1].
 
-    Attributes:
-        linf, l2, l1: radii ε of the three balls about an image whose pixels are in [0, 1]; 0 is no attack.
-        steps: of the ascent.
-        step_size: relative to ε. It does not depend on `steps`: more steps go on where fewer end.
-        draws: E, of the noise in each step.
-        samples: S, of the noise in the final prediction.
-        images: how many of the test images, the first of a fixed random order; None: all.
-        batch_size: network inputs at once (images × E): what memory has to hold.
-        seed: of the random starts and the noise.
-
-    A network that draws no noise is attacked with E = S = 1.
-
-    Raises:
-        UserError: a number out of range.
+    A network that draws no noise is attacked with `draws` and `samples` of 1.
     """
 
-    linf: tuple[float, ...] = tuple(k / 255 for k in (0, 0.25, 0.5, 1, 2, 4, 8))
-    l2: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-    l1: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-    steps: int = 40
-    step_size: float = 0.1
-    draws: int = 10
-    samples: int = 20
-    images: int | None = None
-    batch_size: int = 500
-    seed: int = 0
+    linf: list[float] = option([k / 255 for k in (0, 0.25, 0.5, 1, 2, 4, 8)], "radii ε of L∞ balls; 0: none", low=0)
+    l2: list[float] = option([0.0, 0.05, 0.1, 0.2, 0.4, 0.8], "radii of L2 balls", low=0)
+    l1: list[float] = option([0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0], "radii of L1 balls", low=0)
+    steps: int = option(40, "of the ascent", low=1)
+    step_size: float = option(0.1, "relative to ε, whatever the number of steps", low=1e-6)
+    draws: int = option(10, "E: of the noise in each step", low=1)
+    samples: int = option(20, "S: of the noise in the final prediction", low=1)
+    images: int | None = option(None, "test images, the first of a fixed random order; null: all", low=1)
+    batch_size: int = option(500, "network inputs at once (images × E): what memory has to hold", low=1)
+    seed: int = option(0, "of the random starts and the noise")
 
     def __post_init__(self) -> None:
-        for key in ("steps", "draws", "samples", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}: must be at least 1, got {getattr(self, key)}")
-        if self.images is not None and self.images < 1:
-            raise UserError(f"images: must be at least 1, or none given for all, got {self.images}")
-        if not 0 < self.step_size < math.inf:
-            raise UserError(f"step_size: must be above 0 and finite, got {self.step_size}")
-        for norm in NORMS:
-            for eps in getattr(self, norm):
-                if not 0 <= eps < math.inf:
-                    raise UserError(f"{norm}: ε must be finite and not negative, got {eps}")
         if not self.points:
             raise UserError("linf, l2, l1: no ε is given")
 
@@ -240,22 +218,13 @@ def perturb(
 
 
 def check_within(perturbed: Tensor, images: Tensor, norm: str, eps: float) -> None:
-    """Finite, in [0, 1], and within `eps` of `images` up to 1e-4 of it and the rounding of pixels.
-
-    Raises:
-        UserError: what of this is violated, and by how much.
-    """
-    where = f"attack {norm}, ε = {eps:g}"
-    if not torch.isfinite(perturbed).all():
-        raise UserError(f"{where}: perturbed images are not finite (does the network return finite numbers?)")
-    low, high = perturbed.min().item(), perturbed.max().item()
-    if low < 0 or high > 1:
-        raise UserError(f"{where}: foolbox returned pixels in [{low:g}, {high:g}] instead of [0, 1]")
-    order = NORMS[norm]
+    """Refuse what is not finite, not in [0, 1], or not within `eps` of `images`, but for rounding and 1e-4 of it."""
+    order, low, high = NORMS[norm], *(value.item() for value in perturbed.aminmax())
     distance = torch.linalg.vector_norm((perturbed - images).double().flatten(1), order, dim=1).max().item()
     rounding = torch.finfo(images.dtype).eps * (1 if order == math.inf else images[0].numel() ** (1 / order))
-    if distance > eps * (1 + 1e-4) + rounding:
-        raise UserError(f"{where}: foolbox returned an image at a distance of {distance:g}")
+    if not (low >= 0 and high <= 1 and distance <= eps * (1 + 1e-4) + rounding):  # true of no number: NaN
+        found = f"pixels in [{low:g}, {high:g}] instead of [0, 1], or an image at a distance of {distance:g}"
+        raise UserError(f"attack {norm}, ε = {eps:g}: foolbox returned {found}")
 
 
 def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str, Any]:
@@ -281,7 +250,10 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
     about = describe(run, "robustness", settings)
     parts = {"clean": [], "points": [], "seconds": 0.0}
     record = begun(path, about, *parts) or {**about, **parts}
-    points = [_point(record["points"], norm, eps) for norm, eps in attack.points]
+    known = {(point["norm"], point["eps"]): point for point in record["points"]}
+    known |= {(norm, eps): {"norm": norm, "eps": eps, "correct": []} for norm, eps in {*attack.points} - {*known}}
+    record["points"] = [known[place] for place in sorted(known, key=lambda place: (ORDER.index(place[0]), place[1]))]
+    points = [known[place] for place in attack.points]
     total, left = len(points) * len(victim.batches), sum(len(victim.batches) - len(p["correct"]) for p in points)
     if left == 0:
         return {**record, "points": points}
@@ -294,7 +266,8 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
             for number in range(len(point["correct"]), len(victim.batches)):
                 began = time.monotonic()
                 point["correct"].append(victim.withstands(number, point["norm"], point["eps"], clean[number]))
-                point["accuracy"] = sum(point["correct"]) / sum(map(len, victim.batches[: number + 1]))
+                attacked = sum(len(labels) for _, labels in victim.batches[: number + 1])
+                point["accuracy"] = sum(point["correct"]) / attacked
                 record["seconds"] = round(record["seconds"] + time.monotonic() - began, 3)
                 save_json(record, path)
                 left -= 1
@@ -319,19 +292,13 @@ def check_attack(run: TrainedRun, attack: Attack) -> str:
 
 
 def _foolbox() -> ModuleType:
-    """The package, which only this analysis needs.
-
-    Raises:
-        UserError: it cannot be imported; how to install it.
-    """
+    """The package, which only this analysis needs."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox imports GitPython, which else wants the git program
     try:
         return importlib.import_module("foolbox")
     except ImportError as error:
-        raise UserError(
-            f"foolbox cannot be imported ({reason(error)}): install it by .venv/bin/pip install foolbox, or with "
-            'the package, in the clone: pip install -e ".[analyses]"'
-        ) from error
+        how = '.venv/bin/pip install foolbox, or with the package, in the clone: pip install -e ".[analyses]"'
+        raise UserError(f"foolbox cannot be imported ({reason(error)}): install it by {how}") from error
 
 
 class _Victim:
@@ -340,17 +307,19 @@ class _Victim:
     def __init__(self, run: TrainedRun, attack: Attack) -> None:
         self.count = len(run.test) if attack.images is None else attack.images
         self.dir, self.attack = run.dir, attack
-        self.draws, self.samples = (attack.draws, attack.samples) if run.stochastic else (1, 1)
+        draws, self.samples = (attack.draws, attack.samples) if run.stochastic else (1, 1)
         self.judges = attack.samples if run.stochastic else 0
         self.device = next(run.model.parameters()).device
-        self.model = AttackedModel(run.model, self.draws).eval()
-        self.images = DeviceImages(run.test, self.device)
+        self.model = AttackedModel(run.model, draws).eval()
+        images = DeviceImages(run.test, self.device)
         order = shuffled(np.arange(len(run.test)), np.random.PCG64(0))[: self.count]
-        self.batches = torch.from_numpy(order).to(self.device).split(max(1, attack.batch_size // self.draws))
+        parts = torch.from_numpy(order).to(self.device).split(max(1, attack.batch_size // draws))
+        self.batches = [images.take(part) for part in parts]  # 8-bit images and labels
 
     def clean(self, number: int) -> Tensor:
         """Which images of a batch are classified correctly as they are: bool `[B]`."""
-        correct, finite = self._answers(*self._load(number), number)
+        images, labels = self.batches[number]
+        correct, finite = self._answers(images.float() / 255, labels, number)
         if not finite.all():
             raise UserError(f"{self.dir}: the network returns numbers that are not finite")
         return correct
@@ -359,18 +328,16 @@ class _Victim:
         """How many images of a batch are classified correctly as they are and after the attack."""
         if eps == 0:
             return int(clean.sum())
-        x, labels = self._load(number)
-        seed_torch(self.attack.seed, list(NORMS).index(norm), "attack", number)
-        x = perturb(self.model, x, labels, norm, eps, self.attack.steps, self.attack.step_size, self.judges)
-        correct, finite = self._answers(x, labels, number)
+        images, labels = self.batches[number]
+        seed_torch(self.attack.seed, ORDER.index(norm), "attack", number)
+        how = self.attack.steps, self.attack.step_size, self.judges
+        correct, finite = self._answers(
+            perturb(self.model, images.float() / 255, labels, norm, eps, *how), labels, number
+        )
         if broken := int((~finite).sum()):
             said = f"at {broken} perturbed images the network returns what is not finite, which counts as wrong"
             print(f"{self.dir.name}: {norm}, ε = {eps:g}: {said}", file=sys.stderr)
         return int((clean & correct).sum())
-
-    def _load(self, number: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.images.take(self.batches[number])
-        return images.float() / 255, labels
 
     def _answers(self, x: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Which predictions are correct and which are finite, bool `[B]` each."""
@@ -379,16 +346,6 @@ class _Victim:
         log_p = self.model.predict(x, self.samples)
         finite = ~log_p.isnan().any(dim=1)
         return (log_p.argmax(dim=1) == labels) & finite, finite
-
-
-def _point(points: list[dict[str, Any]], norm: str, eps: float) -> dict[str, Any]:
-    """The results of this norm and ε among `points`, which gets an empty one if there is none, in order."""
-    for point in points:
-        if (point["norm"], point["eps"]) == (norm, eps):
-            return point
-    points.append({"norm": norm, "eps": eps, "correct": []})
-    points.sort(key=lambda point: (list(NORMS).index(point["norm"]), point["eps"]))
-    return _point(points, norm, eps)
 
 
 def robustness_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from metaperturb.analyses.records import begun, describe
 from metaperturb.attach import REGULARIZER
+from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms, set_mode
@@ -38,31 +39,18 @@ REVISION = 3  # of how the loss is measured: results of another one are not cont
 
 @dataclass(frozen=True)
 class Plane:
-    """Where the loss is measured.
+    """Where the loss is measured."""
 
-    Attributes:
-        reach: the coordinates a and b of θ + a·d₁ + b·d₂ run from −reach to reach.
-        points: values of each, odd, so that the network itself is among them.
-        images: how many training images, a fixed choice.
-        batch_size: images a batch; batch norm takes its statistics from it.
-        draws: of the noise, where the network draws any.
-        seed: of the directions and the noise, the same for all networks that are compared.
-    """
-
-    reach: float = 1.0
-    points: int = 21
-    images: int = 1000
-    batch_size: int = 250
-    draws: int = 4
-    seed: int = 0
+    reach: float = option(1.0, "coordinates a and b of θ + a·d₁ + b·d₂ run from −reach to reach", low=1e-3)
+    points: int = option(21, "values of each; odd, so that the network itself is among them", low=3)
+    images: int = option(1000, "training images, a fixed choice", low=2)
+    batch_size: int = option(250, "images a batch, whose statistics batch norm takes", low=2)
+    draws: int = option(4, "of the noise, where the network draws any", low=1)
+    seed: int = option(0, "of directions and noise, the same for all networks that are compared")
 
     def __post_init__(self) -> None:
-        if not 0 < self.reach < float("inf"):
-            raise UserError(f"reach: must be positive, got {self.reach}")
-        if self.points < 3 or self.points % 2 == 0:
-            raise UserError(f"points: must be odd and at least 3, got {self.points}")
-        if min(self.images - 1, self.draws, self.batch_size - 1) < 1:
-            raise UserError("draws must be at least 1, images and batch_size at least 2")
+        if self.points % 2 == 0:
+            raise UserError(f"points: must be odd, got {self.points}")
 
     @property
     def coordinates(self) -> list[float]:

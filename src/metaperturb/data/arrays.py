@@ -31,19 +31,13 @@ from metaperturb.errors import UserError
 from metaperturb.provenance import available_cores
 from metaperturb.storage import reason
 
-# Part of every cache key: raise it when the pixels written for the same input change.
-_CACHE_FORMAT = 2
+# Part of every cache key: raise it when what is written for the same input changes.
+_CACHE_FORMAT = 3
 _SKIP_HINT = "repair or remove it, or set skip_unreadable=true to leave such files out"
 _BACKGROUND = "white"  # behind transparent images: what they are drawn for, mostly
-_UPRIGHT = {  # EXIF orientation → what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# EXIF orientation → what undoes it.
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS.split(), 2)}
 
 T = TypeVar("T")
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]  # uint8, of a name and shape
@@ -68,6 +62,12 @@ class ImageArrays:
     classes: tuple[str, ...]
     fingerprint: str
     name: str
+
+    def __post_init__(self) -> None:
+        for field in ("images", "labels"):
+            array = getattr(self, field).view()  # the caller may still write to his
+            array.flags.writeable = False
+            object.__setattr__(self, field, array)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,6 +113,17 @@ class Plan:
     remarks: Sequence[str] = ()
     crcs: Sequence[str] | None = None
 
+    def part(self, keep: Sequence[int], crcs: Sequence[str] | None = None, remarks: Sequence[str] = ()) -> "Plan":
+        """Some of the images, with what is known of them."""
+        return replace(
+            self,
+            labels=[self.labels[i] for i in keep],
+            names=[self.names[i] for i in keep],
+            read=lambda i: self.read(keep[i]),
+            remarks=[*self.remarks, *remarks],
+            crcs=crcs,
+        )
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -130,7 +141,7 @@ def plan_from_samples(samples: Sequence[Sample], classes: Sequence[str], remarks
         where=", ".join(dict.fromkeys(str(s.place.path) for s in samples)),
         classes=classes,
         labels=[index[s.class_name] for s in samples],
-        names=[f"{s.place.path}: {s.member}" for s in samples],
+        names=[f"{s.place.path}: {s.member}".replace("\n", "\\n") for s in samples],  # messages are one line
         read=lambda i: read_file(samples[i].place.files[samples[i].member]),
         remarks=remarks,
     )
@@ -159,18 +170,16 @@ def to_pixels(content: bytes | np.ndarray, image_size: int) -> tuple[np.ndarray,
         turn = None
         with contextlib.suppress(Exception):  # damaged EXIF data: the image is as good as one without
             turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        rgb, seen_through = image, False
-        if image.has_transparency_data:
-            rgb = image.convert("RGBA")
-            seen_through = rgb.getchannel("A").getextrema()[0] < 255
-            if seen_through:
-                rgb = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), rgb)
+        mended = turn is not None
+        rgb = image.convert("RGBA") if image.has_transparency_data else image
+        if rgb.mode == "RGBA" and rgb.getchannel("A").getextrema()[0] < 255:
+            rgb, mended = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), rgb), True
         rgb = rgb.convert("RGB")
     if turn is not None:
         rgb = rgb.transpose(turn)
     if rgb.size != (image_size, image_size):
         rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(rgb).transpose(2, 0, 1), seen_through or turn is not None
+    return np.asarray(rgb).transpose(2, 0, 1), mended
 
 
 def cached(
@@ -202,11 +211,11 @@ def cached(
     """
     if not isinstance(image_size, int) or not 1 <= image_size <= 4096:
         raise UserError(f"image_size {image_size!r}: must be a whole number of pixels from 1 to 4096")
-    said = None
+    plan, lines = None, []
     if key is None:
         plan = _read_through(make_plan(), skip_unreadable)
         key = _digest([*plan.classes, *map("{}:{}".format, plan.labels, plan.crcs)])
-        make_plan, said = lambda: plan, plan.remarks
+        make_plan = lambda: plan  # noqa: E731
     key = _digest([json.dumps([_CACHE_FORMAT, name, split, image_size, key])])
     folder = Path(data_root).expanduser() / "cache" / f"{name}-{split}-{image_size}-{key[:12]}"
     decode = partial(_decoded, f"{name}-{split}", [name, split], image_size, skip_unreadable)
@@ -215,18 +224,14 @@ def cached(
     except OSError as error:
         found = decode(make_plan(), lambda _, shape: np.empty(shape, np.uint8))
         kept = f"{folder.parent}: cannot be used ({reason(error)}), so the images are decoded for this run alone"
-        _say([f"{kept}; a data root of your own keeps them"])
+        lines.append(f"{kept}; a data root of your own keeps them")
     if found.left_out:
         if not skip_unreadable:
             raise UserError(f"{found.left_out[0]}; {_SKIP_HINT}")
-        _say([f"{name}-{split}: {len(found.left_out)} unreadable files left out (first: {found.left_out[0]})"])
-    _say(found.remarks if said is None else said)
-    return found.arrays
-
-
-def _say(lines: Iterable[str]) -> None:
-    for line in lines:
+        lines.append(f"{name}-{split}: {len(found.left_out)} unreadable files left out (first: {found.left_out[0]})")
+    for line in [*lines, *(found if plan is None else plan).remarks]:
         print(line, file=sys.stderr)
+    return found.arrays
 
 
 def _read_through(plan: Plan, skip_unreadable: bool) -> Plan:
@@ -257,15 +262,8 @@ def _read_through(plan: Plan, skip_unreadable: bool) -> Plan:
         raise UserError(f"{why}; {_SKIP_HINT}")
     for label in sorted({plan.labels[i] for i in failed} - {plan.labels[i] for i in keep}):
         raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image ({why})")
-    return Plan(
-        plan.where,
-        plan.classes,
-        labels=[plan.labels[i] for i in keep],
-        names=[plan.names[i] for i in keep],
-        read=lambda i: plan.read(keep[i]),
-        remarks=[*plan.remarks, f"{len(failed)} files that cannot be read now left out (first: {why})"],
-        crcs=[found[i] for i in keep],
-    )
+    remark = f"{len(failed)} files that cannot be read now left out (first: {why})"
+    return plan.part(keep, [found[i] for i in keep], [remark])
 
 
 def _in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
@@ -293,15 +291,12 @@ def _open(folder: Path, key: str) -> _Found | None:
         meta = json.loads((folder / "meta.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False)
-        size, classes = meta["image_size"], tuple(meta["classes"])
-        if meta["key"] != key:
-            raise ValueError("meta.json belongs to other data")
-        if images.dtype != np.uint8 or images.shape != (meta["count"], 3, size, size):
-            raise ValueError(f"images.npy has shape {images.shape}")
-        if labels.dtype != np.int64 or labels.shape != (meta["count"],):
-            raise ValueError(f"labels.npy has shape {labels.shape}")
-        labels.flags.writeable = False
-        arrays = ImageArrays(images, labels, classes, meta["fingerprint"], meta["name"])
+        count, size = meta["count"], meta["image_size"]
+        if (images.dtype, images.shape) != (np.uint8, (count, 3, size, size)) or meta["key"] != key:
+            raise ValueError("images.npy and meta.json belong to other data")
+        if (labels.dtype, labels.shape) != (np.int64, (count,)) or _crc(images, labels) != meta["crc"]:
+            raise ValueError("its bytes do not match their checksum")
+        arrays = ImageArrays(images, labels, tuple(meta["classes"]), meta["fingerprint"], meta["name"])
         return _Found(arrays, list(meta["left_out"]), list(meta["remarks"]))
     except PermissionError:
         raise
@@ -329,11 +324,9 @@ def _built(folder: Path, key: str, make_plan: Callable[[], Plan], decode: Callab
                 if made.left_out:
                     (temporary / "kept.npy").rename(temporary / "images.npy")
                 np.save(temporary / "labels.npy", arrays.labels)
-                meta = {
-                    **{"key": key, "name": arrays.name, "image_size": arrays.image_size, "count": len(arrays)},
-                    **{"classes": arrays.classes, "fingerprint": arrays.fingerprint},
-                    **{"left_out": made.left_out, "remarks": list(made.remarks)},
-                }
+                meta = {field: getattr(arrays, field) for field in ("name", "image_size", "classes", "fingerprint")}
+                meta |= {"key": key, "count": len(arrays), "left_out": made.left_out, "remarks": list(made.remarks)}
+                meta["crc"] = _crc(arrays.images, arrays.labels)
                 (temporary / "meta.json").write_text(json.dumps(meta))
                 if folder.exists() and (locked or _open(folder, key) is None):
                     shutil.rmtree(folder)  # it is damaged; those who still have it mapped keep their view of it
@@ -344,6 +337,11 @@ def _built(folder: Path, key: str, make_plan: Callable[[], Plan], decode: Callab
         if (found := _open(folder, key)) is None:
             raise UserError(f"{folder}: was removed while it was built; start again")
         return found
+
+
+def _crc(images: np.ndarray, labels: np.ndarray) -> int:
+    """Gigabytes a second, and training reads all of it anyway."""
+    return zlib.crc32(labels, zlib.crc32(images))
 
 
 def _create(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -412,7 +410,6 @@ def _decoded(
         images = kept
     if isinstance(images, np.memmap):
         images.flush()
-    images.flags.writeable = labels.flags.writeable = False
     fingerprint = _digest([*head, str(image_size), *plan.classes, *(rows[i] for i in keep)])
     arrays = ImageArrays(images, labels, tuple(plan.classes), fingerprint, name)
     return _Found(arrays, list(unreadable.values()), plan.remarks)
@@ -428,17 +425,14 @@ def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:
     """
     indices = np.asarray(indices, dtype=np.int64)
     digest = hashlib.sha256(f"{arrays.fingerprint} {part}\n".encode() + indices.astype("<i8").tobytes())
-    images, labels = arrays.images[indices], arrays.labels[indices]
-    images.flags.writeable = labels.flags.writeable = False
-    return ImageArrays(images, labels, arrays.classes, digest.hexdigest(), f"{arrays.name}-{part}")
+    chosen = arrays.images[indices], arrays.labels[indices]
+    return ImageArrays(*chosen, arrays.classes, digest.hexdigest(), f"{arrays.name}-{part}")
 
 
 def from_memory(name: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ImageArrays:
     """Wrap decoded images (uint8 `[N, 3, H, W]`) and labels (`[N]`) that need no cache."""
-    labels = np.asarray(labels, dtype=np.int64)
+    images, labels = np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
     digest = hashlib.sha256("\n".join([name, str(images.shape), *classes]).encode())
-    digest.update(np.ascontiguousarray(images))
+    digest.update(images)
     digest.update(labels)
-    images = np.ascontiguousarray(images).view()
-    images.flags.writeable = labels.flags.writeable = False
     return ImageArrays(images, labels, tuple(classes), digest.hexdigest(), name)

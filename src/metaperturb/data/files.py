@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 from metaperturb.errors import UserError
 from metaperturb.storage import reason
@@ -29,11 +28,10 @@ SYSTEM_NAMES = {
     *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
     *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found"),
 }
-# What the decompressors and parsers of the standard library raise on damaged input: encrypted members, too.
-_DAMAGE = (
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError),
-    *(RuntimeError, NotImplementedError, ValueError),
-)
+# What the standard library raises on damaged or encrypted members of a zip, and on damaged archives.
+_DAMAGED_MEMBER = (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
+_DAMAGE = (*_DAMAGED_MEMBER, tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError)
+_IMPOSSIBLE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -46,7 +44,7 @@ def read_file(file: Path | Exception) -> bytes:
 
     Raises:
         OSError: it cannot be read, or is a link that leads nowhere.
-        ValueError: it is too large for an image, or damaged within its zip.
+        ValueError: it is too large for an image, or damaged within its archive.
     """
     if isinstance(file, Exception):
         raise file
@@ -98,42 +96,48 @@ class Place:
             self._unpack(folder)
         except _DAMAGE as error:
             if is_passing(error):
-                advice = f"; TMPDIR names another place than {folder.parent}" if error.errno == errno.ENOSPC else ""
-                raise UserError(f"{self.path}: cannot be unpacked ({reason(error)}){advice}") from error
-            raise UserError(
-                f"{self.path}: not a zip or tar file that can be read ({reason(error)}); is the download complete?"
-            ) from error
+                cannot = f"cannot be unpacked into {folder.parent} ({reason(error)}); TMPDIR names another place"
+                raise UserError(f"{self.path}: {cannot}") from error
+            cannot = f"not a zip or tar file that can be read ({reason(error).removesuffix(':')})"
+            raise UserError(f"{self.path}: {cannot}; is the download complete?") from error
         return folder
 
     def _unpack(self, folder: Path) -> None:
         """Files first, then links, so that nothing is written through a link."""
-        links = []
-        for stored, kind, size, content in _members(self.path):
-            parts = [part for part in stored.split("/") if part not in ("", ".")]
-            target = folder.joinpath(*parts)
-            if stored.startswith("/") or stored[1:2] == ":" or ".." in parts:
-                self.left_out["named outside the archive"].append(stored)
-            elif size > MAX_FILE_BYTES:
-                self._bad["/".join(parts)] = ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-            elif kind == "folder":
-                target.mkdir(parents=True, exist_ok=True)
-            elif kind == "file":
-                target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    with content() as file:
-                        target.write_bytes(file.read())
-                except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # damaged or encrypted: this one alone
-                    self._bad["/".join(parts)] = ValueError(reason(error))
-            elif kind == "other":
-                self.left_out["neither file nor folder"].append(stored)
-            else:
-                links.append((target, content() if kind == "link" else folder / content()))
-        for target, leads_to in links:
-            if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(folder)):
-                self.left_out["named outside the archive"].append(str(target.relative_to(folder)))
-            elif not os.path.lexists(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to(leads_to)
+        links: list[tarfile.TarInfo] = []
+        with self.path.open("rb") as file:
+            members = _of_zip if file.read(2) == b"PK" else _of_tar
+        for member, unpack in members(self.path, folder):
+            shown = "/".join(part for part in member.name.split("/") if part not in ("", "."))
+            try:
+                if ".." in shown.split("/"):
+                    self.left_out["named outside the archive"].append(member.name)
+                elif member.size > MAX_FILE_BYTES:
+                    self._bad[shown] = ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+                elif member.issym() or member.islnk():
+                    links.append(member.replace(name=shown))
+                elif member.isfile() or member.isdir():
+                    unpack()
+                else:
+                    self.left_out["neither file nor folder"].append(shown)
+            except OSError as error:
+                if error.errno not in _IMPOSSIBLE_NAME:
+                    raise
+                self._bad[shown] = ValueError(reason(error))
+            except _DAMAGED_MEMBER as error:
+                if members is _of_tar:  # whose stream is damaged as a whole
+                    raise
+                self._bad[shown] = ValueError(reason(error))
+        for link in links:
+            place = folder / link.name
+            try:
+                tarfile.data_filter(link, folder)  # that it stays within the folder
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(link.linkname) if link.issym() else place.hardlink_to(folder / link.linkname)
+            except FileExistsError:  # a name stored twice
+                pass
+            except (OSError, tarfile.FilterError):
+                self._bad[link.name] = ValueError("a link that leads nowhere")
 
     @cached_property
     def _walked(self) -> tuple[dict[str, Path | Exception], set[str]]:
@@ -145,35 +149,30 @@ class Place:
             here, way = stack.pop()
             try:
                 with os.scandir(way[-1]) as scan:
-                    no = {"follow_symlinks": False}
-                    entries = [(e.name, e.is_symlink(), e.is_dir(**no), e.is_file(**no)) for e in scan]
+                    entries = list(scan)
             except OSError as error:
                 raise UserError(f"{way[-1]}: cannot be listed ({reason(error)})") from error
-            for name, is_link, is_folder, is_file in entries:
-                shown, real = f"{here}{name}", way[-1] / name
-                if name.startswith(".") or name in SYSTEM_NAMES:
+            for entry in entries:
+                shown, real = f"{here}{entry.name}", Path(entry.path)
+                if entry.name.startswith(".") or entry.name in SYSTEM_NAMES:
                     self.left_out["hidden or of the system"].append(shown)
                     continue
-                if is_link:
+                if entry.is_symlink():
                     real = Path(os.path.realpath(real))
-                    try:
-                        if self.key is not None and not real.is_relative_to(top):
-                            raise FileNotFoundError  # an archive's links stay within it
-                        mode = real.stat().st_mode
-                        is_folder, is_file = stat.S_ISDIR(mode), stat.S_ISREG(mode)
-                    except OSError as error:
-                        nowhere = FileNotFoundError(errno.ENOENT, "a link that leads nowhere")
-                        files[shown] = error if isinstance(error, PermissionError) else nowhere
-                        continue
-                if is_folder and any(step.is_relative_to(real) for step in way):
-                    self.left_out["link to a folder above it"].append(shown)
-                elif is_folder:
-                    folders.add(shown)
-                    stack.append((f"{shown}/", (*way, real)))
-                elif is_file:
-                    files[shown] = real
-                else:
-                    self.left_out["neither file nor folder"].append(shown)
+                try:
+                    if entry.is_symlink() and entry.is_dir() and any(step.is_relative_to(real) for step in way):
+                        self.left_out["link to a folder above it"].append(shown)
+                    elif entry.is_dir():
+                        folders.add(shown)
+                        stack.append((f"{shown}/", (*way, real)))
+                    elif entry.is_file():
+                        files[shown] = real
+                    elif entry.is_symlink():
+                        files[shown] = FileNotFoundError(errno.ENOENT, "a link that leads nowhere")
+                    else:
+                        self.left_out["neither file nor folder"].append(shown)
+                except OSError as error:  # a link in a circle, or into a folder that must not be entered
+                    files[shown] = error
         files |= self._bad
         return {name: files[name] for name in sorted(files)}, folders
 
@@ -206,39 +205,47 @@ class Place:
         Args:
             markers: names, one of which the root must hold, such as `("train", "test")`.
         """
-        markers, roots = set(markers), set()
-        for name in [*self.files, *self.folders]:
-            parts = name.split("/")
-            if depth := next((i for i, part in enumerate(parts, 1) if part in markers), None):
-                roots.add((depth, "".join(f"{part}/" for part in parts[: depth - 1])))
-        highest = sorted(root for depth, root in roots if depth == min(roots)[0])
+        paths = [name.split("/") for name in [*self.files, *self.folders]]
+        markers = {*markers}
+        roots = {tuple(path[: min(map(path.index, found))]) for path in paths if (found := markers.intersection(path))}
+        highest = sorted("".join(f"{part}/" for part in root) for root in roots if len(root) == min(map(len, roots)))
         if len(highest) > 1:
             names = ", ".join(root.rstrip("/") for root in highest)
             raise UserError(f"{self.path}: several data sets inside ({names}); name one of them")
         return highest[0] if highest else None
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, int, Callable]]:
-    """(name as stored, kind, bytes, what gives a file's content or where a link leads) of a zip or tar."""
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                name = info.filename.replace("\\", "/")  # some Windows tools store these, against the specification
-                link = stat.S_ISLNK(info.external_attr >> 16)
-                kind = "link" if link else "folder" if name.endswith("/") else "file"
+# What an archive holds: each member as tarfile describes it, and what unpacks it.
+_Members = Iterator[tuple[tarfile.TarInfo, Callable[[], object]]]
 
-                def content(info: zipfile.ZipInfo = info, link: bool = link) -> BinaryIO | str:
-                    return os.fsdecode(archive.read(info)) if link else archive.open(info)
 
-                yield name, kind, info.file_size, content
-        return
-    with tarfile.open(path) as archive:
+def _of_zip(path: Path, folder: Path) -> _Members:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            info.filename = info.filename.replace("\\", "/")  # some Windows tools store these
+            member = tarfile.TarInfo(info.filename)
+            member.size = info.file_size
+            if stat.S_ISLNK(info.external_attr >> 16):
+                member.type, member.linkname = tarfile.SYMTYPE, os.fsdecode(archive.read(info))
+            yield member, lambda info=info: archive.extract(info, folder)
+
+
+class _Member(tarfile.TarInfo):
+    """tarfile takes a tar that breaks off between two members, or has a damaged header, for one that ends there."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError("breaks off" if archive.offset else str(error)) from error
+
+
+def _of_tar(path: Path, folder: Path) -> _Members:
+    with tarfile.open(path, tarinfo=_Member) as archive:
         for member in archive:
-            if member.issym() or member.islnk():
-                kind = "link" if member.issym() else "hard link"  # which leads to a name from the top
-                yield member.name, kind, 0, lambda member=member: member.linkname
-            else:
-                kind = "folder" if member.isdir() else "file" if member.isreg() else "other"
-                yield member.name, kind, member.size, lambda member=member: archive.extractfile(member)
+            yield member, lambda member=member: archive.extract(member, folder, set_attrs=False, filter="data")
+        while archive.fileobj.read(2**20):  # where it is compressed, its checksum comes last
+            pass

@@ -1,22 +1,25 @@
 """The user's own images: `train/<class>/*`, `test/<class>/*`, optionally `val/<class>/*`; folder, zip or tar.
 
 The classes are the sub-folders of `train`, sorted by name; the other splits may lack some but add none. Files in deeper
-folders belong to the class above them. The images are ordered by class, then by path as plain text.
+folders belong to the class above them. The images are ordered by class, then by path as plain text. `val/` may also be
+called `valid/` or `validation/`.
 """
 
 import unicodedata
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 from metaperturb.data.arrays import Plan, Sample, plan_from_samples
 from metaperturb.data.files import Place
 from metaperturb.errors import UserError
 
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 # What lies beside images and is none; any other file that is no image is an error, or left out by `skip_unreadable`.
 _DOCUMENTS = (
     *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".rst", ".html", ".yaml", ".yml", ".toml", ".ini"),
     *(".pdf", ".doc", ".docx", ".xls", ".xlsx", ".log", ".db", ".cache", ".py", ".ipynb", ".sh", ".m", ".mat"),
     *(".npy", ".npz", ".pkl", ".pt", ".h5", ".parquet", ".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"),
+    *("/readme", "/license", "/licence", "/copying"),
 )
 
 
@@ -26,22 +29,29 @@ def folder_plan(place: Place, split: str) -> Plan:
     Raises:
         UserError: no split folder, a class without images or unknown to `train`, groups in place of classes.
     """
-    root = place.root(SPLITS)
+    root = place.root(name for names in SPLITS.values() for name in names)
     if root is None:
-        raise UserError(f"{place.path}: holds no train/<class>/ folders with images")
+        found = _some(sorted({name.split("/")[0] for name in [*place.files, *place.folders]}))
+        raise UserError(f"{place.path}: holds no train/<class>/ folders with images; at its top: {found}")
     classes = sorted({s.class_name for s in _samples(place, root, "train")[0]})
     samples, remarks = _samples(place, root, split)
     for name in sorted({s.class_name for s in samples} - set(classes)):
-        raise UserError(f"{place.path}: class {name} is in {root}{split}/ but not in {root}train/")
+        alike = [c for c in classes if c.casefold() == name.casefold()]
+        hint = f", which has {alike[0]}" if alike else ""
+        raise UserError(f"{place.path}: class {name} is in {root}{split}/ but not in {root}train/{hint}")
+    for first, second in pairwise(sorted(classes, key=lambda c: (c.casefold(), c))):
+        if first.casefold() == second.casefold():
+            remarks.append(f"{place.path}: two classes differ only in case: {first} and {second}; are they one?")
     return plan_from_samples(samples, classes, remarks)
 
 
 def _samples(place: Place, root: str, split: str) -> tuple[list[Sample], list[str]]:
     """The images of a split, and what to say of the rest that lies there."""
-    prefix = f"{root}{split}/"
-    if not any(name.startswith(prefix) for name in [*place.files, *place.folders]):
-        other = "; eval_split=val evaluates on its val/" if split == "test" and f"{root}val" in place.folders else ""
-        raise UserError(f"{place.path}: no folder {prefix}; expected train/<class>/ and test/<class>/{other}")
+    found = {split: name for split, names in SPLITS.items() for name in names[::-1] if root + name in place.folders}
+    if split not in found:
+        other = f"; eval_split=val evaluates on its {found['val']}/" if split == "test" and "val" in found else ""
+        raise UserError(f"{place.path}: no folder {root}{split}/; expected train/<class>/ and test/<class>/{other}")
+    prefix = f"{root}{found[split]}/"
     depth, samples, left_out = prefix.count("/"), [], defaultdict(list)
     for name in place.files:
         parts = name.split("/")
@@ -63,14 +73,12 @@ def _samples(place: Place, root: str, split: str) -> tuple[list[Sample], list[st
     counted = [f"{why}: {_some(names)}" for why, names in left_out.items() if names]
     remarks = [f"{place.path}: left out: {'; '.join(counted)}"] if counted else []
     if groups := _groups(place, samples, prefix):
-        remarks.append(
-            f"{place.path}: one class each, without images but in folders: {_some(groups)}; are they classes?"
-        )
+        remarks.append(f"{place.path}: taken for one class each, though they hold only folders: {_some(groups)}")
     return sorted(samples, key=lambda s: (s.class_name, _normal(s.member))), remarks
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+    return f"{len(names)} ({', '.join(names[:3])}{', …' * (len(names) > 3)})".replace("\n", "\\n")
 
 
 def _normal(name: str) -> str:
@@ -85,18 +93,14 @@ def _groups(place: Place, samples: list[Sample], prefix: str) -> list[str]:
     Raises:
         UserError: no class folder has images of its own: `<group>/<class>/…` was taken for classes.
     """
-    inner: dict[str, set[str]] = defaultdict(set)
-    own = set()
-    for sample in samples:
-        parts = sample.member[len(prefix) :].split("/")
-        if len(parts) == 2:
-            own.add(parts[0])
-        else:
-            inner[parts[0]].add(parts[1])
-    count = Counter(name for found in inner.values() for name in found)
-    groups = [c for c in inner if c not in own and len(inner[c]) > 1 and all(count[name] == 1 for name in inner[c])]
+    paths = [sample.member[len(prefix) :].split("/") for sample in samples]
+    own = {path[0] for path in paths if len(path) == 2}
+    inner = {(path[0], path[1]) for path in paths if len(path) > 2}
+    count, folders = Counter(name for _, name in inner), Counter(group for group, _ in inner)
+    shared = {group for group, name in inner if count[name] > 1}
+    groups = sorted(group for group, number in folders.items() if number > 1 and group not in own | shared)
     if groups and not own:
-        some = ", ".join(sorted(inner[groups[0]])[:3])
+        some = ", ".join(sorted(name for group, name in inner if group == groups[0])[:3])
         raise UserError(
             f"{place.path}: {prefix}{groups[0]}/ holds no images but folders of them ({some}, …): if they are classes, "
             f"move them up to {prefix}; if {groups[0]} is one class, move its images up to it"

@@ -5,6 +5,7 @@ torchvision fetches, unpacks and reads what it knows. CUB, Stanford Dogs and Tin
 
 import contextlib
 import io
+import re
 import shutil
 import socket
 import sys
@@ -131,15 +132,15 @@ def _downloaded(place: Path, url: str, md5: str, fetch: bool) -> Path:
     return _fetched(place, url, fetch, lambda folder: download_url(url, folder, place.name, md5), {})
 
 
-def _unpacked(place: Path, url: str, md5: str, fetch: bool, inner: str = "") -> Path:
-    """The folder that an archive holds; `inner`: where torchvision unpacks it."""
+def _unpacked(name: str, url: str, md5: str, root: Path, fetch: bool, inner: str = "") -> Path:
+    """The folder `root / name` that an archive holds; `inner`: where torchvision unpacks it."""
     file = url.rsplit("/", 1)[-1]
 
     def make(folder: Path) -> None:
         download_and_extract_archive(url, folder / inner, filename=file, md5=md5)
         (folder / inner / file).unlink()
 
-    return _fetched(place, url, fetch, make, {file: (f"{inner}{file}", md5)})
+    return _fetched(root / name, url, fetch, make, {file: (f"{inner}{file}", md5)})
 
 
 def _loadmat(title: str) -> Callable[..., dict[str, Any]]:
@@ -169,14 +170,14 @@ def _pixels(where: Path, data: Any, labels: Any, classes: Sequence[str], chosen:
 
 
 def _stl10(root: Path, fetch: bool, split: str) -> Plan:
-    folder = _unpacked(root / tv.STL10.base_folder, tv.STL10.url, tv.STL10.tgz_md5, fetch)
+    folder = _unpacked(tv.STL10.base_folder, tv.STL10.url, tv.STL10.tgz_md5, root, fetch)
     with _torchvision_errors(folder, _DAMAGED):
         data = tv.STL10(root, split=split)
     return _pixels(folder, data, data.labels, data.classes)
 
 
 def _cifar100(root: Path, fetch: bool, split: str, choose: Callable | None = None) -> Plan:
-    folder = _unpacked(root / tv.CIFAR100.base_folder, tv.CIFAR100.url, tv.CIFAR100.tgz_md5, fetch)
+    folder = _unpacked(tv.CIFAR100.base_folder, tv.CIFAR100.url, tv.CIFAR100.tgz_md5, root, fetch)
     with _torchvision_errors(folder, _DAMAGED):
         data = tv.CIFAR100(root, train=split != "test")
         chosen = choose and choose(np.asarray(data.targets))
@@ -332,35 +333,32 @@ def _tiny_imagenet(places: list[Place], split: str) -> Plan:
     train/<class>/images/*.JPEG; the validation images, of which val/val_annotations.txt gives the classes, are its
     test images, as the official ones have no public labels.
     """
-    samples, classes = [], set()
-    tested: list[Sample] = []
+    samples: list[Sample] = []
+    rows: list[tuple[Place, str, int, list[str]]] = []  # of the validation images: where, and [file, wnid, …]
+    classes: set[str] = set()
     for place in places:
-        root = place.root(("train",))
-        depth = 0 if root is None else root.count("/")
-        found = []
-        for name in place.files if root is not None else ():
-            parts = name.split("/")[depth:]
-            if name.startswith(root) and len(parts) == 4 and parts[0] == "train" and parts[2] == "images":
-                found.append(Sample(place, name, parts[1]))  # beside images/ lies <wnid>_boxes.txt
+        root = place.root(("train",)) or ""
+        image = re.compile(rf"{re.escape(root)}train/([^/]+)/images/[^/]+")  # beside images/ lies <wnid>_boxes.txt
+        found = [Sample(place, match[0], match[1]) for match in map(image.fullmatch, place.files) if match]
         if not found:
             raise UserError(f"{place.path}: not Tiny ImageNet: no tiny-imagenet-200/train/<class>/images/*.JPEG inside")
         samples += found
-        folders = [name.split("/")[depth:] for name in place.folders if name.startswith(root)]
-        classes |= {parts[1] for parts in folders if len(parts) >= 2 and parts[0] == "train"}
+        classes |= {
+            name.split("/")[-1] for name in place.folders if re.fullmatch(rf"{re.escape(root)}train/[^/]+", name)
+        }
+        if (table := f"{root}val/val_annotations.txt") in place.files:
+            lines = place.read(table).decode("utf-8", "replace").splitlines()
+            rows += [(place, table, number, line.split("\t")) for number, line in enumerate(lines, 1)]
     for name in sorted(classes - {s.class_name for s in samples}):
         raise UserError(f"{places[0].path}: train/{name}: class folder without images")
     if split == "train":
         return plan_from_samples(_union(samples), sorted(classes))
-    for place in places:
-        root = place.root(("train",))
-        table = f"{root}val/val_annotations.txt"
-        lines = place.read(table).decode("utf-8", "replace").splitlines() if table in place.files else []
-        for number, line in enumerate(lines, 1):
-            fields = line.split("\t")  # file, wnid, and the bounding box
-            if len(fields) < 2 or fields[1] not in classes:
-                raise UserError(f"{place.path}: {table}, line {number}: not '<file> <tab> <class of train/>'")
-            if f"{root}val/images/{fields[0]}" in place.files:
-                tested.append(Sample(place, f"{root}val/images/{fields[0]}", fields[1]))
+    tested = []
+    for place, table, number, fields in rows:
+        if len(fields) < 2 or fields[1] not in classes:
+            raise UserError(f"{place.path}: {table}, line {number}: not '<file> <tab> <class of train/>'")
+        if (name := f"{table.removesuffix('val_annotations.txt')}images/{fields[0]}") in place.files:
+            tested.append(Sample(place, name, fields[1]))
     if not tested:
         raise UserError(f"{places[0].path}: no labelled validation images (val/val_annotations.txt, val/images/)")
     return plan_from_samples(_union(tested), sorted(classes))
@@ -379,28 +377,16 @@ def _union(samples: Sequence[Sample]) -> list[Sample]:
     return [unique[key] for key in sorted(unique)]
 
 
-def _find_aircraft(root: Path, fetch: bool) -> list[Path]:
-    return [_unpacked(root / "fgvc-aircraft-2013b", AIRCRAFT_URL, AIRCRAFT_MD5, fetch)]
-
-
-def _find_cub(root: Path, fetch: bool) -> list[Path]:
-    return [_unpacked(root / "CUB_200_2011", CUB_URL, CUB_MD5, fetch)]
-
-
-def _find_dtd(root: Path, fetch: bool) -> list[Path]:
-    return [_unpacked(root / "dtd", DTD_URL, tv.DTD._MD5, fetch, "dtd/")]
-
-
 OFFICIAL = {
     "stl10": Official(_stl10, key=lambda split: tv.STL10.tgz_md5),
     "s_cifar100": Official(_s_cifar100, key=lambda split: f"{tv.CIFAR100.tgz_md5} choice {CHOICE_SEED}"),
     "cifar100": Official(_cifar100, key=lambda split: tv.CIFAR100.tgz_md5),
     "dogs": Official(_dogs, _find_dogs, home="stanford_dogs"),
     "cars": Official(_cars, _find_cars),
-    "aircraft": Official(_aircraft, _find_aircraft),
-    "cub": Official(_cub, _find_cub, itself=True),
+    "aircraft": Official(_aircraft, lambda *to: [_unpacked("fgvc-aircraft-2013b", AIRCRAFT_URL, AIRCRAFT_MD5, *to)]),
+    "cub": Official(_cub, lambda *to: [_unpacked("CUB_200_2011", CUB_URL, CUB_MD5, *to)], itself=True),
     "small_svhn": Official(_small_svhn, key=lambda split: f"{tv.SVHN.split_list[split][2]} choice {CHOICE_SEED}"),
     "fashion_mnist": Official(_fashion_mnist, key=lambda split: " ".join(md5 for _, md5 in tv.FashionMNIST.resources)),
-    "dtd": Official(_dtd, _find_dtd),
+    "dtd": Official(_dtd, lambda *to: [_unpacked("dtd", DTD_URL, tv.DTD._MD5, *to, "dtd/")]),
     "tiny_imagenet": Official(_tiny_imagenet, find_tiny_imagenet, itself=True),
 }
