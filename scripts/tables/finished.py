@@ -25,7 +25,7 @@ from tables.results import curve
 DEFAULTS = vars(MetaTestConfig())
 # What may differ between the runs that are averaged; and, as well, between the methods of a picture.
 OF_A_RUN = {*INCIDENTAL, "method", "phi"}
-OF_PHI = ("sites", "noise", "gate", "anneal", "clip", "clip_eval")  # how it is used
+OF_PHI = ("sites", "noise", "gate", "anneal", "clip", "clip_eval", "paper")  # how it is used
 OF_A_METHOD = {*OF_A_RUN, *OF_PHI, "recipe", "init", "init_batch_norm"}
 EVALUATION = ("step", "test_nll", "test_accuracy", "test_ece")  # the numbers of a curve that every evaluation has
 

@@ -138,6 +138,9 @@ class MetaTestConfig(CommonConfig):
         None, "train on this many images of each class, a fixed choice; null: all", low=1
     )
     clip_eval: bool = option(False, "clip in evaluation, too, which the paper does not")
+    paper: bool = option(
+        True, "φ as the paper has it; false: noise of mean one, bounded in total and without clip, as in any CNN"
+    )
     method: Literal[*REGULARIZERS] = option(
         "metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment"
     )

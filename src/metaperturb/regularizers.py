@@ -24,7 +24,9 @@ class Regularizer(NamedTuple):
 
 REGULARIZERS = {
     "base": Regularizer("Base", "base.Method"),
-    "metaperturb": Regularizer("MetaPerturb", "perturb.Perturbation", ("phi", "clip", "anneal", "clip_eval", "eval")),
+    "metaperturb": Regularizer(
+        "MetaPerturb", "perturb.Perturbation", ("phi", "clip", "anneal", "clip_eval", "paper", "eval")
+    ),
     "info_dropout": Regularizer(
         "Info. Dropout", "noise.InformationDropout", ("info_dropout_beta", "info_dropout_max_alpha")
     ),
