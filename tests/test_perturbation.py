@@ -570,3 +570,56 @@ def test_clip_out_of_range(clip):
 def test_sizes_must_be_positive(sizes):
     with pytest.raises(ValueError):
         PerturbSite(MetaPerturb(), *sizes)
+
+
+# --- noise of mean one
+
+
+def make_mean_one(amplitude=0.6):
+    site, oracle = make_pair()
+    site.attachment._write(site.attachment.current()._replace(paper=False, clip=None, amplitude=amplitude))
+    site.strength = 0.5
+    return site, oracle
+
+
+def expected_softplus(mu):
+    """E[softplus(μ + ε)] by the trapezoidal rule."""
+    steps = np.linspace(-12, 12, 2401)
+    density = np.exp(-(steps**2) / 2) / np.exp(-(steps**2) / 2).sum()
+    return (softplus(mu[..., None] + steps) * density).sum(axis=-1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_noise_of_mean_one(training):
+    site, oracle = make_mean_one()
+    site.train(training)
+    h, noise = maps(2, 3, 4, 5, spread=2.0).requires_grad_(), maps(2, 3, 4, 5, seed=5)
+    mu = oracle.noise_mean(h.detach().numpy())
+    factor = 1 + 0.5 * 0.6 * (softplus(mu + noise.numpy()) / expected_softplus(mu) - 1)
+    out, grad_out = site(h, noise=noise), maps(2, 3, 4, 5, seed=6)
+    np.testing.assert_allclose(out.detach(), h.detach().numpy() * factor, rtol=1e-6)
+    gradient = torch.autograd.grad(out, h, grad_out)[0]  # the factor is a constant
+    np.testing.assert_allclose(gradient, grad_out.numpy() * factor, rtol=1e-6)
+    assert torch.equal(site.running_mean, torch.zeros(3, 4, dtype=torch.float64))
+    site.clip = 0.75
+    assert site(h, noise=noise).abs().max() == 0.75
+    site.strength = 0.0
+    assert site(h) is h
+
+
+def test_the_mean_over_draws_is_what_came_in_and_one_pass_too():
+    site, _ = make_mean_one()
+    h = maps(1, 3, 4, 5)
+    torch.manual_seed(0)
+    draws = torch.stack([site(h) for _ in range(500)])
+    assert ((draws.mean(dim=0) - h).abs() < 5 * draws.std(dim=0) / 500**0.5).all()
+    assert draws.std(dim=0).min() > 0
+    site.attachment.deterministic = True
+    assert torch.equal(site(h), h)
+
+
+@pytest.mark.parametrize("size", [-1e30, -1e4, 1e4, 1e30])
+def test_noise_of_mean_one_stays_finite(size):
+    site, _ = make_mean_one(amplitude=1.0)
+    out = site.float()(torch.full((1, 3, 4, 5), size))
+    assert out.isfinite().all() and out.abs().max() < 500 * abs(size)
