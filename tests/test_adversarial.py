@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import metaperturb.meta_test as program
 from metaperturb import models
 from metaperturb.config import MetaTestConfig
 from metaperturb.methods import create
 from metaperturb.methods.adversarial import AdversarialTraining
-from metaperturb.storage import load_tensors
 from metaperturb.trained import load_run
 
 
@@ -101,30 +99,6 @@ def test_bfloat16_examples():
     assert set(seen) == {torch.bfloat16} and adversarial.dtype == torch.float32
     assert (adversarial - x).abs().max() <= 2 * 8 / 255 + 1e-6
     assert F.cross_entropy(model(adversarial), y) > F.cross_entropy(model(x), y)
-
-
-def test_on_top_of_finetuning(target_settings, trained_runs, tmp_path):
-    settings = [*target_settings, f"init={trained_runs['base']}", "steps=2", "method=adversarial"]
-    for name, more in (("adv", []), ("off", ["adversarial_eps=0"]), ("base", ["method=base"])):
-        assert program.main(["--set", *settings, *more, f"run_dir={tmp_path / name}"]) == 0
-    adv, off, base = (load_tensors(tmp_path / n / "checkpoints" / "latest.pt")["model"] for n in ("adv", "off", "base"))
-    assert all(torch.equal(off[key], base[key]) for key in base) and not all(torch.equal(adv[k], base[k]) for k in base)
-
-
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("adversarial_eps=-0.1", "adversarial_eps: must be between 0 and 1, got -0.1"),
-        ("adversarial_eps=8", "adversarial_eps: must be between 0 and 1, got 8"),
-        ("adversarial_eps=nan", "adversarial_eps: must be finite"),
-        ("adversarial_steps=0", "adversarial_steps: must be at least 1, got 0"),
-        ("adversarial_step_size=0", "adversarial_step_size: must be between 1e-06 and 1, got 0"),
-    ],
-)
-def test_bad_values_are_one_line(setting, expected, target_settings, tmp_path, capsys):
-    assert program.main(["--set", *target_settings, "method=adversarial", setting, f"run_dir={tmp_path}"]) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and expected in errors[0]
 
 
 def test_it_makes_robust(trained_runs):

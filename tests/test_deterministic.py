@@ -6,6 +6,8 @@ import io
 import numpy as np
 import pytest
 import torch
+import torch.fx.experimental.optimization
+import torchvision
 from torch import nn
 
 from metaperturb import (
@@ -242,7 +244,7 @@ def test_predictions_are_means_over_draws(together, monkeypatch):
     model.bn1.eval()
     modes = [m.training for m in model.modules()]
     model.register_forward_hook(lambda _, args, out: calls.append(out.softmax(dim=1).view(-1, 4, 5)))
-    monkeypatch.setattr(module, "PIXELS", together * x.numel() // 3)
+    monkeypatch.setitem(module.PIXELS, "cpu", together * x.numel() // 3)
     p = predict(model, x, samples=7)
     assert [len(draws) for draws in calls] == {1: [1] * 7, 3: [3, 3, 1], 7: [7]}[together]
     draws = torch.cat(calls)
@@ -270,3 +272,40 @@ def test_what_cannot_be_predicted():
     with pytest.raises(UserError, match="returns tuple"):
         predict(model.train(), images(2, 3, SIZE, SIZE))
     assert model.training
+
+
+# --- export
+
+
+def test_an_exported_program_predicts_the_same():
+    model, x = make_deterministic(network(), batches(1)), images(4, 3, SIZE, SIZE)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    for count in (2, 4):
+        assert torch.allclose(program.module()(x[:count]), draw(model, x[:count]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenet_v3_small"])
+def test_onnxruntime_predicts_the_same(name, tmp_path):
+    size = 32 if name == "resnet20" else 64
+    net = None if name == "resnet20" else torchvision.models.get_model(name, num_classes=5)
+    model = make_deterministic(network(name, size, net), batches(2, size))
+    x = images(4, 3, size, size)
+    batch = ({0: torch.export.Dim("batch", min=1)},)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=batch, verbose=False)
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx")
+    for count in (2, 4):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x[:count].numpy()})
+        np.testing.assert_allclose(logits, draw(model, x[:count]).numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_batch_norm_folds_into_the_convolutions():
+    model, x = (
+        make_deterministic(network(net=torchvision.models.resnet18(num_classes=5)), batches(2)),
+        images(4, 3, 16, 16),
+    )
+    folded = torch.fx.experimental.optimization.fuse(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert torch.allclose(draw(folded, x), draw(model, x), rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,9 +16,11 @@ import torch
 from conftest import ROOT
 
 from metaperturb import models
+from metaperturb.storage import load_json
 
 AUTHORED = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]
 PAGES = {*AUTHORED, *ROOT.glob("results/*/*.md"), *ROOT.glob("src/metaperturb/shipped/*.md")}
+SPEED = "results/benchmark/cpu.json"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TARGET = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -60,10 +63,18 @@ def test_commands_and_variables_are_those_of_run_sh(page):
     script = (ROOT / "run.sh").read_text()
     code = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S))
     code += "\n" + "\n".join(re.findall(r"`([^`\n]*\./run\.sh[^`]*)`", page.read_text()))
+    patterns = " | ".join(re.findall(r'^([\w"][\w"\[\]| -]*)\)', script, flags=re.M)).split(" | ")  # of its case
     for command in {*re.findall(r"\./run\.sh ([a-z]\w*)", code)}:
-        assert re.search(rf"^([\w\"-]+ \| )*{command}( \| [\w-]+)*\)", script, flags=re.M), command
+        assert any(fnmatch(command, pattern) for pattern in patterns), command
     for variable in {*re.findall(r"\b([A-Z]+_[A-Z]+|GPUS|SEED|PHI|INIT|METHOD)=", code)}:
         assert re.search(rf"\b{variable}\b", script), variable
+
+
+def test_the_page_of_speed_says_what_its_record_says():
+    page, suites = (ROOT / "results" / "benchmark" / "README.md").read_text(), load_json(ROOT / SPEED)["suites"]
+    for found in [*suites["bars"]["ratios"], *suites["site"]["ratios"][:3]]:
+        ratio, *quartiles = (f"{found[key]:.2f}" for key in ("ratio", "q1", "q3"))
+        assert f" {ratio} " in page and all(quartile in page or found["group"] == "memory" for quartile in quartiles)
 
 
 def test_python_on_the_front_page_runs():

@@ -216,14 +216,29 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path, refuse
     assert all(torch.isfinite(v).all() for v in model_state(run_dir).values())
 
 
-def test_the_final_evaluation_is_logged_once_however_often_it_is_made(settings, tmp_path):
-    arguments = ["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]
-    assert program.main(arguments) == 0
-    metrics = (tmp_path / "tgt" / "metrics.jsonl").read_text()
-    (tmp_path / "tgt" / "result.json").unlink()  # as if killed before it was written
-    assert program.main(arguments) == 0
-    again = (tmp_path / "tgt" / "metrics.jsonl").read_text()
-    assert [without_seconds(line) for line in again.splitlines()] == [without_seconds(x) for x in metrics.splitlines()]
+@pytest.fixture
+def unfinished(reference, settings, tmp_path) -> tuple[Path, list[str]]:
+    """The reference as a kill just before its end would have left it, and its settings."""
+    run_dir = shutil.copytree(reference, tmp_path / "tgt")
+    (run_dir / "result.json").unlink()
+    return run_dir, [*settings, f"run_dir={run_dir}"]
+
+
+def test_the_last_evaluation_is_made_again_and_logged_once(reference, unfinished):
+    run_dir, settings = unfinished
+    assert program.main(["--set", *settings]) == 0
+    check_equal(run_dir, reference)
+
+
+def test_a_run_goes_on_with_phi_at_another_place_and_other_evaluations(
+    reference, unfinished, phi_file, tmp_path, capsys
+):
+    run_dir, settings = unfinished
+    moved = [f"phi={shutil.copy(phi_file, tmp_path / 'moved.pt')}", "eval_every=1", "eval_samples=1"]
+    for told in ("resuming after step 8", "already finished"):
+        assert program.main(["--set", *settings, *moved]) == 0
+        assert told in capsys.readouterr().err
+    check_equal(run_dir, reference)
 
 
 def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp_path, capsys):
@@ -297,55 +312,13 @@ def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file
 
 
 @pytest.mark.skipif(kernels.kernel_name() == "plain", reason="needs a C++ compiler")
-def test_another_kernel_on_resume_is_said(settings, tmp_path, capsys):
-    run_dir = tmp_path / "tgt"
-    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
-    assert json.loads((run_dir / "result.json").read_text())["kernel"] == "cpp"
-    (run_dir / "result.json").unlink()
+def test_another_kernel_on_resume_is_said(reference, unfinished, capsys):
+    run_dir, settings = unfinished
+    assert json.loads((reference / "result.json").read_text())["kernel"] == "cpp"
     with kernels.use_kernel("auto"):  # the program's choice ends here
-        assert program.main(["--set", *settings, f"run_dir={run_dir}", "kernel=plain"]) == 0
+        assert program.main(["--set", *settings, "kernel=plain"]) == 0
     assert "goes on with the plain kernel where it began with cpp" in capsys.readouterr().err
     assert json.loads((run_dir / "result.json").read_text())["kernel"] == "plain"
-
-
-def test_a_run_goes_on_with_the_same_phi_at_another_place(settings, phi_file, tmp_path, capsys):
-    run_dir = tmp_path / "tgt"
-    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
-    before = model_state(run_dir)
-    moved = ["--set", *settings, f"run_dir={run_dir}", f"phi={shutil.copy(phi_file, tmp_path / 'moved.pt')}"]
-    capsys.readouterr()
-    for finished in (True, False):
-        if not finished:  # as if killed before its end
-            (run_dir / "result.json").unlink()
-        assert program.main(moved) == 0
-    assert "resuming after step" in capsys.readouterr().err
-    assert all(torch.equal(value, before[name]) for name, value in model_state(run_dir).items())
-
-
-def test_how_often_a_run_is_evaluated_may_change(settings, tmp_path):
-    run_dir = tmp_path / "tgt"
-    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
-    metrics = json.loads((run_dir / "result.json").read_text())["metrics"]
-    (run_dir / "result.json").unlink()
-    assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval_every=1", "eval_samples=1"]) == 0
-    assert json.loads((run_dir / "result.json").read_text())["metrics"] == metrics
-
-
-def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, tmp_path, capsys):
-    run_dir = tmp_path / "tgt"
-    assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval=one_pass", "eval_every=2"]) == 0
-    ours, theirs = model_state(run_dir), model_state(reference)
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
-    results = [json.loads((d / "result.json").read_text()) for d in (run_dir, reference)]
-    assert all(results[0][key] == results[1][key] for key in ("metrics", "one_pass"))
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    assert [line["test_samples"] for line in lines if "test_samples" in line] == [1, 1, 1, 3]
-    trained = load_run(run_dir)
-    train, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
-    logits = make_deterministic(trained.model, [train])(test)
-    nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(trained.test.labels)).item()
-    assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
-    assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out
 
 
 def test_settings_without_effect_are_said(settings, tmp_path, capsys):
@@ -359,24 +332,24 @@ def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     assert said.count("gpu=auto: running on") == 1
 
 
-def test_truncated_checkpoint_is_one_line(settings, tmp_path, refused):
-    run_dir = tmp_path / "tgt"
-    line = [*settings, "steps=1", f"run_dir={run_dir}"]
-    assert program.main(["--set", *line]) == 0
-    (run_dir / "result.json").unlink()
-    (run_dir / "checkpoints" / "latest.pt").write_bytes(b"PK\x03\x04 half a file")
-    assert "latest.pt" in refused(program, line)
+@pytest.mark.parametrize("content", [b"PK\x03\x04 half a file", {"a": 1}, [1]])
+def test_a_checkpoint_that_is_none_is_one_line(unfinished, refused, content):
+    run_dir, settings = unfinished
+    checkpoint = run_dir / "checkpoints" / "latest.pt"
+    checkpoint.write_bytes(content) if isinstance(content, bytes) else save_tensors(content, checkpoint)
+    line = refused(program, settings)
+    assert isinstance(content, bytes) or "is no checkpoint of this run; remove it, or choose" in line
+    assert f"error: {checkpoint}: " in line
 
 
 @pytest.mark.parametrize("rest", ["result.json", "checkpoints/latest.pt"])
-def test_what_lacks_its_settings_answers_for_no_others(settings, tmp_path, refused, rest):
-    run_dir = tmp_path / "tgt"
-    line = [*settings, "steps=1", f"run_dir={run_dir}"]
-    assert program.main(["--set", *line]) == 0
+def test_what_lacks_its_settings_answers_for_no_others(reference, unfinished, refused, rest):
+    run_dir, settings = unfinished
     (run_dir / "config.yaml").unlink()
-    if rest != "result.json":
-        (run_dir / "result.json").unlink()
-    assert "holds a run without its config.yaml" in refused(program, [*line, "lr=0.5"])
+    if rest == "result.json":
+        shutil.copy(reference / rest, run_dir)
+        shutil.rmtree(run_dir / "checkpoints")
+    assert "holds a run without its config.yaml" in refused(program, [*settings, "lr=0.5"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -408,11 +381,18 @@ def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypa
     progress.within(0.1)  # of the next evaluation
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, [1]])
-def test_a_checkpoint_of_another_program_is_one_line(settings, tmp_path, refused, content):
+def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, tmp_path, capsys):
     run_dir = tmp_path / "tgt"
-    line = [*settings, "steps=1", f"run_dir={run_dir}"]
-    assert program.main(["--set", *line]) == 0
-    (run_dir / "result.json").unlink()
-    save_tensors(content, run_dir / "checkpoints" / "latest.pt")
-    assert "latest.pt: is no checkpoint of this run; remove it, or choose" in refused(program, line)
+    assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval=one_pass", "eval_every=2"]) == 0
+    ours, theirs = model_state(run_dir), model_state(reference)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+    results = [json.loads((d / "result.json").read_text()) for d in (run_dir, reference)]
+    assert all(results[0][key] == results[1][key] for key in ("metrics", "one_pass"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert [line["test_samples"] for line in lines if "test_samples" in line] == [1, 1, 1, 3]
+    trained = load_run(run_dir)
+    train, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
+    logits = make_deterministic(trained.model, [train])(test)
+    nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(trained.test.labels)).item()
+    assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
+    assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out

@@ -329,6 +329,7 @@ def test_port_in_use(here, refused):
         (["model=resnet21"], "model resnet21: unknown (near: resnet"),
         (["batch_size=1"], "batch_size: must be at least 2"),
         (["steps=4", "keep_phi=3,4"], "keep_phi: step 4 is not before the last, 4"),
+        (["noise=false", "gate=false"], "noise, gate: with both false φ does nothing"),
         (["keep_phi=1", "anneal=0.4"], "keep_phi: with annealing, φ on the way is not the φ of a shorter run"),
     ],
 )
@@ -571,7 +572,7 @@ def test_the_gradient_without_noise_is_that_of_the_plain_operators(setting):
     assert torch.allclose(*found, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", USED)
 def test_runs_of_ablations_are_on_their_card_and_unused_parameters_do_no_harm(source_settings, tmp_path, ablation):
     """Weight decay moves what no gradient reaches; nothing that the site computes depends on it."""
     run_dir = tmp_path / "src"
@@ -580,22 +581,14 @@ def test_runs_of_ablations_are_on_their_card_and_unused_parameters_do_no_harm(so
     key, value = ablation.split("=")
     assert str(phi.card["config"][key]).lower() == value
     assert torch.isfinite(phi_bits(run_dir)).all()
-    if ablation in USED:
-        other = MetaPerturb()
-        changed = torch.randn(82)
-        changed[USED[ablation]] = phi.flat[USED[ablation]]
-        other.flat.data = changed
-        h = torch.randn(4, 3, 8, 8)
-        options = {key: value == "true"}
-        sites = [PerturbSite(f, 3, **options) for f in (phi, other)]
-        noise = torch.randn_like(h)
-        assert torch.equal(sites[0](h, noise=noise), sites[1](h, noise=noise))
-
-
-def test_nothing_left_of_phi_is_one_line(source_settings, tmp_path, capsys):
-    settings = [*source_settings, "noise=false", "gate=false", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    assert program.main(["--set", *settings]) == 1
-    assert "error: noise, gate: with both false φ does nothing" in capsys.readouterr().err
+    other = MetaPerturb()
+    changed = torch.randn(82)
+    changed[USED[ablation]] = phi.flat[USED[ablation]]
+    other.flat.data = changed
+    h = torch.randn(4, 3, 8, 8)
+    sites = [PerturbSite(f, 3, **{key: False}) for f in (phi, other)]
+    noise = torch.randn_like(h)
+    assert torch.equal(sites[0](h, noise=noise), sites[1](h, noise=noise))
 
 
 def test_lookahead_annealing_and_bfloat16_change_the_result(here, tmp_path):
@@ -638,16 +631,14 @@ def test_phi_that_is_kept_belongs_to_a_run_on_record(source_settings, tmp_path, 
     assert program.main(settings) == 0 and "resuming after step 2" in capsys.readouterr().err
 
 
-def test_phi_of_a_step_that_is_past_cannot_be_kept(source_settings, tmp_path, capsys):
-    settings = ["--set", *source_settings, "steps=6", f"run_dir={tmp_path / 'src'}", "gpus=cpu", "checkpoint_every=2"]
-    assert program.main([*settings, "keep_phi=2"]) == 0
-    kept = tmp_path / "src" / "phi-000002.pt"
+def test_phi_of_a_step_that_is_past_cannot_be_kept(reference, here, tmp_path, refused):
+    src = shutil.copytree(reference, tmp_path / "src")
+    (src / "phi-000002.pt").write_bytes(b"kept on the way")
     for finished in (True, False):
         if not finished:  # as if killed before its end
-            (tmp_path / "src" / "result.json").unlink()
-        assert program.main([*settings, "keep_phi=2,5"]) == 1
-        assert f"error: keep_phi: {tmp_path / 'src'} is past step 5, its φ is gone" in capsys.readouterr().err
-        assert program.main([*settings, "keep_phi=2"]) == 0 and kept.exists()
+            (src / "result.json").unlink()
+        assert f"error: keep_phi: {src} is past step 5, its φ is gone" in refused(program, [*here, "keep_phi=2,5"])
+        assert program.main(["--set", *here, "keep_phi=2"]) == 0
 
 
 def test_no_step_at_all_is_phi_as_it_is_drawn(source_settings, tmp_path):

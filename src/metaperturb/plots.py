@@ -108,6 +108,7 @@ def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], 
         @functools.wraps(plot)
         def write(*arguments: Any) -> None:
             *content, title, path = arguments
+            title = title.encode("utf-8", "replace").decode()  # it may hold a file name that is not Unicode
             with matplotlib.rc_context(STYLE | style):
                 figure, rows = plot(*content)
                 if legend:

@@ -85,7 +85,8 @@ def save_json(content: Any, path: Path) -> None:
         UserError: see `write_atomically`.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # Names of files need not be Unicode: their other bytes are written as JSON has them, \udcff.
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def load_tensors(path: Path) -> Any:
