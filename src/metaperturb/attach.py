@@ -343,7 +343,7 @@ class _Check(_Hook):
         trained = (p for p in model.parameters() if isinstance(p, ExpandedWeight) or p.requires_grad)
         one = next(trained, None) if model.training else None
         if isinstance(one, ExpandedWeight) or hasattr(one, "grad_sample"):  # as Opacus marks them
-            raise UserError("φ mixes the images of a batch: there are no gradients of single ones (grad_sample)")
+            raise UserError("φ acts on whole batches: there are no gradients of single ones (grad_sample)")
         if getattr(model, "_is_replica", False):
             raise UserError("nn.DataParallel: its replicas would share the sites; use DistributedDataParallel")
         sites = vars(model)[self.name]

@@ -392,7 +392,7 @@ class PerturbSite(UsesPhi):
         if noise is not None and noise.shape != h.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
         if self.training and not torch.compiler.is_compiling() and _is_batched(h):
-            raise UserError("φ acts on whole batches: there are no gradients of single images (torch.func.vmap)")
+            raise UserError("φ acts on whole batches: there are no gradients of single ones (torch.func.vmap)")
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
