@@ -9,11 +9,8 @@ Started again, it continues where it was.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from tables.page import markdown_table
@@ -21,7 +18,7 @@ from tables.results import METRICS
 from tables.runner import Job, run_jobs
 from tables.statistics import paired_difference, summarize
 
-from metaperturb.cli import PARENT, argument_parser, run_program
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, load_config
 from metaperturb.errors import UserError
 from metaperturb.plots import LABELS, plot_convergence
@@ -29,7 +26,8 @@ from metaperturb.runs import finished_result, read_metrics
 from metaperturb.storage import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "demo_tgt.yaml"
+SOURCE, TARGET = (ROOT / "configs" / f"demo_{program}.yaml" for program in ("src", "tgt"))
+PROGRAMS = {"meta_train": MetaTrainConfig, "meta_test": MetaTestConfig}
 METHODS = ("base", "metaperturb")
 PHI = "tiny_imagenet_resnet20"  # of the networks: the one that is shipped
 
@@ -37,27 +35,19 @@ PHI = "tiny_imagenet_resnet20"  # of the networks: the one that is shipped
 Results = dict[str, dict[int, dict]]  # method → seed → what its run left
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training run on the target."""
+def job(program: str, config: Path, run_dir: Path, settings: list[str]) -> Job:
+    """A run whose own result is its record."""
+    arguments = ["--config", str(config), "--set", f"run_dir={run_dir}", *settings]
+    steps = load_config(PROGRAMS[program], config, settings).steps
+    return Job(run_dir.name, program, arguments, run_dir, record=run_dir / "result.json", steps=steps)
 
-    method: str
-    seed: int
-    run_dir: Path
 
-    def job(self, settings: list[str]) -> Job:
-        own = [f"method={self.method}", f"seed={self.seed}", f"run_dir={self.run_dir}"]
-        if self.method == "metaperturb":
-            own.append(f"phi={PHI}")
-        return Job(
-            id=self.run_dir.name,
-            program="meta_test",
-            arguments=["--config", str(CONFIG), "--set", *own, *settings],
-            run_dir=self.run_dir,
-            record=self.run_dir / "result.json",
-            finish=lambda: None,  # the run's own result is the record
-            steps=load_config(MetaTestConfig, str(CONFIG), settings).steps,
-        )
+def run(out: Path, jobs: list[Job], device: str, at_once: int) -> None:
+    outcome = run_jobs("demo", jobs, [device], at_once, retries=0)
+    if outcome.failed:
+        raise UserError("; ".join(f"{name}: {why}" for name, why in outcome.failed.items()))
+    if outcome.elsewhere:
+        raise UserError(f"{out}: in use by another demo")
 
 
 def main() -> int:
@@ -75,38 +65,27 @@ def main() -> int:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    started = time.monotonic()
-    out: Path = arguments.out
-    source_run = out / "src"
-    config = ROOT / "configs" / "demo_src.yaml"
-    tasks = load_config(MetaTrainConfig, config, arguments.src).tasks
-    devices = ",".join([arguments.device] * min(arguments.jobs, tasks))
-    own = [f"run_dir={source_run}", f"gpus={devices}"]
+    started, out = time.monotonic(), arguments.out
     print(
         "1. meta-train a φ: one network a task, four tasks of ten classes of drawn shapes, 82 shared numbers",
         flush=True,
     )
-    command = [sys.executable, "-m", "metaperturb.meta_train", "--config", str(config), "--set", *own, *arguments.src]
-    environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when the demo is gone
-    if subprocess.run(command, check=False, env=environment).returncode:
-        raise UserError("the meta-training did not finish (see above); the same command resumes")
-
-    losses = [line["test_loss"] for line in read_metrics(source_run)]
+    tasks = load_config(MetaTrainConfig, SOURCE, arguments.src).tasks
+    devices = ",".join([arguments.device] * min(arguments.jobs, tasks))
+    run(out, [job("meta_train", SOURCE, out / "src", arguments.src)], devices, 1)
+    losses = [line["test_loss"] for line in read_metrics(out / "src")]
     print(f"   the loss of its networks on images that they do not train on: {losses[0]:.2f} → {losses[-1]:.2f}")
 
     print(f"2. train networks on drawn bugs, without φ and with the φ that is shipped, {PHI}", flush=True)
-    cells = [Cell(method, seed, out / f"{method}-seed{seed}") for seed in range(arguments.seeds) for method in METHODS]
-    jobs = [cell.job(arguments.tgt) for cell in cells]
-    outcome = run_jobs("demo", jobs, [arguments.device], arguments.jobs, retries=0)
-    if outcome.failed:
-        raise UserError("; ".join(f"{name}: {why}" for name, why in outcome.failed.items()))
-    if outcome.elsewhere:
-        raise UserError(f"{out}: in use by another demo")
+    cells = {(m, seed): out / f"{m}-seed{seed}" for seed in range(arguments.seeds) for m in METHODS}
+    own = {"base": [], "metaperturb": [f"phi={PHI}"]}
+    settings = {(m, seed): [f"method={m}", f"seed={seed}", *own[m], *arguments.tgt] for m, seed in cells}
+    run(out, [job("meta_test", TARGET, cells[c], settings[c]) for c in cells], arguments.device, arguments.jobs)
 
-    results = {m: {cell.seed: finished_result(cell.run_dir) for cell in cells if cell.method == m} for m in METHODS}
+    results = {m: {seed: finished_result(cells[of, seed]) for of, seed in cells if of == m} for m in METHODS}
     table = results_table(results)
     write_atomically(out / "table.md", lambda file: file.write((table + "\n").encode()))
-    histories = {m: [read_metrics(cell.run_dir) for cell in cells if cell.method == m] for m in METHODS}
+    histories = {m: [read_metrics(cells[m, seed]) for seed in results[m]] for m in METHODS}
     plot_convergence(histories, "Drawn bugs (16 classes, few images of each)", out / "convergence.png")
     seconds = time.monotonic() - started
     print(f"\n{table}\n\n{meaning(results)}\n\nconvergence: {out / 'convergence.png'}   ({seconds:.0f} s in all)")
@@ -133,12 +112,9 @@ def meaning(results: Results) -> str:
     for key, (factor, what) in {"accuracy": (100, "points of accuracy"), "nll": (1, "of NLL")}.items():
         of_method = [{s: factor * r["metrics"][key] for s, r in results[m].items()} for m in ("metaperturb", "base")]
         difference = paired_difference(*of_method)
-        if difference.low is None:
-            told.append(f"{difference.mean:+.2f} {what}")
-        else:
-            told.append(
-                f"{difference.mean:+.2f} {what} (95 % interval {difference.low:+.2f} to {difference.high:+.2f})"
-            )
+        told.append(f"{difference.mean:+.2f} {what}")
+        if difference.low is not None:
+            told[-1] += f" (95 % interval {difference.low:+.2f} to {difference.high:+.2f})"
             if difference.low * difference.high > 0:
                 sure.append("the accuracy" if key == "accuracy" else "the NLL, that is how good the probabilities are,")
     says = f"the difference in {' and in '.join(sure)} is more than seeds make" if sure else "seeds can make all of it"

@@ -31,22 +31,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tables.finished import (
-    EVALUATION,
-    Finished,
-    by_making,
-    by_method,
-    check_alike,
-    check_settings,
-    data_of,
-    find_meta_trainings,
-    find_runs,
-    grouped,
-    meta_training,
-    tell_phis_apart,
-    test_of,
-    title,
-)
+from tables import finished
+from tables.finished import Finished, by_method, data_of, grouped, title
 from tables.grid import slug
 
 from metaperturb import plots
@@ -93,14 +79,14 @@ def figures(arguments: argparse.Namespace) -> None:
         every_number(arguments)
         return
     sources = arguments.sources or [arguments.runs]
-    runs = find_meta_trainings(sources) if "learning" in chosen else []
+    runs = finished.find_meta_trainings(sources) if "learning" in chosen else []
     if arguments.figure != "learning":
-        found = find_runs(sources, may_lack=bool(runs))
+        found = finished.find_runs(sources, may_lack=bool(runs))
         found = [run for run in found if not arguments.methods or run.method in arguments.methods]
         if not (found or runs):
             raise UserError("no finished run of these methods")
         called = pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix")
-        runs = [*tell_phis_apart(found, called), *runs]
+        runs = [*finished.tell_phis_apart(found, called), *runs]
     if everything:
         every_figure(runs, arguments)
     else:
@@ -200,13 +186,13 @@ def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         if not set.intersection(*({line["step"] for line in run.curve} for run in same)):
             raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
     rows = [
-        (method, run.config["seed"], *(line[key] for key in EVALUATION))
+        (method, run.config["seed"], *(line[key] for key in finished.EVALUATION))
         for method, same in methods.items()
         for run in same
         for line in run.curve
     ]
     histories = {method: [run.curve for run in same] for method, same in methods.items()}
-    rows = [("method", "seed", *EVALUATION), *rows]
+    rows = [("method", "seed", *finished.EVALUATION), *rows]
     draw(arguments, "fig5", plots.plot_convergence, histories, title(runs[0]), rows)
 
 
@@ -279,7 +265,7 @@ def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     """The runs of one data set, network and length under the names of their methods."""
-    check_alike(runs, data_of, "data set and network")
+    finished.check_alike(runs, data_of, "data set and network")
     return by_method(runs)
 
 
@@ -291,15 +277,15 @@ def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the length of training."""
-    check_alike(runs, data_of, "data set and network")
-    check_settings(runs, varied="steps")
+    finished.check_alike(runs, data_of, "data set and network")
+    finished.check_settings(runs, varied="steps")
     growth(runs, "steps", "training steps", "lengths", title(runs[0], with_steps=False), arguments)
 
 
 def amount(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the number of training images."""
-    check_alike(runs, test_of, "test set, network and length")
-    check_settings(runs, varied="train_per_class")
+    finished.check_alike(runs, finished.test_of, "test set, network and length")
+    finished.check_settings(runs, varied="train_per_class")
     growth(runs, "train_images", "training images", "amount", title(runs[0], with_amount=False), arguments)
 
 
@@ -331,9 +317,9 @@ EFFORT = {  # what φ's card says of its meta-training → what the picture call
 
 def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy with φ against what φ was meta-trained with."""
-    check_alike(runs, data_of, "data set and network")
+    finished.check_alike(runs, data_of, "data set and network")
     runs = [dataclasses.replace(run, phi="") for run in runs if run.method in ("base", "metaperturb")]
-    check_settings(runs)
+    finished.check_settings(runs)
     for method, same in grouped(runs, lambda run: run.method).items():
         if len(names := [*grouped(same, lambda run: run.name)]) > 1:
             raise UserError(f"this picture shows one use of {method}, but the runs are of {' and of '.join(names[:2])}")
@@ -357,7 +343,7 @@ def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[fl
     A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged. Where this
     leaves several panels of one number, the one with most values is shown.
     """
-    trained = [(run, made) for run in runs if (made := meta_training(run)) is not None]
+    trained = [(run, made) for run in runs if (made := finished.meta_training(run)) is not None]
     panels, shown = {}, set()
     for key, label in EFFORT.items():
         alike = grouped(trained, lambda item, key=key: str({k: v for k, v in item[1].items() if k != key}))
@@ -376,7 +362,7 @@ def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     for run in runs[1:]:
         if source_of(run) != source_of(runs[0]):
             raise UserError(f"{run.path}: learned from other images than {runs[0].path}; one picture shows one source")
-    histories = {name: [read_metrics(run.dir) for run in same] for name, same in by_making(runs).items()}
+    histories = {name: [read_metrics(run.dir) for run in same] for name, same in finished.by_making(runs).items()}
     name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.config["model"] for run in runs)])
     try:
         draw(arguments, "learning", plots.plot_learning, histories, name)
@@ -442,7 +428,7 @@ FIGURES = {
     "fig8": Figure(figure8, has_network, analyses=(Plane,)),
     "compare": Figure(compare),
     "lengths": Figure(lengths, alike=data_of, drawn=lambda runs: len({run.steps for run in runs}) > 1),
-    "amount": Figure(amount, alike=test_of, drawn=lambda runs: len({run.train_images for run in runs}) > 1),
+    "amount": Figure(amount, alike=finished.test_of, drawn=lambda runs: len({run.train_images for run in runs}) > 1),
     "effort": Figure(effort, drawn=lambda runs: effort_panels(runs)[0]),
     "learning": Figure(learning, lambda run: not is_target(run), alike=source_of),
 }

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import tarfile
 import threading
 import zipfile
@@ -139,6 +140,13 @@ def refusal(call, *arguments, **options) -> str:
     with pytest.raises(UserError) as error:
         call(*arguments, **options)
     return one_line(error)
+
+
+def refused(says: str, call, *arguments, **options) -> str:
+    """As `refusal`, of a message that a pattern is found in."""
+    message = refusal(call, *arguments, **options)
+    assert re.search(says, message), message
+    return message
 
 
 def one_line(error) -> str:

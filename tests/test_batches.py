@@ -285,6 +285,7 @@ def test_one_pass_gives_the_same_bits(size, padding):
     assert fused.dtype == torch.float32 and fused.min() >= -1 and fused.max() <= 1
 
 
+@pytest.mark.slow
 def test_one_launch_gives_the_same_bits():
     """The Triton kernel of GPUs, interpreted on the CPU, against the C++ one."""
     pytest.importorskip("triton")

@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import class_pictures, error_line
-from image_files import one_line, write_folder, write_zip
+from image_files import refused, write_folder, write_zip
 
 import metaperturb.meta_test as program
 from metaperturb import data
@@ -53,9 +53,7 @@ def test_the_choice_is_fixed_for_ever():
 
 
 def test_a_class_with_one_image_is_named():
-    with pytest.raises(UserError, match="class 2 has one training image") as error:
-        holdout_split(np.array([0, 0, 2, 3, 3]), 0.2, NAMES)
-    one_line(error)
+    refused("class 2 has one training image", holdout_split, np.array([0, 0, 2, 3, 3]), 0.2, NAMES)
     for share in (0.0, 1.0, float("nan")):
         with pytest.raises(UserError, match="must be above 0 and below 1"):
             holdout_split(np.array([0, 0]), share, NAMES)

@@ -22,7 +22,7 @@ from metaperturb.perturbation import MetaPerturb
 from metaperturb.runs import StepProgress
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.trained import load_run
-from metaperturb.training import annealed_strength
+from metaperturb.training import annealed_strength, choose_precision, choose_threads
 from metaperturb.weights import save_phi
 
 STEPS = 8
@@ -201,6 +201,7 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
 )
 def test_bad_settings_are_one_line(settings, tmp_path, refused, changes, expected):
     assert expected in refused(program, [*settings, f"run_dir={tmp_path / 'tgt'}", *changes])
+    assert not (tmp_path / "tgt").exists()
 
 
 def without_seconds(line: str) -> dict:
@@ -365,6 +366,52 @@ def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, c
     assert half["train_loss"] == pytest.approx(full["train_loss"], rel=0.05)
     assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 1
     assert "precision: bfloat16 → float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("busy", "quota", "variable", "threads"),
+    [
+        (0, "max 100000", "", 2),
+        (50, "max 100000", "", 1),
+        (90, "max 100000", "", 1),
+        (0, "100000 100000", "", 1),
+        (0, "max", "3", 3),
+    ],
+)
+def test_threads_follow_the_cores_and_their_load(tmp_path, monkeypatch, capsys, busy, quota, variable, threads):
+    """Four CPUs on two cores, of which others keep a share busy; a container may have less of them."""
+    proc, sys_ = tmp_path / "proc", tmp_path / "sys"
+    for cpu in range(4):
+        path = sys_ / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
+    (sys_ / "fs/cgroup").mkdir(parents=True)
+    (sys_ / "fs/cgroup/cpu.max").write_text(quota)
+    proc.mkdir()
+    counts = iter([(0, 0), (busy, 100 - busy)])  # since the machine started: at work, idle
+
+    def wait(_: float = 0.0) -> None:
+        work, idle = next(counts)
+        (proc / "stat").write_text("".join(f"cpu{cpu} {work} 0 0 {idle} 0 0 0 0 0 0\n" for cpu in range(4)))
+
+    wait()
+    monkeypatch.setattr("metaperturb.training.time.sleep", wait)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: int(variable or 0))
+    assert choose_threads(proc, sys_) == threads
+    assert capsys.readouterr().err.startswith(f"CPU threads: {threads} (")
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(8.0, "float32"), (0.5, "bfloat16")])
+def test_bfloat16_is_left_where_it_is_slower(monkeypatch, capsys, seconds, chosen):
+    monkeypatch.setattr("metaperturb.training._read", lambda path: "flags : fpu avx2")
+    monkeypatch.setattr("metaperturb.training.step_seconds", {"bfloat16": seconds, "float32": 1.0}.get)
+    assert choose_precision("bfloat16", torch.device("cpu")) == chosen
+    assert ("takes 8.0 times as long" in capsys.readouterr().err) == (chosen == "float32")
+    for asked, device, flags in (("float32", "cpu", ""), ("bfloat16", "cuda", ""), ("bfloat16", "cpu", "amx_bf16")):
+        monkeypatch.setattr("metaperturb.training._read", lambda path, flags=flags: f"flags : {flags}")
+        assert choose_precision(asked, torch.device(device)) == asked
 
 
 def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypatch):

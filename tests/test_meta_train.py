@@ -333,8 +333,9 @@ def test_port_in_use(here, refused):
         (["keep_phi=1", "anneal=0.4"], "keep_phi: with annealing, φ on the way is not the φ of a shorter run"),
     ],
 )
-def test_bad_settings_are_one_line(here, refused, settings, expected):
+def test_bad_settings_are_one_line(here, tmp_path, refused, settings, expected):
     assert expected in refused(program, [*here, *settings])
+    assert not (tmp_path / "src").exists()
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "0"), (4, "0,1,2,3"), (8, "0,1,2,3,4")])

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from image_files import one_line
+from image_files import refusal, refused
 
 from metaperturb.data.splits import class_split, few_classes, few_per_class, load_split, save_split, shuffled
 from metaperturb.errors import UserError
@@ -127,9 +127,7 @@ BAD_REQUESTS = [
 
 @pytest.mark.parametrize(("labels", "num_tasks", "kind", "seed", "says"), BAD_REQUESTS)
 def test_impossible_requests(labels, num_tasks, kind, seed, says):
-    with pytest.raises(UserError) as error:
-        class_split(labels, num_tasks, kind, seed)
-    message = one_line(error)
+    message = refusal(class_split, labels, num_tasks, kind, seed)
     assert all(part in message for part in says), message
 
 
@@ -151,9 +149,7 @@ def test_round_trip(tmp_path, kind):
 def test_split_of_other_data(tmp_path):
     path = tmp_path / "split.json"
     save_split(path, class_split(_labels(), 4, "disjoint", 0), "abc123", "disjoint", 0)
-    with pytest.raises(UserError, match=r"split\.json: made for other data \(fingerprint abc123, .* def456") as error:
-        load_split(path, "def456", _labels())
-    one_line(error)
+    refused(r"split\.json: made for other data \(fingerprint abc123, .* def456", load_split, path, "def456", _labels())
 
 
 GOOD = {"format": 1, "fingerprint": "x", "kind": "disjoint", "seed": 0}
@@ -178,9 +174,7 @@ BAD_FILES = [
 def test_bad_files(tmp_path, content):
     path = tmp_path / "split.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"split\.json: (not a class split|cannot be read as JSON)") as error:
-        load_split(path, "x", _labels())
-    one_line(error)
+    refused(r"split\.json: (not a class split|cannot be read as JSON)", load_split, path, "x", _labels())
 
 
 @pytest.mark.parametrize("change", [{"train": [0, 10_000]}, {"classes": [39]}])
@@ -194,13 +188,17 @@ def test_tasks_that_do_not_fit_the_data(tmp_path, change):
 
 
 def test_missing_file_and_unwritable_place(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.json: cannot be read as JSON") as error:
-        load_split(tmp_path / "nowhere.json", "x", _labels())
-    one_line(error)
+    refused(r"nowhere\.json: cannot be read as JSON", load_split, tmp_path / "nowhere.json", "x", _labels())
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"split\.json: cannot write") as error:
-        save_split(tmp_path / "file" / "split.json", class_split(_labels(), 2, "disjoint", 0), "x", "disjoint", 0)
-    one_line(error)
+    refused(
+        r"split\.json: cannot write",
+        save_split,
+        tmp_path / "file" / "split.json",
+        class_split(_labels(), 2, "disjoint", 0),
+        "x",
+        "disjoint",
+        0,
+    )
 
 
 # --- some of each class, some classes
@@ -230,9 +228,5 @@ def test_a_smaller_choice_is_part_of_a_larger_one():
 
 
 def test_more_than_there_is():
-    with pytest.raises(UserError) as error:
-        few_per_class(np.repeat([0, 4], [9, 5]), 6)
-    assert "6 images of each class are asked for, class 4 has 5" in one_line(error)
-    with pytest.raises(UserError) as error:
-        few_classes(np.arange(3), 4)
-    assert "4 classes are asked for, the data has 3" in one_line(error)
+    assert "6 images of each class are asked for, class 4 has 5" in refusal(few_per_class, np.repeat([0, 4], [9, 5]), 6)
+    assert "4 classes are asked for, the data has 3" in refusal(few_classes, np.arange(3), 4)

@@ -15,8 +15,9 @@ from image_files import (
     expect_counts,
     expected_pixels,
     md5,
-    one_line,
     picture,
+    refusal,
+    refused,
     served,
     write_folder,
     write_tar,
@@ -24,7 +25,6 @@ from image_files import (
 
 from metaperturb.data import DATA_SETS, load, official
 from metaperturb.data.batches import crop_padding
-from metaperturb.errors import UserError
 
 DEAD = "http://127.0.0.1:9/"  # nothing listens there
 
@@ -70,9 +70,7 @@ BAD_REQUESTS = [
 @pytest.mark.parametrize(("name", "options", "says"), BAD_REQUESTS)
 def test_bad_requests(tmp_path, name, options, says):
     """Nothing is downloaded to a path that may be misspelt."""
-    with pytest.raises(UserError, match=says) as error:
-        load(name, data_root=tmp_path, **options)
-    one_line(error)
+    refused(says, load, name, data_root=tmp_path, **options)
     assert not [*tmp_path.iterdir()]
 
 
@@ -103,11 +101,13 @@ def test_cub(tmp_path, monkeypatch, form):
 
 def test_cub_counts_are_verified(tmp_path):
     path = write_tar(tmp_path / "birds.tgz", cub_files())
-    with pytest.raises(
-        UserError, match=r"birds\.tgz: expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3"
-    ) as error:
-        load("cub", data_root=tmp_path, paths=[path])
-    one_line(error)
+    refused(
+        r"birds\.tgz: expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3",
+        load,
+        "cub",
+        data_root=tmp_path,
+        paths=[path],
+    )
 
 
 BROKEN_CUB = {
@@ -126,19 +126,18 @@ def test_broken_cub(tmp_path, monkeypatch, case):
     files = cub_files()
     files[f"CUB_200_2011/{name}"] = content
     files = {name: content for name, content in files.items() if content is not None}
-    with pytest.raises(UserError) as error:
-        load("cub", data_root=tmp_path, paths=[write_tar(tmp_path / "x.tgz", files)])
-    assert says in one_line(error) and "x.tgz" in one_line(error)
+    message = refusal(load, "cub", data_root=tmp_path, paths=[write_tar(tmp_path / "x.tgz", files)])
+    assert says in message and "x.tgz" in message
 
 
 def test_cub_absent(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no such file or folder; fetch CUB_200_2011\.tgz from https") as error:
-        load("cub", data_root=tmp_path, download=False)
-    one_line(error)
+    refused(
+        r"no such file or folder; fetch CUB_200_2011\.tgz from https", load, "cub", data_root=tmp_path, download=False
+    )
     monkeypatch.setattr(official, "CUB_URL", DEAD + "CUB_200_2011.tgz")
-    with pytest.raises(UserError, match=r"failed; fetch CUB_200_2011\.tgz by other") as error:
-        load("cub", data_root=tmp_path)
-    assert str(tmp_path / "CUB_200_2011") in one_line(error)
+    assert str(tmp_path / "CUB_200_2011") in refused(
+        r"failed; fetch CUB_200_2011\.tgz by other", load, "cub", data_root=tmp_path
+    )
 
 
 # --- Dogs
@@ -176,14 +175,16 @@ def test_dogs(tmp_path, monkeypatch, form):
 def test_dogs_broken_or_absent(tmp_path, monkeypatch):
     images, lists = _dogs_files()
     place = tmp_path / "stanford_dogs"
-    with pytest.raises(UserError, match=r"no such file or folder; fetch images\.tar from http://vision") as error:
-        load("dogs", data_root=tmp_path, download=False)
-    one_line(error)
+    refused(
+        r"no such file or folder; fetch images\.tar from http://vision",
+        load,
+        "dogs",
+        data_root=tmp_path,
+        download=False,
+    )
     write_tar(place / "images.tar", images)
     write_tar(place / "lists.tar", {**lists, "train_list.mat": b"no mat file at all" * 50})
-    with pytest.raises(UserError, match=r"lists\.tar: train_list\.mat: not a Stanford Dogs list") as error:
-        load("dogs", data_root=tmp_path)
-    one_line(error)
+    refused(r"lists\.tar: train_list\.mat: not a Stanford Dogs list", load, "dogs", data_root=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dogs", "cars", "small_svhn"])
@@ -196,9 +197,7 @@ def test_without_scipy(tmp_path, monkeypatch, name):
         return real(module, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_scipy)
-    with pytest.raises(UserError, match="-m pip install scipy") as error:
-        load(name, data_root=tmp_path)
-    one_line(error)
+    refused("-m pip install scipy", load, name, data_root=tmp_path)
 
 
 # --- torchvision
@@ -229,11 +228,9 @@ def test_cars(tmp_path, monkeypatch):
     assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 1, 0]
     _check_images(train, [files[f"cars_train/{i:05}.jpg"] for i in range(4)])
     (tmp_path / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
-    with pytest.raises(
-        UserError, match=r"cars_test_annos_withlabels\.mat missing; Stanford Cars can no longer"
-    ) as error:
-        load("cars", data_root=tmp_path)
-    message = one_line(error)
+    message = refused(
+        r"cars_test_annos_withlabels\.mat missing; Stanford Cars can no longer", load, "cars", data_root=tmp_path
+    )
     assert all(part in message for part in ("cars_train/", "cars_test/", "devkit/cars_meta.mat", str(tmp_path)))
 
 
@@ -265,24 +262,22 @@ def test_aircraft(tmp_path, monkeypatch, form):
     _check_images(test, [files[f"fgvc-aircraft-2013b/data/images/{i:07}.jpg"] for i in (4, 5)])
     assert not list(root.glob(".*.tmp")) and (form == "extracted" or archive.exists())
     (root / "fgvc-aircraft-2013b/data/images/0000001.jpg").unlink()
-    with pytest.raises(UserError, match=r"0000001\.jpg is listed but missing") as error:
-        load("aircraft", data_root=root)
-    one_line(error)
+    refused(r"0000001\.jpg is listed but missing", load, "aircraft", data_root=root)
 
 
 def test_aircraft_absent_or_cut_off(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"fetch fgvc-aircraft-2013b\.tar\.gz from https://www.robots") as error:
-        load("aircraft", data_root=tmp_path, download=False)
-    one_line(error)
+    refused(
+        r"fetch fgvc-aircraft-2013b\.tar\.gz from https://www.robots",
+        load,
+        "aircraft",
+        data_root=tmp_path,
+        download=False,
+    )
     archive = write_tar(tmp_path / "fgvc-aircraft-2013b.tar.gz", _aircraft_files())
-    with pytest.raises(UserError, match=r"fgvc-aircraft-2013b\.tar\.gz: wrong MD5") as error:
-        load("aircraft", data_root=tmp_path)
-    one_line(error)
+    refused(r"fgvc-aircraft-2013b\.tar\.gz: wrong MD5", load, "aircraft", data_root=tmp_path)
     archive.write_bytes(archive.read_bytes()[:3000])
     monkeypatch.setattr(official, "AIRCRAFT_MD5", md5(archive.read_bytes()))
-    with pytest.raises(UserError, match="failed") as error:  # while extracting: nothing may be left of it
-        load("aircraft", data_root=tmp_path)
-    one_line(error)
+    refused("failed", load, "aircraft", data_root=tmp_path)
     assert archive.exists() and not (tmp_path / "fgvc-aircraft-2013b").exists()
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -328,9 +323,9 @@ def test_s_cifar100(tmp_path, monkeypatch):
     for file in (tmp_path / "cifar-100-python").iterdir():
         file.unlink()
     assert load("s_cifar100", data_root=tmp_path)[0].fingerprint == train.fingerprint
-    with pytest.raises(UserError, match=r"cifar-100-python: incomplete or damaged; delete it") as error:
-        load("s_cifar100", data_root=tmp_path, image_size=16)
-    one_line(error)
+    refused(
+        r"cifar-100-python: incomplete or damaged; delete it", load, "s_cifar100", data_root=tmp_path, image_size=16
+    )
 
 
 def test_small_svhn(tmp_path, monkeypatch):
@@ -370,11 +365,9 @@ def test_stl10(tmp_path, monkeypatch):
 
 def test_stl10_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(tv.STL10, "url", DEAD + "stl10_binary.tar.gz")
-    with pytest.raises(
-        UserError, match=rf"download from {DEAD}stl10_binary.tar.gz failed; fetch stl10_binary"
-    ) as error:
-        load("stl10", data_root=tmp_path)
-    assert str(tmp_path) in one_line(error)
+    assert str(tmp_path) in refused(
+        rf"download from {DEAD}stl10_binary.tar.gz failed; fetch stl10_binary", load, "stl10", data_root=tmp_path
+    )
     assert not [p for p in tmp_path.iterdir() if "stl10" in p.name and p.suffix != ".lock"]
 
 
@@ -396,9 +389,7 @@ def test_fashion_mnist(tmp_path, monkeypatch):
     assert train.classes[0] == "T-shirt/top"
     np.testing.assert_array_equal(train.images[:, 0], train.images[:, 2])
     (tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte").write_bytes(b"cut off")
-    with pytest.raises(UserError, match="FashionMNIST: incomplete or damaged") as error:
-        load("fashion_mnist", data_root=tmp_path, image_size=28)
-    one_line(error)
+    refused("FashionMNIST: incomplete or damaged", load, "fashion_mnist", data_root=tmp_path, image_size=28)
 
 
 # --- preparing several, and what is drawn

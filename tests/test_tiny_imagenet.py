@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from image_files import expected_pixels, md5, one_line, picture, served, write_folder, write_zip
+from image_files import expected_pixels, md5, picture, refused, served, write_folder, write_zip
 
 from metaperturb.data import load, official
 from metaperturb.errors import UserError
@@ -69,9 +69,7 @@ def test_validation_images(tmp_path):
     for image, number in zip(val.images, [1, 4, 0, 3, 2, 5], strict=True):
         content = layout[f"tiny-imagenet-200/val/images/val_{number}.JPEG"]
         np.testing.assert_array_equal(image, expected_pixels(content, 32))
-    with pytest.raises(UserError, match=r"two\.zip: no labelled validation images") as error:
-        _load(tmp_path, paths[1], split="test")
-    one_line(error)
+    refused(r"two\.zip: no labelled validation images", _load, tmp_path, paths[1], split="test")
 
 
 def test_usual_places(tmp_path):
@@ -82,13 +80,9 @@ def test_usual_places(tmp_path):
 
 
 def test_absent(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no such file or folder; fetch tiny-imagenet-200\.zip from http") as error:
-        _load(tmp_path, download=False)
-    one_line(error)
+    refused(r"no such file or folder; fetch tiny-imagenet-200\.zip from http", _load, tmp_path, download=False)
     monkeypatch.setattr(official, "TINY_URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
-    with pytest.raises(UserError, match=r"failed; fetch tiny-imagenet-200\.zip by other means") as error:
-        _load(tmp_path)
-    message = one_line(error)
+    message = refused(r"failed; fetch tiny-imagenet-200\.zip by other means", _load, tmp_path)
     assert "http://127.0.0.1:9" in message and str(tmp_path / "tiny-imagenet-200.zip") in message
     with pytest.raises(UserError, match=r"nowhere\.zip: no such file"):
         _load(tmp_path, tmp_path / "nowhere.zip")
@@ -99,9 +93,7 @@ def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch)
     archive = write_zip(tmp_path / "server.zip", _layout(0, 2))
     with served(tmp_path) as (url, _):
         monkeypatch.setattr(official, "TINY_URL", f"{url}/server.zip")
-        with pytest.raises(UserError, match=r"failed; fetch .* by other means") as error:
-            _load(tmp_path / "root")
-        one_line(error)
+        refused(r"failed; fetch .* by other means", _load, tmp_path / "root")
         monkeypatch.setattr(official, "TINY_MD5", md5(archive.read_bytes()))
         assert len(_load(tmp_path / "root")) == 6
 
@@ -110,9 +102,7 @@ def test_foreign_and_truncated(tmp_path):
     foreign = write_zip(tmp_path / "foreign.zip", {"cifar/train/cat/1.png": picture(1)})
     good = write_zip(tmp_path / "good.zip", _layout(0, 2))
     for paths in ([foreign], [good, foreign]):
-        with pytest.raises(UserError, match=r"foreign\.zip: not Tiny ImageNet") as error:
-            _load(tmp_path, *paths)
-        one_line(error)
+        refused(r"foreign\.zip: not Tiny ImageNet", _load, tmp_path, *paths)
     good.write_bytes(good.read_bytes()[:-500])
     with pytest.raises(UserError, match=r"good\.zip: not a zip or tar file .*is the download complete\?"):
         _load(tmp_path, good)
@@ -122,32 +112,25 @@ def test_same_name_with_other_content(tmp_path):
     one = write_zip(tmp_path / "one.zip", _layout(0, 2))
     name = "tiny-imagenet-200/train/n01/images/n01_1.JPEG"
     two = write_zip(tmp_path / "two.zip", {**_layout(2, 4), name: picture(77, kind="JPEG")})
-    with pytest.raises(UserError, match=r"n01_1\.JPEG differs") as error:
-        _load(tmp_path, one, two)
-    assert str(one) in one_line(error) and str(two) in one_line(error)
+    message = refused(r"n01_1\.JPEG differs", _load, tmp_path, one, two)
+    assert str(one) in message and str(two) in message
 
 
 def test_class_without_images(tmp_path):
     path = write_zip(tmp_path / "x.zip", {**_layout(0, 2), "tiny-imagenet-200/train/n99/images/": b""})
-    with pytest.raises(UserError, match="train/n99: class folder without images") as error:
-        _load(tmp_path, path)
-    one_line(error)
+    refused("train/n99: class folder without images", _load, tmp_path, path)
 
 
 def test_unreadable_image(tmp_path):
     name = "tiny-imagenet-200/train/n01/images/n01_1.JPEG"
     path = write_zip(tmp_path / "x.zip", {**_layout(0, 3), name: b"<html>"})
-    with pytest.raises(UserError, match=rf"x\.zip: {name}: unreadable image") as error:
-        _load(tmp_path, path)
-    one_line(error)
+    refused(rf"x\.zip: {name}: unreadable image", _load, tmp_path, path)
     assert _load(tmp_path, path, skip_unreadable=True).labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_bad_annotations(tmp_path):
     layout = {**_layout(0, 2), "tiny-imagenet-200/val/val_annotations.txt": b"val_0.JPEG\tn77\t0\n"}
-    with pytest.raises(UserError, match=r"val_annotations\.txt, line 1") as error:
-        _load(tmp_path, write_zip(tmp_path / "x.zip", layout), split="test")
-    one_line(error)
+    refused(r"val_annotations\.txt, line 1", _load, tmp_path, write_zip(tmp_path / "x.zip", layout), split="test")
 
 
 def test_a_part_is_told_from_the_whole(tmp_path, capsys):

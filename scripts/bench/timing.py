@@ -3,19 +3,18 @@
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+QUARTILES = (0.25, 0.5, 0.75)
 WARM_UP = {"cpu": 2, "cuda": 10}  # calls; the first ones compile, tune and fill caches
-WARM_UP_SECONDS = 2.0  # of a variant so slow that fewer calls must do
-MOST_CALLS = 1000  # of one variant in one turn
 
 
 def interleave(
@@ -33,13 +32,8 @@ def interleave(
     """
     calls = {}
     for name, call in variants.items():
-        seconds_a_call(call, 1, device)  # what it compiles now would make it look too slow to be called often
-        started = time.perf_counter()
-        for _ in range(WARM_UP[device.type]):
-            once = seconds_a_call(call, 1, device)
-            if time.perf_counter() - started > WARM_UP_SECONDS:
-                break
-        calls[name] = min(MOST_CALLS, max(1, math.ceil(turn / max(once, 1e-9))))
+        once = [seconds_a_call(call, 1, device) for _ in range(1 + WARM_UP[device.type])]
+        calls[name] = max(1, math.ceil(turn / once[-1]))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for round_ in range(rounds):
@@ -64,31 +58,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rounded(value: float, digits: int = 5) -> float:
+def rounded(values: Any, digits: int = 5) -> list[float]:
     """To so many significant digits."""
-    return float(f"{value:.{digits}g}")
+    return [float(f"{value:.{digits}g}") for value in values]
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, quartiles, least and number of the values, and the values; all from the rounded ones."""
-    values = [rounded(value) for value in values]
-    q1, median, q3 = _quartiles(values)
+    values = rounded(values)
+    q1, median, q3 = rounded(np.quantile(values, QUARTILES))
     return {"median": median, "q1": q1, "q3": q3, "min": min(values), "n": len(values), "rounds": values}
 
 
 def ratio(timings: Mapping[str, Mapping[str, Any]], numerator: str, denominator: str) -> dict[str, Any]:
     """Ratio of the medians, and quartiles of the ratios of the single rounds."""
     above, below = timings[numerator], timings[denominator]
-    q1, _, q3 = _quartiles([a / b for a, b in zip(above["rounds"], below["rounds"], strict=True)])
-    found = {"ratio": rounded(above["median"] / below["median"]), "q1": q1, "q3": q3}
-    return {"numerator": numerator, "denominator": denominator, **found}
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return (rounded(values[0]),) * 3
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return rounded(q1), rounded(median), rounded(q3)
+    q1, _, q3 = np.quantile(np.divide(above["rounds"], below["rounds"]), QUARTILES)
+    found = rounded([above["median"] / below["median"], q1, q3])
+    return {"numerator": numerator, "denominator": denominator, **dict(zip(("ratio", "q1", "q3"), found, strict=True))}
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:

@@ -258,13 +258,16 @@ class _Hook:
         """What torch.jit.script asks every hook for."""
         raise UserError("torch.jit.script cannot compile a network with φ; use torch.export, or torch.jit.trace")
 
-    def perturbed(self, module: nn.Module, h: Any) -> Any:
+    def site_in(self, module: nn.Module) -> nn.Module | None:
         child = module._modules.get(self.name)
-        if child is None:  # quantization keeps the hooks of a layer that it exchanges
-            raise UserError(
-                f"a {type(module).__name__} has taken the place of a layer with φ; attach after such changes"
-            )
-        return _run(child.site if isinstance(child, _Aside) else child, h)
+        return child.site if isinstance(child, _Aside) else child
+
+    def perturbed(self, module: nn.Module, h: Any) -> Any:
+        site = self.site_in(module)
+        if site is None:  # quantization keeps the hooks of a layer that it exchanges
+            kind = type(module).__name__
+            raise UserError(f"{kind} has taken the place of a layer with φ; attach after such changes")
+        return _run(site, h)
 
 
 def _run(site: nn.Module, h: Any) -> Any:
@@ -291,6 +294,12 @@ class _BeforeLastCall(_Hook):
         super().__init__(name)
         self.site, self.block, self.spec = site, block, spec
         self.count: int | None = None  # calls in the present pass; None outside the block's forward pass
+
+    def site_in(self, module: nn.Module) -> nn.Module | None:
+        if module is not self.block:  # the activation
+            return None
+        hooks = module.get_submodule(self.spec.where)._forward_pre_hooks.values()
+        return super().site_in(module) if any(getattr(h, "__self__", h) is self for h in hooks) else None
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         self.count = 0
@@ -347,32 +356,17 @@ class _Check(_Hook):
         if getattr(model, "_is_replica", False):
             raise UserError("nn.DataParallel: its replicas would share the sites; use DistributedDataParallel")
         sites = vars(model)[self.name]
-        lost = [spec for spec, site in zip(sites.specs, sites.sites, strict=True) if not self._acts(model, spec, site)]
-        if lost:  # unless its module has moved to another place
-            acting = {id(site) for module in model.modules() if (site := self._acting(module)) is not None}
-            lost = [spec for spec, site in zip(sites.specs, sites.sites, strict=True) if id(site) not in acting]
+        acting = {id(site) for module in model.modules() if (site := self._acting(module)) is not None}
+        lost = [spec for spec, site in zip(sites.specs, sites.sites, strict=True) if id(site) not in acting]
         if lost:
             raise UserError(
                 f"{type(model).__name__}: {lost[0].module!r} ({len(lost)} in all) was replaced after attach, by fusing "
                 "or the like, and is not perturbed; detach(model), and attach after such changes"
             )
 
-    def _acts(self, model: nn.Module, spec: SiteSpec, site: nn.Module) -> bool:
-        module = model
-        for part in spec.module.split("."):
-            module = module._modules.get(part) if module is not None else None
-        return module is not None and self._acting(module) is site
-
     def _acting(self, module: nn.Module) -> nn.Module | None:
-        child = module._modules.get(self.name)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             hook = getattr(hook, "__self__", hook)
-            if isinstance(hook, _Hook) and hook.name == self.name and not isinstance(hook, _Check):
-                if isinstance(hook, _BeforeLastCall):
-                    if hook.block is not module:  # the activation
-                        continue
-                    activation = module.get_submodule(hook.spec.where)
-                    if not any(getattr(h, "__self__", h) is hook for h in activation._forward_pre_hooks.values()):
-                        return None
-                return child.site if isinstance(child, _Aside) else child
+            if isinstance(hook, _Hook) and hook is not self and hook.name == self.name:
+                return hook.site_in(module)
         return None

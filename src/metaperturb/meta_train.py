@@ -241,7 +241,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     # Data, φ and the tasks of this process
     source, splits, split_seed = load_tasks(config)
     how = {"kernel": kernels.kernel_name(group.device)}
-    checkpoints = Checkpoints(config.run_dir, data_digest(source, splits), how)
+    checkpoints = Checkpoints(config.run_dir, data_digest(source, splits))
     before = checkpoints.read_latest() or {}  # a run goes on as it began
     how["precision"] = before.get("precision") or group.of_first(
         lambda: choose_precision(config.precision, group.device)
@@ -259,11 +259,26 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     start, recent = checkpoints.restore(tasks, phi, phi_optimizer, run)
     check_kept(config, start)
     if run is not None:
+        if start:
+            kernels.tell_change(before["kernel"], how["kernel"], config.run_dir)
         run.rewind(start)
         save_split(run.dir / "split.json", splits, source.fingerprint, config.split, split_seed)
         if start:
             print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
         progress = StepProgress("meta-train", config.steps, start)
+
+    def card(done: int) -> dict[str, Any]:
+        """How φ came about, after the first `done` steps."""
+        history = read_metrics(run.dir)
+        made_from = {"name": source.name, "images": len(source), "fingerprint": source.fingerprint}
+        content = {
+            "source": {**made_from, "classes": len(np.unique(source.labels))},
+            "split_seed": split_seed,
+            "processes": group.size,
+            "metrics": {name: history[-1][name] for name in METRICS} if history else None,
+        }
+        content = run.describe({**content, **how}, group.device)
+        return {**content, "config": {**content["config"], "steps": done}}
 
     # Joint meta-training
     with Stop(tell=group.rank == 0) as stop:
@@ -292,16 +307,30 @@ def work(group: Group, config: MetaTrainConfig) -> None:
                     run.log({"step": done, **metrics, "phi_norms": norms, "strength": strength, "seconds": seconds})
                     progress.update(done, loss=metrics["test_loss"], accuracy=metrics["test_accuracy"])
             if kept and run is not None:
-                save_phi(phi, kept_phi(run.dir, done), card=card(run, done, source, split_seed, group, how))
+                save_phi(phi, kept_phi(run.dir, done), card=card(done))
             if saves or stops:
-                checkpoints.save(done, tasks, phi, phi_optimizer, group, run, recent)
+                for name, module in {"φ": phi, **{f"task {task.index}": task.model for task in tasks}}.items():
+                    check_finite_parameters(module.parameters(), name, done, config.run_dir)
+                checkpoints.save(done, tasks, phi, phi_optimizer, run, recent)
+                group.barrier()
+                if run is not None:
+                    checkpoints.name_latest(done, how)
             if stops:
                 raise Stopped(stop.number or signal.SIGTERM, saved_after(done, config.steps))
 
-    # Result
-    if run is not None:
-        progress.close()
-        finish(run, config, source, split_seed, phi, group, how)
+    # Result: the picture of the curves, φ with its card, `result.json`
+    if run is None:
+        return
+    progress.close()
+    if config.steps:
+        from metaperturb.plots import plot_learning  # matplotlib: not before there is something to draw
+
+        title = f"{source.name}, {config.model}"
+        plot_learning({"MetaPerturb": [read_metrics(run.dir)]}, title, run.dir / "curves.png")
+    content = card(config.steps)
+    save_phi(phi, run.dir / "phi.pt", card=content)
+    run.finish(content)
+    print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
 
 
 def joint_step(
@@ -359,13 +388,13 @@ class Checkpoints:
     once `latest.json` names it, when all its files are on disk: a kill at any moment leaves a good checkpoint.
     """
 
-    def __init__(self, run_dir: str, data: str, how: dict[str, str] | None = None) -> None:
-        self.run_dir, self.data, self.how = run_dir, data, how
+    def __init__(self, run_dir: str, data: str) -> None:
+        self.run_dir, self.data = run_dir, data
         self.folder = Path(run_dir) / "checkpoints"
         self.latest = self.folder / "latest.json"
 
     def read_latest(self) -> dict[str, Any] | None:
-        """Step, data and kernel of the latest checkpoint; None if there is none.
+        """Step, data, kernel and precision of the latest checkpoint; None if there is none.
 
         Raises:
             UserError: it is of other data.
@@ -391,8 +420,7 @@ class Checkpoints:
         if latest is None:
             return 0, []
         with restoring(self.latest):
-            step = latest["step"]
-            folder = self.step_folder(step)
+            folder = self.step_folder(latest["step"])
             for task in tasks:
                 task.load_state(load_tensors(folder / f"task-{task.index:02}.pt"))
             shared = load_tensors(folder / "phi.pt")
@@ -400,82 +428,32 @@ class Checkpoints:
             phi_optimizer.load_state_dict(shared["optimizer"])
             if run is not None:
                 run.seconds_before = shared["seconds"]
-                kernels.tell_change(latest["kernel"], self.how["kernel"], self.run_dir)
-            return step, [table.to(tasks[0].device) for table in shared["recent"]]
+            return latest["step"], [table.to(tasks[0].device) for table in shared["recent"]]
 
     def save(
-        self,
-        step: int,
-        tasks: list[Task],
-        phi: MetaPerturb,
-        phi_optimizer: torch.optim.Optimizer,
-        group: Group,
-        run: Run | None,
-        recent: list[Tensor],
+        self, step: int, tasks: list[Task], phi: MetaPerturb, phi_optimizer: Any, run: Run | None, recent: list
     ) -> None:
-        """Write the state after `step` steps, and the tables that are not logged yet, then forget the one before.
+        """Write the files of this process's tasks after `step` steps; where it has the `run`, φ's, too.
 
-        Each process writes the files of its tasks, that of rank 0 (the one with a `run`) φ's, too. Only when all have
-        written, behind the barrier, does rank 0 name the new folder in `latest.json` and remove the old one.
-
-        Raises:
-            Diverged: a parameter is not finite; the checkpoint before stays the latest.
+        Args:
+            recent: the tables that are not logged yet.
         """
         folder = self.step_folder(step)
-        check_finite_parameters(phi.parameters(), "φ", step, self.run_dir)
         for task in tasks:
-            check_finite_parameters(task.theta, f"task {task.index}", step, self.run_dir)
             save_tensors(task.state(), folder / f"task-{task.index:02}.pt")
         if run is not None:
             shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict()}
             save_tensors({**shared, "recent": recent, "seconds": run.seconds}, folder / "phi.pt")
-        group.barrier()
-        if run is not None:
-            save_json({"step": step, "data": self.data, **self.how}, self.latest)
-            for old in self.folder.glob("step-*"):
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
+
+    def name_latest(self, step: int, how: dict[str, str]) -> None:
+        """Let this checkpoint, of which all processes have written their files, take the place of the one before."""
+        save_json({"step": step, "data": self.data, **how}, self.latest)
+        for old in self.folder.glob("step-*"):
+            if old != self.step_folder(step):
+                shutil.rmtree(old, ignore_errors=True)
 
     def step_folder(self, step: int) -> Path:
         return self.folder / f"step-{step:06}"
-
-
-def finish(
-    run: Run,
-    config: MetaTrainConfig,
-    source: ImageArrays,
-    split_seed: int,
-    phi: MetaPerturb,
-    group: Group,
-    how: dict[str, str],
-) -> None:
-    """What a run leaves when it is done: the picture of its curves, `phi.pt` with its card, `result.json`."""
-    if config.steps:
-        from metaperturb.plots import plot_learning  # matplotlib: not before there is something to draw
-
-        title = f"{source.name}, {config.model}"
-        plot_learning({"MetaPerturb": [read_metrics(run.dir)]}, title, run.dir / "curves.png")
-    content = card(run, config.steps, source, split_seed, group, how)
-    save_phi(phi, run.dir / "phi.pt", card=content)
-    run.finish(content)
-    print(f"φ: {run.dir / 'phi.pt'}  ({config.steps} steps, {run.seconds:.0f} s)")
-
-
-def card(
-    run: Run, steps: int, source: ImageArrays, split_seed: int, group: Group, how: dict[str, str]
-) -> dict[str, Any]:
-    """How φ came about, after the first `steps` of a run."""
-    history = read_metrics(run.dir)
-    metrics = {name: history[-1][name] for name in METRICS} if history else None
-    description = {
-        "name": source.name,
-        "images": len(source),
-        "classes": len(np.unique(source.labels)),
-        "fingerprint": source.fingerprint,
-    }
-    result = {"source": description, "split_seed": split_seed, "processes": group.size, "metrics": metrics}
-    content = run.describe({**result, **how}, group.device)
-    return {**content, "config": {**content["config"], "steps": steps}}
 
 
 if __name__ == "__main__":

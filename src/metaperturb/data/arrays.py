@@ -26,7 +26,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from metaperturb.data.disk import NOT_OURS, Progress, disk_errors, file_lock
-from metaperturb.data.files import Place, is_passing, read_file
+from metaperturb.data.files import Place, is_passing, printable, read_file
 from metaperturb.errors import UserError
 from metaperturb.provenance import available_cores
 from metaperturb.storage import reason
@@ -141,7 +141,7 @@ def plan_from_samples(samples: Sequence[Sample], classes: Sequence[str], remarks
         where=", ".join(dict.fromkeys(str(s.place.path) for s in samples)),
         classes=classes,
         labels=[index[s.class_name] for s in samples],
-        names=[f"{s.place.path}: {s.member}".replace("\n", "\\n") for s in samples],  # messages are one line
+        names=[printable(f"{s.place.path}: {s.member}") for s in samples],
         read=lambda i: read_file(samples[i].place.files[samples[i].member]),
         remarks=remarks,
     )

@@ -39,6 +39,11 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
+def printable(name: str) -> str:
+    """A name as messages have it: on one line, and all of it Unicode."""
+    return name.replace("\n", "\\n").encode("utf-8", "backslashreplace").decode()
+
+
 def read_file(file: Path | Exception) -> bytes:
     """The content of one of `Place.files`.
 

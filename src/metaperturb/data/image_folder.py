@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 from metaperturb.data.arrays import Plan, Sample, plan_from_samples
-from metaperturb.data.files import Place
+from metaperturb.data.files import Place, printable
 from metaperturb.errors import UserError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -78,7 +78,7 @@ def _samples(place: Place, root: str, split: str) -> tuple[list[Sample], list[st
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', …' * (len(names) > 3)})".replace("\n", "\\n")
+    return printable(f"{len(names)} ({', '.join(names[:3])}{', …' * (len(names) > 3)})")
 
 
 def _normal(name: str) -> str:

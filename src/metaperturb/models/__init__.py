@@ -7,20 +7,21 @@ from collections.abc import Callable
 from torch import nn
 
 from metaperturb.errors import UserError
-from metaperturb.models.convnet import conv4, conv6, vgg9
-from metaperturb.models.resnet import resnet8, resnet20, resnet32, resnet44, resnet56, wrn_28_2
+from metaperturb.models.convnet import CONV4, CONV6, VGG9, ConvNet
+from metaperturb.models.resnet import ResNet, WideResNet
 
+# Number of classes and image size → network. ResNets average over whatever map is left.
 # ResNet18 and ResNet34 (He et al. 2016, ImageNet form) are torchvision's own.
-ZOO: dict[str, Callable[..., nn.Module]] = {
-    "conv4": conv4,
-    "conv6": conv6,
-    "vgg9": vgg9,
-    "resnet8": resnet8,
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet44": resnet44,
-    "resnet56": resnet56,
-    "wrn_28_2": wrn_28_2,
+ZOO: dict[str, Callable[[int, int], nn.Module]] = {
+    "conv4": lambda num_classes, image_size: ConvNet(CONV4, num_classes, image_size),
+    "conv6": lambda num_classes, image_size: ConvNet(CONV6, num_classes, image_size),
+    "vgg9": lambda num_classes, image_size: ConvNet(VGG9, num_classes, image_size),
+    "resnet8": lambda num_classes, _: ResNet(1, num_classes),
+    "resnet20": lambda num_classes, _: ResNet(3, num_classes),
+    "resnet32": lambda num_classes, _: ResNet(5, num_classes),
+    "resnet44": lambda num_classes, _: ResNet(7, num_classes),
+    "resnet56": lambda num_classes, _: ResNet(9, num_classes),
+    "wrn_28_2": lambda num_classes, _: WideResNet(4, 2, num_classes),
 }
 
 
@@ -35,7 +36,7 @@ def create(name: str, num_classes: int, image_size: int) -> nn.Module:
     Raises:
         UserError: unknown name (with the nearest known ones), images too small, timm asked for and not installed.
 
-    Example:
+    Examples:
         >>> model = create("resnet20", num_classes=10, image_size=32)
     """
     if num_classes < 2:

@@ -10,16 +10,7 @@ from metaperturb.perturbation import Slot
 # the authors' released code (the paper names them only).
 CONV4 = [(64, True)] * 4
 CONV6 = [(64, True), (64, True), (64, False), (64, True), (64, False), (64, True)]
-VGG9 = [
-    (64, True),
-    (128, True),
-    (256, False),
-    (256, True),
-    (512, False),
-    (512, True),
-    (512, False),
-    (512, True),
-]
+VGG9 = [(64, True), (128, True), *((width, pool) for width in (256, 512, 512) for pool in (False, True))]
 
 
 class ConvLayer(nn.Sequential):
@@ -51,18 +42,3 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.layers(x).flatten(1))
-
-
-def conv4(num_classes: int, image_size: int) -> ConvNet:
-    """Four convolutions of 64 channels, all followed by a pooling."""
-    return ConvNet(CONV4, num_classes, image_size)
-
-
-def conv6(num_classes: int, image_size: int) -> ConvNet:
-    """Six convolutions of 64 channels, four followed by a pooling."""
-    return ConvNet(CONV6, num_classes, image_size)
-
-
-def vgg9(num_classes: int, image_size: int) -> ConvNet:
-    """Eight convolutions of 64 to 512 channels, five followed by a pooling, and the classifier."""
-    return ConvNet(VGG9, num_classes, image_size)

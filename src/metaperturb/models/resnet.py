@@ -94,34 +94,3 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(F.relu(self.bn(out)).mean(dim=(2, 3)))
-
-
-# `image_size` is part of every builder's signature; these networks average over whatever map is left.
-def resnet8(num_classes: int, image_size: int) -> ResNet:
-    """`ResNet` of 1 block a stage, for any image size."""
-    return ResNet(1, num_classes)
-
-
-def resnet20(num_classes: int, image_size: int) -> ResNet:
-    """`ResNet` of 3 blocks a stage, for any image size."""
-    return ResNet(3, num_classes)
-
-
-def resnet32(num_classes: int, image_size: int) -> ResNet:
-    """`ResNet` of 5 blocks a stage, for any image size."""
-    return ResNet(5, num_classes)
-
-
-def resnet44(num_classes: int, image_size: int) -> ResNet:
-    """`ResNet` of 7 blocks a stage, for any image size."""
-    return ResNet(7, num_classes)
-
-
-def resnet56(num_classes: int, image_size: int) -> ResNet:
-    """`ResNet` of 9 blocks a stage, for any image size."""
-    return ResNet(9, num_classes)
-
-
-def wrn_28_2(num_classes: int, image_size: int) -> WideResNet:
-    """`WideResNet` of 4 blocks a stage, twice as wide, for any image size."""
-    return WideResNet(4, 2, num_classes)
