@@ -49,7 +49,7 @@ def create(config: MetaTestConfig, phi: MetaPerturb | None = None) -> Method:
 
 def _make(name: str, config: MetaTestConfig, phi: MetaPerturb | None) -> Method:
     if name == "metaperturb":
-        return Perturbation(phi, config.clip, config.anneal, config.sites, config.noise, config.gate, config.clip_eval)
+        return Perturbation(phi, config)
     module, _, kind = REGULARIZERS[name].made_by.partition(".")
     hyperparameters = [getattr(config, setting) for setting in REGULARIZERS[name].settings]
     more = {"precision": config.precision} if name == "adversarial" else {}

@@ -3,6 +3,7 @@
 from torch import nn
 
 from metaperturb.attach import Attachment, attach
+from metaperturb.config import MetaTestConfig
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.methods.base import Method
 from metaperturb.perturbation import MetaPerturb
@@ -13,30 +14,20 @@ class Perturbation(Method):
 
     Args:
         phi: the meta-learned perturbation.
-        clip: k, upper bound of perturbed values in training (section 3.2: 100), or None.
-        ramp: the share of the steps over which the strength rises (section 3.3 anneals; 0.4 in the authors' code).
-        where, noise, gate: ablations of table 3, as `attach` takes them. Without noise evaluation draws nothing.
-        clip_eval: clip in evaluation, too.
+        config: `clip` is the upper bound of perturbed values in training (section 3.2: 100), with `clip_eval` in
+            evaluation, too; `anneal` the share of the steps over which the strength rises (section 3.3 anneals; 0.4 in
+            the authors' code); `sites`, `noise` and `gate` are ablations of table 3. Without noise evaluation draws
+            nothing.
     """
 
     sites: Attachment
 
-    def __init__(
-        self, phi: MetaPerturb, clip: float | None, ramp: float, where: str, noise: bool, gate: bool, clip_eval: bool
-    ) -> None:
-        self.phi, self.clip, self.clip_eval, self.ramp = phi, clip, clip_eval, ramp
-        self.where, self.noise, self.gate = where, noise, gate
-        self.stochastic = noise
+    def __init__(self, phi: MetaPerturb, config: MetaTestConfig) -> None:
+        self.phi, self.config, self.ramp, self.stochastic = phi, config, config.anneal, config.noise
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
-        options = {
-            "noise": self.noise,
-            "gate": self.gate,
-            "clip": self.clip,
-            "clip_eval": self.clip_eval,
-            "paper": True,
-        }
-        self.sites = attach(model, self.phi, train.image_size, self.where, **options).metaperturb
+        options = {name: getattr(self.config, name) for name in ("sites", "noise", "gate", "clip", "clip_eval")}
+        self.sites = attach(model, self.phi, train.image_size, **options, paper=True).metaperturb
 
     def set_strength(self, strength: float) -> None:
         self.sites.strength = strength
