@@ -16,10 +16,11 @@ from pathlib import Path
 from tables.page import markdown_table
 from tables.results import METRICS
 from tables.runner import Job, run_jobs
+from tables.schema import PROGRAMS
 from tables.statistics import paired_difference, summarize
 
 from metaperturb.cli import argument_parser, run_program
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, load_config
+from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.errors import UserError
 from metaperturb.plots import LABELS, plot_convergence
 from metaperturb.runs import finished_result, read_metrics
@@ -27,7 +28,6 @@ from metaperturb.storage import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TARGET = (ROOT / "configs" / f"demo_{program}.yaml" for program in ("src", "tgt"))
-PROGRAMS = {"meta_train": MetaTrainConfig, "meta_test": MetaTestConfig}
 METHODS = ("base", "metaperturb")
 PHI = "tiny_imagenet_resnet20"  # of the networks: the one that is shipped
 
@@ -37,9 +37,8 @@ Results = dict[str, dict[int, dict]]  # method → seed → what its run left
 
 def job(program: str, config: Path, run_dir: Path, settings: list[str]) -> Job:
     """A run whose own result is its record."""
-    arguments = ["--config", str(config), "--set", f"run_dir={run_dir}", *settings]
-    steps = load_config(PROGRAMS[program], config, settings).steps
-    return Job(run_dir.name, program, arguments, run_dir, record=run_dir / "result.json", steps=steps)
+    config = load_config(PROGRAMS[program], config, [f"run_dir={run_dir}", *settings])
+    return Job(run_dir.name, program, config, record=run_dir / "result.json")
 
 
 def run(out: Path, jobs: list[Job], device: str, at_once: int) -> None:

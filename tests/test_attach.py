@@ -5,8 +5,11 @@ hand the feature map that a site should receive.
 """
 
 import copy
+import functools
 import importlib.util
+import operator
 import pickle
+import re
 import signal
 import sys
 import warnings
@@ -135,6 +138,8 @@ ADDITIONS = {
     "out.add": lambda out, x: out.add(x),
     "out.add_": lambda out, x: out.add_(x),
     "sum of a list": lambda out, x: sum([out, x]),
+    "out += x": operator.iadd,
+    "out.add_ as a statement": lambda out, x: (out.add_(x), out)[1],
 }
 
 
@@ -146,25 +151,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.relu(self.add(self.conv2(self.relu(self.conv1(x))), x))
-
-
-class InPlaceBlock(Block):
-    def __init__(self, channels):
-        super().__init__(channels, None)
-
-    def forward(self, x):
-        out = self.conv2(self.relu(self.conv1(x)))
-        out += x
-        return self.relu(out)
-
-
-class InPlaceStatementBlock(InPlaceBlock):
-    """Adds in place and does not look at the result of the call."""
-
-    def forward(self, x):
-        out = self.conv2(self.relu(self.conv1(x)))
-        out.add_(x)
-        return self.relu(out)
 
 
 class Residual(nn.Module):
@@ -204,11 +190,7 @@ PLAIN_NETS = {
         ["1", "5"],
     ),
 }
-RESIDUAL_NETS = {
-    **{name: lambda add=add: Residual(lambda: Block(4, add)) for name, add in ADDITIONS.items()},
-    "out += x": lambda: Residual(lambda: InPlaceBlock(4)),
-    "out.add_ as a statement": lambda: Residual(lambda: InPlaceStatementBlock(4)),
-}
+RESIDUAL_NETS = {name: lambda add=add: Residual(lambda: Block(4, add)) for name, add in ADDITIONS.items()}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -492,25 +474,17 @@ def test_one_line_on_stderr_names_the_sites(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_noise_and_gate_are_told_and_not_set():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16, gate=False)
-    assert model.metaperturb.noise is True and model.metaperturb.gate is False
+def test_settings_of_all_sites():
+    model = quiet(models.create("resnet8", 5, 16), image_size=16, clip=None, gate=False)
+    everywhere = [model.metaperturb, *model.metaperturb.sites]
+    assert all((one.noise, one.gate, one.clip, one.strength) == (True, False, None, 1.0) for one in everywhere)
+    model.metaperturb.strength, model.metaperturb.clip, model.metaperturb.clip_eval = 0.25, 3.0, True
+    assert all((one.strength, one.clip, one.clip_eval) == (0.25, 3.0, True) for one in everywhere)
+    with pytest.raises(ValueError):
+        model.metaperturb.strength = 1.5
     for name in ("noise", "gate"):
         with pytest.raises(AttributeError):
             setattr(model.metaperturb, name, True)
-
-
-def test_strength_and_clip_of_all_sites():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16, clip=None)
-    assert all(site.clip is None and site.strength == 1.0 for site in model.metaperturb.sites)
-    model.metaperturb.strength = 0.25
-    model.metaperturb.clip = 3.0
-    model.metaperturb.clip_eval = True
-    assert all(site.clip_eval for site in model.metaperturb.sites) and model.metaperturb.clip_eval
-    assert [(s.strength, s.clip) for s in model.metaperturb.sites] == [(0.25, 3.0)] * 3
-    assert model.metaperturb.strength == 0.25 and model.metaperturb.clip == 3.0
-    with pytest.raises(ValueError):
-        model.metaperturb.strength = 1.5
 
 
 # --- saving
@@ -586,9 +560,7 @@ def pickled(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-@pytest.mark.parametrize(
-    "make", [lambda: models.create("resnet8", 5, 16), RootSum, lambda: Residual(lambda: InPlaceBlock(4))]
-)
+@pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), RootSum, RESIDUAL_NETS["out += x"]])
 def test_a_copy_is_independent(make, copied):
     torch.manual_seed(0)
     model = quiet(make(), image_size=16, paper=True)
@@ -726,27 +698,50 @@ def test_a_place_is_a_word_and_a_name_is_in_a_list():
 # --- what it refuses
 
 
-def refused(model, image_size=32, sites=None):
-    training = model.training
-    keys = list(model.state_dict())
+def refused(model, image_size=32, sites=None, phi=None, **options):
+    training, keys = model.training, list(model.state_dict())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     with pytest.raises(UserError) as error:
-        quiet(model, image_size=image_size, sites=sites)
+        attach(model, phi or MetaPerturb(), image_size, sites, verbose=False, **options)
     assert model.training == training and list(model.state_dict()) == keys
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
     return one_line(error)
 
 
-def test_unknown_site_names():
-    message = refused(models.create("resnet8", 5, 32), sites=["layer2.0", "layer1.9"])
-    assert "layer1.9" in message and "layer1.0" in message  # with what there is
-    assert "fc" in refused(models.create("resnet8", 5, 32), sites=["fc"])  # no feature map
-    assert "twice" in refused(models.create("resnet8", 5, 32), sites=["layer1.0", "layer1.0"])
-    refused(models.create("resnet8", 5, 32), sites=[])
+resnet8 = functools.partial(models.create, "resnet8", 5, 32)
+REFUSED = {
+    "unknown name": (
+        resnet8,
+        {"sites": ["layer2.0", "layer1.9"]},
+        "'layer1.9' is neither a place nor a module.*layer1.0",
+    ),
+    "no feature map": (resnet8, {"sites": ["fc"]}, "'fc'"),
+    "a name twice": (resnet8, {"sites": ["layer1.0", "layer1.0"]}, "none twice"),
+    "no name": (resnet8, {"sites": []}, "at least one"),
+    "a place misspelt": (resnet8, {"sites": "topp"}, "near: top"),
+    "another": (resnet8, {"sites": "before_poling"}, "near: before_pooling"),
+    "nothing of φ": (resnet8, {"noise": False, "gate": False}, "noise=False and gate=False"),
+    "a name as φ": (resnet8, {"phi": "tiny_imagenet_resnet20"}, "load_phi"),
+    "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU()), {}, "Conv2d"),
+    "a classifier": (lambda: nn.Sequential(conv(3, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), {}, r"sites=\["),
+    "images too small": (lambda: network("vgg11"), {"image_size": 8}, r"\[2, 3, 8, 8\].*image_size"),
+    "images too large": (lambda: network("conv4"), {"image_size": 64}, "image_size"),
+    "attached": (lambda: quiet(resnet8()), {}, "detach"),
+    "attached in part": (lambda: nn.Sequential(quiet(RootSum()), nn.Linear(5, 2)), {}, "attached already"),
+    **{
+        f"size {size!r}": (resnet8, {"image_size": size}, "image_size")
+        for size in [(16, 16.0), 16.0, "16", -1, 0, None, (16, 0), (8, 8, 8)]
+    },
+}
 
 
-def test_a_place_misspelt():
-    assert "top" in refused(models.create("resnet8", 5, 32), sites="topp")
-    assert "before_pooling" in refused(models.create("resnet8", 5, 32), sites="before_poling")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    make, options, said = REFUSED[name]
+    model = make()
+    assert re.search(said, refused(model, **options))
+    detach(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "metaperturb") for m in model.modules())
 
 
 class TwoSlots(nn.Module):
@@ -801,35 +796,6 @@ def test_a_module_that_runs_at_two_places():
     assert site_names(quiet(Reused(nn.BatchNorm2d(4), (4, 4)), image_size=16, sites=["conv1"])) == ["conv1"]
 
 
-def test_neither_noise_nor_scale():
-    with pytest.raises(UserError) as error:
-        quiet(models.create("resnet8", 5, 16), image_size=16, noise=False, gate=False)
-    assert "noise=False and gate=False" in one_line(error)
-
-
-def test_no_convolution():
-    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.ReLU(), nn.Linear(8, 5))
-    assert "Conv2d" in refused(mlp, 16)
-    only_classifier = nn.Sequential(conv(3, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert "sites" in refused(only_classifier, 16)
-
-
-def test_images_too_small_or_too_large():
-    message = refused(network("vgg11"), 8)
-    assert "8" in message and "image_size" in message
-    assert "image_size" in refused(models.create("conv4", 5, 32), 64)
-
-
-def test_attaching_twice():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16)
-    x = images(2, 16)
-    expected = seeded(model.eval(), x)
-    with pytest.raises(UserError) as error:
-        quiet(model, image_size=16)
-    assert "detach" in one_line(error)
-    assert torch.equal(seeded(model, x), expected)
-
-
 WRAPPERS = {
     "DataParallel": nn.DataParallel,
     "AveragedModel": torch.optim.swa_utils.AveragedModel,
@@ -849,27 +815,6 @@ def test_the_network_inside_a_wrapper_is_meant(name):
     inside = detach(wrapped)._orig_mod if name == "OptimizedModule" else detach(wrapped).module
     assert not hasattr(inside, "metaperturb")
     assert all(torch.equal(inside(x), inside(x)) for x in [images(2, 16)])  # no noise
-
-
-def test_a_network_with_an_attached_part():
-    part = quiet(RootSum(), image_size=16)
-    whole = nn.Sequential(part, nn.Linear(5, 2))
-    with pytest.raises(UserError, match="attached already"):
-        quiet(whole, image_size=16)
-    detach(whole)
-    assert not hasattr(part, "metaperturb") and type(part) is RootSum
-    assert torch.equal(seeded(whole.eval(), images(2, 16)), whole(images(2, 16)))
-
-
-@pytest.mark.parametrize("size", [(16, 16.0), 16.0, "16", -1, 0, None, (16, 0), (8, 8, 8)])
-def test_a_size_that_is_none(size):
-    assert "image_size" in refused(models.create("resnet8", 5, 16), size)
-
-
-def test_a_phi_that_is_none():
-    with pytest.raises(UserError) as error:
-        attach(models.create("resnet8", 5, 16), "tiny_imagenet_resnet20", 16)
-    assert "load_phi" in one_line(error)
 
 
 class Noisy(nn.Module):
@@ -1097,13 +1042,6 @@ def test_phi_cannot_be_exchanged():
     assert len(list(model.parameters())) == len(parameters) and model.state_dict().keys() == state
 
 
-def test_a_part_of_a_network_with_phi():
-    model = quiet(nn.Sequential(Residual(lambda: Noisy(False))), image_size=8)
-    with pytest.raises(UserError, match="already"):
-        quiet(model[0], image_size=8)
-    assert "metaperturb" not in dict(model[0].named_children())
-
-
 def test_networks_of_torch_fx():
     traced = quiet(torch.fx.symbolic_trace(Residual(lambda: Noisy(False)).eval()), image_size=8).eval()
     before = seeded(traced, images(2, 8))
@@ -1305,7 +1243,7 @@ def test_traces_keep_phi(name):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_keep_phi(strict):
-    model, x = quiet(Residual(lambda: InPlaceBlock(4)).eval()), images(2)
+    model, x = quiet(RESIDUAL_NETS["out += x"]().eval()), images(2)
     assert acts(torch.export.export(model, (x,), strict=strict).module(), x)
 
 

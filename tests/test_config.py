@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from image_files import refusal
 
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, load_config, read_yaml, to_assignments
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, load_config, read_yaml
 from metaperturb.identity import differences
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -38,19 +38,6 @@ def test_shipped_configs_are_valid_and_say_what_they_are(path):
 def test_shipped_paper_configs_are_the_defaults():
     assert load_config(MetaTrainConfig, str(ROOT / "configs/src.yaml")) == MetaTrainConfig()
     assert load_config(MetaTestConfig, str(ROOT / "configs/tgt.yaml")) == MetaTestConfig()
-
-
-def test_assignments_make_the_same_configuration_again():
-    settings = {"phi": "p.pt", "lr": 1e-5, "clip": None, "lr_milestones": [0.5, 0.75], "download": False, "seed": 3}
-    config = load_config(MetaTestConfig, None, values=settings)
-    texts = to_assignments(config, {"run_dir": "runs/x"})
-    assert load_config(MetaTestConfig, None, texts) == dataclasses.replace(config, run_dir="runs/x")
-    assert len(texts) == len(settings) + 1  # what is at its default is left out
-
-
-def test_a_list_of_names_with_commas_has_no_text():
-    config = MetaTrainConfig(source_paths=["a.zip", "b,c.zip"])
-    assert "b,c.zip: a list cannot name what has a comma in it" in refusal(to_assignments, config)
 
 
 def test_the_home_folder_in_every_path(monkeypatch):

@@ -30,6 +30,7 @@ from tables.trainings import make_table as run_experiment
 from test_run_sh import run_sh
 
 from metaperturb import meta_train, models
+from metaperturb.config import MetaTestConfig
 from metaperturb.data import registry
 from metaperturb.errors import UserError
 
@@ -57,10 +58,10 @@ class Script(Job):
         return len(path.read_text()) if path.exists() else 0
 
 
-def script(folder: Path, id_: str, code: str = "done()", needs: tuple[str, ...] = (), **more) -> Script:
+def script(folder: Path, id_: str, code: str = "done()", steps: int = 1, **more) -> Script:
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    record = folder / "records" / f"{id_}.json"
-    return Script(id_, "none", (), folder / "runs" / id_, record, lambda: None, needs, code=code, **more)
+    config = MetaTestConfig(run_dir=str(folder / "runs" / id_), steps=steps)
+    return Script(id_, "none", config, folder / "records" / f"{id_}.json", code=code, **more)
 
 
 def test_jobs_run_after_what_they_need_on_devices_in_turn(tmp_path):
@@ -140,7 +141,8 @@ def test_a_training_that_cannot_start_end_or_leave_a_result_does_not_end_the_oth
     jobs[0].run_dir.parent.mkdir()
     jobs[0].run_dir.write_text("a file")
     outcome = run_jobs("test", jobs, ["cpu"], 2, retries=0)
-    assert outcome.finished == ["other"] and "cannot be started (File exists)" in outcome.failed.pop("blocked")
+    assert outcome.finished == ["other"] and "cannot write (File exists)" in outcome.failed["blocked"]
+    assert outcome.failed.pop("blocked").startswith("cannot be started (")
     assert "Permission denied" in outcome.failed.pop("denied")
     expected = {"phi": "said nothing", "cell": "not run, because phi failed", "refused": "cannot be read"}
     assert outcome.failed == expected

@@ -152,7 +152,7 @@ def test_zero_strength_is_base_bit_for_bit(target_settings, phi_file, tmp_path, 
     """With c held at 0 the perturbed network learns exactly what the plain one learns."""
     common = [*target_settings, "steps=4", "lr_milestones=0.5"]
     assert program.main(["--set", *common, "method=base", f"run_dir={tmp_path / 'base'}"]) == 0
-    monkeypatch.setattr(program, "annealed_strength", lambda *_: 0.0)
+    monkeypatch.setattr(program.training, "annealed_strength", lambda *_: 0.0)
     assert program.main(["--set", *common, f"phi={phi_file}", f"run_dir={tmp_path / 'zero'}"]) == 0
     base, zero = model_state(tmp_path / "base"), model_state(tmp_path / "zero")
     assert all(torch.equal(value, zero[key]) for key, value in base.items())

@@ -5,6 +5,7 @@ is one of the two training programs, started as anybody would start it, in a run
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shlex
@@ -14,14 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from metaperturb.cli import PARENT
 from metaperturb.errors import Diverged, UserError
 from metaperturb.runs import clock, read_metrics
-from metaperturb.storage import hold, reason
+from metaperturb.storage import hold, reason, save_yaml
 
-LOG = "log.txt"
+LOG, SETTINGS = "log.txt", "settings.yaml"  # what a job says, and what it is given, in its run folder
 POLL = 0.5  # seconds between two looks at the processes
 LINE_EVERY = 60.0  # seconds between two lines that say how far it is
 
@@ -33,27 +34,28 @@ class Job:
     Attributes:
         id: unique, also among jobs of other runners.
         program: `"meta_train"` or `"meta_test"`.
-        arguments: its command line behind the program, without the device.
-        run_dir: the folder that it works in.
+        config: its settings but for the device.
         record: the JSON that says that it is done.
         finish: makes the record from the finished run folder.
         needs: ids of jobs that must be done before.
-        steps: how many it has, and `weight`, what one takes beside those of other jobs: for the time left.
+        weight: what one of its steps takes beside those of other jobs: for the time left.
         diverge: called if the run diverged, with what it said last; keeps that, so that `diverged` tells.
         diverged: whether it was kept.
     """
 
     id: str
     program: str
-    arguments: Sequence[str]
-    run_dir: Path
+    config: Any
     record: Path
     finish: Callable[[], None] = lambda: None
     needs: tuple[str, ...] = ()
-    steps: int = 1
     weight: float = 1.0
     diverge: Callable[[str], None] | None = None
     diverged: Callable[[], bool] = lambda: False
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
 
     @property
     def done(self) -> bool:
@@ -66,11 +68,12 @@ class Job:
     def command(self, device: str) -> list[str]:
         """The process that does it on this device: GPU number or `"cpu"`."""
         key = "gpus" if self.program == "meta_train" else "gpu"
-        return [sys.executable, "-m", f"metaperturb.{self.program}", *self.arguments, f"{key}={device}"]
+        settings = ["--config", str(self.run_dir / SETTINGS), "--set", f"{key}={device}"]
+        return [sys.executable, "-m", f"metaperturb.{self.program}", *settings]
 
     def left(self) -> float:
         """The work before it."""
-        return 0.0 if self.done else self.weight * max(0, self.steps - last_step(self.run_dir))
+        return 0.0 if self.done else self.weight * max(0, self.config.steps - last_step(self.run_dir))
 
 
 @dataclass
@@ -157,12 +160,12 @@ class _Runner:
                 try:
                     self.running.append(self._launch(job, free[0], lock))
                     del free[0]
-                except OSError as error:  # one that cannot start does not end the others
+                except (UserError, OSError) as error:  # one that cannot start does not end the others
                     lock.close()
-                    self._fail(job, f"{job.run_dir}: cannot be started ({reason(error)})")
+                    self._fail(job, f"cannot be started ({reason(error)})")
 
     def _launch(self, job: Job, slot: int, lock: IO) -> _Running:
-        job.run_dir.mkdir(parents=True, exist_ok=True)
+        save_yaml(dataclasses.asdict(job.config), job.run_dir / SETTINGS)
         with open(job.run_dir / LOG, "ab") as log:  # behind what earlier attempts said
             environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when we are gone
             command = job.command(self.slots[slot])

@@ -11,6 +11,7 @@ Several runners may share the folders. The table says for each cell whether it r
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from metaperturb.cli import argument_parser, pairs, run_program
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, to_assignments
+from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.parts import load_parts, load_source_images
 from metaperturb.distributed import parse_devices
 from metaperturb.dry_run import watch
@@ -288,10 +289,8 @@ def need_job(need: Need, runs: Path) -> Job:
     return Job(
         id=need.id,
         program=need.program,
-        arguments=["--set", *to_assignments(need.config, {"run_dir": str(run_dir)})],
-        run_dir=run_dir,
+        config=dataclasses.replace(need.config, run_dir=str(run_dir)),
         record=run_dir / "result.json",  # the run's own
-        steps=need.config.steps,
         weight=tasks,
     )
 
@@ -309,12 +308,10 @@ def cell_job(results: Results, cell: Cell, runs: Path, images: list[str]) -> Job
     return Job(
         id=cell.id,
         program="meta_test",
-        arguments=["--set", *to_assignments(cell.config, {**made, "run_dir": str(run_dir)})],
-        run_dir=run_dir,
+        config=dataclasses.replace(cell.config, **made, run_dir=str(run_dir)),
         record=record,
         finish=finish,
         needs=tuple(need.id for need in cell.needs.values() if need.file is None),
-        steps=cell.config.steps,
         diverge=lambda said: write_diverged(results, cell, images, run_dir, said),
         diverged=lost.exists,
     )

@@ -8,9 +8,7 @@
 
 import sys
 
-if sys.argv[:1] == [
-    "-m"
-]:  # `python -m metaperturb.meta_train …`: what is wrong with it is said before PyTorch is there
+if sys.argv[:1] == ["-m"]:  # as a program: what is wrong with the command is said before PyTorch is there
     from metaperturb.early import check_command_line
 
     check_command_line()

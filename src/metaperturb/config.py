@@ -278,33 +278,8 @@ def from_record(cls: type[Config], recorded: Mapping[str, Any]) -> Config:
     return cls(**{key: value for key, value in recorded.items() if key in known})
 
 
-def to_assignments(config: Any, changed: Mapping[str, Any] | None = None) -> list[str]:
-    """The `key=value` texts that make this configuration, with `changed` values in place of its own, out of defaults.
-
-    >>> to_assignments(MetaTestConfig(method="base", lr_milestones=[0.5]), {"run_dir": "runs/one"})
-    ['run_dir=runs/one', 'method=base', 'lr_milestones=0.5']
-
-    Raises:
-        UserError: an item of a list has a comma in it, which no text can say.
-    """
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | (changed or {})
-    defaults = {field.name: default_of(field) for field in dataclasses.fields(config)}
-    return [f"{key}={_as_text(value)}" for key, value in values.items() if value != defaults[key]]
-
-
 def default_of(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default is dataclasses.MISSING else field.default
-
-
-def _as_text(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        texts = [_as_text(item) for item in value]
-        if wrong := [text for text in texts if "," in text]:
-            raise UserError(f"{wrong[0]}: a list cannot name what has a comma in it; rename it")
-        return ",".join(texts)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -62,14 +62,9 @@ def check_places(config: CommonConfig) -> None:
     for name, paths in places.items():
         for path in filter(None, paths):
             if not os.path.exists(path.strip()):
-                raise UserError(f"{name}: {path.strip()}: no such file or folder{_near(name)}")
+                shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt")))
+                hint = f" (shipped: {shipped})" if name == "phi" else ""
+                raise UserError(f"{name}: {path.strip()}: no such file or folder{hint}")
     numbers = [item for item in devices.split(",") if item.strip().isdecimal()]
     if numbers and not any(map(os.path.exists, GPU_DRIVERS)):
         raise UserError(f"{key}: no GPU {numbers[0].strip()} (this machine has no driver of one; 'cpu' works)")
-
-
-def _near(name: str) -> str:
-    """For φ: the names that are shipped."""
-    if name != "phi":
-        return ""
-    return f" (shipped: {', '.join(sorted(path.stem for path in SHIPPED.glob('*.pt')))})"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from metaperturb import finetuning, identity, kernels, methods, models
+from metaperturb import finetuning, identity, kernels, methods, models, training
 from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding, normalize
@@ -29,17 +29,6 @@ from metaperturb.modes import eval_mode
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
-from metaperturb.training import (
-    accuracy,
-    annealed_strength,
-    autocast,
-    check_finite,
-    check_finite_parameters,
-    choose_precision,
-    choose_threads,
-    restoring,
-    saved_after,
-)
 from metaperturb.weights import load_phi, phi_digest
 
 
@@ -64,11 +53,11 @@ def meta_test(config: MetaTestConfig) -> dict:
     make_current(device)
     perturbed = config.method == "metaperturb"
     checkpoint = Path(config.run_dir) / "checkpoints" / "latest.pt"
-    with restoring(checkpoint):  # a run goes on as it began
+    with training.restoring(checkpoint):  # a run goes on as it began
         state = dict(load_tensors(checkpoint)) if checkpoint.exists() else None
-    threads = (state or {}).get("threads") or config.threads or choose_threads()
+    threads = (state or {}).get("threads") or config.threads or training.choose_threads()
     torch.set_num_threads(threads)
-    precision = (state or {}).get("precision") or choose_precision(config.precision, device)
+    precision = (state or {}).get("precision") or training.choose_precision(config.precision, device)
     phi = load_phi(config.phi) if perturbed else None
     method = methods.create(dataclasses.replace(config, precision=precision), phi)
     kernels.set_kernel(config.kernel)
@@ -101,7 +90,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     start = 0
     recent: list[torch.Tensor] = []  # [loss, accuracy] of the steps since the last look, on the device
     if state is not None:
-        with restoring(checkpoint):
+        with training.restoring(checkpoint):
             identity.check_resumed(config, state, data, phi_id)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -128,19 +117,19 @@ def meta_test(config: MetaTestConfig) -> dict:
     def tell(share: float) -> None:
         progress.within(share)
         if stop.number:
-            raise Stopped(stop.number, saved_after(config.steps, config.steps))
+            raise Stopped(stop.number, training.saved_after(config.steps, config.steps))
 
     def evaluated(step: int, samples: int) -> dict[str, float]:
         seed_torch(config.seed, 0, "evaluate", step)
         samples = samples if method.stochastic else 1
-        with autocast(device, precision):
+        with training.autocast(device, precision):
             return evaluate(model, test_images, samples, config.eval_batch_size, tell)
 
     def evaluated_in_one_pass() -> dict[str, float]:
         """The network is deterministic for the time of it, with statistics over all training images as they are."""
         chunks = torch.arange(len(train)).tensor_split(max(1, len(train) // max(2, config.eval_batch_size)))
         pictures = (normalize(train_images.take(chunk)[0]) for chunk in chunks)
-        with eval_mode(model), autocast(device, precision):
+        with eval_mode(model), training.autocast(device, precision):
             make_deterministic(model, pictures)
             try:
                 return evaluate(model, test_images, 1, config.eval_batch_size, tell)
@@ -148,7 +137,7 @@ def meta_test(config: MetaTestConfig) -> dict:
                 make_stochastic(model)
 
     def save(done: int) -> None:
-        check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
+        training.check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
         learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         given = {"data": data, "phi": phi_id, "init": origin}
         save_tensors({**learned, **given, **how, "recent": recent, "step": done, "seconds": run.seconds}, checkpoint)
@@ -161,7 +150,7 @@ def meta_test(config: MetaTestConfig) -> dict:
         saves = done % config.checkpoint_every == 0 or last
         if done % config.log_every == 0 or evaluates or saves:
             values = torch.stack(recent).cpu()  # the only place where the host waits for the device
-            check_finite(values, done - len(values), config.run_dir)
+            training.check_finite(values, done - len(values), config.run_dir)
             mean_loss, mean_accuracy = values.mean(dim=0).tolist()
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:
@@ -189,20 +178,20 @@ def meta_test(config: MetaTestConfig) -> dict:
                     look(step)
             except Stopped as stopped:
                 save(step)
-                raise Stopped(stopped.number, saved_after(step, config.steps)) from None
+                raise Stopped(stopped.number, training.saved_after(step, config.steps)) from None
             if step == config.steps:
                 break
-            method.set_strength(annealed_strength(step, config.steps, method.ramp))
+            method.set_strength(training.annealed_strength(step, config.steps, method.ramp))
             seed_torch(config.seed, 0, "theta_step", step)
             x, y = method.batch(*batches.batch(step))
-            with autocast(device, precision):
+            with training.autocast(device, precision):
                 logits = model(x)
                 loss = method.loss(logits, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            recent.append(torch.stack([loss.detach(), accuracy(logits, y)]))
+            recent.append(torch.stack([loss.detach(), training.accuracy(logits, y)]))
 
         # Result
         try:

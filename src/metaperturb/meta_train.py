@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaperturb import identity, kernels, models
+from metaperturb import identity, kernels, models, training
 from metaperturb.attach import attach
 from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
@@ -41,18 +41,6 @@ from metaperturb.perturbation import MetaPerturb
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_json, load_tensors, save_json, save_tensors
-from metaperturb.training import (
-    ABLATION,
-    accuracy,
-    annealed_strength,
-    autocast,
-    check_ablation,
-    check_finite,
-    check_finite_parameters,
-    choose_precision,
-    restoring,
-    saved_after,
-)
 from metaperturb.weights import save_phi
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")  # a task's, beside φ's gradient in its row
@@ -75,7 +63,7 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
         print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
         return
     # Whatever is wrong is said now, the quick checks first, before any process starts.
-    check_ablation(config)
+    training.check_ablation(config)
     devices = choose_devices(config.gpus, config.tasks)
     model = models.create(config.model, num_classes=2, image_size=config.image_size)
     attach(model, MetaPerturb(), config.image_size, config.sites, verbose=os.environ.get("RANK", "0") == "0")
@@ -161,12 +149,12 @@ class Task:
         self.test_batches = batches(split.test, "order_test")
         seed_torch(config.seed, index, "init")
         model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
-        ablation = {key: getattr(config, key) for key in ABLATION}
+        ablation = {key: getattr(config, key) for key in training.ABLATION}
         self.model = attach(
             model, phi, config.image_size, **ablation, clip=config.clip, paper=True, verbose=False
         ).train()
         self.batch_norms = batch_norms(self.model)
-        self.autocast = autocast(images.device, config.precision)
+        self.autocast = training.autocast(images.device, config.precision)
         self.theta = list(self.model.parameters())  # φ is not among them
         self.optimizer = torch.optim.Adam(self.theta, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -183,7 +171,7 @@ class Task:
         loss.backward()
         self.optimizer.step()
         self.phi.requires_grad_(True)
-        return loss.detach(), accuracy(logits, y)
+        return loss.detach(), training.accuracy(logits, y)
 
     def phi_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the loss on D_te with respect to φ, θ constant (line 10): `[82]`, loss, accuracy."""
@@ -198,7 +186,7 @@ class Task:
         gradient = gradient_of(loss, self.phi)
         for parameter in self.theta:
             parameter.requires_grad_(True)
-        return gradient, loss.detach(), accuracy(logits, y)
+        return gradient, loss.detach(), training.accuracy(logits, y)
 
     def lookahead_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same at θ − η ∇θ L_tr(θ, φ), differentiated through that step (Ren et al. 2018; plain SGD, no decay)."""
@@ -223,7 +211,7 @@ class Task:
             logits = forward(ahead, x)
             loss = F.cross_entropy(logits, y)
         gradient = gradient_of(loss, self.phi)
-        return gradient, loss.detach(), accuracy(logits, y)
+        return gradient, loss.detach(), training.accuracy(logits, y)
 
     def state(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -244,7 +232,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     checkpoints = Checkpoints(config.run_dir, data_digest(source, splits))
     before = checkpoints.read_latest() or {}  # a run goes on as it began
     how["precision"] = before.get("precision") or group.of_first(
-        lambda: choose_precision(config.precision, group.device)
+        lambda: training.choose_precision(config.precision, group.device)
     )
     images = DeviceImages(source, group.device)
     seed_torch(config.seed, 0, "phi")
@@ -283,7 +271,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     # Joint meta-training
     with Stop(tell=group.rank == 0) as stop:
         for step in range(start, config.steps):
-            strength = annealed_strength(step, config.steps, config.anneal)
+            strength = training.annealed_strength(step, config.steps, config.anneal)
             for task in tasks:
                 task.model.metaperturb.strength = strength
             table, stopping = joint_step(step, tasks, phi, phi_optimizer, group, config, bool(stop.number))
@@ -297,7 +285,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
             stops = (group.on_host or looks) and stopping.item() and not last
             if looks or stops:
                 tables = torch.stack(recent).cpu()  # the host waits for the device only here (and with gloo)
-                check_finite(tables, done - len(tables), config.run_dir)
+                training.check_finite(tables, done - len(tables), config.run_dir)
             if looks:
                 recent.clear()
                 if run is not None:
@@ -310,13 +298,13 @@ def work(group: Group, config: MetaTrainConfig) -> None:
                 save_phi(phi, kept_phi(run.dir, done), card=card(done))
             if saves or stops:
                 for name, module in {"φ": phi, **{f"task {task.index}": task.model for task in tasks}}.items():
-                    check_finite_parameters(module.parameters(), name, done, config.run_dir)
+                    training.check_finite_parameters(module.parameters(), name, done, config.run_dir)
                 checkpoints.save(done, tasks, phi, phi_optimizer, run, recent)
                 group.barrier()
                 if run is not None:
                     checkpoints.name_latest(done, how)
             if stops:
-                raise Stopped(stop.number or signal.SIGTERM, saved_after(done, config.steps))
+                raise Stopped(stop.number or signal.SIGTERM, training.saved_after(done, config.steps))
 
     # Result: the picture of the curves, φ with its card, `result.json`
     if run is None:
@@ -400,7 +388,7 @@ class Checkpoints:
             UserError: it is of other data.
         """
         latest = load_json(self.latest) if self.latest.exists() else None
-        with restoring(self.latest):
+        with training.restoring(self.latest):
             other = latest is not None and latest["data"] != self.data
         if other:
             raise UserError(
@@ -419,7 +407,7 @@ class Checkpoints:
         latest = self.read_latest()
         if latest is None:
             return 0, []
-        with restoring(self.latest):
+        with training.restoring(self.latest):
             folder = self.step_folder(latest["step"])
             for task in tasks:
                 task.load_state(load_tensors(folder / f"task-{task.index:02}.pt"))

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from metaperturb.errors import UserError
 from metaperturb.provenance import provenance
-from metaperturb.storage import hold, load_json, reason, remove_leftovers, save_json, write_atomically
+from metaperturb.storage import hold, load_json, reason, remove_leftovers, save_json, save_yaml, write_atomically
 
 
 class Run:
@@ -39,8 +38,7 @@ class Run:
         if self._lock is None:
             raise UserError(f"{self.dir}: in use by another process; choose another run_dir")
         remove_leftovers(self.dir)
-        text = yaml.safe_dump({"program": program, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True)
-        write_atomically(self.dir / "config.yaml", lambda file: file.write(text.encode()))
+        save_yaml({"program": program, **dataclasses.asdict(config)}, self.dir / "config.yaml")
 
     @property
     def seconds(self) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import torch
+import yaml
 
 from metaperturb.errors import UserError
 
@@ -87,6 +88,12 @@ def save_json(content: Any, path: Path) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # Names of files need not be Unicode: their other bytes are written as JSON has them, \udcff.
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def save_yaml(content: Any, path: Path) -> None:
+    """YAML in UTF-8, atomically."""
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def load_tensors(path: Path) -> Any:

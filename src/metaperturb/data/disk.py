@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,11 +25,6 @@ _DISK_ADVICE = {
 }
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # of another user, or read-only
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
-
-
-def is_disk_error(error: BaseException) -> bool:
-    """Whether an exception says that the disk cannot take more, or nothing at all."""
-    return isinstance(error, OSError) and error.errno in _DISK_ADVICE
 
 
 @contextlib.contextmanager
@@ -65,24 +59,22 @@ def file_lock(path: Path) -> Iterator[bool]:
         whether it is held: not where the file system has no locks, which is said aloud, nor where the file cannot be
         opened, as what is to be written beside it will tell.
     """
-    handle = None
-    try:
-        with contextlib.suppress(OSError):
+    with contextlib.ExitStack() as stack:
+        locked = False
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if handle is not None:
+            file = stack.enter_context(path.open("ab"))
+        except OSError:
+            pass
+        else:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                locked = True
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise UserError(f"{path}: cannot lock this file: {error.strerror}") from error
                 print(f"{path.parent}: no locks here: processes started at once may do the same work", file=sys.stderr)
-                os.close(handle)
-                handle = None
-        yield handle is not None
-    finally:
-        if handle is not None:
-            os.close(handle)
+        yield locked
 
 
 class Progress:

@@ -139,8 +139,8 @@ def _drawn(name: str, image_size: int) -> dict[str, ImageArrays]:
 
     if name == "embedded_source":
         return {"train": from_memory("embedded-source", *embedded_source(image_size=image_size))}
-    made = zip(("train", "test"), embedded_target(image_size=image_size), strict=True)
-    return {split: from_memory(f"embedded-{split}", *images) for split, images in made}
+    train, test = embedded_target(image_size=image_size)
+    return {"train": from_memory("embedded-train", *train), "test": from_memory("embedded-test", *test)}
 
 
 def _opened(
@@ -163,10 +163,8 @@ def _opened(
     root = paths[0] if paths else data_root / official.home
     if official.find is None:
         return official.key, lambda split: _complete(official.plan(root, download, split), name, split)
-    found = paths if paths and official.itself else official.find(root, download)
-    places = [Place(path, stack) for path in found]
-    keys = sorted({place.key for place in places if place.key is not None})
-    key = " ".join(keys) if all(place.key for place in places) else None
+    places = [Place(path, stack) for path in (paths if paths and official.itself else official.find(root, download))]
+    key = " ".join(sorted({place.key for place in places})) if all(place.key for place in places) else None
     return lambda split: key, lambda split: _complete(official.plan(places, split), name, split)
 
 

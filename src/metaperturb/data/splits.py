@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from metaperturb.errors import UserError
 from metaperturb.storage import load_json, write_atomically
 
 KINDS = ("disjoint", "paired", "homogeneous")
-_FORMAT = 1
+_FORMAT, _FIELDS = 1, ("classes", "train", "test")
 # Which images are held out is no setting: all runs on a data set are tuned on the same ones.
 _HOLDOUT_SEED = 0
 CHOICE_SEED = 0  # nor is which ones s-CIFAR100 and small SVHN are, or are left by `train_per_class` and `classes`
@@ -88,17 +87,12 @@ def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> lis
     bits = np.random.PCG64(int(seed))
     dealt = np.array_split(shuffled(classes, bits), groups)
     images = {int(c): shuffled(np.flatnonzero(labels == c), bits) for c in classes}
-    tasks = []
     if kind == "homogeneous":
-        dealt_images = {c: np.array_split(index, num_tasks) for c, index in images.items()}
-        for task in range(num_tasks):
-            tasks.append(_task(classes, [share[task] for share in dealt_images.values()]))
-    else:
-        for group in dealt:
-            task = _task(group, [images[int(c)] for c in group])
-            tasks.append(task)
-            if kind == "paired":
-                tasks.append(TaskSplit(task.classes, train=task.test, test=task.train))
+        shares_of = [np.array_split(index, num_tasks) for index in images.values()]
+        return [_task(classes, shares) for shares in zip(*shares_of, strict=True)]
+    tasks = [_task(group, [images[int(c)] for c in group]) for group in dealt]
+    if kind == "paired":
+        tasks = [t for task in tasks for t in (task, TaskSplit(task.classes, train=task.test, test=task.train))]
     return tasks
 
 
@@ -198,7 +192,7 @@ def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, 
     Raises:
         UserError: the file cannot be written.
     """
-    tasks = [{f: getattr(s, f).tolist() for f in ("classes", "train", "test")} for s in splits]
+    tasks = [{field: getattr(split, field).tolist() for field in _FIELDS} for split in splits]
     head = {"format": _FORMAT, "fingerprint": fingerprint, "kind": kind, "seed": int(seed)}
     text = json.dumps({**head, "tasks": tasks})
     write_atomically(Path(path).expanduser(), lambda file: file.write(text.encode()))
@@ -223,9 +217,9 @@ def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> tuple[
         written_for, kind, seed = document["fingerprint"], document["kind"], document["seed"]
         if kind not in KINDS or type(seed) is not int:
             raise ValueError(f"kind {kind!r}, seed {seed!r}")
-        tasks = [_parse_task(task) for task in document["tasks"]]
-        if not tasks:
-            raise ValueError("no tasks")
+        tasks = [TaskSplit(**{field: _numbers(task[field]) for field in _FIELDS}) for task in document["tasks"]]
+        if not tasks or any(np.intersect1d(task.train, task.test).size for task in tasks):
+            raise ValueError("no tasks, or one whose train and test overlap")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a class split ({type(error).__name__}: {error})") from error
     if written_for != fingerprint:
@@ -240,15 +234,7 @@ def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> tuple[
     return tasks, kind, seed
 
 
-def _parse_task(task: dict[str, Any]) -> TaskSplit:
-    fields = {}
-    for field in ("classes", "train", "test"):
-        values = task[field]
-        if not values or not all(type(value) is int and value >= 0 for value in values):
-            raise ValueError(f"{field} must be a list of whole numbers")
-        fields[field] = np.array(values, dtype=np.int64)
-        if (np.diff(fields[field]) <= 0).any():
-            raise ValueError(f"{field} must ascend")
-    if np.intersect1d(fields["train"], fields["test"]).size:
-        raise ValueError("train and test overlap")
-    return TaskSplit(**fields)
+def _numbers(values: list[int]) -> np.ndarray:
+    if not values or not all(type(value) is int for value in values) or values[0] < 0 or values != sorted({*values}):
+        raise ValueError("classes, train and test must be whole numbers that ascend")
+    return np.array(values, dtype=np.int64)

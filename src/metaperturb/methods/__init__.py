@@ -49,8 +49,7 @@ def create(config: MetaTestConfig, phi: MetaPerturb | None = None) -> Method:
 
 def _make(name: str, config: MetaTestConfig, phi: MetaPerturb | None) -> Method:
     if name == "metaperturb":
-        options = {key: getattr(config, key) for key in ("noise", "gate", "clip", "clip_eval", "paper")}
-        return Perturbation(phi, config.anneal, config.sites, **options)
+        return Perturbation(phi, config)
     module, _, kind = REGULARIZERS[name].made_by.partition(".")
     hyperparameters = [getattr(config, setting) for setting in REGULARIZERS[name].settings]
     more = {"precision": config.precision} if name == "adversarial" else {}

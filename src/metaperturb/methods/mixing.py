@@ -77,19 +77,16 @@ class ManifoldMixup(Mixing, SiteMethod):
         layer = int(torch.randint(len(sites) + 1, ()))
         if layer == len(sites):
             return super().mix_images(x, partner, share)
-        sites[layer].mixes_next(partner, share)
+        sites[layer].pending = partner, share
         return x, share
 
 
 class MixingSite(nn.Module):
-    """Mixes what passes it in training once, after `mixes_next`; else the identity."""
+    """The identity, but once for what is `pending`: the partners and the share with which the next maps are mixed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pending: tuple[Tensor, float] | None = None
-
-    def mixes_next(self, partner: Tensor, share: float) -> None:
-        self.pending = partner, share
 
     def forward(self, h: Tensor) -> Tensor:
         if self.pending is None or not self.training:
