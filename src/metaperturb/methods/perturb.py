@@ -16,8 +16,8 @@ class Perturbation(Method):
         phi: the meta-learned perturbation.
         config: `clip` is the upper bound of perturbed values in training (section 3.2: 100), with `clip_eval` in
             evaluation, too; `anneal` the share of the steps over which the strength rises (section 3.3 anneals; 0.4 in
-            the authors' code); `sites`, `noise` and `gate` are ablations of table 3; `paper` chooses the arithmetic. Without noise evaluation draws
-            nothing.
+            the authors' code); `sites`, `noise` and `gate` are ablations of table 3; `paper` chooses the
+            arithmetic. Without noise evaluation draws nothing.
     """
 
     sites: Attachment
