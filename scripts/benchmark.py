@@ -85,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def benchmark(arguments: argparse.Namespace, command: str) -> None:
     bench, wanted = checked(arguments)
     torch.set_num_threads(bench.threads)
-    about = provenance(bench.device)
+    about, vectors = provenance(bench.device), torch.backends.cpu.get_cpu_capability()
+    hardware = about["hardware"]  # a CPU's name may be as vague as "AMD EPYC": its vector instructions tell more
     document: dict[str, Any] = {
         "smoke": arguments.smoke,
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": processor(bench.device, about["hardware"]),
+        "processor": hardware["device"] if bench.device.type == "cuda" else f"{hardware['cpu']} {vectors}",
         **about,
         "kernel": kernels.kernel_name(bench.device),
         "settings": {key: value for key, value in dataclasses.asdict(bench).items() if key != "device"},
@@ -128,15 +129,8 @@ def checked(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
     for item in asked:
         if item not in PARTS:
             raise UserError(f"--only: unknown part {item!r} (known: {', '.join(PARTS)})")
-    bench = Bench(torch.device(name), threads, rounds, turn=0.02 if name == "cpu" else 0.1)
-    return parts.smoke(bench) if arguments.smoke else bench, [part for part in PARTS if part in asked]
-
-
-def processor(device: torch.device, hardware: Mapping[str, Any]) -> str:
-    """The kind of processor: of a CPU, whose name may be as vague as "AMD EPYC", its vector instructions too."""
-    return (
-        hardware["device"] if device.type == "cuda" else f"{hardware['cpu']} {torch.backends.cpu.get_cpu_capability()}"
-    )
+    sizes = parts.SMOKE if arguments.smoke else {"turn": 0.02 if name == "cpu" else 0.1}
+    return Bench(torch.device(name), threads, rounds, **sizes), [part for part in PARTS if part in asked]
 
 
 def ratios(groups: Groups, bench: Bench) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from torch import nn
 from metaperturb import UserError, plots
 from metaperturb.analyses import calibration
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
-from metaperturb.config import load_config
 from metaperturb.evaluation import expected_calibration_error, metrics
 from metaperturb.trained import load_run
 
@@ -161,18 +160,6 @@ def test_curves_and_pictures(runs, tmp_path):
     plots.plot_samples({"base": curves["base"]}, "drawn", tmp_path / "alone")  # nothing to compare counts with
     results["base"][0]["target"]["fingerprint"] = "0"
     assert "cannot be compared: target" in refusal(calibration_curves, results)
-
-
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("counts=", "counts: none is given"),
-        ("counts=0,5", "counts: must be at least 1, got 0"),
-        ("batch_size=0", "at least 1"),
-    ],
-)
-def test_bad_settings(setting, expected):
-    assert expected in refusal(load_config, Sampling, None, [setting])
 
 
 def test_a_network_that_is_not_finite(runs, tmp_path):

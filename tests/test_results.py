@@ -122,7 +122,7 @@ def test_the_page_has_ours_beside_the_papers(grid, folder, tmp_path):
     assert base[2:7] == ["2", "31.00 ± 1.41", "30.63 ± 0.66", "+0.37", "–"]
     assert base[7:] == ["0.62 ± 0.03", "3.10 ± 0.14", "paper"]
     assert "to Base, n = 2" in details[3][6]
-    assert "defaults of their sources where nothing else stands here" in page
+    assert "defaults of their sources, unless this page names another value" in page
     assert "21 of 30 cells have not run yet, or failed" in page
 
 
@@ -141,7 +141,7 @@ def test_reduced_cells_are_marked_and_explained(tmp_path):
     ]
     assert overview[2][0] == "Drop | out"
     assert {line[5] for line in details[1:]} == {"–"}  # other data: no difference to the paper
-    assert "- All cells differ in: target: cub → embedded; image_size: 84 → 32; steps: 100 → 10\n" in text
+    assert "- All cells differ from the paper in: target: cub → embedded; image_size: 84 → 32; steps: 100 → 10\n" in text
     assert "- (b) phi: steps: 750 → 7\n" in text
     assert "`Birds` stands in for the paper's CUB. Its images differ" in text
     for line in read_csv(page).values():
@@ -361,13 +361,13 @@ def test_a_record_names_no_folder_of_the_machine(grid, tmp_path):
     config |= {"seed": 0}
     result = {"program": "meta_test", "config": config, "init": {"from": str(run), "tensors": 7}, "phi_digest": "d"}
     result |= {"phi_card": {"config": config}, "target": {"fingerprints": ["a", "b"]}}
-    result |= {"metrics": {"accuracy": 0.5, "nll": 1, "ece": 0.1}}
+    result |= {key: {"accuracy": 0.5, "nll": 1, "ece": 0.1} for key in ("metrics", "one_pass")}
     (run / "result.json").write_text(json.dumps(result))
     write_own_record({"row": "Base"}, run, tmp_path / "record.json")
     text = (tmp_path / "record.json").read_text()
     assert "secret" not in text and "phi.pt" in text and "a.zip" in text and '"tensors": 7' in text
     assert '"split_file": ""' in text  # none, which is not the folder that the program runs in
-    assert '"target_path": "b.zip,c.zip"' in text
+    assert '"target_path": "b.zip,c.zip"' in text and json.loads(text)["one_pass"] == result["one_pass"]
 
 
 # --- tuning

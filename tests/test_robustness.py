@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
+from pathlib import Path
 from unittest import mock
 
 import matplotlib
@@ -15,6 +17,7 @@ from torch import nn
 
 from metaperturb import UserError, plots
 from metaperturb.analyses import robustness
+from metaperturb.analyses.calibration import Sampling
 from metaperturb.analyses.robustness import (
     Attack,
     AttackedModel,
@@ -23,6 +26,7 @@ from metaperturb.analyses.robustness import (
     measure_robustness,
     robustness_curves,
 )
+from metaperturb.analyses.surface import Plane
 from metaperturb.config import load_config
 from metaperturb.data.batches import normalize
 from metaperturb.trained import load_run
@@ -261,61 +265,65 @@ def test_a_network_that_overflows_under_attack_has_no_answer(runs, tmp_path, cap
 # --- results
 
 
-def test_result_and_progress(runs, tmp_path, capsys):
-    result = measure_robustness(runs["metaperturb"], SMALL, tmp_path / "r.json")
-    assert result == json.loads((tmp_path / "r.json").read_text())
-    assert [(p["norm"], p["eps"]) for p in result["points"]] == SMALL.points
-    for point in result["points"]:
-        assert len(point["correct"]) == 3 and point["accuracy"] == sum(point["correct"]) / 24  # batches of 16 // 2
-    assert sum(result["clean"]) == sum(result["points"][0]["correct"])
-    assert result["seconds"] > 0 and result["versions"]["torch"]
-    told = capsys.readouterr().err
-    assert told.index("attacks on metaperturb: step 1/15") < told.index("attacks on metaperturb: step 15/15")
-    again = measure_robustness(runs["metaperturb"], SMALL, tmp_path / "again.json")
-    assert comparable(again) == comparable(result)
-    other = measure_robustness(runs["metaperturb"], dataclasses.replace(SMALL, seed=1), tmp_path / "other.json")
-    assert comparable(other) != comparable(result)
+@pytest.fixture(scope="module")
+def small(runs, tmp_path_factory):
+    """method → the file of results of `SMALL`. Do not change them."""
+    folder = tmp_path_factory.mktemp("small")
+    for method in ("base", "metaperturb"):
+        measure_robustness(runs[method], SMALL, folder / f"{method}.json")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def comparable(result):
     return {key: value for key, value in result.items() if key != "seconds"}
 
 
-@pytest.mark.parametrize("cut", [7, 14])
-def test_cut_off_and_continued(runs, tmp_path, monkeypatch, capsys, cut):
-    run, save, saved = runs["metaperturb"], robustness.save_json, []
-    whole = measure_robustness(run, SMALL, tmp_path / "whole.json")
+def test_result(runs, small, tmp_path):
+    result = read(small["metaperturb"])
+    assert [(p["norm"], p["eps"]) for p in result["points"]] == SMALL.points
+    for point in result["points"]:
+        assert len(point["correct"]) == 3 and point["accuracy"] == sum(point["correct"]) / 24  # batches of 16 // 2
+    assert sum(result["clean"]) == sum(result["points"][0]["correct"])
+    assert result["seconds"] > 0 and result["versions"]["torch"]
+    other = measure_robustness(runs["metaperturb"], dataclasses.replace(SMALL, seed=1), tmp_path / "other.json")
+    assert comparable(other) != comparable(result)
+
+
+def test_cut_off_and_continued(runs, small, tmp_path, monkeypatch, capsys):
+    run, path, save, saved = runs["metaperturb"], tmp_path / "cut.json", robustness.save_json, []
 
     def save_and_stop(content, path):
         save(content, path)
         saved.append(path)
-        if len(saved) == cut:
+        if len(saved) == 7:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(robustness, "save_json", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            measure_robustness(run, SMALL, tmp_path / "cut.json")
-        capsys.readouterr()
-        measure_robustness(run, SMALL, tmp_path / "cut.json")
-    assert len(saved) == 15  # nothing twice
-    continued = json.loads((tmp_path / "cut.json").read_text())
-    assert comparable(continued) == comparable(whole)
+            measure_robustness(run, SMALL, path)
+        assert "attacks on metaperturb: step 1/15" in capsys.readouterr().err
+        continued = measure_robustness(run, SMALL, path)
+    assert len(saved) == 15 and "step 15/15" in capsys.readouterr().err  # nothing twice
+    assert continued == read(path) and comparable(continued) == comparable(read(small["metaperturb"]))
     monkeypatch.setattr(robustness, "perturb", None)
-    assert measure_robustness(run, SMALL, tmp_path / "cut.json") == continued  # finished: no attack any more
+    assert measure_robustness(run, SMALL, path) == continued  # finished: no attack any more
 
 
-def test_further_radii_are_added(runs, tmp_path):
-    run, few = runs["base"], dataclasses.replace(SMALL, linf=(0.05,), l1=())
-    measure_robustness(run, few, tmp_path / "r.json")
-    added = measure_robustness(run, SMALL, tmp_path / "r.json")
-    assert comparable(added) == comparable(measure_robustness(run, SMALL, tmp_path / "whole.json"))
-    fewer = measure_robustness(run, few, tmp_path / "r.json")  # what was not asked for is not drawn
+def test_further_radii_are_added(runs, small, tmp_path):
+    run, path, few = runs["base"], tmp_path / "r.json", dataclasses.replace(SMALL, linf=(0.05,), l1=())
+    measure_robustness(run, few, path)
+    assert comparable(measure_robustness(run, SMALL, path)) == comparable(read(small["base"]))
+    fewer = measure_robustness(run, few, path)  # what was not asked for is not drawn
     assert [(point["norm"], point["eps"]) for point in fewer["points"]] == few.points
-    whole = json.loads((tmp_path / "r.json").read_text())
+    whole = read(path)
     whole["points"][-1]["correct"].pop()  # as if cut off there
-    (tmp_path / "r.json").write_text(json.dumps(whole))
-    robustness_curves({"base": [measure_robustness(run, few, tmp_path / "r.json")]})  # nor need it be complete
+    path.write_text(json.dumps(whole))
+    robustness_curves({"base": [measure_robustness(run, few, path)]})  # nor need it be complete
 
 
 @pytest.mark.slow
@@ -346,8 +354,8 @@ def test_the_images_are_the_same_for_every_run(runs):
     assert len(all_images[0].unique(dim=0)) == 200 and len(images[0].unique(dim=0)) == 8
 
 
-def test_curves_and_picture(runs, tmp_path):
-    results = {m: [measure_robustness(runs[m], SMALL, tmp_path / f"{m}.json")] * 2 for m in ("base", "metaperturb")}
+def test_curves_and_picture(small, tmp_path):
+    results = {method: [read(small[method])] * 2 for method in ("base", "metaperturb")}
     curves = robustness_curves(results)
     assert curves["chance"] == 0.1 and curves["curves"]["base"]["linf"]["eps"] == [0.0, 0.05, 0.15]
     point = results["metaperturb"][0]["points"][3]
@@ -379,10 +387,7 @@ def test_a_figure_gives_the_same_files_and_a_suffix_is_one_format(tmp_path):
     [
         ("linf=-0.1", "linf: must be at least 0, got -0.1"),
         ("l2=nan", "l2: must be finite, got nan"),
-        ("steps=0", "steps: must be at least 1, got 0"),
-        ("draws=0", "draws: must be at least 1"),
-        ("samples=0", "samples: must be at least 1"),
-        ("images=0", "images: must be at least 1"),
+        *((f"{key}=0", f"{key}: must be at least 1, got 0") for key in ("steps", "draws", "samples", "images")),
         ("step_size=0", "step_size: must be at least 1e-06, got 0.0"),
         ("linf=384/255", "linf: ε = 1.50588 is beyond 1,"),
         ("l2=21", "l2: ε = 21 is beyond 20.78"),
@@ -395,9 +400,17 @@ def test_bad_settings(runs, setting, expected):
     assert expected in refusal(lambda: check_attack(runs["base"], load_config(Attack, None, setting.split())))
 
 
-def test_results_of_something_else_are_not_continued(runs, tmp_path):
-    path = tmp_path / "r.json"
-    measure_robustness(runs["base"], SMALL, path)
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [(Sampling, "counts="), (Sampling, "counts=0,5"), (Sampling, "batch_size=0")]
+    + [(Plane, text) for text in ("points=4", "points=1", "reach=0", "reach=nan", "draws=0", "images=1")],
+)
+def test_bad_settings_of_other_analyses(kind, setting):
+    assert setting.partition("=")[0] in refusal(load_config, kind, None, [setting])
+
+
+def test_results_of_something_else_are_not_continued(runs, small, tmp_path):
+    path = Path(shutil.copy(small["base"], tmp_path / "r.json"))
     for run, attack, expected in (
         (runs["base"], dataclasses.replace(SMALL, steps=6), "settings.steps: 3 → 6"),
         (runs["adversarial"], SMALL, "method: base → adversarial"),
@@ -408,17 +421,13 @@ def test_results_of_something_else_are_not_continued(runs, tmp_path):
     assert "holds no results" in refusal(measure_robustness, runs["base"], SMALL, path)
 
 
-def test_results_that_cannot_be_compared(runs, tmp_path):
-    result = measure_robustness(runs["base"], SMALL, tmp_path / "r.json")
-    other = json.loads(json.dumps(result))
-    other["target"]["fingerprint"] = "0" * 8
-    longer = json.loads(json.dumps(result))
-    longer["settings"]["steps"] = 50
+def test_results_that_cannot_be_compared(small):
+    result, other, longer, partial = (read(small["base"]) for _ in range(4))
+    other["target"]["fingerprint"], longer["settings"]["steps"] = "0" * 8, 50
     for wrong, expected in ((other, "target.fingerprint: "), (longer, "settings.steps: 3 → 50")):
         with pytest.raises(UserError, match="mixup and base cannot be compared") as error:
             robustness_curves({"base": [result], "mixup": [wrong]})
         assert expected in one_line(error)
-    partial = json.loads(json.dumps(result))
     partial["points"][-1]["correct"].pop()
     assert "base: the attack is not complete" in refusal(robustness_curves, {"base": [partial]})
     assert "no results" in refusal(robustness_curves, {"base": []})

@@ -1,6 +1,5 @@
 """What the benchmark times: each part returns groups, name → `unit`, `timings`, and the settings behind them."""
 
-import dataclasses
 import itertools
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from bench.timing import WARM_UP, interleave, peak_memory, summary
 from metaperturb import kernels, models
 from metaperturb.attach import attach, detach
 from metaperturb.config import MetaTrainConfig
-from metaperturb.data.arrays import ImageArrays, from_memory
+from metaperturb.data.arrays import from_memory
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.data.splits import TaskSplit
 from metaperturb.distributed import Group
@@ -59,19 +58,14 @@ class Bench:
         return {"unit": "s", "timings": interleave(variants, rounds, self.device, self.turn)}
 
     def images(self, count: int = 2000) -> DeviceImages:
-        return DeviceImages(made_up_images(count, self.image_size), self.device)
+        """Noise: what is in an image does not change how long it takes."""
+        shape, labels = (count, 3, self.image_size, self.image_size), np.arange(count) % CLASSES
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        return DeviceImages(from_memory("noise", pixels, labels, [*map(str, range(CLASSES))]), self.device)
 
 
-def smoke(bench: Bench) -> Bench:
-    """Tiny sizes, which test the program and measure nothing."""
-    sizes = {"model": "resnet8", "batch": 8, "image_size": 16, "eval_batch": 8, "tasks": 2}
-    return dataclasses.replace(bench, turn=0.0, site=(4, 4, 8, 8), **sizes)
-
-
-def made_up_images(count: int, image_size: int) -> ImageArrays:
-    """Noise: what is in an image does not change how long it takes."""
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, image_size, image_size), dtype=np.uint8)
-    return from_memory("made-up", pixels, np.arange(count) % CLASSES, [str(label) for label in range(CLASSES)])
+# Tiny sizes, which test the program and measure nothing.
+SMOKE = {"model": "resnet8", "batch": 8, "image_size": 16, "eval_batch": 8, "tasks": 2, "turn": 0.0, "site": (4,) * 4}
 
 
 def make_phi(device: torch.device) -> MetaPerturb:
@@ -196,8 +190,7 @@ def memory(bench: Bench) -> Groups:
 
 def site(bench: Bench) -> Groups:
     """One site alone in training mode: forward, backward to the feature map, and to φ as well."""
-    torch.manual_seed(0)
-    phi = MetaPerturb().to(bench.device)
+    phi = make_phi(bench.device)
     perturb = PerturbSite(phi, channels=bench.site[1], size_norm=bench.site[2]).to(bench.device).train()
     h, upstream = torch.randn(bench.site, device=bench.device), torch.randn(bench.site, device=bench.device)
 

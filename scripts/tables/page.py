@@ -110,7 +110,8 @@ def _notes(
     """What a reader must know so as not to compare what cannot be compared."""
     common = set.intersection(*(set(entry.differences) for entry in entries))
     if common:
-        yield f"- All cells differ in: {'; '.join(c for c in entries[0].differences if c in common)}"
+        usual = "the paper" if grid.paper else "the preset `paper`"
+        yield f"- All cells differ from {usual} in: {'; '.join(c for c in entries[0].differences if c in common)}"
     for differences, mark in marks.items():
         own = [change for change in differences if change not in common]
         yield f"-{mark} {'; '.join(own) or 'differs in nothing else'}"
@@ -125,8 +126,8 @@ def _notes(
             yield f"- Hyperparameters on {', '.join(grid.untuned)} are the defaults of their sources, not tuned."
     elif not grid.tunes:
         yield (
-            "- Hyperparameters of the regularizers are the defaults of their sources where nothing else stands here. "
-            "They were not tuned for these data."
+            "- Hyperparameters of the regularizers are the defaults of their sources, unless this page names another "
+            "value. They were not tuned for these data."
         )
     with_paper = [name for name in grid.columns if any(grid.paper_value(row, name) for row in grid.rows)]
     for name in with_paper:
