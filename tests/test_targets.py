@@ -36,6 +36,10 @@ def _mat(**content) -> bytes:
     return buffer.getvalue()
 
 
+def _refused(says, name, root, **options):
+    return refused(says, load, name, data_root=root, **options)
+
+
 def _check_images(arrays, contents, size=84):
     np.testing.assert_array_equal(arrays.images, np.stack([expected_pixels(content, size) for content in contents]))
 
@@ -101,11 +105,10 @@ def test_cub(tmp_path, monkeypatch, form):
 
 def test_cub_counts_are_verified(tmp_path):
     path = write_tar(tmp_path / "birds.tgz", cub_files())
-    refused(
+    _refused(
         r"birds\.tgz: expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3",
-        load,
         "cub",
-        data_root=tmp_path,
+        tmp_path,
         paths=[path],
     )
 
@@ -130,14 +133,23 @@ def test_broken_cub(tmp_path, monkeypatch, case):
     assert says in message and "x.tgz" in message
 
 
-def test_cub_absent(tmp_path, monkeypatch):
-    refused(
-        r"no such file or folder; fetch CUB_200_2011\.tgz from https", load, "cub", data_root=tmp_path, download=False
-    )
-    monkeypatch.setattr(official, "CUB_URL", DEAD + "CUB_200_2011.tgz")
-    assert str(tmp_path / "CUB_200_2011") in refused(
-        r"failed; fetch CUB_200_2011\.tgz by other", load, "cub", data_root=tmp_path
-    )
+ABSENT = {
+    "cub": (r"CUB_200_2011\.tgz from https", ("CUB_URL", "CUB_200_2011.tgz")),
+    "dogs": (r"images\.tar from http://vision", ("DOGS_URL", "images.tar")),
+    "aircraft": (r"fgvc-aircraft-2013b\.tar\.gz from https://www.robots", ("AIRCRAFT_URL", "fgvc.tgz")),
+    "stl10": (r"stl10_binary\.tar\.gz from http", ("", "stl10_binary.tar.gz")),
+    "tiny_imagenet": (r"tiny-imagenet-200\.zip from http", ("TINY_URL", "tiny-imagenet-200.zip")),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_absent(tmp_path, monkeypatch, name):
+    says, (address, file) = ABSENT[name]
+    _refused(f"no such file or folder; fetch {says}", name, tmp_path, download=False)
+    monkeypatch.setattr(*(official, address) if address else (tv.STL10, "url"), DEAD + file * (name != "dogs"))
+    message = _refused(rf"download from {DEAD}{file} failed; fetch \S+ by other means to", name, tmp_path)
+    assert str(tmp_path) in message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 # --- Dogs
@@ -175,16 +187,9 @@ def test_dogs(tmp_path, monkeypatch, form):
 def test_dogs_broken_or_absent(tmp_path, monkeypatch):
     images, lists = _dogs_files()
     place = tmp_path / "stanford_dogs"
-    refused(
-        r"no such file or folder; fetch images\.tar from http://vision",
-        load,
-        "dogs",
-        data_root=tmp_path,
-        download=False,
-    )
     write_tar(place / "images.tar", images)
     write_tar(place / "lists.tar", {**lists, "train_list.mat": b"no mat file at all" * 50})
-    refused(r"lists\.tar: train_list\.mat: not a Stanford Dogs list", load, "dogs", data_root=tmp_path)
+    _refused(r"lists\.tar: train_list\.mat: not a Stanford Dogs list", "dogs", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dogs", "cars", "small_svhn"])
@@ -197,7 +202,7 @@ def test_without_scipy(tmp_path, monkeypatch, name):
         return real(module, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_scipy)
-    refused("-m pip install scipy", load, name, data_root=tmp_path)
+    _refused("-m pip install scipy", name, tmp_path)
 
 
 # --- torchvision
@@ -228,9 +233,7 @@ def test_cars(tmp_path, monkeypatch):
     assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 1, 0]
     _check_images(train, [files[f"cars_train/{i:05}.jpg"] for i in range(4)])
     (tmp_path / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
-    message = refused(
-        r"cars_test_annos_withlabels\.mat missing; Stanford Cars can no longer", load, "cars", data_root=tmp_path
-    )
+    message = _refused(r"cars_test_annos_withlabels\.mat missing; Stanford Cars can no longer", "cars", tmp_path)
     assert all(part in message for part in ("cars_train/", "cars_test/", "devkit/cars_meta.mat", str(tmp_path)))
 
 
@@ -262,22 +265,15 @@ def test_aircraft(tmp_path, monkeypatch, form):
     _check_images(test, [files[f"fgvc-aircraft-2013b/data/images/{i:07}.jpg"] for i in (4, 5)])
     assert not list(root.glob(".*.tmp")) and (form == "extracted" or archive.exists())
     (root / "fgvc-aircraft-2013b/data/images/0000001.jpg").unlink()
-    refused(r"0000001\.jpg is listed but missing", load, "aircraft", data_root=root)
+    _refused(r"0000001\.jpg is listed but missing", "aircraft", root)
 
 
 def test_aircraft_absent_or_cut_off(tmp_path, monkeypatch):
-    refused(
-        r"fetch fgvc-aircraft-2013b\.tar\.gz from https://www.robots",
-        load,
-        "aircraft",
-        data_root=tmp_path,
-        download=False,
-    )
     archive = write_tar(tmp_path / "fgvc-aircraft-2013b.tar.gz", _aircraft_files())
-    refused(r"fgvc-aircraft-2013b\.tar\.gz: wrong MD5", load, "aircraft", data_root=tmp_path)
+    _refused(r"fgvc-aircraft-2013b\.tar\.gz: wrong MD5", "aircraft", tmp_path)
     archive.write_bytes(archive.read_bytes()[:3000])
     monkeypatch.setattr(official, "AIRCRAFT_MD5", md5(archive.read_bytes()))
-    refused("failed", load, "aircraft", data_root=tmp_path)
+    _refused("failed", "aircraft", tmp_path)
     assert archive.exists() and not (tmp_path / "fgvc-aircraft-2013b").exists()
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -323,9 +319,7 @@ def test_s_cifar100(tmp_path, monkeypatch):
     for file in (tmp_path / "cifar-100-python").iterdir():
         file.unlink()
     assert load("s_cifar100", data_root=tmp_path)[0].fingerprint == train.fingerprint
-    refused(
-        r"cifar-100-python: incomplete or damaged; delete it", load, "s_cifar100", data_root=tmp_path, image_size=16
-    )
+    _refused(r"cifar-100-python: incomplete or damaged; delete it", "s_cifar100", tmp_path, image_size=16)
 
 
 def test_small_svhn(tmp_path, monkeypatch):
@@ -363,14 +357,6 @@ def test_stl10(tmp_path, monkeypatch):
     assert small.images.shape == (4, 3, 32, 32)
 
 
-def test_stl10_absent(tmp_path, monkeypatch):
-    monkeypatch.setattr(tv.STL10, "url", DEAD + "stl10_binary.tar.gz")
-    assert str(tmp_path) in refused(
-        rf"download from {DEAD}stl10_binary.tar.gz failed; fetch stl10_binary", load, "stl10", data_root=tmp_path
-    )
-    assert not [p for p in tmp_path.iterdir() if "stl10" in p.name and p.suffix != ".lock"]
-
-
 def test_fashion_mnist(tmp_path, monkeypatch):
     expect_counts(monkeypatch, "fashion_mnist", 10, 6, 3)
     rng = np.random.default_rng(0)
@@ -389,7 +375,7 @@ def test_fashion_mnist(tmp_path, monkeypatch):
     assert train.classes[0] == "T-shirt/top"
     np.testing.assert_array_equal(train.images[:, 0], train.images[:, 2])
     (tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte").write_bytes(b"cut off")
-    refused("FashionMNIST: incomplete or damaged", load, "fashion_mnist", data_root=tmp_path, image_size=28)
+    _refused("FashionMNIST: incomplete or damaged", "fashion_mnist", tmp_path, image_size=28)
 
 
 # --- preparing several, and what is drawn

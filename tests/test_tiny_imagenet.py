@@ -79,15 +79,6 @@ def test_usual_places(tmp_path):
     assert _load(tmp_path / "a").fingerprint == _load(tmp_path).fingerprint
 
 
-def test_absent(tmp_path, monkeypatch):
-    refused(r"no such file or folder; fetch tiny-imagenet-200\.zip from http", _load, tmp_path, download=False)
-    monkeypatch.setattr(official, "TINY_URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
-    message = refused(r"failed; fetch tiny-imagenet-200\.zip by other means", _load, tmp_path)
-    assert "http://127.0.0.1:9" in message and str(tmp_path / "tiny-imagenet-200.zip") in message
-    with pytest.raises(UserError, match=r"nowhere\.zip: no such file"):
-        _load(tmp_path, tmp_path / "nowhere.zip")
-
-
 def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch):
     assert official.TINY_MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
     archive = write_zip(tmp_path / "server.zip", _layout(0, 2))
