@@ -3,7 +3,9 @@
 test_perturbation.py runs each of its tests with both kernels; here is what sets the fused one apart.
 """
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -380,51 +382,81 @@ def test_choices():
         assert kernels.kernel_name("meta") == "plain"
 
 
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a process that has not used a kernel yet, with a cache of its own that holds the library."""
+    shutil.copytree(cpp._cache_folder(), tmp_path / "metaperturb", dirs_exist_ok=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    monkeypatch.setattr(kernels, "_load", functools.cache(kernels._load.__wrapped__))
+    monkeypatch.setattr(kernels, "_told", {"meta"})
 
 
-USE = """
-    import torch, metaperturb
-    site = metaperturb.PerturbSite(metaperturb.MetaPerturb(), 3)
-    for _ in range(2):
-        site(torch.randn(2, 3, 4, 4))
-    print(metaperturb.kernels.kernel_name())
-"""
-
-
-def test_without_a_compiler_it_says_so_once_and_uses_the_plain_operators(tmp_path):
-    result = python(USE, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path), CXX="")
-    assert result.stdout.split() == ["plain"]
-    assert result.stderr.count("no C++ compiler found") == 1
-    assert "plain PyTorch operators" in result.stderr
+def refused():
+    """Why there is no fused kernel, which is a warning once, and an error where the fused one was asked for."""
+    site = PerturbSite(make_phi(torch.float32), 3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            site(maps(2, 3, 4, 4).float())
+        assert kernels.kernel_name() == "plain"
+    with kernels.use_kernel("fused"), pytest.raises(UserError) as error:
+        kernels.kernel_name()
+    reason = str(error.value).removeprefix("kernel: no fused one on cpu: ")
+    assert [str(warning.message) for warning in said] == [
+        f"the perturbation runs in plain PyTorch operators, which is slower: {reason}"
+    ]
+    assert "\n" not in reason
+    return reason
 
 
 @pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [("/nowhere/c++", "CXX names no compiler"), ("false", "false cannot compile the kernels")],
+    ("environment", "reason"),
+    [
+        ({"PATH": "/nowhere", "CXX": ""}, "no C++ compiler found"),
+        ({"CXX": "/nowhere/c++"}, "CXX names no compiler"),
+        ({"CXX": "false"}, "false cannot compile the kernels"),
+        ({"XDG_CACHE_HOME": __file__}, "set XDG_CACHE_HOME to a folder of your own"),
+    ],
+    ids=["no compiler", "unknown", "failing", "no folder"],
 )
-def test_a_fused_kernel_that_was_asked_for_and_cannot_be_is_an_error(compiler, reason, tmp_path):
-    code = """
-        import metaperturb
-        try:
-            with metaperturb.kernels.use_kernel("fused"):
-                metaperturb.kernels.kernel_name()
-        except metaperturb.UserError as error:
-            print(error)
-    """
-    result = python(code, XDG_CACHE_HOME=str(tmp_path), CXX=compiler)
-    assert reason in result.stdout and len(result.stdout.splitlines()) == 1
+def test_why_there_is_no_fused_kernel_is_said_once(environment, reason, fresh, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert reason in refused()
 
 
-def test_a_kernel_that_computes_something_else_is_not_used(tmp_path):
-    """A compiler that builds a wrong kernel, here by half the gradient of a variance."""
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
+    monkeypatch.setattr(kernels, "_error", lambda *_: error)
+    assert "cpp disagrees with them on this machine" in refused()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("whose", ["folder", "library"])
+def test_a_library_of_another_user_is_not_loaded(whose, fresh):
+    assert kernels.kernel_name() == "cpp"
+    folder = cpp._cache_folder()
+    for path in [folder] if whose == "folder" else folder.glob("*.so"):
+        os.chown(path, 12345, 12345)
+    cpp.library.cache_clear()
+    kernels._load.cache_clear()
+    assert "belongs to another user" in refused()
+
+
+def python(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_compiler_that_builds_a_wrong_kernel(tmp_path):
+    """Here by half the gradient of a variance."""
     wrong = tmp_path / "compiler"
     wrong.write_text(
         f"""#!/bin/sh
@@ -440,32 +472,23 @@ def test_a_kernel_that_computes_something_else_is_not_used(tmp_path):
         """
     )
     wrong.chmod(0o755)
-    result = python(USE, XDG_CACHE_HOME=str(tmp_path), CXX=str(wrong))
-    assert result.stdout.split() == ["plain"]
-    assert "disagrees" in result.stderr
+    out, said = python(NAME, XDG_CACHE_HOME=str(tmp_path), CXX=str(wrong)).communicate()
+    assert out.split() == ["plain"] and "disagrees" in said
     assert (tmp_path / "wrong.cpp").exists()
 
 
+NAME = "import metaperturb; print(metaperturb.kernels.kernel_name())"
+
+
+@pytest.mark.slow
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(USE)],
-            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    processes = [python(NAME, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
     assert [process.communicate()[0].split() for process in processes] == [["cpp"], ["cpp"]]
-    assert len(list((tmp_path / "metaperturb").iterdir())) == 1
+    folder = tmp_path / "metaperturb"
+    assert len(list(folder.iterdir())) == 1 and folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_cache_folder_that_cannot_be_written_is_said(tmp_path):
-    (tmp_path / "file").write_text("")
-    result = python(USE, XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert result.stdout.split() == ["plain"] and "XDG_CACHE_HOME" in result.stderr
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_the_home_of_another_user_is_said(tmp_path):
     """As under `sudo -E -u` or `docker run -u`: HOME names a folder that cannot even be looked into."""
@@ -477,24 +500,10 @@ def test_the_home_of_another_user_is_said(tmp_path):
         try:
             cpp.library()
         except cpp.Unavailable as reason:
-            print(reason)
+            print(reason, end="")
     """
-    said = python(code, XDG_CACHE_HOME=str(tmp_path)).stdout
-    assert (
-        said
-        == f"{tmp_path}/metaperturb cannot be used (Permission denied); set XDG_CACHE_HOME to a folder of your own\n"
-    )
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("whose", ["folder", "library"])
-def test_a_library_of_another_user_is_not_loaded(tmp_path, whose):
-    assert python(USE, XDG_CACHE_HOME=str(tmp_path)).stdout.split() == ["cpp"]
-    folder = tmp_path / "metaperturb"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    os.chown(folder if whose == "folder" else next(folder.glob("*.so")), 12345, 12345)
-    result = python(USE, XDG_CACHE_HOME=str(tmp_path))
-    assert result.stdout.split() == ["plain"] and "belongs to another user" in result.stderr
+    said = f"{tmp_path}/metaperturb cannot be used (Permission denied); set XDG_CACHE_HOME to a folder of your own"
+    assert python(code, XDG_CACHE_HOME=str(tmp_path)).communicate()[0] == said
 
 
 def test_torch_compile_takes_the_plain_operators():
