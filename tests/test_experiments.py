@@ -24,7 +24,7 @@ import torch
 from conftest import ROOT, alive
 from grid_files import read_csv, tables, write_grid, write_record
 from tables.grid import Grid, Overrides
-from tables.runner import Job, last_step, run_jobs
+from tables.runner import Job, run_jobs
 from tables.trainings import Images, grid_parser, read_grid, run_grid
 from tables.trainings import make_table as run_experiment
 from test_run_sh import run_sh
@@ -163,12 +163,6 @@ def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
     assert lines[0].startswith("title: 0/3 done, ") and "-" not in "".join(lines)
     assert lines[-1].startswith("title: 2/3 done, 0 running, 1 failed, about 0:00 left")
     assert any("1/3 done, 1 running, 1 failed, about 0:0" in line for line in lines)  # no hours for what failed
-
-
-def test_the_last_whole_line_says_the_step(tmp_path):
-    assert last_step(tmp_path) == 0
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 20}\n{"step": 3')
-    assert last_step(tmp_path) == 20
 
 
 # --- whole trainings

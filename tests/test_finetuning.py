@@ -376,16 +376,6 @@ def unfinished(folder: Path, pretrained: Path) -> None:
     (folder / "result.json").unlink()
 
 
-def of_meta_training(folder: Path, pretrained: Path) -> None:
-    folder.mkdir()
-    (folder / "result.json").write_text(json.dumps({"program": "meta_train", "config": {}}))
-
-
-def of_nothing(folder: Path, pretrained: Path) -> None:
-    folder.mkdir()
-    (folder / "result.json").write_text("[]")
-
-
 def without_checkpoint(folder: Path, pretrained: Path) -> None:
     shutil.copytree(pretrained, folder)
     shutil.rmtree(folder / "checkpoints")
@@ -395,9 +385,6 @@ def without_checkpoint(folder: Path, pretrained: Path) -> None:
     ("make", "changes", "expected"),
     [
         (unfinished, [], "this run is not finished (no result.json"),
-        (lambda folder, _: folder.mkdir(), [], "is no run folder"),
-        (of_meta_training, [], "a run of meta_train, which trains no network"),
-        (of_nothing, [], "result.json: is no result of a run"),
         (without_checkpoint, [], "latest.pt: no such file"),
         (lambda folder, pretrained: None, [], "pre: no such file or run folder"),
         (lambda folder, pretrained: shutil.copytree(pretrained, folder), ["model=resnet20"], "not the weights of this"),

@@ -141,7 +141,9 @@ def test_reduced_cells_are_marked_and_explained(tmp_path):
     ]
     assert overview[2][0] == "Drop | out"
     assert {line[5] for line in details[1:]} == {"–"}  # other data: no difference to the paper
-    assert "- All cells differ from the paper in: target: cub → embedded; image_size: 84 → 32; steps: 100 → 10\n" in text
+    assert (
+        "- All cells differ from the paper in: target: cub → embedded; image_size: 84 → 32; steps: 100 → 10\n" in text
+    )
     assert "- (b) phi: steps: 750 → 7\n" in text
     assert "`Birds` stands in for the paper's CUB. Its images differ" in text
     for line in read_csv(page).values():

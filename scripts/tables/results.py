@@ -64,8 +64,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_all(folder: Path) -> Iterator[dict[str, Any]]:
     """The records in a folder, and those of trainings that diverged."""
-    yield from map(read_record, sorted(folder.glob("*--*.json")))
-    yield from map(read_record, sorted(folder.glob(f"{DIVERGED}/*--*.json")))
+    yield from map(read_record, record_files(folder))
+
+
+def record_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*--*.json"), *folder.glob(f"{DIVERGED}/*--*.json")])
 
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
@@ -172,8 +175,7 @@ class Results:
     def strangers(self) -> list[str]:
         """Records in the folder that are of other rows or settings than this grid's."""
         ours = {self.path(cell).name for cell in self.cells.values()}
-        found = [*self.folder.glob("*--*.json"), *self.folder.glob(f"{DIVERGED}/*--*.json")]
-        return sorted(str(path.relative_to(self.folder)) for path in found if path.name not in ours)
+        return [str(path.relative_to(self.folder)) for path in record_files(self.folder) if path.name not in ours]
 
     def entries(self) -> list[Entry]:
         """Of every row and column that has a result, row by row, then of those of which seeds only diverged."""
