@@ -298,7 +298,7 @@ def test_two_runners_train_each_cell_once_and_the_last_one_has_the_table(path, t
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_it_resumes_to_the_same_result(path, tmp_path):
+def test_killed_and_stopped_it_resumes_to_the_same_result(path, tmp_path, request):
     more = ("--preset", "long")
     checkpoint = "**/checkpoints/latest.pt"
     runs = tmp_path / "a" / "runs"
@@ -313,9 +313,9 @@ def test_killed_and_stopped_it_resumes_to_the_same_result(path, tmp_path):
         assert code == -9 or "the same command goes on with what is saved" in stopped.stderr
         wait_for(lambda training=training: not alive(training), "the training outlives its runner")
     (log,) = runs.glob("**/log.txt")
+    request.getfixturevalue("here")
     for name in ("a", "b"):
-        completed = finish(start(path, tmp_path / name, *more))
-        assert completed.returncode == 0, completed.stderr
+        run_experiment(parsed(path, tmp_path / name, *more))
     assert "resuming after step" in log.read_text()
     (interrupted,), (whole,) = (
         [json.loads(p.read_text()) for p in (tmp_path / name / "results").glob("small/*/*.json")] for name in ("a", "b")
