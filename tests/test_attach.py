@@ -29,9 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metaperturb
 from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
-from metaperturb.attach import place
 from metaperturb.early import check_command_line
-from metaperturb.sites import Sites, SiteSpec, choose_sites
+from metaperturb.sites import choose_sites
 
 CONSTANT = 7.0
 
@@ -770,12 +769,6 @@ def test_several_slots_in_one_module(listed):
     assert not any(m._forward_hooks for m in detach(model).modules())
 
 
-def test_sites_of_one_name():
-    spec = SiteSpec("a.b", "a.b", "output", 3, (4, 4))
-    with pytest.raises(ValueError, match=r"called 'a.b'"):
-        place(models.create("resnet8", 5, 16), Sites([spec, spec], [nn.Identity(), nn.Identity()]), "regularizer")
-
-
 class Reused(nn.Module):
     """One module at two places, between convolutions of their own."""
 
@@ -1187,13 +1180,6 @@ def test_an_average_has_the_strength_of_the_network():
     mean = {key: sum(0.1 * state[key] for state in states) for key in states[0]}
     kept.load_state_dict(mean)
     assert kept.metaperturb.strength == 1.0
-
-
-def test_a_state_of_an_earlier_version_is_told():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16)
-    state = {key: value for key, value in model.state_dict().items() if "metaperturb" not in key}
-    with pytest.raises(UserError, match="a version that kept the state of the sites elsewhere"):
-        model.load_state_dict({**state, "metaperturb._extra_state": torch.zeros(85)})
 
 
 @pytest.mark.parametrize("make", [NormPlain, FunctionalPlain, lambda: network("vgg11_bn")])

@@ -7,7 +7,6 @@ travels with it and is in its state dict. A hook of that module hands its output
 import functools
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -99,7 +98,8 @@ def attach(
         paper = not (noise and gate) or all(isinstance(model.get_submodule(spec.module), Slot) for spec in specs)
     if clip == "paper":
         clip = CLIP if paper else None
-    widest, height = max(spec.channels for spec in found), _height(image_size, example)
+    size = image_size if image_size is not None else next(t.shape[2:] for t in tensors(example) if t.dim() == 4)
+    height, widest = size if isinstance(size, int) else size[0], max(spec.channels for spec in found)
     with torch.inference_mode(False):
         usage = {"noise": noise, "gate": gate, "paper": paper, "clip": clip, "clip_eval": clip_eval}
         attachment = Attachment(phi, **usage, amplitude=1.0 if paper else amplitude(specs))
@@ -122,12 +122,6 @@ def amplitude(specs: list[SiteSpec]) -> float:
     return min(1.0, math.sqrt(RESNET20 / sum(1 / math.prod(spec.size) for spec in specs)))
 
 
-def _height(image_size: int | tuple[int, int] | None, example: Any) -> int:
-    if image_size is not None:
-        return image_size[0] if isinstance(image_size, tuple) else image_size
-    return next(image.shape[2] for image in tensors(example) if image.dim() == 4)
-
-
 def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) -> None:
     """Let modules act at sites of `model`, in place: what `attach` does for φ, for any modules. `detach` undoes it.
 
@@ -142,8 +136,6 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
         UserError: the network has something of this name already.
     """
     specs = sites.specs
-    if repeated := [key for key, count in Counter(spec.name for spec in specs).items() if count > 1]:
-        raise ValueError(f"several sites are called {repeated[0]!r}")
     hosts = [model.get_submodule(spec.module) for spec in specs]
     for host in [model, *hosts]:
         if hasattr(host, name):
@@ -168,10 +160,11 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
     model.__dict__[name] = sites  # no child: the network's children stay what they are
     model.register_forward_pre_hook(_Check(name))
     _forget_compiled()
-    model.register_load_state_dict_pre_hook(_refuse_earlier_state)
     if verbose:
+        shown = [spec.name for spec in specs]
+        shown = shown if len(shown) <= 12 else [*shown[:5], "…", *shown[-5:]]
         count = f"{len(specs)} site{'s' * (len(specs) > 1)}"
-        print(f"{name}: {count} in {type(model).__name__}: {_summary(specs)}", file=sys.stderr)
+        print(f"{name}: {count} in {type(model).__name__}: {', '.join(shown)}", file=sys.stderr)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -192,9 +185,6 @@ def detach(model: nn.Module) -> nn.Module:
                     vars(module).pop(hook.name, None)
                     if type(module) is _with_site(kind := type(module).__base__):
                         module.__class__ = kind
-        for key, hook in list(module._load_state_dict_pre_hooks.items()):
-            if hook.hook is _refuse_earlier_state:
-                del module._load_state_dict_pre_hooks[key]
     _forget_compiled()
     return model
 
@@ -220,19 +210,6 @@ def _with_site(kind: type) -> type:
 
 def _new_with_site(kind: type) -> nn.Module:
     return object.__new__(_with_site(kind))
-
-
-def _refuse_earlier_state(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if f"{prefix}{PERTURBATION}._extra_state" in state:
-        raise UserError(
-            "this state was saved by a version that kept the state of the sites elsewhere; train anew, or "
-            "load it with that version"
-        )
-
-
-def _summary(specs: list[SiteSpec]) -> str:
-    shown = [spec.name for spec in specs]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:5], "…", *shown[-5:]])
 
 
 # --- acting. Hooks are objects that find their site in the module that they are called with: a copy has its own.

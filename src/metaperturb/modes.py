@@ -6,16 +6,11 @@ from collections.abc import Iterator
 from torch import nn
 
 
-def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Evaluation mode inside; afterwards every module has its own mode again, a frozen batch norm too."""
-    return in_mode(model, training=False)
-
-
 @contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside; afterwards every module has its own mode again."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its own mode again, a frozen batch norm too."""
     before = {module: module.training for module in model.modules()}
-    model.train(training)
+    model.eval()
     try:
         yield
     finally:
