@@ -102,8 +102,8 @@ def find_sites(
     """The sites that `attach` would choose, in the order in which the network runs them.
 
     Their number is that of the network's blocks, or of its layers where it has none: 9 in ResNet20, 16 in ResNet50,
-    4 in DenseNet121. It has no upper limit: 50 in ResNet152, 55 in EfficientNet-B7, 115 in timm's HRNet-W18. The noise
-    of all of them adds up; of a deep or pretrained network consider `sites="before_pooling"`: one a stage.
+    4 in DenseNet121. It has no upper limit: 50 in ResNet152, 55 in EfficientNet-B7, 115 in timm's HRNet-W18. What
+    bounds their total effect is the amplitude of the noise (`attach`, `paper=False`).
 
     Args:
         model: the network, or the part of one that takes images.
