@@ -98,13 +98,13 @@ def trained_runs(tmp_path_factory) -> dict[str, Path]:
     common = [
         f"target_path={write_folder(root / 'images', files)}",
         f"data_root={root}",
-        *("target=folder", "image_size=12", "model=resnet8", "batch_size=50", "steps=120", "lr=3e-3"),
+        *("target=folder", "image_size=12", "model=resnet8", "batch_size=50", "steps=70", "lr=3e-3"),
         *("eval_every=1000", "final_samples=5", "checkpoint_every=1000", "gpu=cpu", "threads=1"),
     ]
     own = {
         "base": [],
         "metaperturb": [f"phi={root / 'phi.pt'}"],
-        "adversarial": ["adversarial_eps=0.05", "adversarial_steps=3", "adversarial_step_size=0.03"],
+        "adversarial": ["adversarial_eps=0.05", "adversarial_steps=2", "adversarial_step_size=0.03"],
     }
     for method, settings in own.items():
         assert program.main(["--set", *common, f"method={method}", *settings, f"run_dir={root / method}"]) == 0

@@ -270,7 +270,7 @@ def meta_trainings(source_settings, tmp_path_factory) -> Path:
     """Of one setting two seeds, of another one."""
     folder = tmp_path_factory.mktemp("src")
     for name, changes in {"0": [], "1": ["seed=1"], "fast": ["phi_lr=0.1"], "none": ["steps=0"]}.items():
-        settings = [*source_settings, "gpus=cpu", "threads=1", "steps=6", *changes, f"run_dir={folder / name}"]
+        settings = [*source_settings, "gpus=cpu", "threads=1", "steps=4", *changes, f"run_dir={folder / name}"]
         with undrawn():
             assert meta_training.main(["--set", *settings]) == 0
     return folder
@@ -280,12 +280,12 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     """Each setting is a line; a number is the mean over its seeds, and μ's norm that of all its kernels."""
     drawn("learning", meta_trainings, runs, "--out", tmp_path)
     found = {(row["name"], row["step"]): row for row in rows(tmp_path / "learning-folder-train-resnet8.csv")}
-    assert [*found] == [(name, step) for name in ("phi_lr None", "phi_lr 0.1") for step in "246"]
+    assert [*found] == [(name, step) for name in ("phi_lr None", "phi_lr 0.1") for step in "24"]
     for name, folders in {"phi_lr None": "01", "phi_lr 0.1": ["fast"]}.items():
         logged = [json.loads((meta_trainings / x / "metrics.jsonl").read_text().splitlines()[-1]) for x in folders]
         state = [load_phi(meta_trainings / x / "phi.pt").tensors()._asdict() for x in folders]
-        row = {key: float(value) for key, value in found[name, "6"].items() if key != "name"}
-        assert row["seeds"] == len(folders) and row["step"] == 6
+        row = {key: float(value) for key, value in found[name, "4"].items() if key != "name"}
+        assert row["seeds"] == len(folders) and row["step"] == 4
         assert row["test_loss"] == pytest.approx(statistics.mean(line["test_loss"] for line in logged))
         assert row["test_accuracy_percent"] == pytest.approx(
             100 * statistics.mean(line["test_accuracy"] for line in logged)
@@ -438,16 +438,10 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings
 
 def test_the_numbers_of_phi(tmp_path):
     save_phi(MetaPerturb(), tmp_path / "src-1" / "phi.pt")
-    completed = drawn(
-        "phi", tmp_path / "src-1" / "phi.pt", "tiny_imagenet_resnet20", "--out", tmp_path / "out", render=True
-    )
-    names = [Path(line).stem for line in completed.stdout.splitlines()]
-    assert names == ["phi-src-1", "phi-tiny-imagenet-resnet20"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"{n}{s}" for n in names for s in plots.FORMATS
-    ]
-    svg = (tmp_path / "out" / "phi-src-1.svg").read_text()
-    assert svg.count("scale kernel") == 4
+    drawn("phi", tmp_path / "src-1" / "phi.pt", "--out", tmp_path / "out", render=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"phi-src-1.png", "phi-src-1.svg"}
+    assert (tmp_path / "out" / "phi-src-1.svg").read_text().count("scale kernel") == 4
+    assert "phi-tiny-imagenet-resnet20.png" in drawn("phi", "tiny_imagenet_resnet20", "--out", tmp_path).stdout
     assert "name a φ" in refused("phi") and "nowhere" in refused("phi", "nowhere")
 
 
