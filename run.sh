@@ -74,7 +74,7 @@ usage() { # the head of this file, and its settings as a table
 value() { # value PROGRAM KEY=VARIABLE: what is set, else the default in configs/PROGRAM.yaml
     local variable=${2#*=} yaml=$here/configs/$1.yaml
     [ -n "${!variable}" ] && echo "${!variable}" || sed -nE "s/^${2%%=*}: *//p" "$yaml" |
-        sed -E "s/ *(#.*)?$//; s/^[\"'[](.*)[]\"']$/\1/; s/^null$//"
+        sed -E "s/( +#.*| +)$//; s/^[\"'[](.*)[]\"']$/\1/; s/^null$//"
 }
 
 data_name() { # data_name NAME PATHS: the name; of image folders and archives theirs, as metaperturb.identity has them
@@ -156,9 +156,9 @@ for text in "$@"; do
     key=${text%%=*}
     if [[ $text =~ ^[A-Z_]+= ]] && grep -q "^$key=\${" "${BASH_SOURCE[0]}"; then
         printf -v "$key" %s "${text#*=}"
-        continue
+    else
+        typed+=("$text")
     fi
-    typed+=("$text")
     for pair in ${names[$command]:-}; do # the program gets it as it is; the names of folders follow it, too
         [[ $text = "$key="* && $pair = "$key="* ]] || continue
         printf -v "${pair#*=}" %s "${text#*=}"
@@ -172,11 +172,11 @@ case $command in
 src)
     setup
     read -ra seeds <<<"$(value src seed=SEED)"
-    [ ${#seeds[@]} -le 1 ] || [ -z "$SRC_RUN" ] || die "SRC_RUN names one run, SEED asks for ${#seeds[@]}"
-    for SEED in "${seeds[@]}"; do
+    [[ ${#seeds[@]} -le 1 || -z $SRC_RUN ]] || die "SRC_RUN names one run, SEED asks for ${#seeds[@]}"
+    for SEED in "${seeds[@]:-}"; do
         pass_on "data_root=$data" "run_dir=$(src_run)"
         run=("$py" -m metaperturb.meta_train --config "$here/configs/src.yaml" --set "${options[@]}" "$@")
-        [ "$SEED" != "${seeds[-1]}" ] || exec "${run[@]}"
+        [ "$SEED" != "${seeds[*]: -1}" ] || exec "${run[@]}"
         METAPERTURB_PARENT=$$ "${run[@]}" # it ends when this script is gone
     done
     ;;
@@ -196,11 +196,9 @@ tgt | pretrain)
         if [ "$method" != metaperturb ]; then
             PHI=""
         elif [[ $1 != -* && -z $(value tgt phi=PHI) ]]; then
-            said="taking the φ of ./run.sh src, $phi (PHI=… names another)" more=("phi=$phi")
-            if [ ! -e "$phi" ]; then
-                more=(phi=tiny_imagenet_resnet20)
-                said="$phi is not there (./run.sh src makes it): taking the shipped φ, ${more[0]#phi=}"
-            fi
+            shipped=tiny_imagenet_resnet20 said="taking the φ of ./run.sh src, $phi (PHI=… names another)"
+            [ -e "$phi" ] || said="$phi is not there (./run.sh src makes it): taking the shipped φ, $shipped"
+            [ -e "$phi" ] && more=("phi=$phi") || more=("phi=$shipped")
             echo "$said" >&2
         fi
     fi

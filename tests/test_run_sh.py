@@ -201,6 +201,8 @@ def test_edited_settings_take_effect(options, project):
     tgt.write_text("target: cub\nmodel: conv4\nmethod: metaperturb\nphi: mine.pt\nseed: 3\n")
     given = options("tgt", "0", RUNS="r")
     assert given["run_dir"] == "r/tgt-cub-conv4-metaperturb-seed3" and "phi" not in given
+    src.write_text("source: embedded\nmodel: conv4\nsplit: disjoint\n")  # also where a line is missing
+    assert options("src", RUNS="r")["run_dir"] == "r/src-embedded-conv4-disjoint-seed"
 
 
 def test_the_phi_of_src_is_taken_where_it_is(options, tmp_path):
