@@ -77,8 +77,7 @@ def _collect(classes: dict[str, Draw], per_class: int, stream: tuple[int, int], 
     for i, draw in enumerate(classes.values()):
         rng = Generator(PCG64(SeedSequence([*stream, i])))
         images[i * per_class : (i + 1) * per_class] = _photograph(rng, draw, per_class, image_size)
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), per_class)
-    return images, labels, tuple(classes)
+    return images, np.repeat(np.arange(len(classes)), per_class), tuple(classes)
 
 
 # --- The source family: shapes × fills. Every shape fills the unit disk and is mirror-symmetric in v. -------------
@@ -102,13 +101,8 @@ def _polygon(corners: int, tip: float = 1.0) -> Callable[[np.ndarray, np.ndarray
     return distance
 
 
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = np.abs(u), np.abs(v)
-    return np.minimum(np.maximum(u - 0.95, v - 0.3), np.maximum(v - 0.95, u - 0.3))
-
-
-def _crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.hypot(u, v) - 0.95, 0.7 - np.hypot(u - 0.55, v))
+def _box(u: np.ndarray, v: np.ndarray, half_length: float, half_width: float) -> np.ndarray:
+    return np.maximum(np.abs(u) - half_length, np.abs(v) - half_width)
 
 
 _SHAPES = {
@@ -117,14 +111,10 @@ _SHAPES = {
     "triangle": _polygon(3),
     "square": _polygon(4),
     "star": _polygon(5, tip=0.55),
-    "cross": _cross,
-    "crescent": _crescent,
+    "cross": lambda u, v: np.minimum(_box(u, v, 0.95, 0.3), _box(u, v, 0.3, 0.95)),
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.7 - np.hypot(u - 0.55, v)),
     "lens": lambda u, v: np.hypot(u, np.abs(v) + 0.75) - 1.2,
 }
-
-
-def _plain(rng: Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.clip(0.5 + 0.5 * u * _uniform(rng, u, -1, 1), 0, 1)  # a soft gradient between the two colors
 
 
 def _waves(rng: Generator, x: np.ndarray) -> np.ndarray:
@@ -138,7 +128,7 @@ def _checked(rng: Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 _FILLS = {
-    "plain": _plain,
+    "plain": lambda rng, u, v: np.clip(0.5 + 0.5 * u * _uniform(rng, u, -1, 1), 0, 1),  # a soft gradient
     "striped": lambda rng, u, v: _waves(rng, u),
     "checked": _checked,
     "dotted": lambda rng, u, v: _waves(rng, u) * _waves(rng, v),
