@@ -1,7 +1,7 @@
 """Finished runs for pictures: found, named, grouped, and refused where they do not go together.
 
-A run of meta-testing is its folder, or its record under `results/`, which tells what came out and what the evaluations
-on the way found, but has no network; one of meta-training is its folder.
+A run of meta-testing is a run folder, or a record under `results/`. A record has the result and the evaluations during
+training, but no network. A run of meta-training is a run folder.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Finished:
     path: Path  # its folder, or the record's file
     result: Mapping[str, Any]
     phi: str = ""  # tells its φ apart, where runs have several
-    rank: int = 0  # of its φ among these: those that got a name first, in the order in which it was given
+    rank: int = 0  # the order of φ in pictures: first those that --call names, in the order given
 
     @property
     def dir(self) -> Path:

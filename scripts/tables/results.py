@@ -32,7 +32,7 @@ def write_record(cell: Mapping[str, Any], run_dir: Path, path: Path) -> None:
 
 
 def write_diverged(results: "Results", cell: Cell, images: Iterable[str], run_dir: Path, said: str) -> None:
-    """Keep of a run that diverged what it said last instead of metrics; `images`: fingerprints of those it has."""
+    """The record of a run that diverged: its last message in place of metrics; `images`: their fingerprints."""
     record = {
         "program": "meta_test",
         "cell": place_of(results.grid, cell),
@@ -149,7 +149,7 @@ class Results:
         self.grid, self.folder = grid, folder
         self.cells = {cell.place: cell for cell in grid.cells()}
         self.records: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self.diverged: dict[tuple[str, str, int], dict[str, Any]] = {}  # records of those that did, and not later ran
+        self.diverged: dict[tuple[str, str, int], dict[str, Any]] = {}  # its records; a later result counts instead
         self.images: dict[str, list[str]] = {}  # column → fingerprints of its training and evaluation images
         first: dict[str, Path] = {}
         for place, cell in self.cells.items():
@@ -267,10 +267,13 @@ def _versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def take_recorded(grid: Grid, folder: Path) -> list[Need]:
-    """Let what the command line gives nothing for be what the records in `folder` started from; returns these needs.
+    """For reports: take what the records in `folder` started from, unless the command line names something else.
 
-    It is for reports: of a φ or network that was given for those trainings there is what was kept of its making, not
-    the file. Where records started from several, or from one that a run of the table made, none is taken.
+    The φ or network that was given for those trainings may be gone. What was kept of its making is enough for a page.
+    Nothing is taken where records started from several, or from one that a run of the table made.
+
+    Returns:
+        the needs that were taken.
 
     Raises:
         UserError: a record is damaged.

@@ -1,7 +1,7 @@
 """Many training runs, some at a time: on one or several devices, interruptible, beside other runners.
 
-A job counts as done once its record, one JSON, is there. A job that another runner has locked is left to it. Each job
-is one of the two training programs, started as anybody would start it, in a run folder that it resumes by itself.
+A job is done when its record, one JSON, exists. A job that another runner has locked is left to that runner. Each job
+is one of the two training programs, started as anybody would start it. It resumes in its run folder by itself.
 """
 
 import contextlib

@@ -45,7 +45,7 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def evidence(accuracies: Mapping[int, float], diverged: int) -> dict[str, float | int | None]:
-    """What a choice keeps of one candidate's seeds: mean and deviation, or how many diverged, by which it loses."""
+    """What a choice records of a candidate: mean and deviation, or how many seeds diverged, which rules it out."""
     summary = summarize([*accuracies.values()])
     return {"diverged": diverged} if diverged else {"mean": summary.mean, "std": summary.std, "seeds": summary.n}
 

@@ -217,9 +217,9 @@ class Images:
 
 
 def check(results: Results, cells: Sequence[Cell], made: Mapping[str, Path], images: Images) -> None:
-    """Whatever would stop a run in hours is said now: data, other ones than those of finished cells, files, networks.
+    """Find now what would stop a run in hours: missing files or data, other images, networks that do not run.
 
-    Data are fetched and decoded here, once, not by several runs at the same time.
+    Data are fetched and decoded here once, so that several runs do not do it at the same time.
 
     Args:
         results: of the table.
@@ -228,7 +228,7 @@ def check(results: Results, cells: Sequence[Cell], made: Mapping[str, Path], ima
         images: of all runs.
 
     Raises:
-        UserError: all that is wrong, a line each.
+        UserError: everything that is wrong, one line each.
     """
     wrong: list[str] = []
 

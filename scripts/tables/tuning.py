@@ -49,7 +49,7 @@ def tune(arguments: argparse.Namespace) -> None:
 def choose(grid: Grid, results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
     """Column → method → the best settings, and column → row → accuracy, of columns whose candidates have all run.
 
-    Of equally good ones the first wins. What is at the edge of the values tried is said: the best may lie beyond.
+    The first of equally good ones wins. A value at the edge of those tried is reported: the best may lie beyond it.
 
     Raises:
         UserError: no column is complete.

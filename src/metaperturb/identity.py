@@ -140,7 +140,7 @@ def check_folder(config: Any, program: str) -> None:
 
 
 def check_finished(config: MetaTestConfig, result: Mapping[str, Any]) -> None:
-    """Let a finished run answer only for the images, φ and initial weights that it saw, whatever they are called now.
+    """A finished run answers only for the images, φ and initial weights that it saw, under whatever names.
 
     Raises:
         UserError: they are others now, or cannot be read.
@@ -157,7 +157,7 @@ def check_finished(config: MetaTestConfig, result: Mapping[str, Any]) -> None:
 
 
 def unanswered(run_dir: str, file: str, error: UserError) -> UserError:
-    """Of a finished run, whose `file` is not told again because what it is asked for cannot be read."""
+    """The refusal of a finished run: what it is asked for cannot be read; its old result is in `file`."""
     return UserError(
         f"{run_dir}: a finished run cannot answer for what is not there: {error} ({file} in it has the old result)"
     )
