@@ -1199,6 +1199,24 @@ def test_a_layer_that_covers_the_whole_map_is_no_convolution():
     assert site_names(quiet(nn.Sequential(*fully, nn.Flatten(), nn.Linear(6, 5)), image_size=16)) == ["0"]
 
 
+def test_a_sequence_that_collects_what_its_children_give():
+    class Collecting(nn.Sequential):
+        """As in VoVNet: one child more would be one map more."""
+
+        def forward(self, x):
+            maps = [x]
+            for layer in self:
+                maps.append(layer(maps[-1]))
+            return torch.cat(maps, 1)
+
+    blocks = nn.Sequential(Collecting(conv(3, 4), conv(4, 4)), conv(11, 4), Collecting(conv(4, 4)), conv(8, 4), Head(4))
+    model = quiet(blocks, image_size=16)
+    assert site_names(model) == ["0", "2"]
+    received = record_inputs(model)
+    model(images(2, 16))
+    assert [h.shape[1] for _, h in received] == [11, 8]
+
+
 def test_channels_that_are_written_into_one_map():
     class Slices(nn.Module):
         def __init__(self):

@@ -279,9 +279,8 @@ class _Finder:
         host = name
         while type(self.modules[host]) is nn.Sequential and len(self.modules[host]):
             host = f"{host}.{[*self.modules[host]._modules][-1]}"
-        if isinstance(
-            self.modules[host], nn.ModuleDict | nn.ModuleList
-        ):  # DenseNet's: it runs all children that it has
+        kind = type(self.modules[host])
+        if self._is_container(host) and kind.forward is not nn.Sequential.forward:  # as DenseNet's: runs what it has
             for call in self._takers(given):
                 if self._may_host(call.module):
                     return self._spec(name, call.module, "input", given)
@@ -366,8 +365,11 @@ class _Finder:
             if call.taken == position and all(f"{user}.".startswith(f"{call.module}.") for user in users)
         ]
 
+    def _is_container(self, name: str) -> bool:
+        return isinstance(self.modules[name], nn.Sequential | nn.ModuleDict | nn.ModuleList)
+
     def _may_host(self, name: str) -> bool:
-        return bool(name) and not isinstance(self.modules[name], nn.Sequential | nn.ModuleDict | nn.ModuleList)
+        return bool(name) and not self._is_container(name)
 
     def _check_called_once(self, name: str) -> None:
         """A site has the statistics of one place."""
