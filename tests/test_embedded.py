@@ -49,12 +49,11 @@ def test_all_images_differ(source, target):
     assert len(set(images)) == len(images)
 
 
-def test_pure_function_of_the_seed(target):
-    again = embedded_target(seed=0, image_size=16)
-    for (images, labels, _), (images_2, labels_2, _) in zip(target, again, strict=True):
+def test_pure_function_of_the_seed():
+    first, again, other = (embedded_target(seed, image_size=8) for seed in (1, 1, 2))
+    for (images, labels, _), (images_2, labels_2, _) in zip(first, again, strict=True):
         assert np.array_equal(images, images_2) and np.array_equal(labels, labels_2)
-
-    assert not np.array_equal(embedded_target(1, image_size=8)[0][0], embedded_target(2, image_size=8)[0][0])
+    assert not np.array_equal(first[0][0], other[0][0])
     source_1, source_2 = embedded_source(1, image_size=8), embedded_source(2, image_size=8)
     assert not np.array_equal(source_1[0], source_2[0]) and np.array_equal(source_1[1], source_2[1])
 
@@ -94,7 +93,7 @@ def test_every_image_shows_something(source, target):
         assert 40 < gray.mean() < 215
 
 
-@pytest.mark.parametrize("size", [8, 21])
+@pytest.mark.parametrize("size", [8, 13])
 def test_any_image_size(size):
     train, test = embedded_target(seed=0, image_size=size)
     assert train[0].shape == (400, 3, size, size) and test[0].shape == (1008, 3, size, size)

@@ -176,18 +176,18 @@ def _stl10(root: Path, fetch: bool, split: str) -> Plan:
     return _pixels(folder, data, data.labels, data.classes)
 
 
-def _cifar100(root: Path, fetch: bool, split: str, choose: Callable | None = None) -> Plan:
+def _cifar100(root: Path, fetch: bool, split: str, few: tuple[int, int] | None = None) -> Plan:
+    """All images, or of each class a few: how many, after how many of its fixed order."""
     folder = _unpacked(tv.CIFAR100.base_folder, tv.CIFAR100.url, tv.CIFAR100.tgz_md5, root, fetch)
     with _torchvision_errors(folder, _DAMAGED):
         data = tv.CIFAR100(root, train=split != "test")
-        chosen = choose and choose(np.asarray(data.targets))
+    chosen = few and few_per_class(np.asarray(data.targets), *few)
     return _pixels(folder, data, data.targets, data.classes, chosen)
 
 
 def _s_cifar100(root: Path, fetch: bool, split: str) -> Plan:
     """50 training images a class; 25 others a class to validate on."""
-    count, skip = {"train": (50, 0), "val": (25, 50), "test": (None, 0)}[split]
-    return _cifar100(root, fetch, split, count and (lambda labels: few_per_class(labels, count, skip)))
+    return _cifar100(root, fetch, split, {"train": (50, 0), "val": (25, 50)}.get(split))
 
 
 def _small_svhn(root: Path, fetch: bool, split: str) -> Plan:
