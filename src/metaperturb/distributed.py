@@ -284,7 +284,10 @@ def _spawn(
             raise UserError(f"port {port}: in use; choose another, or 0 for any free one") from error
         raise UserError(f"port {port}: cannot be opened ({str(error).splitlines()[0]})") from error
     given = (work, arguments, devices, store.port, os.getpid(), show_traceback)
+    # Ctrl-C reaches the whole group, workers that still import, too; they ignore it, and the launcher passes it on.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     context = multiprocessing.spawn(_worker, given, nprocs=len(devices), join=False)
+    signal.signal(signal.SIGINT, handler)
 
     def forward() -> None:  # they end themselves, all after the same step
         for process in context.processes:
@@ -338,7 +341,6 @@ def _worker(
 ) -> None:
     end_with(launcher)
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the launcher passes it on
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
     code, message = 0, None
     with unbreakable_output():
