@@ -58,6 +58,7 @@ def test_pure_function_of_the_seed():
     assert not np.array_equal(source_1[0], source_2[0]) and np.array_equal(source_1[1], source_2[1])
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same():
     code = "import test_embedded; print(test_embedded.checksum(3))"
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
