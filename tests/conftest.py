@@ -1,5 +1,6 @@
 """A small real image folder, and the programs run as processes, for the tests of training."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -163,10 +164,14 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
+    """The workers that a launcher has started; other children may be gone at any moment."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(child) for child in task.read_text().split()]
-    return [c for c in found if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        for child in task.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return found
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
