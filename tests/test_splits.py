@@ -24,6 +24,13 @@ def _uneven():
     return np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
+def _assert_same(tasks, others):
+    for a, b in zip(tasks, others, strict=True):
+        for field in ("classes", "train", "test"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+            assert getattr(a, field).dtype == getattr(b, field).dtype == np.int64
+
+
 @pytest.mark.parametrize("labels", [_labels(), _uneven()])
 @pytest.mark.parametrize(("kind", "num_tasks"), [("disjoint", 4), ("disjoint", 1), ("paired", 4), ("homogeneous", 2)])
 def test_disjoint_and_complete(labels, kind, num_tasks):
@@ -86,9 +93,7 @@ def test_pure_and_seeded(kind):
     np.random.seed(1)
     two = class_split(labels.copy(), 4, kind, seed=1)
     other = class_split(labels, 4, kind, seed=2)
-    for a, b in zip(one, two, strict=True):
-        for field in ("classes", "train", "test"):
-            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    _assert_same(one, two)
     assert any(not np.array_equal(a.train, b.train) for a, b in zip(one, other, strict=True))
 
 
@@ -138,10 +143,7 @@ def test_round_trip(tmp_path, kind):
     save_split(path, tasks, "abc123", kind, 9)
     read, *made = load_split(path, "abc123", _labels())
     assert made == [kind, 9]
-    for a, b in zip(tasks, read, strict=True):
-        for field in ("classes", "train", "test"):
-            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-            assert getattr(b, field).dtype == np.int64
+    _assert_same(tasks, read)
     assert json.loads(path.read_text())["kind"] == kind
     assert [p.name for p in path.parent.iterdir()] == ["split.json"]
 
@@ -152,28 +154,19 @@ def test_split_of_other_data(tmp_path):
     refused(r"split\.json: made for other data \(fingerprint abc123, .* def456", load_split, path, "def456", _labels())
 
 
-GOOD = {"format": 1, "fingerprint": "x", "kind": "disjoint", "seed": 0}
+TASK = {"classes": [0], "train": [0], "test": [2]}
+GOOD = {"format": 1, "fingerprint": "x", "kind": "disjoint", "seed": 0, "tasks": [TASK]}
 BAD_FILES = [
-    "not json",
-    "[]",
-    "{}",
-    json.dumps({**GOOD, "tasks": []}),
-    json.dumps({**GOOD, "format": 99, "tasks": [{"classes": [0], "train": [0], "test": [1]}]}),
-    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [0]}]}),
-    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [0, 1], "test": [1]}]}),
-    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [1, 0], "test": [2]}]}),
-    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": [-1], "test": [2]}]}),
-    json.dumps({**GOOD, "tasks": [{"classes": [0], "train": ["a"], "test": [2]}]}),
-    json.dumps({**GOOD, "tasks": 7}),
-    json.dumps({**GOOD, "kind": "odd", "tasks": [{"classes": [0], "train": [0], "test": [1]}]}),
-    json.dumps({**GOOD, "seed": None, "tasks": [{"classes": [0], "train": [0], "test": [1]}]}),
+    *("not json", "[]", "{}"),
+    *(GOOD | bad for bad in ({"tasks": []}, {"tasks": 7}, {"format": 99}, {"kind": "odd"}, {"seed": None})),
+    *(GOOD | {"tasks": [TASK | {"train": train}]} for train in ([], [0, 2], [1, 0], [-1], ["a"], [True], None)),
 ]
 
 
 @pytest.mark.parametrize("content", BAD_FILES)
 def test_bad_files(tmp_path, content):
     path = tmp_path / "split.json"
-    path.write_text(content)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
     refused(r"split\.json: (not a class split|cannot be read as JSON)", load_split, path, "x", _labels())
 
 
