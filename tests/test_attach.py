@@ -627,21 +627,6 @@ def test_named_modules_that_would_not_be_found():
     assert all((h < 0).any() for _, h in received)
 
 
-@pytest.mark.parametrize("name", ["clip", "clip_eval", "strength", "sites", "specs", "phi"])
-def test_modules_may_be_called_like_our_own_attributes(name):
-    class Named(FunctionalPlain):
-        def forward(self, x):
-            x = F.relu(getattr(self, name)(x))
-            return super().forward(x)
-
-    model = Named()
-    setattr(model, name, conv(3, 3))
-    quiet(model, image_size=16)
-    assert name in site_names(model)
-    model(images(2, 16))
-    assert len(model.metaperturb.sites) == 3
-
-
 # --- places
 
 PLACES = {
