@@ -440,6 +440,6 @@ def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, setti
     trained = load_run(run_dir)
     train, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
     logits = make_deterministic(trained.model, [train])(test)
-    nll = torch.nn.functional.cross_entropy(logits, torch.from_numpy(trained.test.labels)).item()
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(trained.test.labels)).item()
     assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
     assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out
