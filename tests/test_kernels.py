@@ -19,7 +19,7 @@ from oracle import drawn_noise, philox
 from torch import nn
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels, models
-from metaperturb.kernels import cpp
+from metaperturb.kernels import cpp, plain
 from metaperturb.kernels.backend import draw_seed
 from metaperturb.kernels.plain import Phi
 from metaperturb.randomness import seed_torch
@@ -44,16 +44,16 @@ def run(kernel, h, epsilon, grad_out, dtype, **settings):
     """Output, gradients of h and φ, and running statistics of a site that has seen one batch before, in float64."""
     training = settings.pop("training", True)
     strength, clip = settings.pop("strength", 1.0), settings.pop("clip", 100.0)
-    clip_eval = settings.pop("clip_eval", False)
+    clip_eval, deterministic = settings.pop("clip_eval", False), settings.pop("deterministic", False)
     phi = make_phi(dtype)
     site = PerturbSite(phi, h.shape[1], 2 * h.shape[1], 2 * h.shape[2], **settings)
     with kernels.use_kernel("plain"):
         site(h.to(dtype).flip(0) + 0.5, noise=epsilon.to(dtype))
     site.train(training)
-    site.strength, site.clip, site.clip_eval = strength, clip, clip_eval
+    site.strength, site.clip, site.clip_eval, site.deterministic = strength, clip, clip_eval, deterministic
     strided = torch.empty_strided(h.shape, h.stride(), dtype=dtype).copy_(h).requires_grad_()
     with kernels.use_kernel(kernel):
-        out = site(strided, noise=epsilon.to(dtype))
+        out = site(strided, noise=None if deterministic else epsilon.to(dtype))
     grads = torch.autograd.grad(out, [strided, phi.flat], grad_out.to(dtype), materialize_grads=True)
     results = (out, grads[0], *Phi.of(grads[1]), site.running_mean, site.running_var)
     return [t.detach().double() for t in results]
@@ -113,6 +113,21 @@ def test_equals_the_plain_operators_in_the_ablations(gate, noise, training):
     shape = (3, 4, 6, 5)
     inputs = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
     assert_equal_to_plain(*inputs, gate=gate, noise=noise, training=training, strength=0.6, clip=1.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (2, 37, 4, 4), (2, 5, 1, 1)])
+def test_equals_the_plain_operators_with_the_expectation(shape, training):
+    inputs = 3 * maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
+    assert_equal_to_plain(*inputs, deterministic=True, training=training, strength=0.7, clip=2.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (2, 37, 4, 4), (2, 5, 1, 1)])
+def test_noise_of_mean_one_equals_that_of_the_plain_operators(shape):
+    h, noise, phi = 3 * maps(*shape), maps(*shape, seed=2), make_phi(torch.float64)
+    expected = plain.relative_noise(h, phi.tensors(), noise, 0.7)
+    actual = kernels.fused.relative_noise(cpp, h.float(), phi.flat.float(), noise.float(), 0.7)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("settings", [{}, {"noise": False}, {"gate": False}, {"training": False}], ids=str)
@@ -495,7 +510,7 @@ def test_the_home_of_another_user_is_said(tmp_path):
     tmp_path.chmod(0o700)
     code = """
         import os
-        from metaperturb.kernels import cpp
+        from metaperturb.kernels import cpp, plain
         os.setuid(65534)
         try:
             cpp.library()

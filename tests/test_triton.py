@@ -59,8 +59,8 @@ def statistics(channels, dtype):
     return values.view(2, channels, 4).unbind()
 
 
-def settings(training=True, noise=True, gate=True, strength=0.6, clip=0.75):
-    return Settings(training, noise, gate, strength, clip, channel_ratio=0.5, size_ratio=0.3)
+def settings(training=True, noise=True, gate=True, strength=0.6, clip=0.75, expected=False):
+    return Settings(training, noise, gate, strength, clip, channel_ratio=0.5, size_ratio=0.3, expected=expected)
 
 
 def tensors(out, h, phi, grad_out, running, phi_gradient):
@@ -126,11 +126,22 @@ def test_equals_the_plain_operators(shape, small_tiles):
         {"noise": False, "gate": False},
         {"training": False, "noise": False},
         {"training": False, "gate": False},
+        {"expected": True},
+        {"training": False, "expected": True},
     ],
     ids=str,
 )
 def test_equals_the_plain_operators_in_the_ablations(ablation, small_tiles):
     assert_equal_to_plain((2, 3, 4, 3), settings(**ablation))
+
+
+@executed
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_noise_of_mean_one_equals_that_of_the_plain_operators(channels_last, small_tiles):
+    h, noise, phi = 3 * maps(2, 3, 4, 5), maps(2, 3, 4, 5, seed=2), make_phi(torch.float64).detach()
+    h = h.to(memory_format=torch.channels_last) if channels_last else h
+    expected = plain.relative_noise(h, Phi.of(phi), noise, 0.7)
+    assert_equal([fused.relative_noise(triton_site, h.float(), phi.float(), noise.float(), 0.7).double()], [expected])
 
 
 @executed
