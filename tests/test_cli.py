@@ -31,6 +31,7 @@ run_program(pages, show_traceback=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_a_program_touches_new_memory_once_a_library_as_its_user_wants():
     printed = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True).stdout

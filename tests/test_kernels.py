@@ -207,7 +207,7 @@ def test_first_and_second_derivatives_against_finite_differences(drawn):
 def test_a_step_ahead_is_differentiated_as_with_the_plain_operators():
     phi = make_phi(torch.float64)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
-    attach(network, phi, image_size=6, verbose=False)
+    attach(network, phi, image_size=6, paper=True, verbose=False)
     x, y, noise = maps(5, 3, 6, 6), torch.tensor([0, 1, 2, 0, 1]), maps(5, 4, 4, 4, seed=2)
     (site,) = network.metaperturb.sites
     forward = site.forward

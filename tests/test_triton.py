@@ -261,6 +261,7 @@ def test_a_site_draws_this_noise(channels_last, small_tiles):
 # --- without a GPU
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU or INTERPRETED, reason="runs them itself")
 @pytest.mark.skipif(kernels.kernel_name() == "plain", reason="compares with the noise of the CPU's kernel")
 def test_in_the_interpreter():
@@ -289,6 +290,7 @@ def test_without_triton_it_says_so():
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int64: "i64"}
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_compiles_for_a_hopper_gpu_and_keeps_its_values_in_registers(dtype, monkeypatch, tmp_path):
