@@ -318,6 +318,7 @@ def test_what_is_left_out_is_counted_aloud(tmp_path, capsys):
     plain = _load(write_folder(tmp_path / "plain", folder_layout()), tmp_path)
     files = {**folder_layout(), "train/stray.png": picture(1), "train/cat/a\n.txt": b"?", "train/labels.csv": b"?"}
     files |= {"train/cat/@eaDir/0.png/SYNOPHOTO.jpg": picture(2), "train/@eaDir/x.jpg": picture(3)}
+    files |= {"train/@tmp/x.jpg": picture(2), "train/cat/Icon\r": b""}
     files |= {"train/dog/README": b"?", "README": b"?"}
     folder = write_folder(tmp_path / "x", files)
     (folder / "train/cat/loop").symlink_to("..")
@@ -329,7 +330,7 @@ def test_what_is_left_out_is_counted_aloud(tmp_path, capsys):
     for part in (
         "of no class: 2 (train/labels.csv, train/stray.png)",
         r"not an image: 2 (train/cat/a\n.txt, train/dog/README)",
-        "hidden or of the system: 2 (train/@eaDir, train/cat/@eaDir)",
+        "hidden or of the system: 4 (train/",
         "link to a folder above it: 1 (train/cat/loop)",
         "neither file nor folder: 1 (train/cat/pipe.png)",
     ):
@@ -340,10 +341,11 @@ def test_what_is_left_out_is_counted_aloud(tmp_path, capsys):
 
 def test_doubtful_classes_are_told(tmp_path, capsys):
     files = {**folder_layout(), "train/more/emu/1.png": picture(1), "train/more/fox/1.png": picture(2)}
+    files |= {name.replace("more", "rest"): picture(4) for name in files if "more" in name}
     train, _ = _load({**files, "train/Dog/1.png": picture(3)}, tmp_path)
-    assert train.classes == ("Dog", "cat", "dog", "more")
+    assert train.classes == ("Dog", "cat", "dog", "more", "rest")
     said = capsys.readouterr().err
-    assert "taken for one class each, though they hold only folders: 1 (train/more/)" in said
+    assert "taken for one class each, though they hold only folders: 2 (train/more/, train/rest/)" in said
     assert "two classes differ only in case: Dog and dog; are they one?" in said
 
 

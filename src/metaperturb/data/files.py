@@ -26,7 +26,8 @@ MAX_FILE_BYTES = 256 * 2**20
 # What file managers and network storage put beside images; whatever begins with a dot is left out, too.
 SYSTEM_NAMES = {
     *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
-    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found"),
+    *("@eaDir", "@tmp", "@sharebin", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found"),
+    *("Icon\r", "ZbThumbnail.info"),
 }
 # What the standard library raises on damaged or encrypted members of a zip, and on damaged archives.
 _DAMAGED_MEMBER = (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
@@ -41,7 +42,7 @@ def is_passing(error: BaseException) -> bool:
 
 def printable(name: str) -> str:
     """A name as messages have it: on one line, and all of it Unicode."""
-    return name.replace("\n", "\\n").encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def read_file(file: Path | Exception) -> bytes:

@@ -31,8 +31,9 @@ def folder_plan(place: Place, split: str) -> Plan:
     """
     root = place.root(name for names in SPLITS.values() for name in names)
     if root is None:
-        found = _some(sorted({name.split("/")[0] for name in [*place.files, *place.folders]}))
-        raise UserError(f"{place.path}: holds no train/<class>/ folders with images; at its top: {found}")
+        found = sorted({name.split("/")[0] for name in [*place.files, *place.folders]})
+        top = f"at its top: {_some(found)}" if found else "it is empty"
+        raise UserError(f"{place.path}: holds no train/<class>/ folders with images; {top}")
     classes = sorted({s.class_name for s in _samples(place, root, "train")[0]})
     samples, remarks = _samples(place, root, split)
     for name in sorted({s.class_name for s in samples} - set(classes)):
@@ -87,22 +88,23 @@ def _normal(name: str) -> str:
 
 
 def _groups(place: Place, samples: list[Sample], prefix: str) -> list[str]:
-    """Class folders that look like groups of classes: no images of their own, but several folders whose names occur in
-    no other class folder.
+    """Class folders that may be groups of classes: no images of their own, but several folders.
 
     Raises:
-        UserError: no class folder has images of its own: `<group>/<class>/…` was taken for classes.
+        UserError: no class folder has images of its own, and one holds folders whose names occur in no other:
+            `<group>/<class>/…` was taken for classes.
     """
     paths = [sample.member[len(prefix) :].split("/") for sample in samples]
     own = {path[0] for path in paths if len(path) == 2}
     inner = {(path[0], path[1]) for path in paths if len(path) > 2}
     count, folders = Counter(name for _, name in inner), Counter(group for group, _ in inner)
     shared = {group for group, name in inner if count[name] > 1}
-    groups = sorted(group for group, number in folders.items() if number > 1 and group not in own | shared)
+    doubtful = sorted(group for group, number in folders.items() if number > 1 and group not in own)
+    groups = [group for group in doubtful if group not in shared]
     if groups and not own:
         some = ", ".join(sorted(name for group, name in inner if group == groups[0])[:3])
         raise UserError(
             f"{place.path}: {prefix}{groups[0]}/ holds no images but folders of them ({some}, …): if they are classes, "
             f"move them up to {prefix}; if {groups[0]} is one class, move its images up to it"
         )
-    return [f"{prefix}{name}/" for name in groups]
+    return [f"{prefix}{name}/" for name in doubtful]
