@@ -333,13 +333,14 @@ def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     assert said.count("gpu=auto: running on") == 1
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04 half a file", {"a": 1}, [1]])
+@pytest.mark.parametrize("content", [b"PK\x03\x04 half a file", b"", {"a": 1}, [1]])
 def test_a_checkpoint_that_is_none_is_one_line(unfinished, refused, content):
     run_dir, settings = unfinished
     checkpoint = run_dir / "checkpoints" / "latest.pt"
     checkpoint.write_bytes(content) if isinstance(content, bytes) else save_tensors(content, checkpoint)
     line = refused(program, settings)
-    assert isinstance(content, bytes) or "is no checkpoint of this run; remove it, or choose" in line
+    way_out = "begin anew without its folder checkpoints" if isinstance(content, bytes) else "remove it, or choose"
+    assert way_out in line
     assert f"error: {checkpoint}: " in line
 
 

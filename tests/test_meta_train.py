@@ -333,7 +333,7 @@ def test_port_in_use(here, refused):
         (["split=paired"], "tasks: split paired needs an even number, got 5"),
         (["split_file=nowhere.json"], "split_file: nowhere.json does not exist"),
         (["threads=100000"], "threads: must be between 1 and 1024"),
-        (["model=resnet21"], "model resnet21: unknown (near: resnet"),
+        (["model=resnet21"], "model: unknown 'resnet21' (near: resnet"),
         (["batch_size=1"], "batch_size: must be at least 2"),
         (["steps=4", "keep_phi=3,4"], "keep_phi: step 4 is not before the last, 4"),
         (["noise=false", "gate=false"], "noise, gate: with both false φ does nothing"),

@@ -16,6 +16,7 @@ from metaperturb.randomness import seed_torch
 from metaperturb.runs import finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.trained import load_run
+from metaperturb.training import restoring
 from metaperturb.weights import save_phi
 
 STEPS = 4
@@ -83,7 +84,7 @@ def test_a_flipped_byte_is_noticed(tmp_path, place):
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="does not match its checksum") as error:
+    with pytest.raises(UserError, match="does not match its checksum") as error, restoring(path):
         load_tensors(path)
     assert "begin anew without its folder checkpoints" in one_line(error)
 

@@ -92,7 +92,7 @@ def images_of(result: Mapping[str, Any]) -> str:
     """What a run trained and was evaluated on: `cub50.zip, 84 pixels: 1,500 training and 1,389 test images`."""
     target, config = result["target"], result["config"]
     name = Path(config["target_path"]).name if config["target"] == "folder" else config["target"]
-    size = config["image_size"] or DATA_SETS[name].image_size
+    size = config["image_size"] or DATA_SETS[config["target"]].image_size
     held_out = {"holdout": "held-out", "val": "validation"}.get(config["eval_split"], config["eval_split"])
     return f"{name}, {size} pixels: {target['train']:,} training and {target['test']:,} {held_out} images"
 

@@ -197,6 +197,12 @@ class MetaTestConfig(CommonConfig):
         super().__post_init__()
         object.__setattr__(self, "recipe", sorted(self.recipe))  # their order changes nothing: one run, one identity
 
+    @property
+    def target_paths(self) -> list[str]:
+        """What `target_path` names: of Tiny ImageNet, which is published in parts, several, separated by commas."""
+        paths = (self.target_path or "").split(",") if self.target == "tiny_imagenet" else [self.target_path or ""]
+        return [path.strip() for path in paths if path.strip()]
+
 
 def _at_home(path: Any) -> Any:
     """The same path or paths with the home folder for a leading `~`."""

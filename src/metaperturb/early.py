@@ -50,15 +50,19 @@ def check_places(config: CommonConfig) -> None:
         why = "no permission to write" if above.is_dir() else "no folder"
         raise UserError(f"run_dir: {config.run_dir} cannot be written ({above}: {why})")
     if isinstance(config, MetaTrainConfig):
-        places = {"source_paths": config.source_paths, "split_file": [config.split_file]}
+        data, named, places = config.source, "source_paths", {"split_file": [config.split_file]}
+        places[named] = config.source_paths
         devices, key = config.gpus, "gpus"
     else:
-        places = {"target_path": (config.target_path or "").split(",")}
+        data, named, places = config.target, "target_path", {}
+        places[named] = config.target_paths
         if not (folder / "checkpoints").exists():  # a run that goes on needs it no more
             places["init"] = [config.init]
         devices, key = config.gpu, "gpu"
         if config.method == "metaperturb" and config.phi and not (SHIPPED / f"{config.phi}.pt").exists():
             places["phi"] = [config.phi]
+    if data == "folder" and len(places[named]) != 1:
+        raise UserError(f"{named}: must name one folder or archive, with train/<class>/ and test/<class>/ in it")
     for name, paths in places.items():
         for path in filter(None, paths):
             if not os.path.exists(path.strip()):

@@ -18,5 +18,9 @@ class Diverged(UserError):
     exit_code = 3  # 2 is argparse's
 
 
+class Damaged(UserError):
+    """A file that does not hold what was written to it, or never held what is looked for."""
+
+
 class NotFinite(UserError):
     """A network whose output, or whose statistics, have no meaning."""

@@ -108,7 +108,7 @@ def meta_test(config: MetaTestConfig) -> dict:
             "as the training (a smaller final_samples is faster)",
             file=sys.stderr,
         )
-    progress = StepProgress(f"{config.method} on {config.target}", config.steps, start)
+    progress = StepProgress(f"{config.method} on {identity.data_name(config)}", config.steps, start)
 
     metrics: dict[str, float] = {}
     draws = perturbed and config.noise
@@ -237,7 +237,7 @@ def logged(metrics: dict[str, float]) -> dict[str, float]:
 def report(result: dict) -> None:
     config, samples = result["config"], result["metrics"]["samples"]
     print(
-        f"{config['method']} on {config['target']}, {config['model']}, seed {config['seed']}: "
+        f"{config['method']} on {identity.data_name(config)}, {config['model']}, seed {config['seed']}: "
         f"{shown(result['metrics'])}  "
         f"({result['target']['test']} {config['eval_split']} images, {samples} sample{'s' * (samples > 1)})"
     )

@@ -387,8 +387,8 @@ class Checkpoints:
         Raises:
             UserError: it is of other data.
         """
-        latest = load_json(self.latest) if self.latest.exists() else None
         with training.restoring(self.latest):
+            latest = load_json(self.latest) if self.latest.exists() else None
             other = latest is not None and latest["data"] != self.data
         if other:
             raise UserError(

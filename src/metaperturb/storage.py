@@ -16,7 +16,7 @@ from typing import IO, Any, BinaryIO
 import torch
 import yaml
 
-from metaperturb.errors import UserError
+from metaperturb.errors import Damaged, UserError
 
 TEMPORARY = ".unfinished"
 
@@ -100,41 +100,41 @@ def load_tensors(path: Path) -> Any:
     """`torch.load` on the CPU with `weights_only=True`: tensors and plain values, never code.
 
     Raises:
-        UserError: unreadable, damaged (PyTorch writes a checksum of each part, but does not compare it), or holding
-            anything but tensors and plain values.
+        Damaged: by its checksums (PyTorch writes one of each part, but does not compare it), or holding anything but
+            tensors and plain values.
+        UserError: unreadable.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as parts:
                 damaged = parts.testzip()
             if damaged is not None:
-                raise UserError(
-                    f"{path}: damaged ({damaged} does not match its checksum); take a copy of it, or let the run begin "
-                    "anew without its folder checkpoints"
-                )
+                raise Damaged(f"{path}: damaged ({damaged} does not match its checksum)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on odd files; the caller judges the content
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(
+        raise Damaged(
             f"{path}: not loaded, because it is damaged or holds more than tensors and plain values (it could run code)"
         ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
     except Exception as error:  # what a damaged file makes torch raise is not of a few kinds
-        raise UserError(f"{path}: cannot be read as a PyTorch file ({reason(error)})") from error
+        raise Damaged(f"{path}: is damaged, or no file of PyTorch") from error
 
 
 def load_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        UserError: unreadable, or no JSON.
+        Damaged: unreadable, or no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({reason(error)})") from error
+        raise Damaged(f"{path}: cannot be read as JSON ({reason(error)})") from error
 
 
 def reason(error: BaseException) -> str:

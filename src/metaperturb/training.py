@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.config import CommonConfig
-from metaperturb.errors import Diverged, UserError
+from metaperturb.errors import Damaged, Diverged, UserError
 
 ABLATION = ("sites", "noise", "gate")  # settings of table 3, by the names that `attach` gives them
 
@@ -128,13 +128,17 @@ def saved_after(done: int, steps: int) -> str:
 
 @contextlib.contextmanager
 def restoring(checkpoint: Path) -> Iterator[None]:
-    """Says in one sentence that a file of another program, or of another run, lies in the place of a checkpoint.
+    """Says in one sentence that a checkpoint is damaged, or that a file of something else lies in its place.
 
     Raises:
-        UserError: it lacks what is looked for, or holds it in other shapes.
+        UserError: it is, lacks what is looked for, or holds it in other shapes.
     """
     try:
         yield
+    except Damaged as error:
+        raise UserError(
+            f"{error}; take a copy of it, or let the run begin anew without its folder checkpoints"
+        ) from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{checkpoint}: is no checkpoint of this run; remove it, or choose another run_dir") from error
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.arrays import ImageArrays, subset
-from metaperturb.data.registry import IN_PARTS, SOURCES, load
+from metaperturb.data.registry import SOURCES, load
 from metaperturb.data.splits import few_classes, few_per_class, holdout_split
 from metaperturb.errors import UserError
 
@@ -16,12 +16,10 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
         UserError: as `load` and `holdout_split`, or a class has fewer images than `train_per_class`.
     """
     hold_out = config.eval_split == "holdout"
-    path = config.target_path
-    paths = [] if path is None else path.split(",") if config.target == IN_PARTS else [path]
     train, *rest = load(
         config.target,
         data_root=config.data_root,
-        paths=[path.strip() for path in paths if path.strip()],
+        paths=config.target_paths,
         image_size=config.image_size,
         download=config.download,
         skip_unreadable=config.skip_unreadable,

@@ -50,9 +50,10 @@ def create(name: str, num_classes: int, image_size: int) -> nn.Module:
     available = torchvision.models.list_models(module=torchvision.models)
     if name not in available:
         near = difflib.get_close_matches(name, [*ZOO, *available], n=3)
+        near = f"near: {', '.join(near)}; " * bool(near)
         raise UserError(
-            f"model {name}: unknown (near: {', '.join(near) or 'none'}; the zoo: {', '.join(ZOO)}; also any CNN of "
-            "torchvision by name, and timm/<name>)"
+            f"model: unknown {name!r} ({near}the zoo: {', '.join(ZOO)}; also any CNN of torchvision by name, and "
+            "timm/<name>)"
         )
     builder = torchvision.models.get_model_builder(name)
     options = {"weights": None, "num_classes": num_classes}
@@ -65,8 +66,8 @@ def _from_timm(name: str, num_classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model timm/{name}: timm is not installed ({sys.executable} -m pip install timm)") from error
+        raise UserError(f"model: timm/{name}: timm is not installed ({sys.executable} -m pip install timm)") from error
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"model timm/{name}: unknown to timm {timm.__version__} (near: {', '.join(near) or 'none'})")
+        raise UserError(f"model: timm/{name}: unknown to timm {timm.__version__} (near: {', '.join(near) or 'none'})")
     return timm.create_model(name, num_classes=num_classes)
