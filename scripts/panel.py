@@ -27,6 +27,7 @@ from metaperturb import UserError, models
 from metaperturb.provenance import provenance
 from metaperturb.storage import write_atomically
 
+SIZES = [64, 96, 256, 224]
 LARGEST, STEPS, BATCH, CLASSES, LR = 60e6, 20, 8, 10, 1e-3
 COLUMNS = ("network", "size", "sites")
 TIMM = """
@@ -94,7 +95,7 @@ def where(line: dict[str, object]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of networks")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 224], help="sides of images [64 96 224]")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help=f"sides of images {SIZES}")
     parser.add_argument("--out", type=Path, default=Path("results/panel"), help="path without suffix [results/panel]")
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")

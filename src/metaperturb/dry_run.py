@@ -228,7 +228,7 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
             except Exception as error:
                 last = error
         failure = failure or last  # that of the run on zeros: of the meta device a user need not know
-    cause = str(failure).strip().split("\n")[0]
+    cause = str(failure).strip().split("\n")[0] or type(failure).__name__  # an assertion says nothing
     if example is not None:
         raise UserError(f"{type(model).__name__}: does not run on the example ({cause})") from failure
     raise UserError(
