@@ -192,7 +192,7 @@ def test_launcher_killed_leaves_no_orphans(source_settings, tmp_path):
     assert len(workers) == 2
     launcher.kill()
     launcher.communicate()
-    wait_for(lambda: not any(alive(pid) for pid in workers), seconds=10)
+    wait_for(lambda: not any(alive(pid) for pid in workers), seconds=60)
 
 
 @pytest.fixture
