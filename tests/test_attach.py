@@ -1200,6 +1200,12 @@ def test_a_sequence_that_collects_what_its_children_give():
     received = record_inputs(model)
     model(images(2, 16))
     assert [h.shape[1] for _, h in received] == [11, 8]
+    stages = nn.Sequential(*(nn.Sequential(conv(c, 4), Collecting(conv(4, 4))) for c in (3, 8)), Head(8))
+    stages = quiet(stages, image_size=16).eval()  # RDNet: the features alone have all sites
+    received = record_inputs(stages)
+    stages[:2](images(2, 16))
+    assert len(received) == len(stages.metaperturb.sites) == 2 and acts(torch.fx.symbolic_trace(stages), images(2, 16))
+    assert torch.equal(seeded(copy.deepcopy(stages), images(2, 16)), seeded(stages, images(2, 16)))
 
 
 def test_channels_that_are_written_into_one_map():

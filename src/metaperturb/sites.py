@@ -279,8 +279,10 @@ class _Finder:
         host = name
         while type(self.modules[host]) is nn.Sequential and len(self.modules[host]):
             host = f"{host}.{[*self.modules[host]._modules][-1]}"
-        kind = type(self.modules[host])
+        kind, parent = type(self.modules[host]), host.rpartition(".")[0]
         if self._is_container(host) and kind.forward is not nn.Sequential.forward:  # as DenseNet's: runs what it has
+            if type(self.modules[parent]) is nn.Sequential and self.calls[parent][-1].given == given:
+                return self._spec(name, parent, "output", given)
             for call in self._takers(given):
                 if self._may_host(call.module):
                     return self._spec(name, call.module, "input", given)
