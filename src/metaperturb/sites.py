@@ -122,7 +122,7 @@ def find_sites(
         raise UserError(f"{kind}: model.compile() has been called, which wraps it; attach before that")
     if scripted := [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
         raise UserError(
-            f"{kind}: {scripted[0] or 'it'} is a ScriptModule, which takes no sites; attach before scripting"
+            f"{kind}: {scripted[0] or 'it'} is a ScriptModule, which takes no sites; attach first, then torch.jit.trace"
         )
     if example is None:
         sides = image_size if isinstance(image_size, tuple) and len(image_size) == 2 else (image_size, image_size)
@@ -390,6 +390,8 @@ class _Finder:
         convolutions = [v for v in self.values if v.op == "convolution" and len(v.shape) == 4]
         if not convolutions:
             return "has no nn.Conv2d; the perturbation acts on feature maps of CNNs"
+        if "" in {v.module for v in convolutions}:
+            return "its own forward convolves, and only modules can have sites; put a metaperturb.Slot() there"
         if len({v.module for v in convolutions}) <= 2:
             return (
                 f"its only convolution, {convolutions[0].module!r}, has no activation behind it, as where it cuts the "
