@@ -707,6 +707,7 @@ REFUSED = {
     "nothing of φ": (resnet8, {"noise": False, "gate": False}, "noise=False and gate=False"),
     "a name as φ": (resnet8, {"phi": "tiny_imagenet_resnet20"}, "load_phi"),
     "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU()), {}, "Conv2d"),
+    "no images": (lambda: nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), Head(4)), {}, "no nn.Conv2d"),
     "a classifier": (lambda: nn.Sequential(conv(3, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), {}, r"sites=\["),
     "images too small": (lambda: network("vgg11"), {"image_size": 8}, r"\[2, 3, 8, 8\].*image_size"),
     "images too large": (lambda: network("conv4"), {"image_size": 64}, "image_size"),
@@ -1041,12 +1042,15 @@ def test_slots_in_a_network_of_functions():
     class Functions(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.slot, self.head = nn.Parameter(torch.randn(4, 3, 3, 3)), metaperturb.Slot(), Head(4)
+            self.weight, self.slot, self.head = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Identity(), Head(4)
 
         def forward(self, x):
             return self.head(F.relu(self.slot(F.conv2d(x, self.weight, padding=1))))
 
-    assert site_names(quiet(Functions(), image_size=8)) == ["slot"]
+    model = Functions()
+    assert "put a metaperturb.Slot()" in refused(model, 8)
+    model.slot = metaperturb.Slot()
+    assert site_names(quiet(model, image_size=8)) == ["slot"]
 
 
 # --- any CNN: finite, sound places, state where it acts, never lost silently
@@ -1175,6 +1179,9 @@ def test_fusing_and_quantizing_keep_phi_or_say_that_they_do_not(make):
     prepared = fx.prepare_fx(copy.deepcopy(model), torch.ao.quantization.get_default_qconfig_mapping("x86"), (x,))
     prepared(x)
     assert acts(fx.convert_fx(prepared), x)
+    if isinstance(model, torchvision.models.VGG):
+        with pytest.raises(AssertionError, match="with a site of φ: fuse before attach"):
+            torch.ao.quantization.fuse_modules(model, ["features.0", "features.1", "features.2"])
     with pytest.raises(UserError, match="gradients of single ones"):
         call_for_per_sample_grads(model.train())(x)
 
@@ -1200,6 +1207,12 @@ def test_a_sequence_that_collects_what_its_children_give():
     received = record_inputs(model)
     model(images(2, 16))
     assert [h.shape[1] for _, h in received] == [11, 8]
+    stages = nn.Sequential(*(nn.Sequential(conv(c, 4), Collecting(conv(4, 4))) for c in (3, 8)), Head(8))
+    stages = quiet(stages, image_size=16).eval()  # RDNet: the features alone have all sites
+    received = record_inputs(stages)
+    stages[:2](images(2, 16))
+    assert len(received) == len(stages.metaperturb.sites) == 2 and acts(torch.fx.symbolic_trace(stages), images(2, 16))
+    assert torch.equal(seeded(copy.deepcopy(stages), images(2, 16)), seeded(stages, images(2, 16)))
 
 
 def test_channels_that_are_written_into_one_map():

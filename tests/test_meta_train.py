@@ -88,6 +88,26 @@ def test_bits_do_not_depend_on_the_number_of_processes(reference, here, tmp_path
     assert logged(tmp_path / "src") == logged(reference)
 
 
+BARS = """
+import torch
+from tqdm import tqdm
+from metaperturb.distributed import launch
+
+def bar(group):
+    tqdm(total=1).close()
+
+if __name__ == "__main__":
+    launch(bar, (), [torch.device("cpu")] * 2, 0, False)
+"""
+
+
+@pytest.mark.slow
+def test_progress_on_a_terminal_leaves_no_semaphore(tmp_path):
+    (tmp_path / "bars.py").write_text(BARS)
+    completed = subprocess.run([sys.executable, tmp_path / "bars.py"], capture_output=True, text=True)
+    assert completed.returncode == 0 and "0/1" in completed.stderr and "leaked" not in completed.stderr
+
+
 @pytest.mark.slow
 def test_bits_under_torchrun(reference, source_settings, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -199,13 +199,19 @@ def _forget_compiled() -> None:
 def _with_site(kind: type) -> type:
     """The same layer of PyTorch by another exact type, which is what tools go by that fuse or exchange layers.
 
-    They leave it, or say that they do not know it; else they would drop what hangs on it, and φ with it.
+    They leave it, or say that they do not know it; else they would drop what hangs on it, and φ with it. What PyTorch's
+    `fuse_modules` says then has the class's `__qualname__`.
     """
+    known_as = f"{kind.__qualname__} with a site of φ: fuse before attach"
 
     def reduce(layer: nn.Module, protocol: int) -> tuple:
         return _new_with_site, (kind,), object.__reduce_ex__(layer, 2)[2]
 
-    return type(f"{kind.__name__}WithSite", (kind,), {"__module__": kind.__module__, "__reduce_ex__": reduce})
+    return type(
+        f"{kind.__name__}WithSite",
+        (kind,),
+        {"__module__": kind.__module__, "__qualname__": known_as, "__reduce_ex__": reduce},
+    )
 
 
 def _new_with_site(kind: type) -> nn.Module:

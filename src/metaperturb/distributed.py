@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from tqdm import tqdm
 
 from metaperturb.cli import (
     EXIT_ERROR,
@@ -341,6 +343,7 @@ def _worker(
 ) -> None:
     end_with(launcher)
     keep_freed_memory()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which os._exit below would leave behind
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
     code, message = 0, None
     with unbreakable_output():

@@ -238,6 +238,8 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
 
 def _way_out(model: nn.Module, image_size: int | tuple[int, int], failure: Exception | None) -> str:
     """What to do with a network that takes no such images: a part that does, or the arguments to give."""
+    if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules()):
+        return "it has no nn.Conv2d, and the perturbation acts on feature maps of CNNs"
     takes_more = isinstance(failure, TypeError | LookupError | AttributeError)  # than an image
     for name, part in model.named_modules():
         if takes_more and name and any(isinstance(m, nn.Conv2d) for m in part.modules()) and list(part.children()):

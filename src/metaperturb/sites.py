@@ -122,7 +122,7 @@ def find_sites(
         raise UserError(f"{kind}: model.compile() has been called, which wraps it; attach before that")
     if scripted := [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
         raise UserError(
-            f"{kind}: {scripted[0] or 'it'} is a ScriptModule, which takes no sites; attach before scripting"
+            f"{kind}: {scripted[0] or 'it'} is a ScriptModule, which takes no sites; attach first, then torch.jit.trace"
         )
     if example is None:
         sides = image_size if isinstance(image_size, tuple) and len(image_size) == 2 else (image_size, image_size)
@@ -279,8 +279,10 @@ class _Finder:
         host = name
         while type(self.modules[host]) is nn.Sequential and len(self.modules[host]):
             host = f"{host}.{[*self.modules[host]._modules][-1]}"
-        kind = type(self.modules[host])
+        kind, parent = type(self.modules[host]), host.rpartition(".")[0]
         if self._is_container(host) and kind.forward is not nn.Sequential.forward:  # as DenseNet's: runs what it has
+            if type(self.modules[parent]) is nn.Sequential and self.calls[parent][-1].given == given:
+                return self._spec(name, parent, "output", given)
             for call in self._takers(given):
                 if self._may_host(call.module):
                     return self._spec(name, call.module, "input", given)
@@ -388,6 +390,8 @@ class _Finder:
         convolutions = [v for v in self.values if v.op == "convolution" and len(v.shape) == 4]
         if not convolutions:
             return "has no nn.Conv2d; the perturbation acts on feature maps of CNNs"
+        if "" in {v.module for v in convolutions}:
+            return "its own forward convolves, and only modules can have sites; put a metaperturb.Slot() there"
         if len({v.module for v in convolutions}) <= 2:
             return (
                 f"its only convolution, {convolutions[0].module!r}, has no activation behind it, as where it cuts the "
