@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from metaperturb.data import arrays, load
 from metaperturb.data.arrays import to_pixels
-from metaperturb.storage import load_json, save_json
+from metaperturb.storage import hold, load_json, save_json
 
 
 def _load(images, root, **options):
@@ -516,6 +516,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert "no locks here" in capsys.readouterr().err
     assert _load(folder_layout(), tmp_path)[0].fingerprint == first.fingerprint
     assert isinstance(first.images, np.memmap)
+    capsys.readouterr()
+    hold(tmp_path / "run" / ".lock").close()  # of a run
+    assert "run: no locks here" in capsys.readouterr().err
 
 
 def test_processes_that_start_at_once_build_once(tmp_path, capfd):

@@ -1,12 +1,14 @@
 """Files that are either complete or absent, and reading that executes nothing."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
 import pickle
 import secrets
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import yaml
 from metaperturb.errors import Damaged, UserError
 
 TEMPORARY = ".unfinished"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # of a file system
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -56,6 +59,8 @@ def remove_leftovers(folder: Path) -> None:
 def hold(path: Path) -> IO | None:
     """A lock that is held until it is closed, or this process is gone; None: another process holds it.
 
+    Where the file system has no locks, that is said, and nothing keeps others away.
+
     Raises:
         UserError: the file cannot be written.
     """
@@ -69,6 +74,10 @@ def hold(path: Path) -> IO | None:
     except BlockingIOError:
         lock.close()
         return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"{path}: cannot lock this file: {reason(error)}") from error
+        print(f"{path.parent}: no locks here: nothing keeps two processes from doing the same work", file=sys.stderr)
     return lock
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from metaperturb.errors import UserError
+from metaperturb.storage import NO_LOCKS
 
 _NO_PERMISSION = "no permission to write there; set a data root that can be written"
 _DISK_ADVICE = {
@@ -24,7 +25,6 @@ _DISK_ADVICE = {
     errno.ENOTDIR: "a file is where a folder should be; set another place",
 }
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # of another user, or read-only
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def file_lock(path: Path) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 locked = True
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in NO_LOCKS:
                     raise UserError(f"{path}: cannot lock this file: {error.strerror}") from error
                 print(f"{path.parent}: no locks here: processes started at once may do the same work", file=sys.stderr)
         yield locked
