@@ -150,7 +150,7 @@ script() { setup; exec "$py" "$here/scripts/$1" "${@:2}"; } # script NAME ARGUME
 
 command=${1:-help}
 [ $# -eq 0 ] || shift
-export METAPERTURB_NAMES=${names[$command]:-} # the program's messages then say TGT_PATH for target_path
+[ -z "${names[$command]:-}" ] || export METAPERTURB_NAMES=${names[$command]} # messages then say TGT_PATH for target_path
 typed=()
 for text in "$@"; do
     key=${text%%=*}
