@@ -339,13 +339,24 @@ class _Check(_Hook):
         if getattr(model, "_is_replica", False):
             raise UserError("nn.DataParallel: its replicas would share the sites; use DistributedDataParallel")
         sites = vars(model)[self.name]
-        acting = {id(site) for module in model.modules() if (site := self._acting(module)) is not None}
-        lost = [spec for spec, site in zip(sites.specs, sites.sites, strict=True) if id(site) not in acting]
+        placed = list(zip(sites.specs, sites.sites, strict=True))
+        lost = [spec for spec, site in placed if self._acting_at(model, spec.module) is not site]
+        if lost:  # unless its module has moved to another place, which is searched for only then
+            acting = {id(site) for module in model.modules() if (site := self._acting(module)) is not None}
+            lost = [spec for spec, site in placed if id(site) not in acting]
         if lost:
             raise UserError(
                 f"{type(model).__name__}: {lost[0].module!r} ({len(lost)} in all) was replaced after attach, by fusing "
                 "or the like, and is not perturbed; detach(model), and attach after such changes"
             )
+
+    def _acting_at(self, model: nn.Module, path: str) -> nn.Module | None:
+        module = model
+        for part in path.split(".") if path else ():
+            module = module._modules.get(part)
+            if module is None:
+                return None
+        return self._acting(module)
 
     def _acting(self, module: nn.Module) -> nn.Module | None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
