@@ -407,7 +407,7 @@ def fresh(monkeypatch, tmp_path):
     """As in a process that has not used a kernel yet, with a cache of its own that holds the library."""
     shutil.copytree(cpp._cache_folder(), tmp_path / "metaperturb", dirs_exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    monkeypatch.setattr(cpp, "compiled", functools.cache(cpp.compiled.__wrapped__))
     monkeypatch.setattr(kernels, "_load", functools.cache(kernels._load.__wrapped__))
     monkeypatch.setattr(kernels, "_told", {"meta"})
 
@@ -459,7 +459,7 @@ def test_a_library_of_another_user_is_not_loaded(whose, fresh):
     folder = cpp._cache_folder()
     for path in [folder] if whose == "folder" else folder.glob("*.so"):
         os.chown(path, 12345, 12345)
-    cpp.library.cache_clear()
+    cpp.compiled.cache_clear()
     kernels._load.cache_clear()
     assert "belongs to another user" in refused()
 
@@ -518,7 +518,7 @@ def test_the_home_of_another_user_is_said(tmp_path):
         from metaperturb.kernels import cpp, plain
         os.setuid(65534)
         try:
-            cpp.library()
+            cpp.compiled()
         except cpp.Unavailable as reason:
             print(reason, end="")
     """

@@ -54,7 +54,7 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     """The ε that the kernel draws from `seed` for a feature map: `[B, C, H, W]`."""
     batch, channels, height, width = like.shape
     noise = torch.empty(like.shape, dtype=like.dtype)
-    function = getattr(library(), f"draw_{SUFFIX[like.dtype]}")
+    function = getattr(compiled(), f"draw_{SUFFIX[like.dtype]}")
     function(
         ctypes.c_uint64(seed.item()),
         ctypes.c_int64(batch * channels),
@@ -163,7 +163,7 @@ def _run(
         seed=0 if seed is None else seed.item(),
         **{key: tensor.data_ptr() for key, tensor in tensors.items()},
     )
-    getattr(library(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(site))
+    getattr(compiled(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(site))
 
 
 def crop_flip_normalize(
@@ -175,7 +175,7 @@ def crop_flip_normalize(
     """
     out = torch.empty(len(rows), *images.shape[1:])
     pointers = [t.contiguous() for t in (rows, top, left, flip)]
-    library().crop_flip_normalize(
+    compiled().crop_flip_normalize(
         ctypes.c_void_p(images.ctypes.data),
         *(ctypes.c_void_p(t.data_ptr()) for t in pointers),
         *(ctypes.c_int64(size) for size in (*out.shape, padding)),
@@ -199,7 +199,7 @@ VARIANTS = (("-march=native", *WIDE, "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """The compiled sources, built if this machine has not built it yet.
 
     Raises:
