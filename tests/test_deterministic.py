@@ -289,6 +289,8 @@ def test_an_exported_program_predicts_the_same():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenet_v3_small"])
 def test_onnxruntime_predicts_the_same(name, tmp_path):
+    pytest.importorskip("onnxscript")  # torch.onnx needs it
+    onnxruntime = pytest.importorskip("onnxruntime")
     size = 32 if name == "resnet20" else 64
     net = None if name == "resnet20" else torchvision.models.get_model(name, num_classes=5)
     # The shipped φ: with a random one as large as some_phi() float32 errs by 6e-3 in MobileNet, in PyTorch itself.
@@ -297,7 +299,7 @@ def test_onnxruntime_predicts_the_same(name, tmp_path):
     x = images(4, 3, size, size)
     batch = ({0: torch.export.Dim("batch", min=1)},)
     torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=batch, verbose=False)
-    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for count in (2, 4):
         (logits,) = session.run(None, {session.get_inputs()[0].name: x[:count].numpy()})
         np.testing.assert_allclose(logits, draw(model, x[:count]).numpy(), rtol=1e-4, atol=1e-4)
