@@ -196,9 +196,9 @@ tgt | pretrain)
         if [ "$method" != metaperturb ]; then
             PHI=""
         elif [[ $1 != -* && -z $(value tgt phi=PHI) ]]; then
-            shipped=tiny_imagenet_resnet20 said="taking the φ of ./run.sh src, $phi (PHI=… names another)"
-            [ -e "$phi" ] || said="$phi is not there (./run.sh src makes it): taking the shipped φ, $shipped"
-            [ -e "$phi" ] && more=("phi=$phi") || more=("phi=$shipped")
+            shipped=tiny_imagenet_resnet20 said="φ: $phi, of ./run.sh src (PHI=… names another)"
+            [ -e "$phi" ] || { said="φ: the shipped one, $shipped (./run.sh src makes $phi)" phi=$shipped; }
+            more=("phi=$phi")
             echo "$said" >&2
         fi
     fi

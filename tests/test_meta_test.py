@@ -179,7 +179,7 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["target=cifar5"], "target: unknown 'cifar5'"),
+        (["target=cifar5"], "target: expected one of stl10, s_cifar100"),
         (["gpu=99"], "gpu: no GPU 99"),
         (["gpu=cpu,cpu"], "gpu: expected one device"),
         (["phi=null"], "phi: method metaperturb needs"),
@@ -330,7 +330,7 @@ def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     assert "method base does not use clip, phi, dropblock_prob\n" in said
     assert "init_batch_norm does nothing without init\n" in said
     assert "holdout does nothing without eval_split=holdout\n" in said
-    assert said.count("gpu=auto: running on") == 1
+    assert said.count("running on") == 1
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04 half a file", b"", {"a": 1}, [1]])

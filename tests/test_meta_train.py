@@ -371,7 +371,7 @@ def test_auto_is_every_gpu_that_has_something_to_do(gpus, expected, monkeypatch,
     devices = choose_devices("auto", tasks=5)
     assert ",".join("cpu" if device.type == "cpu" else str(device.index) for device in devices) == expected
     said = capsys.readouterr().err
-    assert said.startswith(f"gpus=auto: running on {'the CPU (' if expected == 'cpu' else f'GPU {expected}'}")
+    assert said.startswith(f"running on {'the CPU (' if expected == 'cpu' else f'GPU {expected}'}")
     assert len(parse_devices("auto", "gpu")) == 1
 
 

@@ -733,7 +733,7 @@ def test_a_phi_that_learned_under_another_ablation_is_told(common, tmp_path, cap
     for gate, told in (("true", True), ("false", False)):
         settings = [*common, f"phi={tmp_path / 'phi.pt'}", f"gate={gate}", f"run_dir={tmp_path / gate}"]
         assert program.main(["--set", *settings]) == 0
-        line = "phi: was meta-trained with gate=false, this run has gate=true"
+        line = "φ was meta-trained with gate=false, this run has gate=true"
         assert (line in capsys.readouterr().err.splitlines()) == told
 
 
@@ -749,4 +749,4 @@ def test_ablations_as_runs(common, tmp_path, capsys):
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["sites"] == sites
         assert result["metrics"]["samples"] == (1 if "noise" in name else 3)
-    assert "phi: was meta-trained with" not in capsys.readouterr().err  # nothing is recorded of this φ
+    assert "φ was meta-trained with" not in capsys.readouterr().err  # nothing is recorded of this φ

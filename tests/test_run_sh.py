@@ -279,7 +279,7 @@ def test_src_then_tgt(tmp_path, tiny_imagenet):
     folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
     target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_MODEL": "conv4", "TGT_STEPS": "2"}
     completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", **environment, **target)
-    assert completed.returncode == 0 and "taking the φ of ./run.sh src" in completed.stderr, completed.stderr
+    assert completed.returncode == 0 and ", of ./run.sh src (PHI=" in completed.stderr, completed.stderr
     runs = tmp_path / "runs"
     result = json.loads((runs / "tgt-folder-images-conv4-metaperturb-seed0" / "result.json").read_text())
     assert result["config"]["phi"] == str(runs / "src-tiny_imagenet-resnet8-disjoint-seed0" / "phi.pt")

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from metaperturb.cli import argument_parser
+from metaperturb.data_sets import DATA_SETS, SOURCES
 from metaperturb.errors import UserError
 from metaperturb.regularizers import REGULARIZERS
 
@@ -96,7 +97,7 @@ class MetaTrainConfig(CommonConfig):
     """Meta-training (section 3.3, Algorithm 1). Defaults: the paper's settings."""
 
     run_dir: str = option("runs/src", "folder of the run", identity=False, path=True)
-    source: Literal["tiny_imagenet", "embedded", "folder"] = option("tiny_imagenet", "source data set")
+    source: Literal[*SOURCES] = option("tiny_imagenet", "source data set")
     source_paths: list[str] = option(
         [], "zips or folders of the source; default: under data_root", identity=False, path=True
     )
@@ -129,7 +130,7 @@ class MetaTestConfig(CommonConfig):
     """Meta-testing (Algorithm 2): train a network on a target data set. Defaults: the paper's settings."""
 
     run_dir: str = option("runs/tgt", "folder of the run", identity=False, path=True)
-    target: str = option("s_cifar100", "target data set")
+    target: Literal[*DATA_SETS] = option("s_cifar100", "target data set")
     target_path: str | None = option(
         None, "folder or archive of the target, where it is not under data_root", identity=False, path=True
     )

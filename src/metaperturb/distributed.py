@@ -122,7 +122,7 @@ def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
     if text == "auto":
         text = ",".join(map(str, range(min(torch.cuda.device_count(), most)))) or "cpu"
         what = f"the CPU ({why_no_gpu()})" if text == "cpu" else f"GPU {text}"
-        print(f"{key}=auto: running on {what}", file=sys.stderr)
+        print(f"running on {what}", file=sys.stderr)
     devices = []
     for item in (item.strip() for item in text.split(",")):
         if item == "cpu":

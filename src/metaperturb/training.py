@@ -33,7 +33,7 @@ def tell_other_ablation(config: CommonConfig, card: Mapping[str, Any]) -> None:
     for key in ("noise", "gate"):
         if learned and learned.get(key, True) != getattr(config, key):
             here, there = (str(value).lower() for value in (getattr(config, key), learned.get(key, True)))
-            print(f"phi: was meta-trained with {key}={there}, this run has {key}={here}", file=sys.stderr)
+            print(f"φ was meta-trained with {key}={there}, this run has {key}={here}", file=sys.stderr)
 
 
 def annealed_strength(step: int, steps: int, share: float) -> float:

@@ -4,8 +4,9 @@ import numpy as np
 
 from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.arrays import ImageArrays, subset
-from metaperturb.data.registry import SOURCES, load
+from metaperturb.data.registry import load
 from metaperturb.data.splits import few_classes, few_per_class, holdout_split
+from metaperturb.data_sets import SOURCES
 from metaperturb.errors import UserError
 
 
