@@ -22,11 +22,10 @@ there. --set changes their settings: fig6 --set steps=50 images=1000 linf=0,2/25
 import argparse
 import dataclasses
 import functools
-import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,18 +111,8 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
         raise UserError(f"{refused} pictures were not drawn, for the reasons above")
 
 
-def draw(
-    arguments: argparse.Namespace,
-    kind: str,
-    plot: Callable[..., None],
-    content: Any,
-    title: str,
-    rows: Sequence[Sequence[Any]] = (),
-) -> None:
+def draw(arguments: argparse.Namespace, kind: str, plot: Callable[..., None], content: Any, title: str) -> None:
     """Draw `content` into a file named after kind and title (of several folders of runs, it tells which).
-
-    Args:
-        rows: the numbers in the picture below their header, where `plot` does not write them itself.
 
     Raises:
         UserError: this command has drawn one there already.
@@ -133,8 +122,6 @@ def draw(
         raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
     arguments.drawn.add(path)
     plot(content, title, path)
-    if rows:
-        plots.save_numbers(rows, path)
     print(path.with_name(path.name + ".png"))
 
 
@@ -185,15 +172,11 @@ def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     for method, same in methods.items():
         if not set.intersection(*({line["step"] for line in run.curve} for run in same)):
             raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
-    rows = [
-        (method, run.config["seed"], *(line[key] for key in finished.EVALUATION))
+    histories = {
+        method: [[{**line, "seed": run.config["seed"]} for line in run.curve] for run in same]
         for method, same in methods.items()
-        for run in same
-        for line in run.curve
-    ]
-    histories = {method: [run.curve for run in same] for method, same in methods.items()}
-    rows = [("method", "seed", *finished.EVALUATION), *rows]
-    draw(arguments, "fig5", plots.plot_convergence, histories, title(runs[0]), rows)
+    }
+    draw(arguments, "fig5", plots.plot_convergence, histories, title(runs[0]))
 
 
 def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -203,14 +186,12 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     trained = {run.dir: loaded(run, arguments) for run in runs}
     for run in trained.values():  # whatever is wrong is told before hours of work
         check_attack(run, attack)
-    attacked: dict[str, list[dict]] = {}
-    calibrated: dict[str, list[dict]] = {}
-    for method, same in methods.items():
-        for run in same:
-            found = measure_calibration(trained[run.dir], sampling, kept(run, "calibration", sampling))
-            calibrated.setdefault(method, []).append(found)
-            found = measure_robustness(trained[run.dir], attack, kept(run, "robustness", attack, without=NORMS))
-            attacked.setdefault(method, []).append(found)
+    calibrated: dict[str, list[dict]] = {name: [] for name in methods}
+    attacked: dict[str, list[dict]] = {name: [] for name in methods}
+    for name, run in ((name, run) for name, same in methods.items() for run in same):
+        network = trained[run.dir]
+        calibrated[name].append(measure_calibration(network, sampling, kept(run, "calibration", sampling)))
+        attacked[name].append(measure_robustness(network, attack, kept(run, "robustness", attack, without=NORMS)))
     calibration = calibration_curves(calibrated)
     for kind, curves, plot in (
         ("calibration", calibration, plots.plot_reliability),
@@ -227,40 +208,36 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         raise UserError(f"{runs[0].dir}: method {runs[0].method} has no scales s, nor has any other run here")
     steps_differ = len(grouped(perturbed, lambda run: run.steps)) > 1
     by_data: dict[str, list[list[dict]]] = {}
-    rows: list[tuple[Any, ...]] = [("data", "run", "seed", "site", "channel", "s", "spread")]
     for same in grouped(perturbed, lambda run: (data_of(run), run.steps)).values():
         for name, of_name in by_method(same).items():
             name = name.replace("metaperturb", of_name[0].data, 1)
             name += f", {of_name[0].steps} steps" if steps_differ else ""
             if name in by_data:
                 raise UserError(f"{of_name[0].dir}: is about other images than another run about {name}")
-            for run in of_name:
-                trained = loaded(run, arguments)
-                spreads = noise_spread(trained)
-                scales = [{**at, "spread": of} for at, of in zip(learned_scales(trained), spreads, strict=True)]
-                by_data.setdefault(name, []).append(scales)
-                for at in scales:
-                    channels = enumerate(zip(at["s"], at["spread"], strict=True))
-                    rows += [(name, run.dir.name, run.config["seed"], at["site"], c, *both) for c, both in channels]
+            by_data[name] = [[*measured_scales(run, arguments)] for run in of_name]
     networks = [[(at["site"], at["channels"]) for at in scales] for same in by_data.values() for scales in same]
     if any(sites != networks[0] for sites in networks):
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
     names = dict.fromkeys(run.data for run in perturbed)
     names = ", ".join(names) if len(names) < 4 else f"{len(names)} data sets"
-    draw(arguments, "fig7 scales", plots.plot_scales, by_data, f"{names}, {perturbed[0].config['model']}", rows)
+    draw(arguments, "fig7 scales", plots.plot_scales, by_data, f"{names}, {perturbed[0].config['model']}")
+
+
+def measured_scales(run: Finished, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Of each site its scales, how much its noise scatters, and the run."""
+    trained = loaded(run, arguments)
+    for at, spread in zip(learned_scales(trained), noise_spread(trained), strict=True):
+        yield {**at, "spread": spread, "run": run.dir.name, "seed": run.config["seed"]}
 
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss surfaces, of each method its first seed."""
     plane = arguments.analyses[Plane]
     surfaces: dict[str, dict] = {}
-    rows: list[tuple[Any, ...]] = [("method", "a", "b", "loss")]
     for method, same in of_one_picture(runs).items():
         run = min(same, key=lambda run: run.config["seed"])
-        surfaces[method] = surface = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
-        places = itertools.product(surface["coordinates"], repeat=2)
-        rows += [(method, a, b, loss) for (a, b), loss in zip(places, itertools.chain(*surface["loss"]), strict=True)]
-    draw(arguments, "fig8", plots.plot_surfaces, surfaces, title(runs[0]), rows)
+        surfaces[method] = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
+    draw(arguments, "fig8", plots.plot_surfaces, surfaces, title(runs[0]))
 
 
 def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:

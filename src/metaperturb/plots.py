@@ -10,6 +10,7 @@ both sides. A method has the name that `name_of` reads: `metaperturb, finetuned`
 import csv
 import functools
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,14 +56,6 @@ STYLE = {
     "lines.linewidth": 1.8,
 }
 LABELS = {name: regularizer.title for name, regularizer in REGULARIZERS.items()}
-PHI_LABELS = {
-    "self1": "μ, layer 1, self",
-    "all1": "μ, layer 1, all",
-    "self2": "μ, layer 2, self",
-    "all2": "μ, layer 2, all",
-    "scale_kernels": "scale kernels",
-    "scale_affine": "scale affine",
-}
 DASHES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 POINTS = {"marker": "o", "markersize": 3.5}
 MARKERS = ("o", "s", "^", "D")  # of a method's variants, as the dashes: a point alone has no dashes
@@ -70,10 +63,8 @@ FEW = 10  # images: too few for an accuracy to be drawn
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
 
-
-Drawn = tuple[
-    Figure, Sequence[Sequence[Any]]
-]  # a figure, and the numbers in it as rows, of which the first is a header
+# A figure, and the numbers in it as rows, of which the first is a header.
+Drawn = tuple[Figure, Sequence[Sequence[Any]]]
 
 
 # --- files
@@ -88,16 +79,10 @@ def save_figure(figure: Figure, path: Path) -> None:
         write_atomically(file, lambda stream, buffer=buffer: stream.write(buffer.getbuffer()))
 
 
-def save_numbers(rows: Iterable[Sequence[Any]], path: Path) -> None:
-    """The numbers in a figure as `.csv` beside it, unless `path` names one format. None is an empty cell."""
-    if path.suffix not in FORMATS:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_atomically(path.with_name(path.name + ".csv"), lambda file: file.write(text.getvalue().encode()))
-
-
 def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], Callable[..., None]]:
     """Make of a function that draws one that takes `title` and `path`, too, and writes the files.
+
+    The numbers are written as `.csv` beside the picture, unless `path` names one format. None is an empty cell.
 
     Args:
         legend: columns of the one legend for all panels, which stands below them; 0: none.
@@ -117,8 +102,10 @@ def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], 
                     figure.legend(handles, labels, ncols=legend, fontsize=9, **where)
                 figure.suptitle(title + figure.get_suptitle())  # what a plot adds to the title
                 save_figure(figure, path)
-            if rows:
-                save_numbers(rows, path)
+            if path.suffix not in FORMATS and rows:
+                text = io.StringIO()
+                csv.writer(text, lineterminator="\n").writerows(rows)
+                write_atomically(path.with_name(path.name + ".csv"), lambda file: file.write(text.getvalue().encode()))
 
         return write
 
@@ -186,16 +173,19 @@ def _learned(line: Mapping[str, Any]) -> tuple[float, ...]:
 
 @_picture()
 def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]]) -> Drawn:
-    """Test loss and accuracy against training steps (figure 5); without numbers.
+    """Test loss and accuracy against training steps (figure 5).
 
     A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so. So does
     the other axis where the last evaluation averages more samples than those before it.
 
     Args:
-        histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn.
+        histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn. A `seed`
+            in them is among the numbers.
     """
+    columns = ("seed", "step", "test_nll", "test_accuracy", "test_ece")
+    rows, lines = [("method", *columns)], _lines(histories)
     losses: list[tuple[int, float, str]] = []  # all that is drawn: step, mean, color
-    top, counts, lines = 0.0, [], _lines(histories)
+    top, counts = 0.0, []
     figure, ((left, right),) = _panels(1, 2, (9, 3.4))
     for method, runs in histories.items():
         evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
@@ -206,6 +196,7 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
         padded = np.pad(mean + std, 1, mode="edge")
         top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
         counts += [[line.get("test_samples", 1) for line in run] for run in evaluated]
+        rows += [(method, *map(line.get, columns)) for run in evaluated for line in run]
     if max(loss for _, loss, _ in losses) > 2 * top:
         left.set_ylim(top=1.1 * top)
         for step, loss, color in losses:
@@ -217,7 +208,7 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
     if before and last != max(before):
         note = f"\n(last point: {last} Monte-Carlo samples, before: {max(before)})"
     right.set(xlabel=f"training step{note}", ylabel="test accuracy (%)")
-    return figure, ()
+    return figure, rows
 
 
 def _at_common_steps(
@@ -259,8 +250,10 @@ def plot_effort(base: Sequence[float], panels: Mapping[str, Mapping[int, Sequenc
         panels: what is counted → how much → the same with φ; a line where all have as many runs.
     """
     rows: list[tuple[Any, ...]] = [("name", "of", "amount", "accuracy_percent", "std", "runs")]
-    rows += [("Base", "", "", *_mean_std(base), len(base))] if base else []
     lines = _lines(("base", "metaperturb"))
+    if base:
+        level, spread = _mean_std(100 * np.array(base))
+        rows.append(("Base", "", "", level, spread, len(base)))
     figure, (grid,) = _panels(1, len(panels), (3.8 * len(panels) + 0.6, 3.6), sharey=True)
     for axes, (unit, by_amount) in zip(grid, panels.items(), strict=True):
         counts = {len(of_amount) for of_amount in by_amount.values()}
@@ -272,9 +265,8 @@ def plot_effort(base: Sequence[float], panels: Mapping[str, Mapping[int, Sequenc
             text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # the line may run through it
         rows += [("MetaPerturb", unit, *row) for row in drawn]
         if base:
-            mean, std = _mean_std(base)
-            axes.axhline(mean, label="Base", **lines["base"])
-            axes.axhspan(mean - std, mean + std, color=COLORS["base"], alpha=0.2, linewidth=0)
+            axes.axhline(level, label="Base", **lines["base"])
+            axes.axhspan(level - spread, level + spread, color=COLORS["base"], alpha=0.2, linewidth=0)
         _amounts(axes, by_amount, unit)
         axes.margins(x=0.1)  # so that what stands above a point stays off the axis
     grid[0].set(ylabel="test accuracy (%)")
@@ -285,17 +277,11 @@ def _draw_growth(
     axes: Axes, label: str, by_amount: Mapping[int, Sequence[float]], **line: Any
 ) -> list[tuple[int, float, float, int]]:
     """Mean against the amount, a bar where there are several runs. Returns amounts, means and deviations, counts."""
-    found = [(n, *_mean_std(by_amount[n]), len(by_amount[n])) for n in sorted(by_amount)]
+    found = [(n, *_mean_std(100 * np.array(by_amount[n])), len(by_amount[n])) for n in sorted(by_amount)]
     amounts, mean, std, count = map(np.array, zip(*found, strict=True))
     std = np.where(count > 1, std, np.nan)  # a band would taper to points of one run
     axes.errorbar(amounts, mean, yerr=std, label=label, capsize=3, **POINTS | line)
     return found
-
-
-def _mean_std(accuracies: Sequence[float]) -> tuple[float, float]:
-    """In %; the standard deviation of one is 0."""
-    values = 100 * np.array(accuracies)
-    return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
 
 
 def _amounts(axes: Axes, amounts: Iterable[int], unit: str) -> None:
@@ -323,23 +309,25 @@ def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]]) -> Dra
         "nll": ("nll", 1, "test loss (NLL, nats)"),
         "ece_percent": ("ece", 100, "ECE (%)"),
     }
-    header = ["name", *(name for column in panels for name in (column, f"{column}_std")), "seeds"]
-    rows: list[list[Any]] = [[method] for method in results]
     lines, labels = _lines(results), [_with_seeds(method, len(same)) for method, same in results.items()]
+    rows: list[list[Any]] = [["name", *(name for column in panels for name in (column, f"{column}_std")), "seeds"]]
     size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
     figure, (grid,) = _panels(1, len(panels), size, sharey=True)
-    for axes, (key, factor, label) in zip(grid, panels.values(), strict=True):
-        for place, (method, of_method) in enumerate(results.items()):
+    for place, (method, of_method) in enumerate(results.items()):
+        color, seeds, numbers = lines[method]["color"], len(of_method), []
+        for axes, (key, factor, _) in zip(grid, panels.values(), strict=True):
             values = factor * np.array([metrics[key] for metrics in of_method])
-            color = lines[method]["color"]
-            axes.plot(values, np.full(len(values), place), "o", color=color, markersize=5, alpha=0.6)
-            axes.plot(values.mean(), place, "|", color=color, markersize=16, markeredgewidth=2)
-            rows[place] += [values.mean(), values.std(ddof=1) if len(values) > 1 else None]
+            mean, std = _mean_std(values)
+            axes.plot(values, np.full(seeds, place), "o", color=color, markersize=5, alpha=0.6)
+            axes.plot(mean, place, "|", color=color, markersize=16, markeredgewidth=2)
+            numbers += [mean, std if seeds > 1 else None]
+        rows.append([method, *numbers, seeds])
+    for axes, (_, _, label) in zip(grid, panels.values(), strict=True):
         axes.set(xlabel=label)
         axes.grid(axis="y", visible=False)
     grid[0].set_yticks(range(len(results)), labels)
     grid[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
-    return figure, [header, *([*row, len(same)] for row, same in zip(rows, results.values(), strict=True))]
+    return figure, rows
 
 
 # --- analyses
@@ -447,40 +435,43 @@ def plot_samples(curves: Mapping[str, Any]) -> Drawn:
 def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Drawn:
     """The scale s of every channel, block by block, data sets side by side (figure 7), and how much its noise scatters.
 
-    Without numbers.
-
     Args:
         by_data: data set → for each run its sites, each with its name `site`, the scales `s` of its channels, and
             `spread`: std(z) / mean(z) of them. Boxes hold the middle half of a block's channels, whiskers all but the
-            outer twentieths.
+            outer twentieths. `run` and `seed` are among the numbers.
     """
     sites = [place["site"] for place in next(iter(by_data.values()))[0]]
-    width = 0.8 / len(by_data)
+    width, rows = 0.8 / len(by_data), [("data", "run", "seed", "site", "channel", "s", "spread")]
     figure, ((upper,), (lower,)) = _panels(2, 1, (max(6.0, 1.05 * len(sites)), 6.0), sharex=True)
     for i, (data, runs) in enumerate(by_data.items()):
         color = SERIES[i % len(SERIES)]
-        style = {"whis": (5, 95), "showfliers": False, "patch_artist": True, "manage_ticks": False}
-        style |= {"boxprops": {"facecolor": color + "55", "edgecolor": color}}
-        style |= {"medianprops": {"color": color, "linewidth": 2}}
-        style |= {"whiskerprops": {"color": color}, "capprops": {"color": color}}
+        style = {
+            **{"whis": (5, 95), "showfliers": False, "patch_artist": True, "manage_ticks": False},
+            "boxprops": {"facecolor": color + "55", "edgecolor": color},
+            "medianprops": {"color": color, "linewidth": 2},
+            **{"whiskerprops": {"color": color}, "capprops": {"color": color}},
+        }
         places = np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
         for axes, key in ((upper, "s"), (lower, "spread")):
             channels = [np.concatenate([run[block][key] for run in runs]) for block in range(len(sites))]
             axes.boxplot(channels, positions=places, widths=0.85 * width, **style)
         label = f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
         upper.plot([], [], color=color, linewidth=6, alpha=0.6, label=label)
+        for at in itertools.chain(*runs):
+            channels = enumerate(zip(at["s"], at["spread"], strict=True))
+            rows += [(data, at["run"], at["seed"], at["site"], channel, *both) for channel, both in channels]
     upper.set(ylabel="scale s of a channel", ylim=(0, 1))
     lower.set(ylabel="noise: std(z) / mean(z)", ylim=(0, None), xlabel="block, from the image to the classifier")
     lower.set_xticks(range(len(sites)), sites)
     lower.tick_params(axis="x", labelsize=9)
     for axes in (upper, lower):
         axes.grid(axis="x", visible=False)
-    return figure, ()
+    return figure, rows
 
 
 @_picture(legend=0, **{"axes.grid": False})
 def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]]) -> Drawn:
-    """Training loss around trained networks, a panel a method, one color scale (figure 8); without numbers.
+    """Training loss around trained networks, a panel a method, one color scale (figure 8).
 
     Args:
         surfaces: method → what `analyses.surface.loss_surface` gives, all on the same plane.
@@ -488,11 +479,13 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]]) -> Drawn:
     losses = {method: np.array(surface["loss"]) for method, surface in surfaces.items()}
     low, high = min(loss.min() for loss in losses.values()), max(loss.max() for loss in losses.values())
     levels = np.geomspace(max(low, 1e-4), max(high, 2e-4), 21)
-    columns = min(len(losses), 4)
+    columns, numbers = min(len(losses), 4), [("method", "a", "b", "loss")]
     rows = -(-len(losses) // columns)
     figure, grid = _panels(rows, columns, (3.1 * columns + 1, 3.0 * rows + 0.6), sharex=True, sharey=True)
     for axes, (method, loss) in zip(grid.flat, losses.items(), strict=False):
         coordinates = surfaces[method]["coordinates"]
+        places = itertools.product(enumerate(coordinates), repeat=2)
+        numbers += [(method, a, b, surfaces[method]["loss"][i][j]) for (i, a), (j, b) in places]
         drawn = {"levels": levels, "norm": LogNorm(levels[0], levels[-1])}
         image = axes.contourf(coordinates, coordinates, loss.clip(*levels[[0, -1]]).T, cmap="cividis", **drawn)
         axes.contour(coordinates, coordinates, loss.T, colors="white", linewidths=0.5, **drawn)
@@ -508,7 +501,7 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]]) -> Drawn:
     figure.supylabel("along direction 2", fontsize=10)
     bar = figure.colorbar(image, ax=grid, label="training loss (nats)", ticks=levels[::4], format="%.3g")
     bar.minorticks_off()
-    return figure, ()
+    return figure, numbers
 
 
 @_picture(legend=0, **{"axes.grid": False})
@@ -516,13 +509,15 @@ def plot_phi(values: Mapping[str, np.ndarray]) -> Drawn:
     """All of φ: eight 3×3 kernels and the ten weights of the affine map, with their values; without numbers.
 
     Args:
-        values: the six parts by their names in `PHI_LABELS`.
+        values: the six parts by their names in `MetaPerturb`.
     """
-    kernels = {label: values[name] for name, label in PHI_LABELS.items() if not name.startswith("scale")}
+    layers = (1, "self"), (1, "all"), (2, "self"), (2, "all")
+    kernels = {f"μ, layer {layer}, {kernel}": values[f"{kernel}{layer}"] for layer, kernel in layers}
     kernels |= {f"scale kernel {i}": kernel for i, kernel in enumerate(values["scale_kernels"], 1)}
     limit = max(abs(kernel).max() for kernel in kernels.values())
-    figure, grid = _panels(3, 4, (12, 7.2))
-    for axes, (name, kernel) in zip(grid.flat, kernels.items(), strict=False):
+    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    *grid, lowest = figure.subplot_mosaic("ABCD;EFGH;IIII").values()
+    for axes, (name, kernel) in zip(grid, kernels.items(), strict=True):
         image = axes.imshow(kernel.reshape(3, 3), cmap="PuOr", vmin=-limit, vmax=limit)
         for (row, column), value in np.ndenumerate(kernel.reshape(3, 3)):
             color = "white" if abs(value) > 0.6 * limit else "black"
@@ -530,17 +525,13 @@ def plot_phi(values: Mapping[str, np.ndarray]) -> Drawn:
         axes.set_title(name, fontsize=10)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=grid[:2], fraction=0.02, pad=0.02, label="weight")
-    lowest = grid[2, 0].get_gridspec()
-    for axes in grid[2]:
-        axes.remove()
-    axes = figure.add_subplot(lowest[2, :])
+    figure.colorbar(image, ax=grid, fraction=0.02, pad=0.02, label="weight")
     names = [*(f"{what} {i}" for what in ("mean", "variance") for i in range(1, 5)), "C / $C_{max}$", "H / S"]
     colors = np.repeat([COLORS["base"], COLORS["info_dropout"], COLORS["manifold_mixup"]], (4, 4, 2))
-    axes.bar(names, values["scale_affine"].reshape(-1), color=colors)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(ylabel="weight of the affine map")
-    axes.tick_params(axis="x", labelsize=9)
+    lowest.bar(names, values["scale_affine"].reshape(-1), color=colors)
+    lowest.axhline(0, color="black", linewidth=0.8)
+    lowest.set(ylabel="weight of the affine map")
+    lowest.tick_params(axis="x", labelsize=9)
     return figure, ()
 
 
@@ -580,9 +571,14 @@ def _alone(points: Sequence[Any]) -> dict[str, Any]:
 def _draw_band(
     axis: Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of `values` `[seeds, points]` against `x`, in a band of a standard deviation (0 of one seed); both."""
-    mean = values.mean(axis=0)
-    std = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
+    """Mean of `values` `[seeds, points]` against `x`, in a band of a standard deviation; both."""
+    mean, std = _mean_std(values)
     (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **_alone(x) | line)
     axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
     return mean, std
+
+
+def _mean_std(values: np.ndarray) -> tuple[Any, Any]:
+    """Over the seeds, the first dimension; the standard deviation of one is 0."""
+    mean = values.mean(axis=0)
+    return mean, values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
