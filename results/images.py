@@ -29,7 +29,7 @@ from PIL import Image
 from metaperturb.data.arrays import Plan, to_pixels
 from metaperturb.data.disk import Progress
 from metaperturb.data.files import Place
-from metaperturb.data.official import find_tiny_imagenet
+from metaperturb.data.official import OFFICIAL
 from metaperturb.data.registry import open_plan
 from metaperturb.errors import UserError
 from metaperturb.storage import write_atomically
@@ -88,7 +88,8 @@ def _s_cifar100(data_root: Path) -> Members:
 def _tiny_imagenet(data_root: Path, part: int) -> Members:
     numbers = range(part * IMAGES_A_PART, (part + 1) * IMAGES_A_PART)
     with ExitStack() as stack:
-        archive = Place(find_tiny_imagenet(data_root)[0], stack)
+        (path,) = OFFICIAL["tiny_imagenet"].places("Tiny ImageNet", data_root, True, "train")
+        archive = Place(path, stack)
         top = "" if archive.path.is_dir() else "tiny-imagenet-200/"
         names = [re.fullmatch(rf"{top}train/\w+/images/\w+_(\d+)\.JPEG", member) for member in archive.files]
         members = [name[0] for name in names if name and int(name[1]) in numbers]

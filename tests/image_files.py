@@ -18,6 +18,7 @@ import torchvision.datasets as tv
 from PIL import Image
 
 from metaperturb.data import DATA_SETS
+from metaperturb.data.official import FILES
 from metaperturb.errors import UserError
 
 
@@ -128,7 +129,7 @@ def cifar_archive(tmp_path, monkeypatch):
     archive = write_tar(
         tmp_path / "cifar-100-python.tar.gz", {f"cifar-100-python/{name}": content for name, content in files.items()}
     )
-    monkeypatch.setattr(tv.CIFAR100, "tgz_md5", md5(archive.read_bytes()))
+    monkeypatch.setitem(FILES, "cifar-100-python", {tv.CIFAR100.url: md5(archive.read_bytes())})
     monkeypatch.setattr(tv.CIFAR100, "train_list", [["train", md5(files["train"])]])
     monkeypatch.setattr(tv.CIFAR100, "test_list", [["test", md5(files["test"])]])
     monkeypatch.setattr(tv.CIFAR100, "meta", {**tv.CIFAR100.meta, "md5": md5(files["meta"])})

@@ -3,10 +3,11 @@
 import errno
 import io
 import os
+import re
 import resource
 import tarfile
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import pytest
 from image_files import md5, picture, refusal, served, write_folder, write_tar, write_zip
 
 from metaperturb.data import files as module
+from metaperturb.data import official
 from metaperturb.data.files import Place, read_file
-from metaperturb.data.official import _downloaded
 
 FILES = {"top/a/2.png": picture(2), "top/a/10.png": picture(10), "top/b/1.txt": b"hello" * 1000}
 DEEP = "/".join(["top", "a", *"123456789", "x.png"])
@@ -212,41 +213,42 @@ CONTENT = b"data set " * 100_000
 
 
 @pytest.fixture
-def server(tmp_path):
-    folder = write_folder(tmp_path / "server", {"good": CONTENT, "truncated": CONTENT[:5000]})
-    with served(folder) as found:
-        yield found
+def download(tmp_path, monkeypatch):
+    """Fetches root/set.zip from an address below that of a server, with a checksum."""
+    path = tmp_path / "root" / "set.zip"
+    write_folder(tmp_path / "server", {"good/set.zip": CONTENT, "truncated/set.zip": CONTENT[:5000]})
+    with served(tmp_path / "server") as (server, asked):
+
+        def fetch(folder="good", content=CONTENT):
+            url = f"{server}/{folder}" if folder != "closed" else "http://127.0.0.1:9"  # nothing listens there
+            monkeypatch.setitem(official.FILES, path.name, {f"{url}/set.zip": md5(content)})
+            return official._fetched(path, True)
+
+        yield fetch, asked
+    assert sorted(p.name for p in path.parent.iterdir()) in ([".set.zip.lock"], [".set.zip.lock", "set.zip"])
 
 
-def test_download(tmp_path, server):
-    url, asked = server
-    path = tmp_path / "new" / "set.zip"
-    threads = [threading.Thread(target=_downloaded, args=(path, f"{url}/good", md5(CONTENT), True)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert path.read_bytes() == CONTENT
+def test_download(download):
+    fetch, asked = download
+    with ThreadPoolExecutor(3) as pool:
+        paths = [*pool.map(lambda _: fetch(), range(3))]
+    assert paths[0].read_bytes() == CONTENT
     assert len(asked) <= 2  # torchvision first asks where the address leads
-    assert sorted(p.name for p in path.parent.iterdir()) == [".set.zip.lock", "set.zip"]
 
 
 @pytest.mark.parametrize("page", ["other", "truncated", "absent", "closed"])
-def test_failed_download_leaves_nothing(tmp_path, server, page):
-    url = server[0] if page != "closed" else "http://127.0.0.1:9"  # nothing listens there
-    url = f"{url}/{'good' if page == 'other' else page}"
-    path = tmp_path / "root" / "set.zip"
-    message = refusal(_downloaded, path, url, md5(b"" if page == "other" else CONTENT), True)
-    assert "failed; fetch set.zip by other means" in message and url in message and str(path) in message
-    assert page != "absent" or "404" in message
-    assert [p.name for p in path.parent.iterdir()] == [".set.zip.lock"]
+def test_failed_download_leaves_nothing(tmp_path, download, page):
+    arguments = ("good", b"") if page == "other" else (page,)
+    message = refusal(download[0], *arguments)
+    assert re.search(
+        rf"root/set.zip: download from http\S+/set.zip failed; fetch set.zip by other means to {tmp_path}", message
+    )
+    assert (page == "absent") == ("404" in message) and not (tmp_path / "root/set.zip").exists()
 
 
-def test_disk_full_while_downloading(tmp_path, server, monkeypatch):
+def test_disk_full_while_downloading(tmp_path, download, monkeypatch):
     def full(self, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", full)
-    message = refusal(_downloaded, tmp_path / "root" / "set.zip", f"{server[0]}/good", md5(CONTENT), True)
-    assert "the disk is full" in message
-    assert [p.name for p in (tmp_path / "root").iterdir()] == [".set.zip.lock"]
+    assert "the disk is full" in refusal(download[0]) and not (tmp_path / "root/set.zip").exists()

@@ -80,12 +80,13 @@ def test_usual_places(tmp_path):
 
 
 def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch):
-    assert official.TINY_MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
-    archive = write_zip(tmp_path / "server.zip", _layout(0, 2))
+    name = "tiny-imagenet-200.zip"
+    assert [*official.FILES[name].values()] == ["90528d7ca1a48142e341f4ef8d21d0de"]
+    archive = write_zip(tmp_path / name, _layout(0, 2))
     with served(tmp_path) as (url, _):
-        monkeypatch.setattr(official, "TINY_URL", f"{url}/server.zip")
+        monkeypatch.setitem(official.FILES, name, {f"{url}/{name}": "0" * 32})
         refused(r"failed; fetch .* by other means", _load, tmp_path / "root")
-        monkeypatch.setattr(official, "TINY_MD5", md5(archive.read_bytes()))
+        monkeypatch.setitem(official.FILES, name, {f"{url}/{name}": md5(archive.read_bytes())})
         assert len(_load(tmp_path / "root")) == 6
 
 

@@ -40,7 +40,7 @@ _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSV
 _UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS.split(), 2)}
 
 T = TypeVar("T")
-Allocate = Callable[[str, tuple[int, ...]], np.ndarray]  # uint8, of a name and shape
+Allocate = Callable[[tuple[int, ...]], np.ndarray]  # uint8, of a shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,17 +112,6 @@ class Plan:
     read: Callable[[int], bytes | np.ndarray]
     remarks: Sequence[str] = ()
     crcs: Sequence[str] | None = None
-
-    def part(self, keep: Sequence[int], crcs: Sequence[str] | None = None, remarks: Sequence[str] = ()) -> "Plan":
-        """Some of the images, with what is known of them."""
-        return replace(
-            self,
-            labels=[self.labels[i] for i in keep],
-            names=[self.names[i] for i in keep],
-            read=lambda i: self.read(keep[i]),
-            remarks=[*self.remarks, *remarks],
-            crcs=crcs,
-        )
 
 
 @dataclass(frozen=True)
@@ -222,7 +211,7 @@ def cached(
     try:
         found = _open(folder, key) or _built(folder, key, make_plan, decode)
     except OSError as error:
-        found = decode(make_plan(), lambda _, shape: np.empty(shape, np.uint8))
+        found = decode(make_plan(), partial(np.empty, dtype=np.uint8))
         kept = f"{folder.parent}: cannot be used ({reason(error)}), so the images are decoded for this run alone"
         lines.append(f"{kept}; a data root of your own keeps them")
     if found.left_out:
@@ -241,36 +230,42 @@ def _read_through(plan: Plan, skip_unreadable: bool) -> Plan:
         UserError: one cannot be read and is not to be skipped, or is the last of a class.
     """
 
-    def crcs(numbers: range) -> list[str | OSError]:
-        found = []
-        for i in numbers:
-            try:
-                found.append(f"{zlib.crc32(plan.read(i)):08x}")
-            except ValueError as error:
-                found.append(str(error))  # a property of the image, of which decoding will tell
-            except OSError as error:
-                found.append(error)
-        return found
+    def crc(i: int) -> str | OSError:
+        try:
+            return f"{zlib.crc32(plan.read(i)):08x}"
+        except ValueError as error:
+            return str(error)  # a property of the image, of which decoding will tell
+        except OSError as error:
+            return error
 
-    found = [crc for part in _in_threads(crcs, len(plan.labels)) for crc in part]
-    keep = [i for i, crc in enumerate(found) if isinstance(crc, str)]
-    failed = [i for i, crc in enumerate(found) if isinstance(crc, OSError)]
+    found = dict(enumerate(_in_threads(crc, len(plan.labels))))
+    failed = {i: error for i, error in found.items() if isinstance(error, OSError)}
     if not failed:
-        return replace(plan, crcs=found)
-    why = f"{plan.names[failed[0]]}: cannot be read ({reason(found[failed[0]])})"
+        return replace(plan, crcs=list(found.values()))
+    first = min(failed)
+    why = f"{plan.names[first]}: cannot be read ({reason(failed[first])})"
     if not skip_unreadable:
         raise UserError(f"{why}; {_SKIP_HINT}")
+    keep = [i for i in found if i not in failed]
     for label in sorted({plan.labels[i] for i in failed} - {plan.labels[i] for i in keep}):
         raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image ({why})")
-    remark = f"{len(failed)} files that cannot be read now left out (first: {why})"
-    return plan.part(keep, [found[i] for i in keep], [remark])
+    return replace(
+        plan,
+        labels=[plan.labels[i] for i in keep],
+        names=[plan.names[i] for i in keep],
+        read=lambda i: plan.read(keep[i]),
+        remarks=[*plan.remarks, f"{len(failed)} files that cannot be read now left out (first: {why})"],
+        crcs=[found[i] for i in keep],
+    )
 
 
-def _in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
-    """`work` on the numbers below `count`, sixteen at a time, in order."""
+def _in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
+    """`work` on the numbers below `count`, in order; a thread takes sixteen at a time."""
     with ThreadPoolExecutor(min(8, available_cores())) as pool:
         try:
-            yield from pool.map(work, [range(i, min(i + 16, count)) for i in range(0, count, 16)])
+            parts = (range(i, min(i + 16, count)) for i in range(0, count, 16))
+            for done in pool.map(lambda numbers: [work(i) for i in numbers], parts):
+                yield from done
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -319,9 +314,10 @@ def _built(folder: Path, key: str, make_plan: Callable[[], Plan], decode: Callab
         try:
             with disk_errors(folder, "write the image cache", but=NOT_OURS):
                 temporary.mkdir(parents=True)
-                made = decode(plan, lambda file, shape: _create(temporary / file, shape))
+                made = decode(plan, partial(_create, temporary / "images.npy"))
                 arrays = made.arrays
-                if made.left_out:
+                if made.left_out:  # the file has room for these, too
+                    np.save(temporary / "kept.npy", arrays.images)
                     (temporary / "kept.npy").rename(temporary / "images.npy")
                 np.save(temporary / "labels.npy", arrays.labels)
                 meta = {field: getattr(arrays, field) for field in ("name", "image_size", "classes", "fingerprint")}
@@ -362,57 +358,52 @@ def _decoded(
         head: what the fingerprint begins with.
         image_size, skip_unreadable: see `cached`.
         plan: the images.
-        allocate: makes the array of images; with images left out, a second one of those that are kept.
+        allocate: makes the array of images.
     """
-    count, shape = len(plan.labels), (3, image_size, image_size)
-    images, rows = allocate("images.npy", (count, *shape)), [""] * count
-    unreadable: dict[int, str] = {}
 
-    def work(numbers: range) -> list[tuple[int, Exception]]:
-        failed = []
-        for i in numbers:
-            try:
-                content = plan.read(i)
-                crc = f"{zlib.crc32(content):08x}"
-                if plan.crcs is not None and crc != plan.crcs[i]:
-                    raise OSError(errno.ESTALE, "it changed a moment ago")
-                images[i], mended = to_pixels(content, image_size)
-                rows[i] = f"{plan.labels[i]}:{crc}{':mended' * mended}"
-            except MemoryError:
-                raise
-            except Exception as error:  # PIL raises nearly anything on broken images
-                failed.append((i, error))
-        return failed
+    def decode(i: int) -> tuple[np.ndarray, str] | Exception:
+        """The pixels, and what the fingerprint has of the image."""
+        try:
+            content = plan.read(i)
+            crc = f"{zlib.crc32(content):08x}"
+            if plan.crcs is not None and crc != plan.crcs[i]:
+                raise OSError(errno.ESTALE, "it changed a moment ago")
+            pixels, mended = to_pixels(content, image_size)
+            return pixels, f"{plan.labels[i]}:{crc}{':mended' * mended}"
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL raises nearly anything on broken images
+            return error
 
+    count, kept, rows, left_out = len(plan.labels), [], [], []
+    images = allocate((count, 3, image_size, image_size))
     with (
         Progress(f"{name}: decode to {image_size} px", count, "images") as progress,
-        contextlib.closing(_in_threads(work, count)) as results,
+        contextlib.closing(_in_threads(decode, count)) as results,
     ):
-        for failed in results:
-            for i, error in failed:
-                why = reason(error)
-                if is_passing(error):  # of the system, not of the image: nothing to remember
-                    raise UserError(f"{plan.names[i]}: cannot be read ({why}); try again") from error
-                if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
-                    why = "not an image in a format that PIL knows"
-                unreadable[i] = f"{plan.names[i]}: unreadable image ({why})"
-                if not skip_unreadable:
-                    raise UserError(f"{unreadable[i]}; {_SKIP_HINT}") from error
-            progress.add(min(16, count - progress.done))
-    keep = np.array([i for i in range(count) if i not in unreadable], dtype=np.int64)
-    labels = np.asarray(plan.labels, dtype=np.int64)[keep]
+        for i, found in enumerate(results):
+            progress.add()
+            if not isinstance(found, Exception):
+                images[len(kept)], row = found
+                kept.append(i)
+                rows.append(row)
+                continue
+            why = reason(found)
+            if is_passing(found):  # of the system, not of the image: nothing to remember
+                raise UserError(f"{plan.names[i]}: cannot be read ({why}); try again") from found
+            if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
+                why = "not an image in a format that PIL knows"
+            left_out.append(f"{plan.names[i]}: unreadable image ({why})")
+            if not skip_unreadable:
+                raise UserError(f"{left_out[0]}; {_SKIP_HINT}") from found
+    labels = np.asarray(plan.labels, dtype=np.int64)[kept]
     for label in np.setdiff1d(plan.labels, labels):
         raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image; {_SKIP_HINT}")
-    if unreadable:
-        kept = allocate("kept.npy", (len(keep), *shape))
-        for start in range(0, len(keep), 1024):
-            kept[start : start + 1024] = images[keep[start : start + 1024]]
-        images = kept
     if isinstance(images, np.memmap):
         images.flush()
-    fingerprint = _digest([*head, str(image_size), *plan.classes, *(rows[i] for i in keep)])
-    arrays = ImageArrays(images, labels, tuple(plan.classes), fingerprint, name)
-    return _Found(arrays, list(unreadable.values()), plan.remarks)
+    fingerprint = _digest([*head, str(image_size), *plan.classes, *rows])
+    arrays = ImageArrays(images[: len(kept)], labels, tuple(plan.classes), fingerprint, name)
+    return _Found(arrays, left_out, plan.remarks)
 
 
 def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:

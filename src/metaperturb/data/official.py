@@ -10,13 +10,13 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torchvision.datasets as tv
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive, download_url
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from metaperturb.data.arrays import Plan, Sample, plan_from_samples
 from metaperturb.data.disk import disk_errors, file_lock
@@ -25,15 +25,32 @@ from metaperturb.data.splits import CHOICE_SEED, few_per_class
 from metaperturb.errors import UserError
 from metaperturb.storage import reason
 
-TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
-CUB_MD5 = "97eceeb196236b17998738112f37df78"
-DOGS_URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
-DOGS_MD5 = {"images.tar": "1bb1f2a596ae7057f99d7d75860002ef", "lists.tar": "edbb9f16854ec66506b5f09b583e0656"}
-AIRCRAFT_URL = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"
-AIRCRAFT_MD5 = "d4acdd33327262359767eeaa97a4f732"
-DTD_URL = "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"
+_CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+_DOGS = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
+_VGG = "https://www.robots.ox.ac.uk/~vgg/data/"
+# What is fetched, a file or the folder that archives hold → their addresses and MD5.
+FILES: dict[str, dict[str, str]] = {
+    "stl10_binary": {tv.STL10.url: tv.STL10.tgz_md5},
+    "cifar-100-python": {tv.CIFAR100.url: tv.CIFAR100.tgz_md5},
+    **{file: {url: md5} for url, file, md5 in tv.SVHN.split_list.values()},
+    "FashionMNIST": {tv.FashionMNIST.mirrors[0] + file: md5 for file, md5 in tv.FashionMNIST.resources},
+    "fgvc-aircraft-2013b": {
+        _VGG + "fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz": "d4acdd33327262359767eeaa97a4f732"
+    },
+    "dtd": {_VGG + "dtd/download/dtd-r1.0.1.tar.gz": tv.DTD._MD5},
+    "CUB_200_2011": {_CUB: "97eceeb196236b17998738112f37df78"},
+    "images.tar": {_DOGS + "images.tar": "1bb1f2a596ae7057f99d7d75860002ef"},
+    "lists.tar": {_DOGS + "lists.tar": "edbb9f16854ec66506b5f09b583e0656"},
+    "tiny-imagenet-200.zip": {"http://cs231n.stanford.edu/tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de"},
+}
+# Where torchvision unpacks archives that do not hold the folder itself.
+_INSIDE = {"FashionMNIST": "FashionMNIST/raw", "dtd": "dtd"}
+# Of archives that are not unpacked: what shows that the user has done it, and the folder that it then is.
+_UNPACKED = {
+    "images.tar": ("Images", "."),
+    "lists.tar": ("train_list.mat", "."),
+    "tiny-imagenet-200.zip": ("tiny-imagenet-200", "tiny-imagenet-200"),
+}
 _DAMAGED = "incomplete or damaged; delete it and start again"
 TIMEOUT = 60  # seconds; torchvision sets none and would wait for ever
 
@@ -43,18 +60,61 @@ class Official:
     """How a published set is had.
 
     Attributes:
-        plan: the images of a split: of (the places of `find`, split) or, without `find`, of (root, download, split).
-        find: of (root, download): where its files are, fetching what is absent.
-        key: without `find`: official checksum of the images of a split.
+        at: names of `FILES` under its root; `{split}` is the split.
+        plan: the images of a split: of (the places `at`, split). Or
+        pixels: of (root, split), a torchvision data set that returns images as PIL's.
+        few: of `pixels`, split → how many of each class, after how many of its fixed order; all by default.
+        find: of its root: what is `at`, where no download can be had.
+        matlab: whether labels are MATLAB files.
         home: folder under the data root that is its root, where no other is named.
         itself: what is named is the archive or folder (for several, all of them), not a root that holds it.
     """
 
-    plan: Callable[..., Plan]
-    find: Callable[[Path, bool], list[Path]] | None = None
-    key: Callable[[str], str] | None = None
+    at: Sequence[str]
+    plan: Callable[[list[Place], str], Plan] | None = None
+    pixels: Callable[[Path, str], Any] | None = None
+    few: dict[str, tuple[int, int]] = field(default_factory=dict)
+    find: Callable[[Path], Path] | None = None
+    matlab: bool = False
     home: str = ""
     itself: bool = False
+
+    def places(self, title: str, root: Path, fetch: bool, split: str) -> list[Path]:
+        """Where its files are; what is absent is fetched.
+
+        Raises:
+            UserError: it cannot be had, or read without a package that is missing; for messages, `title` is its name.
+        """
+        if self.matlab:
+            _loadmat(title)
+        if self.find:
+            return [self.find(root)]
+        found = []
+        for name in (name.format(split=split) for name in self.at):
+            shows, folder = _UNPACKED.get(name, ("", ""))
+            unpacked = shows and (root / shows).exists() and not (root / name).exists()
+            found.append(root / folder if unpacked else _fetched(root / name, fetch))
+        return found
+
+    def key(self, split: str) -> str:
+        """Of `pixels`: what tells the images of a split from all others."""
+        (name,) = self.at
+        md5 = " ".join(FILES[name.format(split=split)].values())
+        return f"{md5} choice {CHOICE_SEED}" if self.few else md5
+
+    def pixel_plan(self, where: Path, split: str) -> Plan:
+        """The plan of `pixels`."""
+        with _torchvision_errors(where, _DAMAGED):
+            data = self.pixels(where.parent, split)
+        labels = np.asarray(data.targets if hasattr(data, "targets") else data.labels)
+        chosen = few_per_class(labels, *self.few[split]) if split in self.few else np.arange(len(labels))
+        return Plan(
+            where=str(where),
+            classes=getattr(data, "classes", "0123456789"),  # SVHN names none
+            labels=labels[chosen].tolist(),
+            names=[f"{where}: image {i}" for i in chosen],
+            read=lambda i: np.asarray(data[chosen[i]][0]),
+        )
 
 
 # --- Fetching -----------------------------------------------------------------------------------------------
@@ -72,75 +132,56 @@ def _torchvision_errors(place: Path, advice: str) -> Iterator[None]:
         raise UserError(f"{place}: {advice} ({reason(error)})") from error
 
 
-def _fetched(
-    place: Path, url: str, fetch: bool, make: Callable[[Path], Any], offers: dict[str, tuple[str, str | None]]
-) -> Path:
-    """See to it that the file or folder `place` is there and whole; several processes may ask at once.
+def _fetched(place: Path, fetch: bool) -> Path:
+    """See to it that `place`, one of `FILES`, is there and whole; several processes may ask at once.
 
     torchvision writes in place, and takes half a folder left by an interrupted run for the data set. So it works in
-    a temporary folder, from which the result takes its place when all is done.
-
-    Args:
-        place: what the download yields.
-        url: for error messages.
-        fetch: download what is absent.
-        make: downloads and unpacks in the folder that it is given.
-        offers: of files that the user may have put beside `place` by hand: {name: (where torchvision looks for it, MD5
-            or None)}.
+    a temporary folder, from which the result takes its place when all is done. Archives that the user has put beside
+    `place` by hand are taken from there.
     """
-    root = place.parent
+    root, files = place.parent, {url.rsplit("/", 1)[-1]: (url, md5) for url, md5 in FILES[place.name].items()}
     if place.exists():
         return place
     with file_lock(root / f".{place.name}.lock"):
         if place.exists():
             return place
-        offered = [name for name in offers if (root / name).is_file()]
-        needed = ", ".join(offers) or place.name
-        if not fetch and (not offers or len(offered) < len(offers)):
+        offered = [name for name in files if (root / name).is_file()]
+        needed, url = ", ".join(files), next(iter(FILES[place.name]))
+        if len(files) > 1:
+            url = url.rsplit("/", 1)[0]
+        if not fetch and len(offered) < len(files):
             raise UserError(
                 f"{place}: no such file or folder; fetch {needed} from {url} to {root}/ or allow the download"
             )
         temporary, old_timeout = root / f".{place.name}.tmp", socket.getdefaulttimeout()
+        folder = temporary / _INSIDE.get(place.name, "")
         try:
             with disk_errors(root, "store the data set"):
                 shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: this process holds the lock
-                temporary.mkdir(parents=True)
+                folder.mkdir(parents=True)
                 for name in offered:
-                    inner, md5 = offers[name]
+                    md5 = files[name][1]
                     if not check_integrity(root / name, md5):
                         raise UserError(
                             f"{root / name}: wrong MD5, expected {md5}; delete it or fetch it again from {url}"
                         )
-                    (temporary / inner).parent.mkdir(parents=True, exist_ok=True)
-                    (temporary / inner).symlink_to((root / name).resolve())
+                    (folder / name).symlink_to((root / name).resolve())
                 socket.setdefaulttimeout(TIMEOUT)
-                what = "unpacking" if offered else f"download from {url}"
+                what = "unpacking" if len(offered) == len(files) else f"download from {url}"
                 advice = f"{what} failed; fetch {needed} by other means to {root}/"
                 quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-                if not offered:
-                    print(f"{place}: download from {url}", file=sys.stderr)
+                if what != "unpacking":
+                    print(f"{place}: {what}", file=sys.stderr)
                 with _torchvision_errors(place, advice), quiet:  # its bar fills a log file
-                    make(temporary)
+                    for name, (address, md5) in files.items():
+                        download_url(address, folder, name, md5)
+                        if name != place.name:
+                            extract_archive(folder / name, folder, remove_finished=True)
                 (temporary / place.name).rename(place)
         finally:
             socket.setdefaulttimeout(old_timeout)
             shutil.rmtree(temporary, ignore_errors=True)
     return place
-
-
-def _downloaded(place: Path, url: str, md5: str, fetch: bool) -> Path:
-    return _fetched(place, url, fetch, lambda folder: download_url(url, folder, place.name, md5), {})
-
-
-def _unpacked(name: str, url: str, md5: str, root: Path, fetch: bool, inner: str = "") -> Path:
-    """The folder `root / name` that an archive holds; `inner`: where torchvision unpacks it."""
-    file = url.rsplit("/", 1)[-1]
-
-    def make(folder: Path) -> None:
-        download_and_extract_archive(url, folder / inner, filename=file, md5=md5)
-        (folder / inner / file).unlink()
-
-    return _fetched(root / name, url, fetch, make, {file: (f"{inner}{file}", md5)})
 
 
 def _loadmat(title: str) -> Callable[..., dict[str, Any]]:
@@ -151,63 +192,6 @@ def _loadmat(title: str) -> Callable[..., dict[str, Any]]:
             f"{title}: its labels are MATLAB files; {sys.executable} -m pip install scipy reads them"
         ) from error
     return loadmat
-
-
-# --- Decoded pixels, by torchvision -------------------------------------------------------------------------
-
-
-def _pixels(where: Path, data: Any, labels: Any, classes: Sequence[str], chosen: np.ndarray | None = None) -> Plan:
-    """Some images of a torchvision data set, all by default; it returns each as a PIL image."""
-    labels = np.asarray(labels)
-    chosen = np.arange(len(labels)) if chosen is None else chosen
-    return Plan(
-        where=str(where),
-        classes=classes,
-        labels=labels[chosen].tolist(),
-        names=[f"{where}: image {i}" for i in chosen],
-        read=lambda i: np.asarray(data[chosen[i]][0]),
-    )
-
-
-def _stl10(root: Path, fetch: bool, split: str) -> Plan:
-    folder = _unpacked(tv.STL10.base_folder, tv.STL10.url, tv.STL10.tgz_md5, root, fetch)
-    with _torchvision_errors(folder, _DAMAGED):
-        data = tv.STL10(root, split=split)
-    return _pixels(folder, data, data.labels, data.classes)
-
-
-def _cifar100(root: Path, fetch: bool, split: str, few: tuple[int, int] | None = None) -> Plan:
-    """All images, or of each class a few: how many, after how many of its fixed order."""
-    folder = _unpacked(tv.CIFAR100.base_folder, tv.CIFAR100.url, tv.CIFAR100.tgz_md5, root, fetch)
-    with _torchvision_errors(folder, _DAMAGED):
-        data = tv.CIFAR100(root, train=split != "test")
-    chosen = few and few_per_class(np.asarray(data.targets), *few)
-    return _pixels(folder, data, data.targets, data.classes, chosen)
-
-
-def _s_cifar100(root: Path, fetch: bool, split: str) -> Plan:
-    """50 training images a class; 25 others a class to validate on."""
-    return _cifar100(root, fetch, split, {"train": (50, 0), "val": (25, 50)}.get(split))
-
-
-def _small_svhn(root: Path, fetch: bool, split: str) -> Plan:
-    """500 training images a class."""
-    url, file, md5 = tv.SVHN.split_list[split]
-    _loadmat("SVHN")
-    place = _downloaded(root / file, url, md5, fetch)
-    with _torchvision_errors(place, _DAMAGED):
-        data = tv.SVHN(root, split=split)
-    chosen = few_per_class(data.labels, 500) if split == "train" else None
-    return _pixels(place, data, data.labels, [str(digit) for digit in range(10)], chosen)
-
-
-def _fashion_mnist(root: Path, fetch: bool, split: str) -> Plan:
-    kind = tv.FashionMNIST
-    offers = {file: (f"FashionMNIST/raw/{file}", md5) for file, md5 in kind.resources}
-    folder = _fetched(root / "FashionMNIST", kind.mirrors[0], fetch, lambda r: kind(r, download=True), offers)
-    with _torchvision_errors(folder, _DAMAGED):
-        data = kind(root, train=split == "train")
-    return _pixels(folder, data, data.targets, kind.classes)
 
 
 # --- Image files --------------------------------------------------------------------------------------------
@@ -222,31 +206,23 @@ def _listed(place: Place, rows: Iterable[tuple[str, str]], classes: Sequence[str
     return plan_from_samples(samples, classes)
 
 
-def _of_torchvision(place: Place, parts: Callable[[], list[Any]]) -> Plan:
-    """A plan for torchvision data sets of files, made with `loader=str` so that they yield (path, label)."""
-    with _torchvision_errors(place.path, _DAMAGED):
-        found = parts()
-        rows = [part[i] for part in found for i in range(len(part))]
-    classes = found[0].classes
-    members = [(Path(file).relative_to(place.path).as_posix(), classes[label]) for file, label in rows]
-    return _listed(place, members, classes)
+def _of_torchvision(kind: type, **parts: Sequence[str]) -> Callable[[list[Place], str], Plan]:
+    """The plan of a torchvision data set of files; `parts`: what it calls what makes up a split, if not just so."""
+
+    def plan(places: list[Place], split: str) -> Plan:
+        (place,) = places
+        with _torchvision_errors(place.path, _DAMAGED):  # with `loader=str` it yields (path, label)
+            found = [kind(place.path.parent, split=part, loader=str) for part in parts.get(split, [split])]
+            rows = [part[i] for part in found for i in range(len(part))]
+        classes = found[0].classes
+        members = [(Path(file).relative_to(place.path).as_posix(), classes[label]) for file, label in rows]
+        return _listed(place, members, classes)
+
+    return plan
 
 
-def _aircraft(places: list[Place], split: str) -> Plan:
-    """The variants; of the images, the whole: their bottom 20 rows name the photographer, as in torchvision."""
-    part, root = "trainval" if split == "train" else "test", places[0].path.parent
-    return _of_torchvision(places[0], lambda: [tv.FGVCAircraft(root, split=part, loader=str)])
-
-
-def _dtd(places: list[Place], split: str) -> Plan:
-    """Partition 1 of 10; its train and val parts together are the training set."""
-    parts, root = ("train", "val") if split == "train" else ("test",), places[0].path.parent
-    return _of_torchvision(places[0], lambda: [tv.DTD(root, split=part, loader=str) for part in parts])
-
-
-def _find_cars(root: Path, fetch: bool) -> list[Path]:
+def _find_cars(root: Path) -> Path:
     """Only by hand: the official site is gone."""
-    _loadmat("Stanford Cars")
     folder = root / "stanford_cars"
     files = ["cars_train", "cars_test", "devkit/cars_train_annos.mat", "devkit/cars_meta.mat"]
     files.append("cars_test_annos_withlabels.mat")
@@ -256,12 +232,7 @@ def _find_cars(root: Path, fetch: bool) -> list[Path]:
             "put there by hand cars_train/*.jpg and cars_test/*.jpg (cars_train.tgz, cars_test.tgz), "
             "devkit/cars_train_annos.mat and devkit/cars_meta.mat (car_devkit.tgz), cars_test_annos_withlabels.mat"
         )
-    return [folder]
-
-
-def _cars(places: list[Place], split: str) -> Plan:
-    root = places[0].path.parent
-    return _of_torchvision(places[0], lambda: [tv.StanfordCars(root, split=split, loader=str)])
+    return folder
 
 
 def _cub(places: list[Place], split: str) -> Plan:
@@ -289,18 +260,8 @@ def _cub(places: list[Place], split: str) -> Plan:
     return _listed(place, rows, [class_name[i] for i in sorted(class_name, key=int)])
 
 
-def _find_dogs(root: Path, fetch: bool) -> list[Path]:
-    """images.tar and lists.tar, or the folder with what is in them: Images/<class>/*.jpg and *_list.mat."""
-    _loadmat("Stanford Dogs")
-    return [
-        root
-        if (root / unpacked).exists() and not (root / file).exists()
-        else _downloaded(root / file, DOGS_URL + file, DOGS_MD5[file], fetch)
-        for file, unpacked in (("images.tar", "Images"), ("lists.tar", "train_list.mat"))
-    ]
-
-
 def _dogs(places: list[Place], split: str) -> Plan:
+    """Images/<class>/*.jpg, and *_list.mat."""
     images, lists = places
     table = f"{split}_list.mat"
     content = lists.read(table)
@@ -314,17 +275,6 @@ def _dogs(places: list[Place], split: str) -> Plan:
     name = {label: file.split("/")[0] for file, label in zip(files, labels, strict=True)}
     rows = [(f"Images/{file}", name[label]) for file, label in zip(files, labels, strict=True)]
     return _listed(images, rows, [name[label] for label in sorted(name)])
-
-
-# --- Tiny ImageNet ------------------------------------------------------------------------------------------
-
-
-def find_tiny_imagenet(root: Path, fetch: bool = True) -> list[Path]:
-    """The official archive, downloaded (248 MB) if it is absent, or the folder unpacked from it."""
-    folder, archive = root / "tiny-imagenet-200", root / "tiny-imagenet-200.zip"
-    if not archive.exists() and folder.is_dir():
-        return [folder]
-    return [_downloaded(archive, TINY_URL, TINY_MD5, fetch)]
 
 
 def _tiny_imagenet(places: list[Place], split: str) -> Plan:
@@ -377,16 +327,25 @@ def _union(samples: Sequence[Sample]) -> list[Sample]:
     return [unique[key] for key in sorted(unique)]
 
 
+def _cifar100(root: Path, split: str) -> tv.CIFAR100:
+    return tv.CIFAR100(root, train=split != "test")
+
+
 OFFICIAL = {
-    "stl10": Official(_stl10, key=lambda split: tv.STL10.tgz_md5),
-    "s_cifar100": Official(_s_cifar100, key=lambda split: f"{tv.CIFAR100.tgz_md5} choice {CHOICE_SEED}"),
-    "cifar100": Official(_cifar100, key=lambda split: tv.CIFAR100.tgz_md5),
-    "dogs": Official(_dogs, _find_dogs, home="stanford_dogs"),
-    "cars": Official(_cars, _find_cars),
-    "aircraft": Official(_aircraft, lambda *to: [_unpacked("fgvc-aircraft-2013b", AIRCRAFT_URL, AIRCRAFT_MD5, *to)]),
-    "cub": Official(_cub, lambda *to: [_unpacked("CUB_200_2011", CUB_URL, CUB_MD5, *to)], itself=True),
-    "small_svhn": Official(_small_svhn, key=lambda split: f"{tv.SVHN.split_list[split][2]} choice {CHOICE_SEED}"),
-    "fashion_mnist": Official(_fashion_mnist, key=lambda split: " ".join(md5 for _, md5 in tv.FashionMNIST.resources)),
-    "dtd": Official(_dtd, lambda *to: [_unpacked("dtd", DTD_URL, tv.DTD._MD5, *to, "dtd/")]),
-    "tiny_imagenet": Official(_tiny_imagenet, find_tiny_imagenet, itself=True),
+    "stl10": Official(["stl10_binary"], pixels=lambda root, split: tv.STL10(root, split)),
+    # 50 training images a class; 25 others a class to validate on.
+    "s_cifar100": Official(["cifar-100-python"], pixels=_cifar100, few={"train": (50, 0), "val": (25, 50)}),
+    "cifar100": Official(["cifar-100-python"], pixels=_cifar100),
+    "dogs": Official(["images.tar", "lists.tar"], _dogs, matlab=True, home="stanford_dogs"),
+    "cars": Official([], _of_torchvision(tv.StanfordCars), find=_find_cars, matlab=True),
+    # The variants; of the images, the whole: their bottom 20 rows name the photographer, as in torchvision.
+    "aircraft": Official(["fgvc-aircraft-2013b"], _of_torchvision(tv.FGVCAircraft, train=["trainval"])),
+    "cub": Official(["CUB_200_2011"], _cub, itself=True),
+    "small_svhn": Official(
+        ["{split}_32x32.mat"], pixels=lambda root, split: tv.SVHN(root, split), few={"train": (500, 0)}, matlab=True
+    ),
+    "fashion_mnist": Official(["FashionMNIST"], pixels=lambda root, split: tv.FashionMNIST(root, split == "train")),
+    # Partition 1 of 10; its train and val parts together are the training set.
+    "dtd": Official(["dtd"], _of_torchvision(tv.DTD, train=["train", "val"])),
+    "tiny_imagenet": Official(["tiny-imagenet-200.zip"], _tiny_imagenet, itself=True),
 }

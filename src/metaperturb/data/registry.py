@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from metaperturb.data.arrays import ImageArrays, Plan, cached, from_memory
@@ -115,12 +115,12 @@ def _opened(
     for path in paths:
         if not path.exists():  # nothing is downloaded to it: the name may be misspelt
             raise UserError(f"{name}: {path}: no such file or folder")
-    root = paths[0] if paths else data_root / official.home
-    if official.find is None:
-        return official.key, lambda split: _complete(official.plan(root, download, split), name, split)
-    places = [Place(path, stack) for path in (paths if paths and official.itself else official.find(root, download))]
-    key = " ".join(sorted({place.key for place in places})) if all(place.key for place in places) else None
-    return lambda split: key, lambda split: _complete(official.plan(places, split), name, split)
+    places = partial(official.places, spec.title, paths[0] if paths else data_root / official.home, download)
+    if official.pixels:
+        return official.key, lambda split: _complete(official.pixel_plan(*places(split), split), name, split)
+    opened = [Place(path, stack) for path in (paths if paths and official.itself else places("train"))]
+    key = " ".join(sorted({place.key for place in opened})) if all(place.key for place in opened) else None
+    return lambda split: key, lambda split: _complete(official.plan(opened, split), name, split)
 
 
 def _complete(plan: Plan, name: str, split: str) -> Plan:
