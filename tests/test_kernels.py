@@ -19,7 +19,7 @@ from oracle import drawn_noise, philox
 from torch import nn
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels, models
-from metaperturb.kernels import cpp, plain
+from metaperturb.kernels import cpp, plain, trial
 from metaperturb.kernels.backend import draw_seed
 from metaperturb.kernels.plain import Phi
 from metaperturb.randomness import seed_torch
@@ -405,7 +405,7 @@ def test_choices():
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not used a kernel yet, with a cache of its own that holds the library."""
-    shutil.copytree(cpp._cache_folder(), tmp_path / "metaperturb", dirs_exist_ok=True)
+    shutil.copytree(cpp.cache_folder(), tmp_path / "metaperturb", dirs_exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpp, "compiled", functools.cache(cpp.compiled.__wrapped__))
     monkeypatch.setattr(kernels, "_load", functools.cache(kernels._load.__wrapped__))
@@ -448,7 +448,7 @@ def test_why_there_is_no_fused_kernel_is_said_once(environment, reason, fresh, m
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
 def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
-    monkeypatch.setattr(kernels, "_error", lambda *_: error)
+    monkeypatch.setattr(trial, "_error", lambda *_: error)
     assert "cpp disagrees with them on this machine" in refused()
 
 
@@ -456,7 +456,7 @@ def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
 @pytest.mark.parametrize("whose", ["folder", "library"])
 def test_a_library_of_another_user_is_not_loaded(whose, fresh):
     assert kernels.kernel_name() == "cpp"
-    folder = cpp._cache_folder()
+    folder = cpp.cache_folder()
     for path in [folder] if whose == "folder" else folder.glob("*.so"):
         os.chown(path, 12345, 12345)
     cpp.compiled.cache_clear()
@@ -515,7 +515,7 @@ def test_the_home_of_another_user_is_said(tmp_path):
     tmp_path.chmod(0o700)
     code = """
         import os
-        from metaperturb.kernels import cpp, plain
+        from metaperturb.kernels import cpp, plain, trial
         os.setuid(65534)
         try:
             cpp.compiled()

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -120,7 +121,7 @@ def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
         UserError: not such a list, or a GPU that is not there.
     """
     if text == "auto":
-        text = ",".join(map(str, range(min(torch.cuda.device_count(), most)))) or "cpu"
+        text = ",".join(map(str, range(min(count_gpus(), most)))) or "cpu"
         what = f"the CPU ({why_no_gpu()})" if text == "cpu" else f"GPU {text}"
         print(f"running on {what}", file=sys.stderr)
     devices = []
@@ -130,12 +131,19 @@ def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
             continue
         if not item.isdecimal():
             raise UserError(f"{key}: expected GPU numbers or 'cpu', separated by commas, got {text!r}")
-        count = torch.cuda.device_count()
+        count = count_gpus()
         if int(item) >= count:
             there = f"this machine has {count}, numbered from 0" if count else f"{why_no_gpu()}; 'cpu' works"
             raise UserError(f"{key}: no GPU {item} ({there})")
         devices.append(torch.device("cuda", int(item)))
     return devices
+
+
+def count_gpus() -> int:
+    """How many GPUs this PyTorch can use; `device_count` also counts those whose driver is too old for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `why_no_gpu` says it
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def why_no_gpu() -> str:
@@ -148,8 +156,8 @@ def why_no_gpu() -> str:
         if "too old" in str(error):
             return (
                 f"the NVIDIA driver is too old for this PyTorch, which needs CUDA {torch.version.cuda}: update it, or "
-                f"install a PyTorch for older ones: {sys.executable} -m pip install torch torchvision --index-url "
-                "https://download.pytorch.org/whl/cu126"
+                f"install a PyTorch for older ones: {sys.executable} -m pip install --force-reinstall 'torch>=2.11' "
+                "torchvision --index-url https://download.pytorch.org/whl/cu126"
             )
     return "PyTorch sees none here"
 
@@ -215,7 +223,7 @@ def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
     if size > tasks:
         raise UserError(f"torchrun: {size} processes for {tasks} tasks; start at most {tasks}")
     if gpus == "auto":
-        count = torch.cuda.device_count()
+        count = count_gpus()
         return [torch.device("cuda", i % count) if count else torch.device("cpu") for i in range(local_size)]
     devices = parse_devices(gpus, "gpus")
     if len(devices) != local_size:

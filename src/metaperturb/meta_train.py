@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,8 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     """What one process does."""
     torch.set_num_threads(config.threads)
     kernels.set_kernel(config.kernel)
+    if group.rank:  # the first process says it for all
+        warnings.filterwarnings("ignore", "the perturbation runs in plain")
 
     # Data, φ and the tasks of this process
     source, splits, split_seed = load_tasks(config)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from metaperturb.errors import UserError
-from metaperturb.kernels import fused, plain
+from metaperturb.kernels import trial
 from metaperturb.kernels.backend import Unavailable
 from metaperturb.kernels.plain import HALF_PRECISION
 
@@ -115,7 +115,8 @@ def _backend(device: torch.device) -> ModuleType | None:
         raise UserError(f"kernel: no fused one on {device}: {found}")
     if device.type not in _told:
         _told.add(device.type)
-        warnings.warn(f"the perturbation runs in plain PyTorch operators, which is slower: {found}", stacklevel=2)
+        text = f"the perturbation runs in plain PyTorch operators, which is slower: {found}"
+        warnings.warn_explicit(text, UserWarning, "metaperturb", 1)  # of no file, whose line would be printed, too
     return None
 
 
@@ -127,37 +128,14 @@ def _load(device: torch.device) -> ModuleType | str:
     """The backend for this device, tried out on it and on no other, or why there is none."""
     if device.type not in _BACKENDS:
         return f"there is none for {device.type}"
+    name = f"metaperturb.kernels.{_BACKENDS[device.type]}"
     try:
-        backend = importlib.import_module(f"metaperturb.kernels.{_BACKENDS[device.type]}")
-        error = _error(backend, device)
+        backend = importlib.import_module(name)
+        if device.type == "cpu":
+            trial.check_agreement(backend, device, (torch.float32,))
+        else:
+            trial.check(name, device)
+            backend.check_launch(device)
     except Unavailable as unavailable:
         return str(unavailable)
-    if not error < 1e-4:  # a NaN is no agreement either
-        return f"{backend.NAME} disagrees with them on this machine (relative error {error:.1e})"
     return backend
-
-
-def _error(backend: ModuleType, device: torch.device) -> float:
-    """Largest relative error of a small site's output and gradients against the plain operators in float64.
-
-    Kernels are compiled on the user's machine, by a compiler nobody tested: a look before the first use. In float32 the
-    plain operators would err more: on a GPU convolutions may round what they multiply to TF32.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-
-        def wave(*shape: int, requires_grad: bool = True) -> Tensor:
-            values = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device=device).mul(0.7).sin()
-            return values.view(shape).requires_grad_(requires_grad)
-
-        h, phi = wave(4, 5, 6, 7), wave(82)
-        settings = plain.Settings(True, True, True, 0.7, 1.5, 0.5, 0.5)
-        seed = torch.full((), 0x123456789ABCDEF, dtype=torch.int64, device=device)
-        running = wave(5, 4, requires_grad=False), wave(5, 4, requires_grad=False)
-        actual = fused.apply(backend, h, phi, None, seed, *running, settings)
-        exact_h, exact_phi = h.double(), plain.Phi.of(phi.double())
-        noise = backend.draw_noise(seed, h).double()
-        expected = plain.perturb(exact_h, exact_phi, *plain.batch_statistics(exact_h, exact_phi), noise, settings)
-        grad_out = wave(4, 5, 6, 7, requires_grad=False).flip(0)
-        grads = (torch.autograd.grad(out, [h, phi], grad_out.to(out.dtype)) for out in (actual, expected))
-        pairs = [(actual, expected), *zip(*grads, strict=True)]
-        return max(((a - e).norm() / e.norm()).item() for a, e in pairs)

@@ -1,6 +1,8 @@
 """What the fused backends, `cpp` and `triton_site`, share."""
 
 import math
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,3 +38,15 @@ def noise_source(settings: Settings, noise: Tensor | None) -> int:
 def upper_bound(settings: Settings) -> float:
     """What the output is clipped to; infinity where it is not clipped."""
     return math.inf if settings.clip is None else settings.clip
+
+
+def cache_folder() -> Path:
+    """Where a user's compiled kernels are kept, and what was found out about kernels.
+
+    Raises:
+        Unavailable: a user without a home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaperturb"
+    except RuntimeError:
+        raise Unavailable("no home folder to keep the compiled kernels in (set XDG_CACHE_HOME)") from None

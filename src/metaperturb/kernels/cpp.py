@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from metaperturb.kernels import plain
-from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, relative_settings, upper_bound
+from metaperturb.kernels.backend import (
+    TRACKING,
+    Unavailable,
+    cache_folder,
+    noise_source,
+    relative_settings,
+    upper_bound,
+)
 from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, Settings
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
@@ -209,7 +216,7 @@ def compiled() -> ctypes.CDLL:
     key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
     for text in (*compiler, _compiler_version(compiler), _processor(), repr((FLAGS, CONSTANTS, VARIANTS))):
         key.update(text.encode() + b"\0")
-    path = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    path = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     try:
         if not path.exists():
             _build(compiler, path)
@@ -268,10 +275,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor() + platform.machine()
     return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-
-
-def _cache_folder() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaperturb"
-    except RuntimeError:  # a user without a home
-        raise Unavailable("no home folder to keep the compiled kernels in (set XDG_CACHE_HOME)") from None

@@ -1,18 +1,17 @@
 """What the Triton kernels are made of: tiles and their neighbourhoods, elementary functions, noise."""
 
+from metaperturb.kernels.backend import Unavailable
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # `triton_site` says so
-    triton = None
-
-    class tl:
-        constexpr = float64 = None  # what signatures name
+except ImportError:
+    raise Unavailable("Triton cannot be imported (install the package triton)") from None
 
 
 def jit(function):
     counts = ["batch", "rows", "columns", "second_layer_parts", "input_parts"]  # of any size, with one compiled kernel
-    return function if triton is None else triton.jit(function, do_not_specialize=counts)
+    return triton.jit(function, do_not_specialize=counts)
 
 
 # --- a tile and its neighbourhood

@@ -17,6 +17,7 @@ from metaperturb.kernels import triton_kernels
 from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, relative_settings, upper_bound
 from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Settings
 from metaperturb.kernels.triton_blocks import triton
+from metaperturb.storage import reason
 
 NAME = "triton"
 UNSUPPORTED = ()
@@ -87,27 +88,20 @@ def _launch(kernel, programs: int, *args, warps: int = WARPS, **constants) -> No
     kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
-@functools.cache
-def _check(device: torch.device) -> None:
-    """Compile and launch something.
+def check_launch(device: torch.device) -> None:
+    """Compile and launch something in this process, which may lack what the one that tried the kernels had.
 
     Raises:
-        Unavailable: Triton is missing, or does not work here.
+        Unavailable: Triton does not work here.
     """
-    if triton is None:
-        raise Unavailable("Triton cannot be imported (install the package triton)")
-    seed, noise = torch.zeros((), dtype=torch.int64, device=device), torch.empty(4, device=device)
     try:
-        with torch.cuda.device_of(noise):
-            _launch(triton_kernels.draw, 1, seed, noise, C=1, H=2, W=2, CHANNELS=1, PIXELS=1)
+        draw_noise(torch.zeros((), dtype=torch.int64, device=device), torch.empty(1, 1, 2, 2, device=device))
     except Exception as error:  # whatever a compiler, a linker or a driver has to say
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"Triton does not work here ({lines[0]})") from None
+        raise Unavailable(f"Triton does not work here ({reason(error)})") from None
 
 
 def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     """The ε that the kernels draw from `seed` for a feature map: `[B, C, H, W]`."""
-    _check(like.device)
     noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     with torch.cuda.device_of(like):
         x = _Map(noise)
@@ -121,7 +115,6 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
 
 def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float) -> Tensor:
     """`plain.relative_noise`, a factor `[B, C, H, W]` in the memory format of `h`."""
-    _check(h.device)
     with torch.cuda.device_of(h):
         settings, unused = relative_settings(strength), phi.new_empty(h.shape[1], NUM_SCALE_FEATURES)
         hidden, scratch = _prepare(_Map(h), phi, unused, unused, settings)
@@ -130,7 +123,6 @@ def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | 
 
 def track(h: Tensor, phi: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
     """Only the statistics of a training step, which is what strength 0 leaves to do."""
-    _check(h.device)
     with torch.cuda.device_of(h):
         _prepare(_Map(h), phi, running_mean, running_var, TRACKING)
 
@@ -151,7 +143,6 @@ def forward(
         features `[B, C, 4]` (None in evaluation), the statistics that made the scale `[2, C, 4]` (second in every
         backend), the scale `[C]`, the means over channels of h and of the hidden map `[B, H, W]` (None without noise).
     """
-    _check(h.device)
     with torch.cuda.device_of(h):
         x = _Map(h)
         hidden, scratch = _prepare(x, phi, running_mean, running_var, settings)

@@ -1,0 +1,276 @@
+"""Compiled kernels are tried before they are used: nobody tested the compiler, the driver or the device they meet.
+
+On a CPU they are compared with the plain operators. On a GPU a kernel that fails can crash or hang the process, so the
+trial runs in a process of its own, and its verdict is kept: once a kind of device, driver and version of PyTorch,
+Triton and this package.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaperturb.cli import PARENT, end_with
+from metaperturb.errors import UserError
+from metaperturb.kernels import fused, plain
+from metaperturb.kernels.backend import Unavailable, cache_folder
+from metaperturb.storage import load_json, reason, save_json
+
+PASSED = "passed"
+SILENCE = 300.0  # seconds without progress, which is a kernel compiled and run: then it hangs
+FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)  # signals that say nothing about kernels
+SAYS = "trial: "  # before what the child tells
+DEVICE_WORKS = "the device works"
+
+
+# --- the comparison
+
+
+def check_agreement(backend: ModuleType, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Compare a small site's output and gradients with those of the plain operators in float64.
+
+    In float32 the plain operators would err more: on a GPU convolutions may round what they multiply to TF32.
+
+    Args:
+        dtypes: of the feature map; each a comparison.
+
+    Raises:
+        Unavailable: they differ.
+    """
+    for dtype in dtypes:
+        error, bound = _error(backend, device, dtype), 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
+        if not error < bound:  # a NaN is no agreement either
+            found = f"{str(dtype).removeprefix('torch.')}, relative error {error:.1e}"
+            raise Unavailable(f"{backend.NAME} disagrees with them on this machine ({found})")
+
+
+def _error(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error; half-precision maps have their channels last."""
+    half = dtype in plain.HALF_PRECISION
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+
+        def wave(*shape: int) -> Tensor:
+            values = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device=device).mul(0.7).sin()
+            return values.view(shape)
+
+        h, phi, grad_out = wave(4, 5, 6, 7).to(dtype), wave(82).requires_grad_(), wave(4, 5, 6, 7).flip(0).to(dtype)
+        h = (h.to(memory_format=torch.channels_last) if half else h).requires_grad_()
+        settings = plain.Settings(True, True, True, 0.7, 1.5, 0.5, 0.5)
+        seed = torch.full((), 0x123456789ABCDEF, dtype=torch.int64, device=device)
+        actual = fused.apply(backend, h, phi, None, seed, wave(5, 4), wave(5, 4), settings)
+        exact_h, exact_phi = h.double(), plain.Phi.of(phi.double())
+        noise = backend.draw_noise(seed, h.to(phi.dtype)).double()
+        expected = plain.perturb(exact_h, exact_phi, *plain.batch_statistics(exact_h, exact_phi), noise, settings)
+        grads = (torch.autograd.grad(out, [h, phi], grad_out.to(out.dtype)) for out in (actual, expected))
+        pairs = [(actual, expected), *zip(*grads, strict=True)]
+        return max(((a - e).norm() / e.norm()).item() for a, e in pairs)
+
+
+def _check_rest(backend: ModuleType, device: torch.device) -> None:
+    """What else a GPU's kernels compute: factors of mean one, and batches of images."""
+    from metaperturb.kernels.triton_batches import training_batch
+
+    h, phi, noise = (torch.arange(n, device=device).mul(0.7).sin() for n in (840, 82, 840))
+    h, noise = h.view(4, 5, 6, 7), noise.view(4, 5, 6, 7).flip(0)
+    factor = fused.relative_noise(backend, h, phi, noise, 0.7)
+    exact = plain.relative_noise(h.double(), plain.Phi.of(phi.double()), noise.double(), 0.7)
+    images = torch.arange(4 * 3 * 36, device=device).to(torch.uint8).view(4, 3, 6, 6)
+    rows, padding = torch.arange(3, -1, -1, device=device), 2
+    draws = [(0, 0, 0), (1, 4, 3), (1, 0, 2), (0, 3, 4)]  # flip, left, top
+    codes = torch.tensor([flip + 2 * (left + 5 * top) for flip, left, top in draws], device=device)
+    batch, _ = training_batch(images, rows, None, rows, codes, padding)
+    padded = F.pad(images, (padding,) * 4)[rows]
+    for x, whole, (flip, left, top) in zip(batch, padded, draws, strict=True):
+        crop = whole[:, top : top + 6, left : left + 6]
+        if not torch.equal(x, (crop.flip(2) if flip else crop).float().div(127.5).sub(1)):
+            raise Unavailable(f"{backend.NAME} makes wrong batches on this machine")
+    if not (factor - exact).abs().max() < 1e-4 * exact.abs().max():
+        raise Unavailable(f"{backend.NAME} disagrees with them on this machine (noise of mean one)")
+
+
+# --- in a process of its own
+
+
+def check(module: str, device: torch.device) -> None:
+    """Let the kernels of `module` vouch for themselves on `device`, or recall how that went.
+
+    Raises:
+        Unavailable: they crash, hang, fail or disagree; the message says how to have them tried again.
+    """
+    about = _circumstances(module, device)
+    path = None
+    with contextlib.suppress(Unavailable):  # without a folder they are tried each time
+        digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+        path = cache_folder() / f"trial-{digest}.json"
+    with _alone(path):
+        verdict = _recall(path, about)
+        if verdict is None:
+            print(f"trying the GPU kernels on {about['device']}, once: a minute or so", file=sys.stderr)
+            verdict, output, lasting = _try(module, device)
+            if path and lasting:
+                try:
+                    save_json({**about, "verdict": verdict, "output": output}, path)
+                except UserError:
+                    path = None
+            elif not lasting:
+                path = None
+    if verdict != PASSED:
+        again = f"delete {path} to have them tried again" if path else "the next start tries them again"
+        raise Unavailable(f"on {about['device']} {verdict}; {again}")
+
+
+def _circumstances(module: str, device: torch.device) -> dict[str, Any]:
+    """What a verdict depends on."""
+    code = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(source.read_bytes())
+    versions = {"torch": torch.__version__, "triton": getattr(sys.modules.get("triton"), "__version__", "none")}
+    about = {"kernels": module, **{name: str(text) for name, text in versions.items()}, "code": code.hexdigest()[:16]}
+    if device.type != "cuda":
+        return {**about, "device": device.type}
+    gpu, driver = torch.cuda.get_device_properties(device), Path("/proc/driver/nvidia/version")
+    version = driver.read_text().splitlines()[0] if driver.exists() else "unknown"
+    return {**about, "device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "driver": version}
+
+
+@contextlib.contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    """While this process looks for a verdict and tries, others that want the same one wait, where locks work."""
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder = os.open(path.parent, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+
+
+def _recall(path: Path | None, about: dict[str, Any]) -> str | None:
+    """The verdict of an earlier trial in the same circumstances; a file that cannot be read is none."""
+    with contextlib.suppress(UserError, AttributeError):
+        kept = load_json(path) if path and path.exists() else {}
+        if kept.items() >= about.items() and isinstance(kept.get("verdict"), str):
+            return kept["verdict"]
+    return None
+
+
+def _try(module: str, device: torch.device) -> tuple[str, str, bool]:
+    """Runs the child: its verdict, its output, and whether the verdict says something about the kernels."""
+    places = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), PARENT: str(os.getpid())}
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import main; main()", module, str(device)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"they could not be tried ({reason(error)})", "", False
+    told, output = [""], []
+    try:
+        for line in _lines(child):
+            if line.startswith(SAYS):
+                told.append(line.removeprefix(SAYS).strip())
+            elif line.strip():
+                output.append(line)
+        hangs = False
+    except TimeoutError:
+        hangs = True
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # compilers that it started, too
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(10)  # one that a driver holds cannot be ended
+    code, text = child.returncode or 0, "".join(output)[-2000:]
+    last = f" ({told[-1]})" if told[-1] not in ("", DEVICE_WORKS) else ""
+    if DEVICE_WORKS not in told:
+        lines = text.strip().splitlines() or ["it hangs" if hangs else f"exit code {code}"]
+        return f"they could not be tried ({lines[-1]})", text, False
+    if hangs:
+        return f"they hang: no progress in {SILENCE:.0f} s{last}", text, True
+    if code < 0 and told[-1] != PASSED:
+        return f"they crash: {signal.Signals(-code).name}{last}", text, -code not in FROM_OUTSIDE
+    return told[-1], text, True
+
+
+def _lines(child: subprocess.Popen) -> Iterator[str]:
+    """What the child prints, until it ends.
+
+    Raises:
+        TimeoutError: nothing for `SILENCE` seconds.
+    """
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in child.stdout:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    line, since = "\n", time.monotonic()
+    while line:
+        try:
+            line, since = lines.get(timeout=0.5), time.monotonic()
+        except queue.Empty:
+            if time.monotonic() - since > SILENCE:
+                raise TimeoutError from None
+        else:
+            yield line
+
+
+def main() -> None:
+    """The child: tells what it is about to do, then the verdict."""
+    module, device = sys.argv[1], torch.device(sys.argv[2])
+    end_with(int(os.environ.pop(PARENT)))
+
+    def say(text: str) -> None:
+        print(f"\n{SAYS}{text}", flush=True)
+
+    torch.ones(8, device=device).sum().item()
+    say(DEVICE_WORKS)
+    try:
+        backend = importlib.import_module(module)
+        if launch := getattr(backend, "_launch", None):
+            backend._launch = _telling(launch, say, device)
+        check_agreement(backend, device, (torch.float32, torch.bfloat16))
+        if backend.NAME == "triton":
+            _check_rest(backend, device)
+    except Unavailable as unavailable:
+        say(str(unavailable))
+    except Exception as error:  # whatever a compiler, a linker or a driver has to say
+        say(f"they fail: {reason(error)}")
+    else:
+        say(PASSED)
+
+
+def _telling(launch: Callable[..., None], say: Callable[[str], None], device: torch.device) -> Callable[..., None]:
+    """Names each kernel before it is compiled and launched, and waits until it is through."""
+
+    def told(kernel: Any, *args: Any, **options: Any) -> None:
+        say(kernel.fn.__name__)
+        launch(kernel, *args, **options)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return told

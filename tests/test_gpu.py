@@ -1,0 +1,207 @@
+"""What a first run on a machine with a GPU meets: an old driver, and kernels that nobody tried there.
+
+Kernels are tried in real child processes; backends that crash, hang or compute something else are made of the CPU's.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+from metaperturb import kernels
+from metaperturb.kernels import cpp, trial
+from metaperturb.kernels.backend import Unavailable
+
+CPU = torch.device("cpu")
+OLD_DRIVER = """
+    int cuInit(unsigned flags) { return 0; }
+    int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+    int cuGetProcAddress_v2(const char *name, void **found, int version, long flags, void *status) { return 500; }
+    int nvmlInit(void) { return 0; }
+    int nvmlDeviceGetCount_v2(int *count) { *count = 1; return 0; }
+"""
+
+
+def python(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch for CUDA")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_driver_that_is_too_old_is_told_from_no_gpu(tmp_path):
+    """As the real ones, NVIDIA's management library counts the GPU that PyTorch cannot use."""
+    (tmp_path / "driver.c").write_text(OLD_DRIVER)
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        command = ["cc", "-shared", "-fPIC", "-o", tmp_path / name, tmp_path / "driver.c"]
+        subprocess.run(command, check=True)
+    code = """
+        from metaperturb.distributed import UserError, parse_devices
+        print(parse_devices("auto", "gpus"))
+        try:
+            parse_devices("0", "gpu")
+        except UserError as error:
+            print(error)
+    """
+    out, said = python(code, LD_LIBRARY_PATH=str(tmp_path), CUDA_VISIBLE_DEVICES="0").communicate()
+    old = f"the NVIDIA driver is too old for this PyTorch, which needs CUDA {torch.version.cuda}: update it, or "
+    old += f"install a PyTorch for older ones: {sys.executable} -m pip install --force-reinstall 'torch>=2.11' "
+    devices, numbered = out.splitlines()
+    assert devices == "[device(type='cpu')]" and f"running on the CPU ({old}" in said
+    assert numbered.startswith(f"gpu: no GPU 0 ({old}") and len(said.splitlines()) == 1
+
+
+# --- the trial of kernels
+
+
+@pytest.fixture
+def backend(tmp_path, monkeypatch):
+    """`backend(BODY)`: a module that is the CPU's kernels, but for what `BODY` defines; each trial adds to `tries`."""
+    if kernels.kernel_name() == "plain":
+        pytest.skip("needs a C++ compiler")
+
+    def make(body):
+        tries = f"import os, signal, time\nopen({str(tmp_path / 'tries')!r}, 'a').write('x')\n"
+        shutil.copytree(cpp.cache_folder(), tmp_path / "cache/metaperturb")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        code = "from metaperturb.kernels.cpp import *\n" + tries + textwrap.dedent(body)
+        (tmp_path / "made_kernels.py").write_text(code)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return "made_kernels"
+
+    return make
+
+
+def refusal(module):
+    with pytest.raises(Unavailable) as caught:
+        trial.check(module, CPU)
+    return str(caught.value)
+
+
+CRASHES = """
+    def forward(*arguments):
+        os.kill(os.getpid(), signal.SIGSEGV)
+"""
+DIFFERS = """
+    def forward(*arguments):
+        out, *rest = cpp_forward(*arguments)
+        return out * 1.001, *rest
+    from metaperturb.kernels.cpp import forward as cpp_forward
+"""
+FAILS = """
+    def forward(*arguments):
+        raise RuntimeError("ptxas exited with code 255")
+"""
+
+
+def check_verdict(module, said, tmp_path):
+    """A refusal is one line; it is kept, and told again without a trial until its file is deleted."""
+    first = refusal(module)
+    (kept,) = (tmp_path / "cache/metaperturb").glob("trial-*.json")
+    assert said in first and "\n" not in first and f"delete {kept} to have them tried again" in first
+    assert refusal(module) == first and (tmp_path / "tries").read_text() == "x"
+    assert json.loads(kept.read_text())["device"] == "cpu"
+    return kept
+
+
+def test_kernels_that_crash_are_not_used(backend, tmp_path, monkeypatch, capfd):
+    kept = check_verdict(backend(CRASHES), "on cpu they crash: SIGSEGV", tmp_path)
+    monkeypatch.setattr(kernels, "_told", set())
+    monkeypatch.setattr(kernels, "_load", lambda device: refusal("made_kernels"))
+    with warnings.catch_warnings(record=True) as said:
+        assert kernels.kernel_name() == "plain"
+    assert len(said) == 1 and "in plain PyTorch operators, which is slower: on cpu they crash" in str(said[0].message)
+    kept.write_text("{")  # of a full disk, say
+    assert "they crash" in refusal("made_kernels") and (tmp_path / "tries").read_text() == "xx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (DIFFERS, "on cpu cpp disagrees with them on this machine (float32, relative error 1"),
+        (FAILS, "on cpu they fail: ptxas exited with code 255"),
+        ("raise ImportError('no launcher')", "on cpu they fail: no launcher"),
+    ],
+    ids=["differ", "fail", "cannot be imported"],
+)
+def test_kernels_that_fail_are_not_used(body, said, backend, tmp_path):
+    check_verdict(backend(body), said, tmp_path)
+
+
+@pytest.mark.slow
+def test_kernels_that_hang_are_not_used(backend, tmp_path, monkeypatch):
+    """The limit falls once they hang, so that no load can reach it before."""
+    hanging = tmp_path / "hanging"
+
+    def impatient():
+        while not hanging.exists():
+            time.sleep(0.1)
+        monkeypatch.setattr(trial, "SILENCE", 0.0)
+
+    threading.Thread(target=impatient, daemon=True).start()
+    body = f"""
+        def forward(*arguments):
+            open({str(hanging) + "-"!r}, "w").write(str(os.getpid()))
+            os.rename({str(hanging) + "-"!r}, {str(hanging)!r})
+            time.sleep(1e6)
+    """
+    check_verdict(backend(body), "on cpu they hang: no progress in 0 s", tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(hanging.read_text()), 0)
+
+
+@pytest.mark.slow
+def test_kernels_that_pass_are_tried_once_for_each_version(backend, tmp_path, monkeypatch):
+    module = backend("")
+    for _ in range(2):
+        trial.check(module, CPU)
+    assert (tmp_path / "tries").read_text() == "x"
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    trial.check(module, CPU)
+    assert (tmp_path / "tries").read_text() == "xx"
+
+
+@pytest.mark.slow
+def test_what_says_nothing_about_the_kernels_is_not_kept(backend, tmp_path, monkeypatch):
+    module = backend(
+        "def forward(*arguments):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )  # by the system, out of memory
+    assert "on cpu they crash: SIGKILL; the next start tries them again" in refusal(module)
+    with pytest.raises(Unavailable, match="could not be tried"):
+        trial.check(module, torch.device("meta"))
+    assert not list((tmp_path / "cache/metaperturb").glob("trial-*.json"))
+
+
+@pytest.mark.slow
+def test_without_a_cache_folder_they_are_tried_each_time(backend, tmp_path, monkeypatch):
+    module = backend("from metaperturb.kernels.plain import *\nNAME = 'none'")
+    monkeypatch.setenv("XDG_CACHE_HOME", __file__)
+    assert [refusal(module).rpartition("; ")[2] for _ in range(2)] == ["the next start tries them again"] * 2
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_try_once(backend, tmp_path):
+    code = f"""
+        import torch
+        from metaperturb.kernels import trial
+        trial.check({backend("")!r}, torch.device("cpu"))
+    """
+    processes = [python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])) for _ in range(3)]
+    outputs = [process.communicate() for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert (tmp_path / "tries").read_text() == "x"
+    assert sum("trying the GPU kernels" in said for _, said in outputs) == 1
