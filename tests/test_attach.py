@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import operator
 import pickle
-import re
 import signal
 import sys
 import warnings
@@ -22,20 +21,21 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.models.feature_extraction
 from conftest import ROOT
-from image_files import one_line
+from image_files import refused
 from torch import nn
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.checkpoint import checkpoint
 
 import metaperturb
-from metaperturb import MetaPerturb, UserError, attach, detach, find_sites, models
+from metaperturb import MetaPerturb, attach, detach, find_sites, models
 from metaperturb.early import check_command_line
 from metaperturb.sites import choose_sites
 
 CONSTANT = 7.0
+SMALL = functools.partial(models.create, "resnet8", 5, 16)
 
 
-def quiet(model, phi=None, image_size=32, sites=None, **options):
+def quiet(model, phi=None, image_size=16, sites=None, **options):
     return attach(model, phi or MetaPerturb(), image_size, sites, verbose=False, **options)
 
 
@@ -43,7 +43,7 @@ def site_names(model):
     return [spec.name for spec in model.metaperturb.specs]
 
 
-def images(batch=2, size=32, seed=0):
+def images(batch=2, size=16, seed=0):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -66,11 +66,34 @@ def seeded(model, x, seed=0):
     return model(x)
 
 
+def acts(network, x):
+    """Whether φ's noise makes two predictions differ."""
+    with torch.no_grad():
+        return not torch.equal(network(x), network(x))
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def statistics(model):
+    return [site.running_mean.clone() for site in model.metaperturb.sites]
+
+
 # --- networks of a user
 
 
-def conv(a, b, stride=1):
-    return nn.Conv2d(a, b, 3, stride, padding=1)
+class Net(nn.Module):
+    """A network or block: what it has by name, and its forward pass as a function of that."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.run(self, x)
 
 
 class Head(nn.Module):
@@ -82,64 +105,46 @@ class Head(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-class FunctionalPlain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2, self.head = conv(3, 4), conv(4, 6), Head(6)
-
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        return self.head(F.relu(self.conv2(x)))
+def conv(a, b, stride=1):
+    return nn.Conv2d(a, b, 3, stride, padding=1)
 
 
-class NormPlain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1, self.conv2, self.bn2 = conv(3, 4), nn.BatchNorm2d(4), conv(4, 6), nn.BatchNorm2d(6)
-        self.head = Head(6)
+def functional_plain():
+    def run(net, x):
+        return net.head(F.relu(net.conv2(F.max_pool2d(F.relu(net.conv1(x)), 2))))
 
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.head(self.bn2(self.conv2(x)).relu())
+    return Net(run, conv1=conv(3, 4), conv2=conv(4, 6), head=Head(6))
 
 
-class SharedReLU(nn.Module):
+def norm_plain():
+    def run(net, x):
+        return net.head(net.bn2(net.conv2(torch.relu(net.bn1(net.conv1(x))))).relu())
+
+    norms = {"bn1": nn.BatchNorm2d(4), "bn2": nn.BatchNorm2d(6)}
+    return Net(run, conv1=conv(3, 4), conv2=conv(4, 6), head=Head(6), **norms)
+
+
+def shared_relu():
     """One in-place ReLU module, used after every layer."""
 
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2, self.conv3, self.head = conv(3, 4), conv(4, 4), conv(4, 6, 2), Head(6)
-        self.relu = nn.ReLU(inplace=True)
+    def run(net, x):
+        for layer in (net.conv1, net.conv2, net.conv3):
+            x = net.relu(layer(x))
+        return net.head(x)
 
-    def forward(self, x):
-        for layer in (self.conv1, self.conv2, self.conv3):
-            x = self.relu(layer(x))
-        return self.head(x)
+    convolutions = {"conv1": conv(3, 4), "conv2": conv(4, 4), "conv3": conv(4, 6, 2)}
+    return Net(run, **convolutions, head=Head(6), relu=nn.ReLU(inplace=True))
 
 
-def all_conv():
-    return nn.Sequential(
-        conv(3, 4),
-        nn.ReLU(),
-        conv(4, 6, 2),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(6, 5, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
+def _root_sums(net, x):
+    x = F.relu(net.conv1(x))
+    x = F.relu(net.conv2(x) + x)
+    return net.head(F.relu(x + net.conv3(x)))
 
 
-ADDITIONS = {
-    "out + x": lambda out, x: out + x,
-    "x + out": lambda out, x: x + out,
-    "torch.add": torch.add,
-    "torch.add keywords": lambda out, x: torch.add(input=out, other=x),
-    "out.add": lambda out, x: out.add(x),
-    "out.add_": lambda out, x: out.add_(x),
-    "sum of a list": lambda out, x: sum([out, x]),
-    "out += x": operator.iadd,
-    "out.add_ as a statement": lambda out, x: (out.add_(x), out)[1],
-}
+def root_sum():
+    """Residual sums in the forward of the network itself."""
+    return Net(_root_sums, conv1=conv(3, 4), conv2=conv(4, 4), conv3=conv(4, 4), head=Head(4))
 
 
 class Block(nn.Module):
@@ -153,7 +158,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self, make_block, blocks=2):
+    def __init__(self, make_block=lambda: Block(4, torch.add), blocks=2):
         super().__init__()
         self.stem = conv(3, 4)
         self.blocks = nn.Sequential(*(make_block() for _ in range(blocks)))
@@ -163,33 +168,34 @@ class Residual(nn.Module):
         return self.head(self.blocks(F.relu(self.stem(x))))
 
 
-class RootSum(nn.Module):
-    """Residual sums in the forward of the network itself."""
+def in_place():
+    return Residual(lambda: Block(4, operator.iadd))
 
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2, self.conv3, self.head = conv(3, 4), conv(4, 4), conv(4, 4), Head(4)
 
-    def forward(self, x):
-        x = F.relu(self.conv1(x))
-        x = F.relu(self.conv2(x) + x)
-        x = F.relu(x + self.conv3(x))
-        return self.head(x)
+def simple_block():
+    """Its sum is not before an activation that is a module."""
+    return Net(lambda block, x: F.relu(block.conv(x) + x), conv=conv(4, 4))
 
 
 PLAIN_NETS = {
-    "functional": (FunctionalPlain, ["conv1", "conv2"]),
-    "batch norm": (NormPlain, ["bn1", "bn2"]),
-    "shared relu": (SharedReLU, ["conv1", "conv2", "conv3"]),
-    "all conv": (all_conv, ["0", "2"]),
+    "functional": (functional_plain, ["conv1", "conv2"]),
+    "batch norm": (norm_plain, ["bn1", "bn2"]),
+    "shared relu": (shared_relu, ["conv1", "conv2", "conv3"]),
+    "all conv": (
+        lambda: nn.Sequential(
+            *(conv(3, 4), nn.ReLU(), conv(4, 6, 2), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        ),
+        ["0", "2"],
+    ),
     "conv bn pool relu": (
         lambda: nn.Sequential(
-            conv(3, 4), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), Head(6)
+            *(conv(3, 4), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU()),
+            *(conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), Head(6)),
         ),
         ["1", "5"],
     ),
 }
-RESIDUAL_NETS = {name: lambda add=add: Residual(lambda: Block(4, add)) for name, add in ADDITIONS.items()}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -199,14 +205,12 @@ def test_plain_networks_before_each_activation(name, training):
     torch.manual_seed(0)
     model = quiet(make().train(training))
     assert site_names(model) == expected_names
-    x = images(4, 16)
     before = []  # what the marked layers give by themselves: hooks that ran before a site's
     received = record_inputs(model)
     for site_name in expected_names:
         module = model.get_submodule(site_name)
-        hook = module.register_forward_hook(lambda m, args, out: before.append(out.detach().clone()), prepend=True)
-        assert hook is not None
-    model(x)
+        module.register_forward_hook(lambda m, args, out: before.append(out.detach().clone()), prepend=True)
+    model(images(4))
     assert [site for site, _ in received] == model.metaperturb.sites
     for (_, h), expected in zip(received, before, strict=True):
         assert torch.equal(h, expected) and (h < 0).any() and (h > 0).any()
@@ -215,56 +219,257 @@ def test_plain_networks_before_each_activation(name, training):
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, Head)):
             module.register_forward_pre_hook(lambda m, args: activated.append(args[0]))
-    model(x)
+    model(images(4))
     for h in activated[1:]:  # all but the image: relu of the constant, whatever pooling came between
         assert (h == CONSTANT).all()
 
 
+def foreach(f, x):
+    torch._foreach_add_([f], [x])
+    return f
+
+
+SUMS = {
+    "f + x": lambda f, x: f + x,
+    "x + f": lambda f, x: x + f,
+    "torch.add": torch.add,
+    "torch.add keywords": lambda f, x: torch.add(input=f, other=x),
+    "f.add": lambda f, x: f.add(x),
+    "f.add_": lambda f, x: f.add_(x),
+    "sum of a list": lambda f, x: sum([f, x]),
+    "f += x": operator.iadd,
+    "f.add_ as a statement": lambda f, x: (f.add_(x), f)[1],
+    "addcmul": lambda f, x: torch.addcmul(x, torch.full_like(f, 0.5), f),
+    "lerp": lambda f, x: torch.lerp(x, f, 0.3),
+    "stack": lambda f, x: torch.stack([f, x]).sum(0),
+    "minus": lambda f, x: x - (-f),
+    "foreach": foreach,
+    "chain": lambda f, x: f.add_(x).add_(2 * x).add_(f),
+    "three": lambda f, x: x + (2 * x + f),
+    "a sum of a sum": lambda f, x: (f + x) + F.avg_pool2d(f + x, 3, 1, 1),
+    "addcdiv": lambda f, x: torch.addcdiv(x, f, torch.full_like(f, 2.0)),
+    "index_add": lambda f, x: x.index_add(0, torch.arange(len(x), device=x.device), f),
+    "a part of the channels": lambda f, x: (f[:, :2].add_(x[:, :2]), f)[1],
+    "[B, H, W, C]": lambda f, x: (f.permute(0, 2, 3, 1) + x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+}
+ON_OUTPUT = ("chain", "[B, H, W, C]")  # where the activation gets something else than a sum of two feature maps
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", RESIDUAL_NETS)
-def test_residual_blocks_after_the_sum_before_the_activation(name, training):
+@pytest.mark.parametrize("name", SUMS)
+def test_residual_blocks_once_after_the_sum_before_the_activation(name, training):
     torch.manual_seed(0)
-    model = quiet(RESIDUAL_NETS[name]().train(training))
+    model = quiet(Residual(lambda: Block(4, SUMS[name])).train(training))
     assert site_names(model) == ["blocks.0", "blocks.1"]
     received, entering, leaving = record_inputs(model), [], []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda block, args: entering.append(args[0].detach().clone()))
         block.register_forward_hook(lambda block, args, out: leaving.append(out.detach().clone()))
-    x = images(4, 16)
-    seeded(model, x)
+    seeded(model, images(4))
     for (_, h), start, block in zip(received, entering, model.blocks, strict=True):
         with torch.no_grad():
             expected = F.conv2d(start, block.conv1.weight, block.conv1.bias, padding=1).clamp(min=0)
-            expected = F.conv2d(expected, block.conv2.weight, block.conv2.bias, padding=1) + start
-        torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
-        assert (h < 0).any()
+            expected = SUMS[name](F.conv2d(expected, block.conv2.weight, block.conv2.bias, padding=1), start)
+        assert (expected < 0).any()
+        torch.testing.assert_close(h, expected.relu() if name in ON_OUTPUT else expected, rtol=1e-4, atol=1e-5)
     for (site, h), end in zip(received, leaving, strict=True):  # and what leaves the block is what the site made of it
-        assert not torch.allclose(end, h.relu())
-        assert site.channels == 4
+        assert not torch.allclose(end, h.relu()) and site.channels == 4
     constant_sites(model)
     leaving.clear()
-    model(x).sum().backward()
+    model(images(4)).sum().backward()
     assert len(leaving) == 2 and all((end == CONSTANT).all() for end in leaving)
 
 
-class Attention(nn.Module):
+# --- which sites there are
+
+
+def attention():
     """Weights of channels from two sums of one pixel each, as CBAM has them."""
 
-    def __init__(self):
-        super().__init__()
-        self.mix = nn.Conv2d(4, 4, 1)
+    def run(net, x):
+        return x * torch.sigmoid(net.mix(x.mean((2, 3), keepdim=True)) + net.mix(x.amax((2, 3), keepdim=True)))
+
+    return Net(run, mix=nn.Conv2d(4, 4, 1))
+
+
+def slots(listed=True):
+    """Two places in one module, as children or in a list."""
+
+    def run(net, x):
+        first, second = net.slots if listed else (net.slot1, net.slot2)
+        return net.head(F.relu(second(net.conv2(F.relu(first(net.conv1(x)))))))
+
+    two = metaperturb.Slot(), metaperturb.Slot()
+    places = {"slots": nn.ModuleList(two)} if listed else {"slot1": two[0], "slot2": two[1]}
+    return Net(run, conv1=conv(3, 4), conv2=conv(4, 6), head=Head(6), **places)
+
+
+def of_functions(slot):
+    def run(net, x):
+        return net.head(F.relu(net.slot(F.conv2d(x, net.weight, padding=1))))
+
+    return Net(run, weight=nn.Parameter(torch.randn(4, 3, 3, 3)), slot=slot, head=Head(4))
+
+
+def reused(shared, widths=(4, 4)):
+    """One module at two places, between convolutions of their own."""
+
+    def run(net, x):
+        return net.head(F.relu(net.shared(net.conv2(F.relu(net.shared(net.conv1(x)))))))
+
+    return Net(run, conv1=conv(3, widths[0]), conv2=conv(*widths), head=Head(widths[1]), shared=shared)
+
+
+def encoder(result):
+    """Its blocks return their feature map, and the same for a decoder."""
+
+    def pair(block, x):
+        x = F.relu(block.conv(x) + x)
+        return x, x
+
+    def run(net, x):
+        x, skip = net.block1(F.relu(net.stem(x)))
+        x, _ = net.block2(x)
+        return result(net.head(x + skip))
+
+    blocks = {f"block{i}": Net(pair, conv=conv(4, 4)) for i in (1, 2)}
+    return Net(run, stem=conv(3, 4), **blocks, head=Head(4))
+
+
+def restored():
+    """An image plus what its blocks add to it."""
+    run = lambda net, x: x + net.tail(net.block(net.stem(x)))  # noqa: E731
+    return Net(run, stem=conv(3, 4), block=simple_block(), tail=conv(4, 3))
+
+
+def two_heads():
+    def run(net, x):
+        x = F.relu(net.body(x))
+        return {"boxes": net.boxes(x), "classes": net.classes(x)}
+
+    return Net(run, body=conv(3, 4), boxes=conv(4, 8), classes=conv(4, 5))
+
+
+def declared_backwards():
+    run = lambda net, x: net.fc(net.body(net.stem(x).relu()).relu().mean((2, 3)))  # noqa: E731
+    return Net(run, fc=nn.Linear(16, 4), body=conv(16, 16), stem=conv(3, 16))
+
+
+def written_into_one_map():
+    def run(net, x):
+        out = torch.empty(len(x), 8, *x.shape[2:], device=x.device)
+        out[:, :4], out[:, 4:] = net.a(x), net.b(x)
+        return net.bn(F.relu(out)).relu()
+
+    return nn.Sequential(Net(run, a=conv(3, 4), b=conv(3, 4), bn=nn.BatchNorm2d(8)), Head(8))
+
+
+def like_a_word():
+    return nn.Sequential(OrderedDict(bottom=conv(3, 4), act=nn.ReLU(), top=conv(4, 6), end=nn.ReLU(), head=Head(6)))
+
+
+class Collecting(nn.Sequential):
+    """As in VoVNet: one child more would be one map more."""
 
     def forward(self, x):
-        return x * torch.sigmoid(self.mix(x.mean((2, 3), keepdim=True)) + self.mix(x.amax((2, 3), keepdim=True)))
+        maps = [x]
+        for layer in self:
+            maps.append(layer(maps[-1]))
+        return torch.cat(maps, 1)
 
 
-def test_sums_of_attention_are_no_feature_maps():
-    model = quiet(nn.Sequential(conv(3, 4), nn.ReLU(), Attention(), conv(4, 4), nn.ReLU(), Head(4)))
-    assert site_names(model) == ["0", "3"]
-    model = quiet(nn.Sequential(conv(3, 4), Attention(), Block(4, torch.add), Head(4)))
-    assert site_names(model) == ["2"]
-    model = quiet(models.create("resnet18", 5, 32))  # whose last maps have one pixel
-    assert site_names(model)[-1] == "layer4.1" and model.metaperturb.specs[-1].size == (1, 1)
+FOUND = {
+    "attention": (lambda: nn.Sequential(conv(3, 4), nn.ReLU(), attention(), conv(4, 4), nn.ReLU(), Head(4)), "0 3"),
+    "attention and a sum": (lambda: nn.Sequential(conv(3, 4), attention(), Block(4, torch.add), Head(4)), "2"),
+    "slots": (lambda: slots(listed=False), "slot1 slot2"),
+    "slots in a list": (slots, "slots.0 slots.1"),
+    "a slot among functions": (lambda: of_functions(metaperturb.Slot()), "slot"),
+    "pairs": (lambda: encoder(lambda y: y), "block1 block2 head"),
+    "pairs, a tuple": (lambda: encoder(lambda y: (y,)), "block1 block2 head"),
+    "pairs, a mapping": (lambda: encoder(lambda y: {"logits": y}), "block1 block2 head"),
+    "a pair by name": (lambda: encoder(lambda y: y), "block2", ["block2"]),
+    "not what is returned": (restored, "block"),
+    "nor what is returned in a mapping": (two_heads, "body"),
+    "by order of calls": (declared_backwards, "stem body"),
+    "a layer of the whole map is linear": (
+        lambda: nn.Sequential(
+            *(conv(3, 4, 4), nn.ReLU(), nn.Conv2d(4, 6, 4), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(6, 5)),
+        ),
+        "0",
+    ),
+    "channels written into one map": (written_into_one_map, "0.bn"),
+    "sequences that collect": (
+        lambda: nn.Sequential(
+            Collecting(conv(3, 4), conv(4, 4)), conv(11, 4), Collecting(conv(4, 4)), conv(8, 4), Head(4)
+        ),
+        "0 2",
+    ),
+    "all": (like_a_word, "bottom top", "all"),
+    "one size is one stage": (like_a_word, "top", "before_pooling"),
+    "a name is in a list": (like_a_word, "bottom", ["bottom"]),
+    "a place is a word": (like_a_word, "bottom top", "bottom"),
+    "of a module that runs twice another": (lambda: reused(nn.BatchNorm2d(4)), "conv1", ["conv1"]),
+    "named in another order": (norm_plain, "conv1 bn2", ["bn2", "conv1"]),
+    "named in the zoo": (SMALL, "layer2.0 layer3.0", ["layer3.0", "layer2.0"]),
+    "named in a residual network": (
+        lambda: network("resnet18"),
+        "bn1 layer1.0.bn1 layer4.1",
+        ["layer1.0.bn1", "bn1", "layer4.1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_which_sites_there_are(name):
+    """And each gets, once and in this order, a map of its size; `detach` leaves nothing."""
+    make, expected, *sites = FOUND[name]
+    model = quiet(make(), None, 16, *sites)
+    assert site_names(model) == expected.split()
+    received = record_inputs(model)
+    with torch.no_grad():
+        model.train()(images())
+    assert [site for site, _ in received] == model.metaperturb.sites
+    for (_, h), spec in zip(received, model.metaperturb.specs, strict=True):
+        assert list(h.shape[1:]) == [spec.channels, *spec.size]
+    assert hooks_of(detach(model)) == 0
+
+
+def test_the_normalizer_of_channels_is_the_widest_site():
+    for sites, widest in ((["layer3.0", "layer2.0"], 64), (["layer2.0"], 32), ("bottom", 64)):
+        assert {site.channel_norm for site in quiet(SMALL(), sites=sites).metaperturb.sites} == {widest}
+    wide = nn.Sequential(conv(3, 9), nn.ReLU(), conv(9, 12), nn.ReLU(), conv(12, 4), nn.ReLU(), Head(4))
+    assert [site.channel_norm for site in quiet(wide).metaperturb.sites] == [12, 12, 12]  # which need not be the last
+    model, phi = SMALL(), MetaPerturb()
+    first, alone = (
+        quiet(copy.deepcopy(model), phi, 16, sites).eval().metaperturb.sites[0] for sites in (None, "bottom")
+    )
+    h, noise = torch.randn(2, 4, 16, 16, 16)
+    assert torch.equal(first(h, noise=noise), alone(h, noise=noise))  # wherever else φ acts
+
+
+# bottom, top, before pooling: by the names of the layers what comes before each max pooling or strided block, the ends
+ABLATIONS = {
+    "resnet20": ("layer1.0 layer1.1 layer1.2", "layer3.0 layer3.1 layer3.2", "layer1.2 layer2.2 layer3.2"),
+    "resnet8": ("layer1.0", "layer3.0", "layer1.0 layer2.0 layer3.0"),
+    "wrn_28_2": (
+        "layer1.0 layer1.1 layer1.2 layer1.3",
+        "layer3.0 layer3.1 layer3.2 layer3.3",
+        "layer1.3 layer2.3 layer3.3",
+    ),
+    "vgg9": ("layers.0", "layers.6 layers.7", "layers.0 layers.1 layers.3 layers.5 layers.7"),
+    "conv4": ("layers.0", "layers.3", "layers.0 layers.1 layers.2 layers.3"),
+    "resnet18": ("layer1.0 layer1.1", "layer4.0 layer4.1", "layer1.1 layer2.1 layer3.1 layer4.1"),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_places_of_ablations(name):
+    found = find_sites(models.create(name, 5, 32), 32)
+    assert choose_sites(found, "all") == found
+    for where, expected in zip(("bottom", "top", "before_pooling"), ABLATIONS[name], strict=True):
+        assert [spec.name for spec in choose_sites(found, where)] == expected.split()
+    refused("unknown place", choose_sites, found, "middle")
 
 
 # --- the zoo and torchvision
@@ -288,34 +493,33 @@ def network(name, num_classes=6):
     return model
 
 
-# sites, the widest, image size, classes of the modules whose output is the site's (after an activation, if it has one)
+# sites, the widest, image size, class of the modules whose output is the site's (after an activation, if it has one)
 NETWORKS = {
-    "conv4": (4, 64, 32, ("ConvLayer",)),
-    "conv6": (6, 64, 32, ("ConvLayer",)),
-    "vgg9": (8, 512, 32, ("ConvLayer",)),
-    "resnet20": (9, 64, 32, ("BasicBlock",)),
-    "resnet56": (27, 64, 32, ("BasicBlock",)),
-    "wrn_28_2": (12, 128, 32, ("WideBlock",)),
-    "resnet18": (8, 512, 32, ("BasicBlock",)),
-    "resnet50": (16, 2048, 32, ("Bottleneck",)),
-    "vgg11": (8, 512, 32, ("ReLU",)),
-    "vgg11_bn": (8, 512, 32, ("ReLU",)),
-    "shufflenet_v2_x1_0": (16, 464, 32, ("InvertedResidual",)),
-    "squeezenet1_1": (8, 512, 64, ("Fire",)),
-    "mobilenet_v2": (17, 320, 32, ("InvertedResidual",)),
-    "mobilenet_v3_small": (11, 96, 32, ("InvertedResidual",)),
-    "efficientnet_b0": (16, 320, 32, ("MBConv",)),
-    "convnext_tiny": (18, 768, 32, ("CNBlock",)),
+    "conv4": (4, 64, 32, "ConvLayer"),
+    "conv6": (6, 64, 32, "ConvLayer"),
+    "vgg9": (8, 512, 32, "ConvLayer"),
+    "resnet20": (9, 64, 32, "BasicBlock"),
+    "resnet56": (27, 64, 32, "BasicBlock"),
+    "wrn_28_2": (12, 128, 32, "WideBlock"),
+    "resnet18": (8, 512, 32, "BasicBlock"),
+    "resnet50": (16, 2048, 32, "Bottleneck"),
+    "vgg11": (8, 512, 32, "ReLU"),
+    "vgg11_bn": (8, 512, 32, "ReLU"),
+    "shufflenet_v2_x1_0": (16, 464, 32, "InvertedResidual"),
+    "squeezenet1_1": (8, 512, 64, "Fire"),
+    "mobilenet_v2": (17, 320, 32, "InvertedResidual"),
+    "mobilenet_v3_small": (11, 96, 32, "InvertedResidual"),
+    "efficientnet_b0": (16, 320, 32, "MBConv"),
+    "convnext_tiny": (18, 768, 32, "CNBlock"),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name):
-    count, widest, size, classes = NETWORKS[name]
+    count, widest, size, kind = NETWORKS[name]
     model = network(name)
     parameters = {n for n, _ in model.named_parameters()}
-    quiet(model, image_size=size)
-    sites = model.metaperturb.sites
+    sites = quiet(model, image_size=size).metaperturb.sites
     assert len(sites) == count
     assert {site.channel_norm for site in sites} == {widest} == {max(site.channels for site in sites)}
     assert {site.size_norm for site in sites} == {size}
@@ -323,9 +527,8 @@ def test_networks(name):
 
     # training: backward through in-place activations; θ and φ both get a gradient
     received = record_inputs(model)
-    x = images(2, size)
     model.train()
-    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    F.cross_entropy(model(images(2, size)), torch.tensor([0, 1])).backward()
     assert [site for site, _ in received] == sites  # each once, in this order
     if name not in ("squeezenet1_1", "shufflenet_v2_x1_0"):  # whose blocks rectify the parts that they concatenate
         assert all((h < 0).any() for _, h in received)
@@ -336,21 +539,30 @@ def test_networks(name):
     constant_sites(model)
     leaving = []
     for module in model.modules():
-        if any(kind.__name__ in classes for kind in type(module).__mro__):
+        if kind in [of.__name__ for of in type(module).__mro__]:
             module.register_forward_hook(lambda module, args, output: leaving.append(output.clone()))
     with torch.no_grad():
-        model.eval()(x)
+        model.eval()(images(2, size))
     assert len(leaving) >= count  # of VGG's activations two are the classifier's
-    leaving = leaving[:count]
-    assert all((output == CONSTANT).all() for output in leaving)
+    assert all((output == CONSTANT).all() for output in leaving[:count])
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [("maxvit_t", 224, 11), ("densenet121", 64, 4), ("shufflenet_v2_x1_0", 64, 16), ("inception_v3", 96, 11)],
+)
+def test_sites_of_other_families(name, size, count):
+    with torch.device("meta"):
+        specs = find_sites(models.create(name, 5, size), size)
+    assert len(specs) == count and not any("attention" in spec.name for spec in specs)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2"])
 def test_strength_0_is_the_network_itself(name):
     model = network(name)
     twin = copy.deepcopy(model)
-    quiet(model).metaperturb.strength = 0.0
-    x = images(4)
+    quiet(model, image_size=32).metaperturb.strength = 0.0
+    x = images(4, 32)
     assert torch.equal(seeded(model, x), seeded(twin, x))  # the seed is for dropout: at strength 0 no noise is drawn
     assert torch.equal(model.eval()(x), twin.eval()(x))
 
@@ -358,26 +570,18 @@ def test_strength_0_is_the_network_itself(name):
 # --- attach leaves the network as it was
 
 
-class ModeChanger(nn.Module):
+def half_frozen():
     """Part of it in evaluation mode while the whole trains, as when batch norm is frozen."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1, self.bn2, self.head = conv(3, 4), nn.BatchNorm2d(4), nn.BatchNorm2d(4), Head(4)
-        self.bn2.eval()
-
-    def forward(self, x):
-        return self.head(F.relu(self.bn2(F.relu(self.bn1(self.conv1(x))))))
+    run = lambda net, x: net.head(F.relu(net.bn2(F.relu(net.bn1(net.conv1(x))))))  # noqa: E731
+    return Net(run, conv1=conv(3, 4), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(4).eval(), head=Head(4))
 
 
-class MonteCarloDropout(FunctionalPlain):
+def monte_carlo_dropout():
     """Draws in evaluation, too, and so in the dry run."""
-
-    def forward(self, x):
-        return super().forward(F.dropout(x))
+    return Net(lambda net, x: net.plain(F.dropout(x)), plain=functional_plain())
 
 
-@pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), ModeChanger, RootSum, MonteCarloDropout])
+@pytest.mark.parametrize("make", [SMALL, half_frozen, root_sum, monte_carlo_dropout])
 def test_attach_changes_neither_mode_nor_statistics_nor_random_state(make):
     model = make()
     for module in model.modules():
@@ -386,76 +590,60 @@ def test_attach_changes_neither_mode_nor_statistics_nor_random_state(make):
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     children = [name for name, _ in model.named_children()]
-    phi = MetaPerturb()
-    random_state = torch.get_rng_state()
-    quiet(model, phi, image_size=16)
+    phi, random_state = MetaPerturb(), torch.get_rng_state()
+    quiet(model, phi)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(module.training == modes[n] for n, module in model.named_modules() if "metaperturb" not in n)
     assert [name for name, _ in model.named_children()] == children
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     for spec, site in zip(model.metaperturb.specs, model.metaperturb.sites, strict=True):
         assert site.training == model.get_submodule(spec.module).training
-    assert all((site.running_mean == 0).all() and (site.running_var == 1).all() for site in model.metaperturb.sites)
+        assert (site.running_mean == 0).all() and (site.running_var == 1).all()
     assert all(p.grad is None for p in [*phi.parameters(), *model.parameters()])
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda: models.create("resnet8", 5, 16),
-        lambda: models.create("conv4", 5, 16),
-        RootSum,
-        SharedReLU,
-        RESIDUAL_NETS["out += x"],
-    ],
+    "make", [SMALL, lambda: models.create("conv4", 5, 16), root_sum, shared_relu, norm_plain, in_place]
 )
 def test_detach_restores_the_network_bit_for_bit(make, training):
     torch.manual_seed(0)
     model = make().train(training)
-    keys, twin, x = list(model.state_dict()), copy.deepcopy(model), images(3, 16)
+    keys, twin, x = list(model.state_dict()), copy.deepcopy(model), images(3)
     own_calls = []
     model.register_forward_hook(lambda *_: own_calls.append(1))
-    quiet(model, image_size=16)
+    quiet(model)
     assert any("metaperturb" in key for key in model.state_dict())
     assert detach(model) is model
     assert list(model.state_dict()) == keys
-    assert torch.equal(model(x), twin(x))
-    assert own_calls  # the user's own hook is still there
-    for module in model.modules():
-        own = module is model
-        assert len(module._forward_hooks) == own and not module._forward_pre_hooks
-        assert not module._forward_hooks_always_called
+    assert torch.equal(seeded(model, x), seeded(twin, x))
+    assert own_calls and hooks_of(model) == 1  # the user's own hook is still there
     for module, untouched in zip(model.modules(), twin.modules(), strict=True):
         assert type(module) is type(untouched) and vars(module).keys() == vars(untouched).keys()
+        assert not module._forward_hooks_always_called
     assert detach(model) is model  # nothing attached: nothing to do
-    quiet(model, image_size=16)  # and it may be attached anew
-    assert not torch.equal(seeded(model, x), twin(x))
+    quiet(model)  # and it may be attached anew
+    assert not torch.equal(seeded(model, x), seeded(twin, x))
 
 
 def test_the_networks_parameters_do_not_include_phi():
-    phi = MetaPerturb()
-    model = models.create("resnet8", 5, 16)
-    count = sum(p.numel() for p in model.parameters())
-    quiet(model, phi, image_size=16)
-    assert sum(p.numel() for p in model.parameters()) == count
-    identities = {id(p) for p in model.parameters()}
-    assert not any(id(p) in identities for p in phi.parameters())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    before = [p.detach().clone() for p in phi.parameters()]
-    model(images(4, 16)).square().sum().backward()
-    optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, phi.parameters(), strict=True))
+    phi, model = MetaPerturb(), SMALL()
+    names = [name for name, _ in model.named_parameters()]
+    quiet(model, phi)
+    assert [name for name, _ in model.named_parameters()] == names
+    before = phi.flat.detach().clone()
+    model(images(4)).square().sum().backward()
+    torch.optim.Adam(model.parameters(), lr=0.1).step()
+    assert phi.flat.grad.any() and torch.equal(before, phi.flat)
     model.requires_grad_(False)  # θ constant, φ not
-    assert all(p.requires_grad for p in phi.parameters())
+    assert phi.flat.requires_grad
 
 
 @pytest.mark.parametrize("after", [False, True])
 def test_moving_the_network_moves_sites_and_phi(after):
-    phi = MetaPerturb()
-    model = models.create("resnet8", 5, 16)
-    model = quiet(model, phi, image_size=16).double() if after else quiet(model.double(), phi, image_size=16)
-    assert model(images(2, 16).double()).dtype == torch.float64
+    phi, model = MetaPerturb(), SMALL()
+    model = quiet(model, phi).double() if after else quiet(model.double(), phi)
+    assert model(images().double()).dtype == torch.float64
     if after:
         moved = [phi.flat, *(site.running_mean for site in model.metaperturb.sites)]
         assert all(tensor.dtype == torch.float64 for tensor in moved)
@@ -469,12 +657,12 @@ def test_one_line_on_stderr_names_the_sites(capsys):
     plain, residual = captured.err.splitlines()
     assert "4 sites" in plain and all(f"layers.{i}" in plain for i in range(4))
     assert "9 sites" in residual and "layer1.0" in residual and "layer3.2" in residual
-    quiet(models.create("conv4", 5, 32))
+    quiet(SMALL())
     assert capsys.readouterr().err == ""
 
 
 def test_settings_of_all_sites():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16, clip=None, gate=False)
+    model = quiet(SMALL(), clip=None, gate=False)
     everywhere = [model.metaperturb, *model.metaperturb.sites]
     assert all((one.noise, one.gate, one.clip, one.strength) == (True, False, None, 1.0) for one in everywhere)
     model.metaperturb.strength, model.metaperturb.clip, model.metaperturb.clip_eval = 0.25, 3.0, True
@@ -484,41 +672,46 @@ def test_settings_of_all_sites():
     for name in ("noise", "gate"):
         with pytest.raises(AttributeError):
             setattr(model.metaperturb, name, True)
+    parameters, state = list(model.parameters()), model.state_dict().keys()
+    for module in everywhere[:2]:
+        with pytest.raises(AttributeError, match="cannot be exchanged"):
+            module.phi = MetaPerturb()
+    assert len(list(model.parameters())) == len(parameters) and model.state_dict().keys() == state
 
 
 # --- saving
 
 
-@pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), RootSum, SharedReLU])
-@pytest.mark.parametrize("through_file", [False, True])
-def test_state_dict_round_trip_gives_the_same_logits(make, through_file, tmp_path):
+@pytest.mark.parametrize("make", [SMALL, root_sum, shared_relu])
+def test_state_dict_round_trip_gives_the_same_logits(make, tmp_path):
     torch.manual_seed(0)
-    model = quiet(make(), image_size=16)
+    model = quiet(make())
     with torch.no_grad():
-        for p in model.metaperturb.phi.parameters():
-            p.add_(0.3 * torch.randn_like(p))
+        model.metaperturb.phi.flat.add_(0.3 * torch.randn(82))
         for seed in range(3):
-            model(images(4, 16, seed))
-    x = images(3, 16, 9)
-    expected = seeded(model.eval(), x, seed=5)
-    state = copy.deepcopy(model.state_dict())
-    if through_file:
-        torch.save(model.state_dict(), tmp_path / "model.pt")
-        state = torch.load(tmp_path / "model.pt", weights_only=True)
-    fresh = quiet(make(), MetaPerturb(), image_size=16).eval()
-    assert not torch.equal(seeded(fresh, x, seed=5), expected)
-    fresh.load_state_dict(state)
-    assert torch.equal(seeded(fresh, x, seed=5), expected)
+            model(images(4, seed=seed))
+    expected = seeded(model.eval(), images(), seed=5)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    fresh = quiet(make(), MetaPerturb()).eval()
+    assert not torch.equal(seeded(fresh, images(), seed=5), expected)
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(seeded(fresh, images(), seed=5), expected)
     assert fresh.metaperturb.phi is not model.metaperturb.phi
-    assert not torch.equal(seeded(fresh, x, seed=6), expected)  # the noise is still drawn
+    assert not torch.equal(seeded(fresh, images(), seed=6), expected)  # the noise is still drawn
+    state = model.state_dict()
+    (key,) = [key for key in state if key.endswith("shared._extra_state")]
+    kept = state[key].clone()
+    with torch.no_grad():
+        model.metaperturb.phi.self1.add_(1)
+    assert torch.equal(state[key], kept)  # a state does not alias φ
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("usage", [{"clip": 2.0, "paper": True, "clip_eval": True}, {"clip": 2.0}, {"clip": None}])
 def test_a_reloaded_network_has_the_settings_of_the_saved_one(usage, dtype):
-    x = 3 * images(4, 16).to(dtype)
+    x = 3 * images(4).to(dtype)
     model, fresh = (
-        quiet(models.create("resnet8", 5, 16).to(dtype), MetaPerturb().to(dtype), image_size=16, **options).eval()
+        quiet(SMALL().to(dtype), MetaPerturb().to(dtype), **options).eval()
         for options in (usage, {"clip": 0.01, "paper": True})
     )
     for strength in (0.3, 0.0, 1.0):
@@ -531,27 +724,17 @@ def test_a_reloaded_network_has_the_settings_of_the_saved_one(usage, dtype):
 
 @pytest.mark.parametrize("part", ["noise", "gate"])
 def test_a_state_with_another_part_of_φ_is_refused(part):
-    state = quiet(models.create("resnet8", 5, 16), image_size=16, **{part: False}).state_dict()
-    with pytest.raises(UserError, match=f"saved with {part}=False, the network was attached with True"):
-        quiet(models.create("resnet8", 5, 16), image_size=16).load_state_dict(state)
+    state = quiet(SMALL(), **{part: False}).state_dict()
+    refused(f"saved with {part}=False, the network was attached with True", quiet(SMALL()).load_state_dict, state)
 
 
-def test_a_child_of_the_networks_own_is_not_replaced():
-    model = models.create("resnet8", 5, 16)
-    model.metaperturb = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="ResNet has a 'metaperturb' of its own"):
-        quiet(model, image_size=16)
-    assert isinstance(model.metaperturb, torch.nn.Linear) and not any(m._forward_hooks for m in model.modules())
-
-
-def test_state_dict_does_not_alias_phi():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16)
-    state = model.state_dict()
-    (key,) = [key for key in state if key.endswith("shared._extra_state")]
-    kept = state[key].clone()
-    with torch.no_grad():
-        model.metaperturb.phi.self1.add_(1)
-    assert torch.equal(state[key], kept)
+def test_loading_into_nothing():
+    saved = quiet(SMALL()).state_dict()
+    with torch.device("meta"):
+        model = quiet(SMALL())
+    refused("to_empty", model.load_state_dict, saved, assign=True)
+    model.to_empty(device="cpu").load_state_dict(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
 def pickled(model):
@@ -559,220 +742,86 @@ def pickled(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("make", [lambda: models.create("resnet8", 5, 16), RootSum, RESIDUAL_NETS["out += x"]])
+@pytest.mark.parametrize("make", [SMALL, root_sum, in_place])
 def test_a_copy_is_independent(make, copied):
     torch.manual_seed(0)
-    model = quiet(make(), image_size=16, paper=True)
-    model(images(4, 16))
-    clone = copied(model)
-    x = images(2, 16, 3)
+    model = quiet(make(), paper=True)
+    model(images(4))
+    clone, x = copied(model), images(seed=3)
     assert torch.equal(seeded(model.eval(), x), seeded(clone.eval(), x))
     assert clone.metaperturb.phi is not model.metaperturb.phi
     assert {id(site.phi) for site in clone.metaperturb.sites} == {id(clone.metaperturb.phi)}
-    statistics = [site.running_mean.clone() for site in model.metaperturb.sites]
-    moved = [site.running_mean.clone() for site in clone.metaperturb.sites]
+    before = statistics(model)
     clone.train()(x)
-    assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))
-    assert not any(torch.equal(a, s.running_mean) for a, s in zip(moved, clone.metaperturb.sites, strict=True))
+    for a, of_model, of_clone in zip(before, statistics(model), statistics(clone), strict=True):
+        assert torch.equal(a, of_model) and not torch.equal(a, of_clone)
     clone.eval().metaperturb.strength = 0.0
     assert model.metaperturb.strength == 1.0
-    assert not torch.equal(seeded(model, x), seeded(clone, x))
     expected = seeded(model, x)
+    assert not torch.equal(expected, seeded(clone, x))
     detach(clone)
     assert torch.equal(seeded(model, x), expected)
 
 
 def test_one_phi_in_two_networks():
     phi = MetaPerturb()
-    first = quiet(models.create("resnet8", 5, 16), phi, image_size=16)
-    second = quiet(models.create("conv4", 5, 16), phi, image_size=16)
+    first, second = quiet(SMALL(), phi), quiet(models.create("conv4", 5, 16), phi)
     assert first.metaperturb.phi is second.metaperturb.phi is phi
-    first(images(2, 16)).sum().backward()
+    first(images()).sum().backward()
     gradient = phi.flat.grad.clone()
-    second(images(2, 16)).sum().backward()
+    second(images()).sum().backward()
     assert not torch.equal(phi.flat.grad, gradient)
-    assert all((site.running_mean != 0).any() for m in (first, second) for site in m.metaperturb.sites)
+    assert all(mean.any() for model in (first, second) for mean in statistics(model))
     detach(first)
     assert second.metaperturb.phi is phi
 
 
-# --- named sites
-
-
-def test_named_sites():
-    model = models.create("resnet20", 5, 32)
-    chosen = [spec.name for spec in find_sites(model, 32)]
-    assert len(chosen) == 9
-    quiet(model, sites=["layer3.2", "layer2.0"])
-    assert site_names(model) == ["layer2.0", "layer3.2"]  # in the order in which the network runs them
-    assert {s.channel_norm for s in model.metaperturb.sites} == {64}
-    detach(model)
-    quiet(model, sites=["layer2.0"])
-    assert model.metaperturb.sites[0].channel_norm == 32  # the widest perturbed layer, which need not be the last
-    wide = nn.Sequential(conv(3, 9), nn.ReLU(), conv(9, 12), nn.ReLU(), conv(12, 4), nn.ReLU(), Head(4))
-    assert [site.channel_norm for site in quiet(wide, image_size=16).metaperturb.sites] == [12, 12, 12]
-    detach(model)
-    quiet(model, sites=chosen)
-    assert site_names(model) == chosen
-
-
-def test_named_modules_that_would_not_be_found():
-    model = quiet(NormPlain(), image_size=16, sites=["bn2", "conv1"])
-    assert site_names(model) == ["conv1", "bn2"]
-    plain = quiet(network("resnet18"), sites=["bn1", "layer1.0.bn1", "layer4.1"])
-    received = record_inputs(plain)
-    with torch.no_grad():
-        plain.eval()(images())
-    assert [h.shape[1] for _, h in received] == [64, 64, 512]
-    assert all((h < 0).any() for _, h in received)
-
-
-# --- places
-
-PLACES = {
-    "resnet20": (
-        ["layer1.0", "layer1.1", "layer1.2"],
-        ["layer3.0", "layer3.1", "layer3.2"],
-        "layer1.2 layer2.2 layer3.2",
-    ),
-    "resnet8": (["layer1.0"], ["layer3.0"], "layer1.0 layer2.0 layer3.0"),
-    "wrn_28_2": ([f"layer1.{i}" for i in range(4)], [f"layer3.{i}" for i in range(4)], "layer1.3 layer2.3 layer3.3"),
-    "vgg9": (["layers.0"], ["layers.6", "layers.7"], "layers.0 layers.1 layers.3 layers.5 layers.7"),
-    "conv4": (["layers.0"], ["layers.3"], "layers.0 layers.1 layers.2 layers.3"),
-    "resnet18": (["layer1.0", "layer1.1"], ["layer4.0", "layer4.1"], "layer1.1 layer2.1 layer3.1 layer4.1"),
-}
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_places_of_ablations(name):
-    """By the names of the layers: what comes before each max pooling or strided block, and the ends."""
-    found = find_sites(models.create(name, 5, 32), 32)
-    bottom, top, before_pooling = PLACES[name]
-    assert choose_sites(found, "all") == found
-    for where, expected in (("bottom", bottom), ("top", top), ("before_pooling", before_pooling.split())):
-        assert [spec.name for spec in choose_sites(found, where)] == expected
-
-
-def test_a_site_computes_the_same_wherever_else_phi_acts():
-    model = models.create("resnet8", 5, 16)
-    phi = MetaPerturb()
-    everywhere = quiet(copy.deepcopy(model), phi, image_size=16).eval()
-    bottom = quiet(copy.deepcopy(model), phi, 16, "bottom").eval()
-    assert site_names(bottom) == ["layer1.0"]
-    h = torch.randn(4, 16, 16, 16)
-    noise = torch.randn_like(h)
-    first, alone = everywhere.metaperturb.sites[0], bottom.metaperturb.sites[0]
-    assert first.channel_norm == alone.channel_norm == 64
-    assert torch.equal(first(h, noise=noise), alone(h, noise=noise))
-
-
-def test_a_place_is_a_word_and_a_name_is_in_a_list():
-    model = nn.Sequential(OrderedDict(bottom=conv(3, 4), act=nn.ReLU(), top=conv(4, 6), end=nn.ReLU(), head=Head(6)))
-    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites="all")) == ["bottom", "top"]
-    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites="before_pooling")) == [
-        "top"
-    ]  # one size, one stage
-    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites=["bottom"])) == ["bottom"]
-    assert site_names(quiet(copy.deepcopy(model), image_size=16, sites="bottom")) == ["bottom", "top"]
-    with pytest.raises(UserError, match="unknown place") as error:
-        choose_sites(find_sites(model, 16), "middle")
-    one_line(error)
+def test_an_average_has_the_strength_of_the_network():
+    swa = torch.optim.swa_utils
+    for options in ({}, {"multi_avg_fn": swa.get_ema_multi_avg_fn(0.9), "use_buffers": True}):
+        model = quiet(SMALL())
+        model.metaperturb.strength = 0.1
+        average, kept = swa.AveragedModel(model, **options), copy.deepcopy(model)
+        for strength in (0.1, 0.5, 0.75):
+            model.metaperturb.strength = strength
+            average.update_parameters(model)
+        assert average.module.metaperturb.strength == 0.75 and kept.metaperturb.strength == 0.1
+    states = [quiet(SMALL()).state_dict() for _ in range(10)]
+    kept.load_state_dict({key: sum(0.1 * state[key] for state in states) for key in states[0]})
+    assert kept.metaperturb.strength == 1.0
 
 
 # --- what it refuses
 
 
-def refused(model, image_size=32, sites=None, phi=None, **options):
-    training, keys = model.training, list(model.state_dict())
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    with pytest.raises(UserError) as error:
-        attach(model, phi or MetaPerturb(), image_size, sites, verbose=False, **options)
-    assert model.training == training and list(model.state_dict()) == keys
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
-    return one_line(error)
+def with_a_child_of_this_name():
+    model = SMALL()
+    model.metaperturb = nn.Linear(2, 2)
+    return model
 
 
-resnet8 = functools.partial(models.create, "resnet8", 5, 32)
-REFUSED = {
-    "unknown name": (
-        resnet8,
-        {"sites": ["layer2.0", "layer1.9"]},
-        "'layer1.9' is neither a place nor a module.*layer1.0",
-    ),
-    "no feature map": (resnet8, {"sites": ["fc"]}, "'fc'"),
-    "a name twice": (resnet8, {"sites": ["layer1.0", "layer1.0"]}, "none twice"),
-    "no name": (resnet8, {"sites": []}, "at least one"),
-    "a place misspelt": (resnet8, {"sites": "topp"}, "near: top"),
-    "another": (resnet8, {"sites": "before_poling"}, "near: before_pooling"),
-    "nothing of φ": (resnet8, {"noise": False, "gate": False}, "noise=False and gate=False"),
-    "a name as φ": (resnet8, {"phi": "tiny_imagenet_resnet20"}, "load_phi"),
-    "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU()), {}, "Conv2d"),
-    "no images": (lambda: nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), Head(4)), {}, "no nn.Conv2d"),
-    "a classifier": (lambda: nn.Sequential(conv(3, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), {}, r"sites=\["),
-    "images too small": (lambda: network("vgg11"), {"image_size": 8}, r"\[2, 3, 8, 8\].*image_size"),
-    "images too large": (lambda: network("conv4"), {"image_size": 64}, "image_size"),
-    "attached": (lambda: quiet(resnet8()), {}, "detach"),
-    "attached in part": (lambda: nn.Sequential(quiet(RootSum()), nn.Linear(5, 2)), {}, "attached already"),
-    **{
-        f"size {size!r}": (resnet8, {"image_size": size}, "image_size")
-        for size in [(16, 16.0), 16.0, "16", -1, 0, None, (16, 0), (8, 8, 8)]
-    },
-}
+def compiled():
+    model = norm_plain()
+    model.compile()
+    return model
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name):
-    make, options, said = REFUSED[name]
-    model = make()
-    assert re.search(said, refused(model, **options))
-    detach(model)
-    assert not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "metaperturb") for m in model.modules())
+def without_values(name):
+    with torch.device("meta"):
+        return torchvision.models.get_model(name, num_classes=5)
 
 
-class TwoSlots(nn.Module):
-    """Two places in one module, as children or in a list."""
-
-    def __init__(self, listed: bool):
+class TwoInputs(nn.Module):
+    def __init__(self):
         super().__init__()
-        self.conv1, self.conv2, self.head = conv(3, 4), conv(4, 6), Head(6)
-        self.slots = nn.ModuleList([metaperturb.Slot(), metaperturb.Slot()])
-        if not listed:
-            self.slot1, self.slot2 = self.slots
-            del self.slots
+        self.cnn, self.head = Residual(), nn.Linear(7, 2)
 
-    def forward(self, x):
-        first, second = self.slots if hasattr(self, "slots") else (self.slot1, self.slot2)
-        return self.head(F.relu(second(self.conv2(F.relu(first(self.conv1(x)))))))
+    def forward(self, image, table):
+        return self.head(torch.cat([self.cnn(image), table], 1))
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_several_slots_in_one_module(listed):
-    model = quiet(TwoSlots(listed), image_size=16)
-    assert site_names(model) == (["slots.0", "slots.1"] if listed else ["slot1", "slot2"])
-    received = record_inputs(model)
-    model(images(2, 16))
-    assert [list(h.shape) for _, h in received] == [[2, 4, 16, 16], [2, 6, 16, 16]]
-    assert not any(m._forward_hooks for m in detach(model).modules())
-
-
-class Reused(nn.Module):
-    """One module at two places, between convolutions of their own."""
-
-    def __init__(self, shared: nn.Module, widths: tuple[int, int]):
-        super().__init__()
-        self.conv1, self.conv2, self.head = conv(3, widths[0]), conv(*widths), Head(widths[1])
-        self.shared = shared
-
-    def forward(self, x):
-        return self.head(F.relu(self.shared(self.conv2(F.relu(self.shared(self.conv1(x)))))))
-
-
-def test_a_module_that_runs_at_two_places():
-    """Its site would mix the statistics of two maps."""
-    for shared, widths in ((nn.BatchNorm2d(4), (4, 4)), (metaperturb.Slot(), (4, 4)), (metaperturb.Slot(), (4, 6))):
-        assert "'shared' runs 2 times a pass" in refused(Reused(shared, widths), 16)
-    assert "'relu' runs 3 times a pass" in refused(SharedReLU(), 16, sites=["relu"])
-    assert site_names(quiet(Reused(nn.BatchNorm2d(4), (4, 4)), image_size=16, sites=["conv1"])) == ["conv1"]
+def of_one_size():
+    return nn.Sequential(conv(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 8, 2))
 
 
 WRAPPERS = {
@@ -780,39 +829,83 @@ WRAPPERS = {
     "AveragedModel": torch.optim.swa_utils.AveragedModel,
     "OptimizedModule": torch.compile,
 }
+TWICE = "'shared' runs 2 times a pass"  # its site would mix the statistics of two maps
+REFUSED = {
+    "unknown name": (
+        SMALL,
+        {"sites": ["layer2.0", "layer1.9"]},
+        "'layer1.9' is neither a place nor a module.*layer1.0",
+    ),
+    "no feature map": (SMALL, {"sites": ["fc"]}, "'fc'"),
+    "a name twice": (SMALL, {"sites": ["layer1.0", "layer1.0"]}, "none twice"),
+    "no name": (SMALL, {"sites": []}, "at least one"),
+    "a place misspelt": (SMALL, {"sites": "topp"}, "near: top"),
+    "another": (SMALL, {"sites": "before_poling"}, "near: before_pooling"),
+    "nothing of φ": (SMALL, {"noise": False, "gate": False}, "noise=False and gate=False"),
+    "an ablation outside the paper": (SMALL, {"noise": False, "paper": False}, "need paper=True"),
+    "nothing to bound": (SMALL, {"clip": None, "clip_eval": True}, "needs a clip"),
+    "a name as φ": (SMALL, {"phi": "tiny_imagenet_resnet20"}, "load_phi"),
+    "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU()), {}, "Conv2d"),
+    "no images": (lambda: nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), Head(4)), {}, "no nn.Conv2d"),
+    "a classifier": (lambda: nn.Sequential(conv(3, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), {}, r"sites=\["),
+    "images too small": (lambda: network("vgg11"), {"image_size": 8}, r"\[2, 3, 8, 8\].*image_size"),
+    "images too large": (lambda: network("conv4"), {"image_size": 64}, "image_size"),
+    "attached": (lambda: quiet(SMALL()), {}, "detach"),
+    "attached in part": (lambda: nn.Sequential(quiet(root_sum()), nn.Linear(5, 2)), {}, "attached already"),
+    "a child of this name": (with_a_child_of_this_name, {}, "ResNet has a 'metaperturb' of its own"),
+    "functions": (lambda: of_functions(nn.Identity()), {}, r"put a metaperturb.Slot\(\)"),
+    "batch norm twice": (lambda: reused(nn.BatchNorm2d(4)), {}, TWICE),
+    "a slot twice": (lambda: reused(metaperturb.Slot()), {}, TWICE),
+    "a slot twice, of two sizes": (lambda: reused(metaperturb.Slot(), (4, 6)), {}, TWICE),
+    "an activation": (shared_relu, {"sites": ["relu"]}, "'relu' runs 3 times a pass"),
+    "tokens": (lambda: without_values("vit_b_16"), {"image_size": 224}, "cuts the image into patches"),
+    "windows of tokens": (lambda: without_values("swin_t"), {"image_size": 224}, "cuts the image into patches"),
+    "more than an image": (TwoInputs, {}, "attach to its part 'cnn'"),
+    "another shape": (of_one_size, {}, r"\(height, width\)"),
+    "no shape yet": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), {}, "run the network once"),
+    "compiled in place": (compiled, {}, "before that"),
+    **{
+        f"in {name}": (lambda wrap=wrap: wrap(SMALL()), {}, f"{name} wraps a network")
+        for name, wrap in WRAPPERS.items()
+    },
+    **{
+        f"size {size!r}": (SMALL, {"image_size": size}, "image_size")
+        for size in [(16, 16.0), 16.0, "16", -1, 0, None, (16, 0), (8, 8, 8)]
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    make, options, says = REFUSED[name]
+    model = make()
+    training, keys, hooks = model.training, list(model.state_dict()), hooks_of(model)
+    refused(says, quiet, model, **options)
+    assert model.training == training and list(model.state_dict()) == keys and hooks_of(model) == hooks
+    if "attached" in name:
+        assert hooks_of(detach(model)) == 0 and not any(hasattr(m, "metaperturb") for m in model.modules())
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_network_inside_a_wrapper_is_meant(name):
-    with pytest.raises(UserError) as error:
-        quiet(WRAPPERS[name](models.create("resnet8", 5, 16)), image_size=16)
-    assert f"{name} wraps a network" in one_line(error)
-    model = models.create("resnet8", 5, 16)
-    wrapped = WRAPPERS[name](quiet(model, image_size=16))
-    with pytest.raises(UserError, match="attached already"):
-        quiet(wrapped, image_size=16)
+    wrapped = WRAPPERS[name](quiet(SMALL()))
+    refused("attached already", quiet, wrapped)
     inside = detach(wrapped)._orig_mod if name == "OptimizedModule" else detach(wrapped).module
-    assert not hasattr(inside, "metaperturb")
-    assert all(torch.equal(inside(x), inside(x)) for x in [images(2, 16)])  # no noise
+    assert not hasattr(inside, "metaperturb") and not acts(inside, images())
 
 
-class Noisy(nn.Module):
-    """Adds noise in training, which is a sum of two maps of one shape."""
+def test_networks_that_take_more_than_a_square_image():
+    model = attach(TwoInputs(), MetaPerturb(), example=(torch.zeros(2, 3, 24, 16), torch.zeros(2, 2)), verbose=False)
+    assert site_names(model) == ["cnn.blocks.0", "cnn.blocks.1"] and model.metaperturb.sites[0].size_norm == 24
+    assert quiet(of_one_size(), image_size=(16, 8)).metaperturb.specs[0].size == (16, 8)
 
-    def __init__(self, inside: bool):
-        super().__init__()
-        self.conv, self.inside = conv(4, 4), inside
 
-    def forward(self, x):
-        shortcut = x
-        if self.training and self.inside:
-            x = x + torch.randn_like(x)
-        return F.relu(self.conv(x) + shortcut)
+# --- while it runs
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_a_module_that_was_replaced_after_attach_is_told(name):
-    model, x = quiet(network(name)), images()
+    model, x = quiet(network(name), image_size=32), images(size=32)
     model.train()(x)
     copied = copy.deepcopy(model)
     if name == "resnet18":
@@ -821,28 +914,21 @@ def test_a_module_that_was_replaced_after_attach_is_told(name):
         for i in range(len(model.features)):
             if isinstance(model.features[i], nn.ReLU):
                 model.features[i] = nn.ReLU()
-    with pytest.raises(UserError) as error:
-        model(x)
-    assert ("'layer4.1' (1 in all)" if name == "resnet18" else "'features.2' (8 in all)") in one_line(error)
+    refused({"resnet18": r"'layer4.1' \(1 in all\)", "vgg11_bn": r"'features.2' \(8 in all\)"}[name], model, x)
     detach(model)(x)
     copied(x)  # has all its modules
-
-
-# --- errors while it runs
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_of_blocks_gives_the_gradient_and_of_their_parts_is_refused(reentrant):
     class Checkpointed(Block):
-        def __init__(self):
-            super().__init__(4, torch.add)
-            self.part = False
+        part = False
 
         def forward(self, x):
             return checkpoint(super().forward, x, use_reentrant=reentrant) if self.part else super().forward(x)
 
     torch.manual_seed(0)
-    (block,) = quiet(Residual(Checkpointed, blocks=1)).blocks
+    (block,) = quiet(Residual(lambda: Checkpointed(4, torch.add), blocks=1)).blocks
     start = torch.randn(2, 4, 8, 8)
 
     def gradient(run):
@@ -853,23 +939,20 @@ def test_checkpointing_of_blocks_gives_the_gradient_and_of_their_parts_is_refuse
 
     torch.testing.assert_close(gradient(lambda x: checkpoint(block, x, use_reentrant=reentrant)), gradient(block))
     block.part = True
-    with pytest.raises(UserError) as error:
-        gradient(block)
-    assert "checkpoint whole blocks" in one_line(error)
+    refused("checkpoint whole blocks", gradient, block)
 
 
-def test_a_replica_of_data_parallel_is_refused():
-    for model in (quiet(models.create("resnet8", 5, 16), image_size=16), quiet(RootSum(), image_size=16)):
-        for module in model.modules():
-            module._is_replica = True  # as on each of several GPUs
-        with pytest.raises(UserError) as error:
-            model(images(2, 16))
-        assert "DistributedDataParallel" in one_line(error)
+@pytest.mark.parametrize("make", [SMALL, root_sum])
+def test_a_replica_of_data_parallel_is_refused(make):
+    model = quiet(make())
+    for module in model.modules():
+        module._is_replica = True  # as on each of several GPUs
+    refused("DistributedDataParallel", model, images())
 
 
-@pytest.mark.parametrize("make", [RootSum, RESIDUAL_NETS["out + x"], SharedReLU])
+@pytest.mark.parametrize("make", [root_sum, Residual, shared_relu])
 def test_after_an_error_in_the_forward_all_is_as_before(make):
-    model, x = quiet(make(), image_size=16).eval(), images(2, 16)
+    model, x = quiet(make()).eval(), images()
     expected = seeded(model, x)
 
     def fail(module, args, output):
@@ -884,39 +967,13 @@ def test_after_an_error_in_the_forward_all_is_as_before(make):
     assert torch.equal(seeded(model, x), expected)
 
 
-def test_layers_declared_in_another_order_than_called():
-    class Reversed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(16, 4)
-            self.body = nn.Conv2d(16, 16, 3, padding=1)
-            self.stem = nn.Conv2d(3, 16, 3, padding=1)
-
-        def forward(self, x):
-            return self.fc(self.body(self.stem(x).relu()).relu().mean((2, 3)))
-
-    assert [spec.name for spec in find_sites(Reversed(), 16)] == ["stem", "body"]
-
-
-# --- importing
-
-
-def test_importing_the_library_leaves_signals_as_they_are(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    for arguments in ([], ["metaperturb.meta_train"]):
-        monkeypatch.setattr(sys, "argv", ["-m", *arguments])  # as while Python imports a package for -m
-        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mine.train", *arguments])
-        check_command_line()
-        assert signal.getsignal(signal.SIGINT) is before
-
-
 class Dropped(nn.Module):
     """Residual blocks that training leaves out by chance, as modules or in the network's own forward."""
 
     def __init__(self, inlined: bool):
         super().__init__()
         self.stem, self.head, self.inlined = conv(3, 4), Head(4), inlined
-        self.blocks = nn.ModuleList(Noisy(False) if not inlined else conv(4, 4) for _ in range(3))
+        self.blocks = nn.ModuleList(conv(4, 4) if inlined else simple_block() for _ in range(3))
         self.dropped: set[int] = set()
 
     def forward(self, x):
@@ -927,168 +984,23 @@ class Dropped(nn.Module):
         return self.head(x)
 
 
-def test_layers_dropped_at_random():
-    blocks = quiet(Dropped(inlined=False), image_size=8)
-    blocks.dropped = {1}
-    received = record_inputs(blocks.train())
-    blocks(images(2, 8))
-    assert [site for site, _ in received] == [blocks.metaperturb.sites[i] for i in (0, 2)]
-
-    inlined = quiet(Dropped(inlined=True), image_size=8)
-    inlined.train()(images(2, 8))
-    inlined.dropped = {0}
-    received = record_inputs(inlined)
-    inlined(images(2, 8))
-    assert len(received) == len(inlined.metaperturb.sites)
+@pytest.mark.parametrize("inlined", [False, True])
+def test_layers_dropped_at_random(inlined):
+    model = quiet(Dropped(inlined)).train()
+    model(images())
+    model.dropped = {0 if inlined else 1}
+    received, sites = record_inputs(model), model.metaperturb.sites
+    model(images())
+    assert [site for site, _ in received] == (sites if inlined else [sites[0], sites[2]])
 
 
 def test_a_block_that_does_nothing_in_a_step():
-    class Skipping(Noisy):
-        def forward(self, x):
-            return x if self.training else super().forward(x)
+    def run(block, x):
+        return x if block.training else block.relu(block.relu(block.conv(x)) + x)
 
-    model = quiet(Residual(lambda: Skipping(False)), image_size=8)
+    model = quiet(Residual(lambda: Net(run, conv=conv(4, 4), relu=nn.ReLU())))
     assert site_names(model) == ["blocks.0", "blocks.1"]
-    model.train()(images(2, 8))
-
-
-class Pair(nn.Module):
-    """A block of an encoder: its feature map, and the same for a decoder."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = conv(4, 4)
-
-    def forward(self, x):
-        x = F.relu(self.conv(x) + x)
-        return x, x
-
-
-class Encoder(nn.Module):
-    def __init__(self, result):
-        super().__init__()
-        self.stem, self.block1, self.block2, self.head, self.result = conv(3, 4), Pair(), Pair(), Head(4), result
-
-    def forward(self, x):
-        x, skip = self.block1(F.relu(self.stem(x)))
-        x, _ = self.block2(x)
-        return self.result(self.head(x + skip))
-
-
-@pytest.mark.parametrize(
-    "result", [lambda y: y, lambda y: (y,), lambda y: {"logits": y}], ids=["plain", "tuple", "dict"]
-)
-def test_blocks_that_return_several_values(result):
-    model = quiet(Encoder(result), image_size=8)
-    assert site_names(model) == ["block1", "block2", "head"]
-    received = record_inputs(model.train())
-    model(images(2, 8))
-    assert [site for site, _ in received] == model.metaperturb.sites
-    assert site_names(quiet(Encoder(result), image_size=8, sites=["block2"])) == ["block2"]
-
-
-def test_what_the_network_returns_is_no_site():
-    class Restored(nn.Module):
-        """An image plus what its blocks add to it."""
-
-        def __init__(self):
-            super().__init__()
-            self.stem, self.block, self.tail = conv(3, 4), Noisy(False), conv(4, 3)
-
-        def forward(self, x):
-            return x + self.tail(self.block(self.stem(x)))
-
-    assert site_names(quiet(Restored(), image_size=8)) == ["block"]
-
-    class TwoHeads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.boxes, self.classes = conv(3, 4), conv(4, 8), conv(4, 5)
-
-        def forward(self, x):
-            x = F.relu(self.body(x))
-            return {"boxes": self.boxes(x), "classes": self.classes(x)}
-
-    assert site_names(quiet(TwoHeads(), image_size=8)) == ["body"]
-
-
-def test_phi_cannot_be_exchanged():
-    model = quiet(models.create("resnet8", 5, 16), image_size=16)
-    parameters, state = list(model.parameters()), model.state_dict().keys()
-    for module in (model.metaperturb, model.metaperturb.sites[0]):
-        with pytest.raises(AttributeError, match="cannot be exchanged"):
-            module.phi = MetaPerturb()
-    assert len(list(model.parameters())) == len(parameters) and model.state_dict().keys() == state
-
-
-def test_networks_of_torch_fx():
-    traced = quiet(torch.fx.symbolic_trace(Residual(lambda: Noisy(False)).eval()), image_size=8).eval()
-    before = seeded(traced, images(2, 8))
-    assert not torch.equal(before, seeded(traced, images(2, 8), seed=1))
-    assert torch.equal(before, seeded(copy.deepcopy(traced), images(2, 8)))
-
-
-def test_loading_into_nothing():
-    saved = quiet(models.create("resnet8", 5, 16), image_size=16).state_dict()
-    with torch.device("meta"):
-        model = quiet(models.create("resnet8", 5, 16), image_size=16)
-    with pytest.raises(UserError, match="to_empty"):
-        model.load_state_dict(saved, assign=True)
-    model.to_empty(device="cpu").load_state_dict(saved)
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
-
-
-def test_slots_in_a_network_of_functions():
-    class Functions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.slot, self.head = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Identity(), Head(4)
-
-        def forward(self, x):
-            return self.head(F.relu(self.slot(F.conv2d(x, self.weight, padding=1))))
-
-    model = Functions()
-    assert "put a metaperturb.Slot()" in refused(model, 8)
-    model.slot = metaperturb.Slot()
-    assert site_names(quiet(model, image_size=8)) == ["slot"]
-
-
-# --- any CNN: finite, sound places, state where it acts, never lost silently
-
-
-def acts(network, x):
-    with torch.no_grad():
-        return not torch.equal(network(x), network(x))
-
-
-def foreach(f, x):
-    torch._foreach_add_([f], [x])
-    return f
-
-
-SUMS = {
-    "addcmul": lambda f, x: torch.addcmul(x, torch.full_like(f, 0.5), f),
-    "lerp": lambda f, x: torch.lerp(x, f, 0.3),
-    "stack": lambda f, x: torch.stack([f, x]).sum(0),
-    "minus": lambda f, x: x - (-f),
-    "foreach": foreach,
-    "chain": lambda f, x: f.add_(x).add_(2 * x).add_(f),
-    "three": lambda f, x: x + (2 * x + f),
-    "a sum of a sum": lambda f, x: (f + x) + F.avg_pool2d(f + x, 3, 1, 1),
-    "addcdiv": lambda f, x: torch.addcdiv(x, f, torch.full_like(f, 2.0)),
-    "index_add": lambda f, x: x.index_add(0, torch.arange(len(x), device=x.device), f),
-    "a part of the channels": lambda f, x: (f[:, :2].add_(x[:, :2]), f)[1],
-    "[B, H, W, C]": lambda f, x: (f.permute(0, 2, 3, 1) + x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-}
-
-
-@pytest.mark.parametrize("name", SUMS)
-def test_a_sum_counts_once_however_it_is_written(name):
-    model = quiet(Residual(lambda: Block(4, SUMS[name])), image_size=16)
-    assert site_names(model) == ["blocks.0", "blocks.1"]
-    constant_sites(model)
-    with torch.no_grad():
-        assert (model.blocks(torch.randn(2, 4, 8, 8)) == CONSTANT).all()
+    model.train()(images())
 
 
 def test_what_is_finite_in_training_is_finite_in_evaluation():
@@ -1098,8 +1010,7 @@ def test_what_is_finite_in_training_is_finite_in_evaluation():
         phi.flat.fill_(1.0)
     h = torch.cat([torch.linspace(-1e9, 1e9, 64), torch.tensor([-3.0, 0.0, 3.0])]).reshape(1, 1, 1, 67)
     free, bounded, paper = (
-        quiet(Residual(lambda: Block(4, torch.add)), phi, image_size=16, **options).metaperturb.sites[0]
-        for options in ({}, {"clip": 100.0}, {"paper": True})
+        quiet(Residual(), phi, **options).metaperturb.sites[0] for options in ({}, {"clip": 100.0}, {"paper": True})
     )
     for mode in (True, False):
         x = h.repeat(2, 4, 1, 1)
@@ -1111,69 +1022,46 @@ def test_what_is_finite_in_training_is_finite_in_evaluation():
 
 
 def test_the_arithmetic_is_that_of_the_paper_where_a_network_says_its_places():
-    user, zoo = Residual(lambda: Block(4, torch.add)), models.create("resnet20", 5, 32)
-    assert not quiet(user, image_size=32).metaperturb.paper
-    assert quiet(zoo, image_size=32).metaperturb.paper and zoo.metaperturb.amplitude == 1.0
-    assert quiet(detach(user), image_size=32, noise=False).metaperturb.paper  # an ablation of it
-    with pytest.raises(UserError, match="need paper=True"):
-        quiet(detach(user), image_size=32, noise=False, paper=False)
-    quiet(detach(zoo), image_size=32, paper=False)
-    assert zoo.metaperturb.amplitude == 1.0 and zoo.metaperturb.clip is None  # φ was meta-trained in this one
-    deeper = quiet(models.create("resnet44", 5, 32), image_size=32, paper=False)
-    assert deeper.metaperturb.amplitude == pytest.approx((3 / 7) ** 0.5)  # seven blocks where that has three
-    half = quiet(models.create("resnet20", 5, 16), image_size=16, paper=False)
-    assert half.metaperturb.amplitude == pytest.approx(0.5)  # a quarter of the pixels
-
-
-@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
-def test_networks_of_tokens_are_refused(name):
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, num_classes=5)
-    assert "cuts the image into patches" in refused(model, 224)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "count"),
-    [("maxvit_t", 224, 11), ("densenet121", 64, 4), ("shufflenet_v2_x1_0", 64, 16), ("inception_v3", 96, 11)],
-)
-def test_sites_of_other_families(name, size, count):
-    with torch.device("meta"):
-        specs = find_sites(models.create(name, 5, size), size)
-    assert len(specs) == count and not any("attention" in spec.name for spec in specs)
+    assert not quiet(Residual(), image_size=32).metaperturb.paper
+    assert quiet(Residual(), image_size=32, noise=False).metaperturb.paper  # an ablation of it
+    zoo = quiet(models.create("resnet20", 5, 32), image_size=32)
+    assert zoo.metaperturb.paper and zoo.metaperturb.amplitude == 1.0
+    # Noise of mean one: φ was meta-trained in the first; seven blocks where that has three; a quarter of the pixels.
+    for name, size, amplitude in (("resnet20", 32, 1.0), ("resnet44", 32, (3 / 7) ** 0.5), ("resnet20", 16, 0.5)):
+        model = quiet(models.create(name, 5, size), image_size=size, paper=False)
+        assert model.metaperturb.amplitude == pytest.approx(amplitude) and model.metaperturb.clip is None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_a_part_has_the_state_of_its_sites(name):
-    model = quiet(network(name))
+    model = quiet(network(name), image_size=32)
     part = nn.Sequential(*list(model.children())[:-1]).eval()
-    statistics = [site.running_mean.clone() for site in model.metaperturb.sites]
-    assert acts(part, images(2)) and acts(part, images(1))
+    before = statistics(model)
+    assert acts(part, images(2, 32)) and acts(part, images(1, 32))
     assert all(not site.training for site in model.metaperturb.sites)
-    assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, statistics(model), strict=True))
     assert sum("running_mean" in key and "metaperturb" in key for key in part.state_dict()) == 8
     detach(model)
-    assert not acts(part, images(2))
+    assert not acts(part, images(2, 32))
 
 
-def test_an_average_has_the_strength_of_the_network():
-    swa = torch.optim.swa_utils
-    for options in ({}, {"multi_avg_fn": swa.get_ema_multi_avg_fn(0.9), "use_buffers": True}):
-        model = quiet(models.create("resnet8", 5, 16), image_size=16)
-        model.metaperturb.strength = 0.1
-        average, kept = swa.AveragedModel(model, **options), copy.deepcopy(model)
-        for strength in (0.1, 0.5, 0.75):
-            model.metaperturb.strength = strength
-            average.update_parameters(model)
-        assert average.module.metaperturb.strength == 0.75 and kept.metaperturb.strength == 0.1
-    states = [quiet(models.create("resnet8", 5, 16), image_size=16).state_dict() for _ in range(10)]
-    mean = {key: sum(0.1 * state[key] for state in states) for key in states[0]}
-    kept.load_state_dict(mean)
-    assert kept.metaperturb.strength == 1.0
+def test_single_images():
+    model = quiet(Residual()).train()
+    before = statistics(model)
+    model(images(1)).sum().backward()
+    assert torch.equal(before[0], statistics(model)[0])
+    per_image = torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x[None],)).sum())
+    of_each = torch.func.vmap(per_image, in_dims=(None, 0), randomness="different")
+    refused("no gradients of single ones", of_each, dict(model.named_parameters()), images())
+    refused("gradients of single ones", call_for_per_sample_grads(quiet(functional_plain()).train()), images())
 
 
-@pytest.mark.parametrize("make", [NormPlain, FunctionalPlain, lambda: network("vgg11_bn")])
+# --- what tools make of the network keeps φ, or there is an error that names the cause
+
+
+@pytest.mark.parametrize("make", [norm_plain, functional_plain, lambda: network("vgg11_bn")])
 def test_fusing_and_quantizing_keep_phi_or_say_that_they_do_not(make):
-    model, x = quiet(make().eval()), images(16)
+    model, x = quiet(make().eval(), image_size=32), images(16, 32)
     assert acts(torch.fx.experimental.optimization.fuse(model), x)
     fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     prepared = fx.prepare_fx(copy.deepcopy(model), torch.ao.quantization.get_default_qconfig_mapping("x86"), (x,))
@@ -1182,56 +1070,20 @@ def test_fusing_and_quantizing_keep_phi_or_say_that_they_do_not(make):
     if isinstance(model, torchvision.models.VGG):
         with pytest.raises(AssertionError, match="with a site of φ: fuse before attach"):
             torch.ao.quantization.fuse_modules(model, ["features.0", "features.1", "features.2"])
-    with pytest.raises(UserError, match="gradients of single ones"):
-        call_for_per_sample_grads(model.train())(x)
-
-
-def test_a_layer_that_covers_the_whole_map_is_no_convolution():
-    fully = nn.Sequential(conv(3, 4, 4), nn.ReLU(), nn.Conv2d(4, 6, 4), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU())
-    assert site_names(quiet(nn.Sequential(*fully, nn.Flatten(), nn.Linear(6, 5)), image_size=16)) == ["0"]
 
 
 def test_a_sequence_that_collects_what_its_children_give():
-    class Collecting(nn.Sequential):
-        """As in VoVNet: one child more would be one map more."""
-
-        def forward(self, x):
-            maps = [x]
-            for layer in self:
-                maps.append(layer(maps[-1]))
-            return torch.cat(maps, 1)
-
-    blocks = nn.Sequential(Collecting(conv(3, 4), conv(4, 4)), conv(11, 4), Collecting(conv(4, 4)), conv(8, 4), Head(4))
-    model = quiet(blocks, image_size=16)
-    assert site_names(model) == ["0", "2"]
-    received = record_inputs(model)
-    model(images(2, 16))
-    assert [h.shape[1] for _, h in received] == [11, 8]
     stages = nn.Sequential(*(nn.Sequential(conv(c, 4), Collecting(conv(4, 4))) for c in (3, 8)), Head(8))
-    stages = quiet(stages, image_size=16).eval()  # RDNet: the features alone have all sites
+    stages = quiet(stages).eval()  # RDNet: the features alone have all sites
     received = record_inputs(stages)
-    stages[:2](images(2, 16))
-    assert len(received) == len(stages.metaperturb.sites) == 2 and acts(torch.fx.symbolic_trace(stages), images(2, 16))
-    assert torch.equal(seeded(copy.deepcopy(stages), images(2, 16)), seeded(stages, images(2, 16)))
-
-
-def test_channels_that_are_written_into_one_map():
-    class Slices(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.bn = conv(3, 4), conv(3, 4), nn.BatchNorm2d(8)
-
-        def forward(self, x):
-            out = torch.empty(len(x), 8, *x.shape[2:], device=x.device)
-            out[:, :4], out[:, 4:] = self.a(x), self.b(x)
-            return self.bn(F.relu(out)).relu()
-
-    assert site_names(quiet(nn.Sequential(Slices(), Head(8)), image_size=16)) == ["0.bn"]
+    stages[:2](images())
+    assert len(received) == len(stages.metaperturb.sites) == 2 and acts(torch.fx.symbolic_trace(stages), images())
+    assert torch.equal(seeded(copy.deepcopy(stages), images()), seeded(stages, images()))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
 def test_traces_keep_phi(name):
-    model, x = quiet(network(name).eval()), images(2)
+    model, x = quiet(network(name).eval(), image_size=32), images(size=32)
     traced = torch.fx.symbolic_trace(model)
     assert torch.equal(seeded(traced, x), seeded(model, x)) and acts(copy.deepcopy(traced), x)
     assert acts(torch.fx.symbolic_trace(torch.fx.experimental.optimization.fuse(model)), x)
@@ -1239,55 +1091,32 @@ def test_traces_keep_phi(name):
     extract = torchvision.models.feature_extraction.create_feature_extractor
     extractor = extract(model.train(), {"avgpool": "y"}).eval()
     assert acts(lambda x: extractor(x)["y"], x) and not model.metaperturb.sites[0].training
-    with pytest.raises(UserError, match=r"torch.jit.script"):
-        torch.jit.script(model)
+    refused(r"torch.jit.script", torch.jit.script, model)
+    traced = quiet(torch.fx.symbolic_trace(network(name).eval()), image_size=32)  # attached to a trace
+    assert acts(traced, x) and torch.equal(seeded(traced, x), seeded(copy.deepcopy(traced), x))
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_keep_phi(strict):
-    model, x = quiet(RESIDUAL_NETS["out += x"]().eval()), images(2)
+    model, x = quiet(in_place().eval()), images()
     assert acts(torch.export.export(model, (x,), strict=strict).module(), x)
 
 
-def test_single_images():
-    model = quiet(Residual(lambda: Block(4, torch.add)), image_size=16).train()
-    statistics = model.metaperturb.sites[0].running_mean.clone()
-    model(images(1, 16)).sum().backward()
-    assert torch.equal(statistics, model.metaperturb.sites[0].running_mean)
-    with pytest.raises(UserError, match="no gradients of single ones"):
-        parameters = dict(model.named_parameters())
-        per_image = torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x[None],)).sum())
-        torch.func.vmap(per_image, in_dims=(None, 0), randomness="different")(parameters, images(2, 16))
+def test_what_was_compiled_before_attach_is_compiled_anew():
+    model, x = norm_plain().eval(), images()
+    before = torch.compile(model, backend="eager")
+    assert not acts(before, x)
+    quiet(model)
+    assert acts(before, x)
 
 
-def test_networks_that_take_more_than_a_square_image():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cnn, self.head = Residual(lambda: Block(4, torch.add)), nn.Linear(7, 2)
-
-        def forward(self, image, table):
-            return self.head(torch.cat([self.cnn(image), table], 1))
-
-    assert "attach to its part 'cnn'" in refused(Two(), 16)
-    model = attach(Two(), MetaPerturb(), example=(torch.zeros(2, 3, 24, 16), torch.zeros(2, 2)), verbose=False)
-    assert site_names(model) == ["cnn.blocks.0", "cnn.blocks.1"] and model.metaperturb.sites[0].size_norm == 24
-    fixed = nn.Sequential(conv(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 8, 2))
-    assert "(height, width)" in refused(fixed, 16)
-    assert quiet(fixed, image_size=(16, 8)).metaperturb.specs[0].size == (16, 8)
-    with pytest.raises(UserError, match="run the network once"):
-        quiet(nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), image_size=16)
-
-
-def test_a_compiled_network_is_a_wrapper():
-    model, x = NormPlain().eval(), images(2, 16)
-    compiled = torch.compile(model, backend="eager")
-    assert not acts(compiled, x)
-    quiet(model, image_size=16)
-    assert acts(compiled, x)  # what was compiled before attach is compiled anew
-    detach(model)
-    model.compile()
-    assert "before that" in refused(model, 16)
+def test_importing_the_library_leaves_signals_as_they_are(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    for arguments in ([], ["metaperturb.meta_train"]):
+        monkeypatch.setattr(sys, "argv", ["-m", *arguments])  # as while Python imports a package for -m
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mine.train", *arguments])
+        check_command_line()
+        assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_panel_goes_on_where_it_stopped(tmp_path, capsys):
