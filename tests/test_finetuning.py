@@ -32,13 +32,16 @@ CLASSIFIERS = {
     "efficientnet_b0": "classifier.1",
     "shufflenet_v2_x0_5": "fc",
 }
-SIZES = dict.fromkeys(models.ZOO, 32)
+
+
+def size_of(name: str) -> int:
+    return 32 if name in models.ZOO else 64
 
 
 def network(name: str, num_classes: int = 6, seed: int = 0) -> nn.Module:
     """With weights and statistics that are all of them drawn, so that no two networks have any in common."""
     torch.manual_seed(seed)
-    model = models.create(name, num_classes, SIZES.get(name, 64))
+    model = models.create(name, num_classes, size_of(name))
     with torch.no_grad():
         for value in model.state_dict().values():
             if value.is_floating_point():
@@ -54,15 +57,6 @@ def saved(model: nn.Module, path: Path) -> Path:
     return path
 
 
-def batch_norm_entries(model: nn.Module) -> set[str]:
-    return {
-        f"{name}.{entry}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-        for entry in module.state_dict()
-    }
-
-
 def quietly(model, path, size=32, batch_norm="drop"):
     return initialize(model, size, path, batch_norm, verbose=False)
 
@@ -76,7 +70,7 @@ def test_the_classifier_is_found_and_the_network_left_alone(name):
     state = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
     generator = torch.get_rng_state()
-    assert classifier_name(model, SIZES.get(name, 64)) == CLASSIFIERS[name]
+    assert classifier_name(model, size_of(name)) == CLASSIFIERS[name]
     assert torch.equal(torch.get_rng_state(), generator)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -109,12 +103,11 @@ def test_value_by_value(name, batch_norm, tmp_path):
     """With as many classes as before, so that shapes give nothing away."""
     pretrained, model = network(name, seed=1), network(name, seed=2)
     fresh = copy.deepcopy(model.state_dict())
-    norms = batch_norm_entries(model)
-    assert norms
-    origin = quietly(model, saved(pretrained, tmp_path / "weights.pt"), SIZES.get(name, 64), batch_norm)
-    taken = []
+    norms = [f"{n}." for n, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    origin = quietly(model, saved(pretrained, tmp_path / "weights.pt"), size_of(name), batch_norm)
+    taken, kept = [], (f"{CLASSIFIERS[name]}.", *(norms if batch_norm == "drop" else ()))
     for key, value in model.state_dict().items():
-        is_fresh = key.startswith(f"{CLASSIFIERS[name]}.") or (key in norms and batch_norm == "drop")
+        is_fresh = key.startswith(kept)
         assert not torch.equal(fresh[key], pretrained.state_dict()[key])
         assert torch.equal(value, (fresh if is_fresh else pretrained.state_dict())[key]), key
         taken += [] if is_fresh else [(key, value)]
@@ -129,22 +122,6 @@ def test_value_by_value(name, batch_norm, tmp_path):
         "batch_norm": batch_norm,
         "run": None,
     }
-
-
-@pytest.mark.parametrize("name", ["resnet20", "squeezenet1_1"])
-def test_features_are_those_of_the_pretrained_network(name, tmp_path):
-    """With another number of classes and batch norm kept, the classifier receives the same."""
-    size = SIZES.get(name, 64)
-    pretrained, model = network(name, 6, seed=1).eval(), network(name, 11, seed=2).eval()
-    received = []
-    for net in (pretrained, model):
-        net.get_submodule(CLASSIFIERS[name]).register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    quietly(model, saved(pretrained, tmp_path / "weights.pt"), size, "keep")
-    x = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        outputs = [net(x) for net in (pretrained, model)]
-    assert torch.equal(received[-2], received[-1])
-    assert [out.shape[1] for out in outputs] == [6, 11]
 
 
 def test_another_image_size_where_the_network_allows_it(tmp_path):
@@ -194,7 +171,7 @@ def broken(**changes):
     return {key: value for key, value in {**state, **changes}.items() if value is not None}
 
 
-CONV = "layer1.0.conv1.weight"
+CONV, WHOLE = "layer1.0.conv1.weight", torch.zeros(16, 16, 3, 3)
 REFUSED = {
     "no such file": (None, "no such file or run folder"),
     "garbage": (b"no tensors", "weights.pt"),
@@ -207,19 +184,18 @@ REFUSED = {
     "other family": (models.create("conv4", 6, 32).state_dict(), "lacks conv1.weight"),
     "missing": (broken(**{CONV: None}), f"not the weights of this network: lacks {CONV}"),
     "unknown": (broken(**{"layer9.bias": torch.zeros(1)}), "has unknown layer9.bias"),
-    "shape": (
-        broken(**{CONV: torch.zeros(16, 16, 1, 1)}),
-        "should be [16, 16, 3, 3], found torch.float32 [16, 16, 1, 1]",
-    ),
-    "kind": (broken(**{CONV: torch.zeros(16, 16, 3, 3, dtype=torch.int8)}), "found torch.int8"),
-    "complex": (broken(**{CONV: torch.zeros(16, 16, 3, 3, dtype=torch.complex64)}), "found torch.complex64"),
-    "sparse": (broken(**{CONV: torch.zeros(16, 16, 3, 3).to_sparse()}), f"{CONV} should be"),
-    "no values": (broken(**{CONV: torch.zeros(16, 16, 3, 3, device="meta")}), f"{CONV} should be"),
-    "a text": (broken(**{CONV: "weights"}), "found str"),
-    "not finite": (
-        broken(**{CONV: torch.full((16, 16, 3, 3), float("nan"))}),
-        f"{CONV} holds values that are not finite",
-    ),
+    **{
+        kind: (broken(**{CONV: value}), f"{CONV} {said}")
+        for kind, value, said in (
+            ("shape", WHOLE[..., :1, :1], "should be [16, 16, 3, 3], found torch.float32 [16, 16, 1, 1]"),
+            ("kind", WHOLE.to(torch.int8), "should be [16, 16, 3, 3], found torch.int8"),
+            ("complex", WHOLE.to(torch.complex64), "should be [16, 16, 3, 3], found torch.complex64"),
+            ("sparse", WHOLE.to_sparse(), "should be"),
+            ("no values", WHOLE.to("meta"), "should be"),
+            ("a text", "weights", "should be [16, 16, 3, 3], found str"),
+            ("not finite", WHOLE + float("nan"), "holds values that are not finite"),
+        )
+    },
 }
 
 
@@ -341,60 +317,50 @@ def test_bits_after_sigkill_and_resume_without_the_pretrained_run(settings, pret
     assert ours["metrics"] == theirs["metrics"] and ours["init"] == theirs["init"] and ours["init"]["tensors"] == 7
 
 
-def test_other_initial_weights_are_another_run(settings, pretrained, tmp_path, capsys):
-    common = [*settings, "method=base", "steps=1", f"run_dir={tmp_path / 'tgt'}"]
-    assert program.main(["--set", *common]) == 0
-    assert program.main(["--set", *common, f"init={pretrained}", "init_batch_norm=keep"]) == 1
-    message = capsys.readouterr().err
-    assert f"init: None → {pretrained}" in message and "init_batch_norm: drop → keep" in message
-
-
 def test_a_pretrained_network_may_move_but_not_change(settings, pretrained, tmp_path, capsys):
     """Whether the run that began with it is finished or goes on."""
     init, moved, run_dir = tmp_path / "pre", tmp_path / "moved", tmp_path / "tgt"
     common = ["--set", *settings, "method=base", "steps=1", f"run_dir={run_dir}"]
     shutil.copytree(pretrained, init)
     assert program.main([*common, f"init={init}"]) == 0
+    assert program.main([*common, "init_batch_norm=keep"]) == 1  # from scratch it is another run
+    message = capsys.readouterr().err
+    assert f"init: {init} → None" in message and "init_batch_norm: drop → keep" in message
     init.rename(moved)
-    for finished in (True, False):
-        if not finished:  # as if killed before its end
-            (run_dir / "result.json").unlink()
-        assert program.main([*common, f"init={moved}"]) == 0
-        assert "not compared" not in capsys.readouterr().err
+
+    def again() -> list[tuple[int, str]]:
+        found = [(program.main([*common, f"init={moved}"]), capsys.readouterr().err)]
+        (run_dir / "result.json").unlink()  # as if killed before its end
+        return [*found, (program.main([*common, f"init={moved}"]), capsys.readouterr().err)]
+
+    assert all(code == 0 and "not compared" not in said for code, said in again())
     state = load_tensors(moved / "checkpoints" / "latest.pt")
     state["model"]["conv1.weight"] += 1
     torch.save(state, moved / "checkpoints" / "latest.pt")
-    for finished in (True, False):
-        if not finished:
-            (run_dir / "result.json").unlink()
-        assert program.main([*common, f"init={moved}"]) == 1
-        assert f"the network in {moved} changed since this run began" in capsys.readouterr().err
+    assert all(code == 1 and f"the network in {moved} changed since this run began" in said for code, said in again())
 
 
-def unfinished(folder: Path, pretrained: Path) -> None:
-    shutil.copytree(pretrained, folder)
-    (folder / "result.json").unlink()
+def without(name: str):
+    def make(folder: Path, pretrained: Path) -> None:
+        shutil.copytree(pretrained, folder, ignore=shutil.ignore_patterns(name))
 
-
-def without_checkpoint(folder: Path, pretrained: Path) -> None:
-    shutil.copytree(pretrained, folder)
-    shutil.rmtree(folder / "checkpoints")
+    return make
 
 
 @pytest.mark.parametrize(
     ("make", "changes", "expected"),
     [
-        (unfinished, [], "this run is not finished (no result.json"),
-        (without_checkpoint, [], "latest.pt: no such file"),
-        (lambda folder, pretrained: None, [], "pre: no such file or run folder"),
-        (lambda folder, pretrained: shutil.copytree(pretrained, folder), ["model=resnet20"], "not the weights of this"),
-        (lambda folder, pretrained: None, ["init_batch_norm=fresh"], "init_batch_norm: expected one of drop, keep"),
+        (without("result.json"), [], "this run is not finished (no result.json"),
+        (without("checkpoints"), [], "latest.pt: no such file"),
+        (without("pre"), ["init=pre"], "pre: no such file or run folder"),
+        (without(""), ["model=resnet20"], "not the weights of this"),
+        (without(""), ["init_batch_norm=fresh"], "init_batch_norm: expected one of drop, keep"),
     ],
 )
 def test_bad_folders_are_one_line(settings, pretrained, tmp_path, capsys, make, changes, expected):
     """And said before any data is looked at: there is none."""
-    make(tmp_path / "pre", pretrained)
-    paths = [f"init={tmp_path / 'pre'}", f"run_dir={tmp_path / 'tgt'}", "target_path=nowhere"]
+    make(tmp_path / "from", pretrained)
+    paths = [f"init={tmp_path / 'from'}", f"run_dir={tmp_path / 'tgt'}", "target_path=nowhere"]
     code = program.main(["--set", *settings, *paths, *changes])
     captured = capsys.readouterr()
     assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
