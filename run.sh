@@ -22,6 +22,7 @@
 #   ./run.sh bench             measure how fast it is, into results/benchmark
 #   ./run.sh test              the tests
 #
+# --slurm [partition=… gpus=…] behind src or a table submits it to Slurm (docs/cluster.md); --status says how far it is.
 # --help behind a command lists its options. These settings stand before or behind a command, as in TGT_DATA=cub ./run.sh
 # tgt 0 or ./run.sh tgt 0 TGT_DATA=cub; all others of a program behind it, as in ./run.sh tgt 0 image_size=64. What is
 # not set has the default in configs/src.yaml, configs/tgt.yaml or configs/pretrain.yaml.
@@ -151,16 +152,17 @@ script() { setup; exec "$py" "$here/scripts/$1" "${@:2}"; } # script NAME ARGUME
 command=${1:-help}
 [ $# -eq 0 ] || shift
 [ -z "${names[$command]:-}" ] || export METAPERTURB_NAMES=${names[$command]} # messages then say TGT_PATH for target_path
-typed=()
+typed=() slurm=""
 for text in "$@"; do
     key=${text%%=*}
+    [ "$text" != --slurm ] || slurm=1
     if [[ $text =~ ^[A-Z_]+= ]] && grep -q "^$key=\${" "${BASH_SOURCE[0]}"; then
         printf -v "$key" %s "${text#*=}"
     else
         typed+=("$text")
     fi
     for pair in ${names[$command]:-}; do # the program gets it as it is; the names of folders follow it, too
-        [[ $text = "$key="* && $pair = "$key="* ]] || continue
+        [[ $text = "$key="* && $pair = "$key="* && $slurm$key != 1gpus ]] || continue # --slurm gpus=8: of a node
         printf -v "${pair#*=}" %s "${text#*=}"
         METAPERTURB_NAMES=${METAPERTURB_NAMES/$pair/}
     done
@@ -173,9 +175,11 @@ src)
     setup
     read -ra seeds <<<"$(value src seed=SEED)"
     [[ ${#seeds[@]} -le 1 || -z $SRC_RUN ]] || die "SRC_RUN names one run, SEED asks for ${#seeds[@]}"
+    program=(-m metaperturb.meta_train)
+    [[ " $* " != *" --slurm "* && " $* " != *" --status "* ]] || program=("$here/scripts/make_tables.py" src)
     for SEED in "${seeds[@]:-}"; do
         pass_on "data_root=$data" "run_dir=$(src_run)"
-        run=("$py" -m metaperturb.meta_train --config "$here/configs/src.yaml" --set "${options[@]}" "$@")
+        run=("$py" "${program[@]}" --config "$here/configs/src.yaml" --set "${options[@]}" "$@")
         [ "$SEED" != "${seeds[*]: -1}" ] || exec "${run[@]}"
         METAPERTURB_PARENT=$$ "${run[@]}" # it ends when this script is gone
     done

@@ -42,11 +42,9 @@ def job(program: str, config: Path, run_dir: Path, settings: list[str]) -> Job:
 
 
 def run(out: Path, jobs: list[Job], device: str, at_once: int) -> None:
-    outcome = run_jobs("demo", jobs, [device], at_once, retries=0)
+    outcome = run_jobs(jobs, [device], at_once, retries=0)
     if outcome.failed:
         raise UserError("; ".join(f"{name}: {why}" for name, why in outcome.failed.items()))
-    if outcome.elsewhere:
-        raise UserError(f"{out}: in use by another demo")
 
 
 def main() -> int:

@@ -4,6 +4,7 @@
     ./run.sh tune …                make_tables.py tune …                          hyperparameters on held-out images
     ./run.sh select …              make_tables.py select …                        the best of several φ
     ./run.sh ship <name> [φ]       make_tables.py ship <name> [φ]                 a φ into the package
+    ./run.sh src --slurm …         make_tables.py src …                           a meta-training on a cluster
 
 Each has its own --help.
 """
@@ -11,9 +12,16 @@ Each has its own --help.
 import sys
 from collections.abc import Sequence
 
+import cluster
 from tables import selection, shipping, trainings, tuning
 
-COMMANDS = {"table": trainings.main, "tune": tuning.main, "select": selection.main, "ship": shipping.main}
+COMMANDS = {
+    "table": trainings.main,
+    "tune": tuning.main,
+    "select": selection.main,
+    "ship": shipping.main,
+    "src": cluster.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib
 import io
@@ -13,6 +12,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from conftest import ROOT, alive
 from grid_files import read_csv, tables, write_grid, write_record
 from tables.grid import Grid, Overrides
 from tables.runner import Job, run_jobs
-from tables.trainings import Images, grid_parser, read_grid, run_grid
+from tables.trainings import Images, grid_parser, parse, read_grid
 from tables.trainings import make_table as run_experiment
 from test_run_sh import run_sh
 
@@ -73,13 +74,12 @@ def test_jobs_run_after_what_they_need_on_devices_in_turn(tmp_path):
             for i in "ab"
         ),
     ]
-    outcome = run_jobs("test", jobs, ["0", "1"], 3)
-    assert sorted(outcome.finished) == ["a", "b", "cell", "phi"] and not outcome.failed and not outcome.elsewhere
+    outcome = run_jobs(jobs, ["0", "1"], 3)
+    assert sorted(outcome.finished) == ["a", "b", "cell", "phi"] and not outcome.failed
     assert all(job.starts == 1 for job in jobs)
     assert {(jobs[i].run_dir / "device").read_text() for i in (2, 3)} == {"0", "1"}
-    again = run_jobs("test", jobs, ["0"], 1)
+    again = run_jobs(jobs, ["0"], 1)
     assert not again.finished and all(job.starts == 1 for job in jobs)
-    assert [*(tmp_path / "records" / ".running").iterdir()] == []
 
 
 def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
         script(tmp_path, "diverged", "print('error: not finite', file=sys.stderr); sys.exit(3)"),
         script(tmp_path, "good"),
     ]
-    outcome = run_jobs("test", jobs, ["cpu"], 2, retries=1)
+    outcome = run_jobs(jobs, ["cpu"], 2, retries=1)
     assert sorted(outcome.finished) == ["good", "killed"]
     assert outcome.failed == {
         "phi": "no luck",
@@ -107,21 +107,19 @@ def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
     assert log[1::2] == ["error: no luck"] * 2
 
 
-def test_what_diverged_is_kept_and_left_by_other_runners(tmp_path, capsys):
+def test_what_diverged_is_kept(tmp_path, capsys):
     code = "print('error: not finite', file=sys.stderr); sys.exit(3)"
     kept = tmp_path / "kept"
-    jobs = [script(tmp_path, "a", code, diverge=kept.write_text, diverged=kept.exists), script(tmp_path, "good")]
-    outcome = run_jobs("test", jobs, ["cpu"], 1)
+    jobs = [script(tmp_path, "a", code, diverge=kept.write_text), script(tmp_path, "good")]
+    outcome = run_jobs(jobs, ["cpu"], 1)
     assert (outcome.diverged, outcome.failed, outcome.finished) == ({"a": "not finite"}, {}, ["good"])
     assert kept.read_text() == "not finite" and "a: diverged: not finite" in capsys.readouterr().err
-    outcome = run_jobs("test", jobs, ["cpu"], 1)  # a runner that looked before
-    assert not (outcome.diverged or outcome.failed or outcome.elsewhere) and jobs[0].starts == 1
 
     def full(said: str) -> None:
         raise UserError("No space left on device")
 
     jobs = [script(tmp_path, "b", code, diverge=full), script(tmp_path, "other")]
-    outcome = run_jobs("test", jobs, ["cpu"], 1)
+    outcome = run_jobs(jobs, ["cpu"], 1)
     assert outcome.failed == {"b": "not finite; No space left on device"} and outcome.finished == ["other"]
 
 
@@ -140,29 +138,12 @@ def test_a_training_that_cannot_start_end_or_leave_a_result_does_not_end_the_oth
     ]
     jobs[0].run_dir.parent.mkdir()
     jobs[0].run_dir.write_text("a file")
-    outcome = run_jobs("test", jobs, ["cpu"], 2, retries=0)
+    outcome = run_jobs(jobs, ["cpu"], 2, retries=0)
     assert outcome.finished == ["other"] and "cannot write (File exists)" in outcome.failed["blocked"]
     assert outcome.failed.pop("blocked").startswith("cannot be started (")
     assert "Permission denied" in outcome.failed.pop("denied")
     expected = {"phi": "said nothing", "cell": "not run, because phi failed", "refused": "cannot be read"}
     assert outcome.failed == expected
-
-
-def test_time_left_is_that_of_the_work_left(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tables.runner.LINE_EVERY", 0.0)
-    half = "open('metrics.jsonl', 'a').write('{\"step\": 5}\\n'); time.sleep(1.5); done()"
-    jobs = [
-        script(tmp_path, "one", half, steps=10, weight=3.0),
-        script(tmp_path, "two", "sys.exit(1)", steps=10, weight=100.0),
-        script(tmp_path, "three", "time.sleep(1.2); done()", needs=("one",)),
-    ]
-    jobs[2].run_dir.mkdir(parents=True)
-    (jobs[2].run_dir / "metrics.jsonl").write_text("torn")
-    run_jobs("title", jobs, ["cpu"], 2, retries=0)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("title: ")]
-    assert lines[0].startswith("title: 0/3 done, ") and "-" not in "".join(lines)
-    assert lines[-1].startswith("title: 2/3 done, 0 running, 1 failed, about 0:00 left")
-    assert any("1/3 done, 1 running, 1 failed, about 0:0" in line for line in lines)  # no hours for what failed
 
 
 # --- whole trainings
@@ -204,7 +185,7 @@ def parsed(*arguments, **options) -> Namespace:
     """The same command line, for what ends before anything runs: in this process."""
     parser = grid_parser("")
     parser.add_argument("grid", type=Path)
-    return parser.parse_args(command(*arguments, **options)[3:])
+    return parse(parser, "table", command(*arguments, **options)[3:])
 
 
 def start(*arguments, **options) -> subprocess.Popen:
@@ -251,50 +232,36 @@ class Here:
             self.returncode = importlib.import_module(program).main(arguments)
         log.detach()
 
-    def poll(self) -> int:
+    def wait(self) -> int:
         return self.returncode
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class InTurn:
+    """In place of a pool of threads: each call at once, in this one."""
+
+    def __init__(self, _: int) -> None: ...
+
+    def submit(self, call: Callable, *arguments: object) -> Future:
+        future = Future()
+        future.set_result(call(*arguments))
+        return future
+
+    def shutdown(self, **_: bool) -> None: ...
 
 
 @pytest.fixture
 def here(monkeypatch) -> None:
     monkeypatch.setattr("tables.runner.subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
-    monkeypatch.setattr("tables.runner.POLL", 0)
+    monkeypatch.setattr("tables.runner.ThreadPoolExecutor", InTurn)
     monkeypatch.setattr(registry, "_drawn", functools.cache(registry._drawn))  # drawing takes longer than the training
 
 
 @pytest.fixture
 def path(tmp_path, image_folder) -> Path:
     return write_grid(tmp_path / "configs", CELLS.replace("IMAGES", str(image_folder)))
-
-
-def test_cells_that_another_runner_has_are_left_to_it(path, tmp_path, capsys):
-    (cell,) = [cell for cell in Grid(path).cells() if (cell.row, cell.seed) == ("Base", 0)]
-    lock = tmp_path / "results" / "small" / "paper" / ".running" / cell.id
-    lock.parent.mkdir(parents=True)
-    with open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        run_experiment(parsed(path, tmp_path, "--rows", "Base", "--seeds", "0"))
-    assert "1 cells are with another runner" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-def test_two_runners_train_each_cell_once_and_the_last_one_has_the_table(path, tmp_path):
-    more = ("--set", "phi.seed=1", "--jobs", "1", "--seeds", "0")
-    completed = [finish(process) for process in [start(path, tmp_path, *more) for _ in range(2)]]
-    assert [c.returncode for c in completed] == [0, 0], completed
-    logs = [c.stderr.splitlines() for c in completed]
-    trained = [line.partition(":")[0] for log in logs for line in log if "accuracy" in line or "φ: " in line]
-    assert len(trained) == len(set(trained)) == 4  # φ and three cells
-    (folder,) = (tmp_path / "results" / "small").glob("paper-*/")
-    assert len([*folder.glob("*.json")]) == 3
-    page = folder.with_name(f"{folder.name}.csv")
-    assert {row for row, _ in read_csv(page)} == {"Base", "MetaPerturb", "Dropout"}
-    (made,) = (tmp_path / "runs" / "needs").iterdir()
-    (kept,) = (folder / "needs").glob("*.json")
-    assert kept.stem == made.name and (made / "phi.pt").exists()
-    again = parsed(path, tmp_path, *more)  # nothing is left to do
-    assert run_grid(read_grid(again), again) == []
 
 
 @pytest.mark.slow
@@ -349,8 +316,8 @@ def test_a_training_that_is_killed_is_tried_again_and_one_that_cannot_succeed_is
     run_experiment(parsed(path, tmp_path, *more))  # nothing is left to do
     said = capsys.readouterr()
     assert "1 cells diverged before: dropout--bugs--seed0" in said.err and tables(said.out) == tables(page)
-    run_experiment(parsed(path, tmp_path, *more, "--list"))
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "diverged"]
+    run_experiment(parsed(path, tmp_path, *more, "--status"))
+    assert capsys.readouterr().out == "small long: 2 done, 0 running, 0 waiting, 0 failed\n"
 
 
 def refused(path: Path, folder: Path, *more: str, runs: Path | None = None) -> str:
@@ -466,14 +433,6 @@ def test_columns_may_differ_in_how_many_images_they_have_and_phi_in_how_many_cla
 )
 def test_a_wrong_option_is_one_line(path, tmp_path, more, said):
     assert said in refused(path, tmp_path, *more)
-
-
-def test_cells_are_listed(path, tmp_path, capsys):
-    run_experiment(parsed(path, tmp_path, "--list", "--seeds", "1"))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [(*line[:2], line[2].rpartition("--")[0]) for line in lines] == [
-        ("to", "do", f"{row}--bugs--seed1") for row in ("base", "metaperturb", "dropout")
-    ]
 
 
 # --- the smoke presets, as the README has them

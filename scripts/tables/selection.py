@@ -24,14 +24,14 @@ from metaperturb.weights import load_phi, save_phi
 from tables.grid import Grid, config_of
 from tables.results import Results, read_all, take_recorded
 from tables.statistics import evidence
-from tables.trainings import grid_parser, read_grid, results_folder, run_grid, write_table
+from tables.trainings import grid_parser, parse, read_grid, results_folder, run_grid, write_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = grid_parser(__doc__, "select.yaml")
     parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
     parser.add_argument("--out", type=Path, help="where the chosen φ goes [<runs>/selected/phi.pt]")
-    arguments = parser.parse_intermixed_args(argv)  # options may stand before, between and behind the folders
+    arguments = parse(parser, "select", argv)
     return run_program(lambda: select(arguments), show_traceback=arguments.traceback)
 
 
@@ -52,8 +52,7 @@ def select(arguments: argparse.Namespace) -> None:
         grid.add_phi(name, path)
     if any(cell.config.eval_split == "test" for cell in grid.cells()):
         raise UserError(f"{grid.path}: eval_split must not be test: choosing on test images is cheating")
-    run_grid(grid, arguments)
-    if arguments.list:
+    if not run_grid(grid, arguments):
         return
     page = write_table(grid, folder, arguments.runs)
     accuracy = collect(grid, Results(grid, folder), [*sources])

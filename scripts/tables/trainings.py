@@ -4,18 +4,21 @@
     ./run.sh table2 --preset quick --jobs 4 --devices 0,1   # reduced; four trainings at a time on two GPUs
     ./run.sh table1 --rows Base MetaPerturb --columns CUB --seeds 0 1
     ./run.sh table3 --report                                # no training: the table of what is there
+    ./run.sh table1 --slurm partition=gpu gpus=1 time=8:00:00 array=64   # on a cluster: one job array; returns
+    ./run.sh table1 --status                                # what is done, running, waiting, failed; the time left
 
 Data that are missing are named before anything runs. Finished cells (a JSON each, under --results) are skipped, cells
-that failed are tried again, and what was interrupted resumes: give the same command again, on this or another machine.
-Several runners may share the folders. The table says for each cell whether it ran at the paper's setting.
+that failed are tried again, and what was interrupted resumes: give the same command again. The table says for each cell
+whether it ran at the paper's setting.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import cluster
 import torch
 
 from metaperturb.cli import argument_parser, pairs, run_program
@@ -28,7 +31,7 @@ from metaperturb.finetuning import read_weights
 from metaperturb.identity import digest, image_size, small_network
 from metaperturb.provenance import available_cores, code_digest
 from metaperturb.runs import read_result
-from metaperturb.storage import write_atomically
+from metaperturb.storage import reason, write_atomically
 from metaperturb.weights import load_phi
 from tables.grid import Cell, Grid, Need, Overrides, sha256
 from tables.page import csv_text, markdown
@@ -41,7 +44,7 @@ from tables.results import (
     write_diverged,
     write_record,
 )
-from tables.runner import LOG, Job, Outcome, run_jobs
+from tables.runner import LOG, Job, run_jobs
 from tables.schema import check_known
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +58,16 @@ DATA_SETTINGS = (
 def main(argv: Sequence[str] | None = None) -> int:
     parser = grid_parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file of the table")
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, "table", argv)
     return run_program(lambda: make_table(arguments), show_traceback=arguments.traceback)
+
+
+def parse(parser: argparse.ArgumentParser, command: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and as `again` the command line of make_tables.py that does the same without Slurm."""
+    argv = sys.argv[2:] if argv is None else [*argv]
+    arguments = parser.parse_intermixed_args(argv)  # options may stand before, between and behind files
+    arguments.again = [command, *cluster.without_slurm(argv)]
+    return arguments
 
 
 def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
@@ -85,7 +96,8 @@ def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--data-root", default=str(ROOT / "data"), help="downloads and cached image arrays")
     parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--list", action="store_true", help="name the cells and what is done of them, run nothing")
+    cluster.add_options(parser)
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # the one cell or need that a job of Slurm is about
     if grid is not None:
         parser.add_argument("--grid", type=Path, default=ROOT / "configs" / grid, help="YAML file of the trainings")
     return parser
@@ -97,8 +109,7 @@ def make_table(arguments: argparse.Namespace) -> None:
     if arguments.report:
         for need in take_recorded(grid, folder):
             print(f"{need.name}: {need.id}, as of the records (--use {need.name}=… names another)", file=sys.stderr)
-    elsewhere = run_grid(grid, arguments)
-    if arguments.list or (elsewhere and not Results(grid, folder).records):
+    if not run_grid(grid, arguments):
         return
     page = write_table(grid, folder, arguments.runs)
     print(page.read_text(encoding="utf-8"))
@@ -136,26 +147,29 @@ def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
     return page
 
 
-def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
-    """Train what is asked for and not there yet; returns the cells that were left to another runner.
+def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
+    """Train what is asked for and not there yet, here or on a cluster; returns whether all of it is there now.
 
     Raises:
         UserError: data or files are missing (before anything runs), or cells failed (after all others ran).
     """
     results = Results(grid, results_folder(grid, arguments))  # records that cannot be used are named now
+    if arguments.report:
+        return True
     cells = chosen_cells(results, arguments)
     todo = [cell for cell in cells if cell.place not in results.records and cell.place not in results.diverged]
-    if arguments.list:
-        for cell in cells:
-            state = "to do" if cell in todo else "diverged" if cell.place in results.diverged else "done"
-            print(f"{state}  {cell.id}")
-    if arguments.list or arguments.report:
-        return []
+    queue = cluster.Queue(arguments.runs / "slurm" / grid.name / results.folder.name)
+    images = Images()
+    jobs = grid_jobs(results, todo, arguments.runs, images)
+    title = f"{grid.name} {grid.preset}"
+    if arguments.status:
+        cluster.tell_status(title, queue, jobs, [cell.id for cell in cells if cell not in todo])
+        return False
     if diverged := [cell.id for cell in cells if cell.place in results.diverged]:
         where = f"without their JSONs in {results.folder / DIVERGED} they run again"
         print(f"{len(diverged)} cells diverged before: {', '.join(diverged)}; {where}", file=sys.stderr)
     if not todo:
-        return []
+        return True
     if old := results.made_by_other_code(code_digest()):
         where = f"to make them anew, remove their JSONs in {results.folder}"
         print(f"{old} finished cells were made by another version of the code and are kept; {where}", file=sys.stderr)
@@ -163,21 +177,31 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Sequence[str]:
         raise UserError(f"{grid.tuned_path}: nothing was tuned for {', '.join(untuned)}; --columns names others")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
+    if arguments.slurm is not None:
+        options = cluster.parse_options(arguments.slurm)
+        check(results, todo, jobs, images)
+        on = ["--devices", "0"] if options.get("gpus") else []
+        calls = {job.id: (cluster.one_cell, [*arguments.again, *on, "--only", job.id]) for job in jobs if not job.done}
+        cluster.submit(queue, calls, {job.id: job.needs for job in jobs}, options)
+        return False
+    if arguments.only:
+        if arguments.only not in {job.id for job in jobs}:  # done meanwhile
+            return False
+        jobs, todo = only(arguments.only, jobs, todo)
     devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
     threads = max(cell.config.threads or available_cores() for cell in todo)
     at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads))
-    images = Images()
-    needs = {need.id: need for cell in todo for need in cell.needs.values() if need.file is None}
-    need_jobs = {id_: need_job(need, arguments.runs / "needs") for id_, need in needs.items()}
-    check(results, todo, {id_: job.record for id_, job in need_jobs.items() if job.done}, images)
-    jobs = [*need_jobs.values(), *(cell_job(results, cell, arguments.runs, images(cell.config)) for cell in todo)]
-    title = f"{grid.name} {grid.preset}"
+    check(results, todo, jobs, images)
     head = f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}"
     print(head, file=sys.stderr)
-    outcome = run_jobs(title, jobs, devices, at_once, arguments.retries)
-    tell(outcome, jobs)
-    return outcome.elsewhere
+    outcome = run_jobs(jobs, devices, at_once, arguments.retries)
+    if outcome.failed:
+        logs = {job.id: job.run_dir / LOG for job in jobs}
+        lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in outcome.failed.items()]
+        head = f"{len(lines)} runs failed; the same command tries them again, and --report makes the table"
+        raise UserError("\n".join([f"{head}:", *lines]))
+    return not arguments.only
 
 
 def chosen_cells(results: Results, arguments: argparse.Namespace) -> list[Cell]:
@@ -187,16 +211,6 @@ def chosen_cells(results: Results, arguments: argparse.Namespace) -> list[Cell]:
         check_known(f"--{name}s", wanted or (), known)
         chosen = [cell for cell in chosen if wanted is None or getattr(cell, name) in wanted]
     return chosen
-
-
-def tell(outcome: Outcome, jobs: Sequence[Job]) -> None:
-    if outcome.elsewhere:
-        print(f"{len(outcome.elsewhere)} cells are with another runner", file=sys.stderr)
-    if outcome.failed:
-        logs = {job.id: job.run_dir / LOG for job in jobs}
-        lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in outcome.failed.items()]
-        head = f"{len(lines)} runs failed; the same command tries them again, and --report makes the table"
-        raise UserError("\n".join([f"{head}:", *lines]))
 
 
 # --- before anything runs
@@ -216,7 +230,7 @@ class Images:
         return self.seen[key]
 
 
-def check(results: Results, cells: Sequence[Cell], made: Mapping[str, Path], images: Images) -> None:
+def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job], images: Images) -> None:
     """Find now what would stop a run in hours: missing files or data, other images, networks that do not run.
 
     Data are fetched and decoded here once, so that several runs do not do it at the same time.
@@ -224,13 +238,14 @@ def check(results: Results, cells: Sequence[Cell], made: Mapping[str, Path], ima
     Args:
         results: of the table.
         cells: that are to run.
-        made: id of a need of theirs whose run is finished → its result.
+        jobs: among them the runs of their needs.
         images: of all runs.
 
     Raises:
         UserError: everything that is wrong, one line each.
     """
     wrong: list[str] = []
+    made = {job.id: job.record for job in jobs if job.done}  # of needs
 
     def attempt(what: str, action: Callable[..., object], *arguments: object) -> None:
         try:
@@ -249,6 +264,12 @@ def check(results: Results, cells: Sequence[Cell], made: Mapping[str, Path], ima
         attempt(f"row {cell.row}, column {cell.column}", check_network, cell.config)
     if wrong:
         raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
+    try:
+        results.folder.mkdir(parents=True, exist_ok=True)
+        (results.folder / ".writable").touch()
+        (results.folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{results.folder}: cannot write ({reason(error)})") from error
 
 
 def check_file(need: Need, read: Callable[[Path], object]) -> None:
@@ -283,6 +304,26 @@ def check_network(config: MetaTestConfig) -> None:
 # --- jobs
 
 
+def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path, images: Images) -> list[Job]:
+    """The runs of these cells, behind those of what they need."""
+    needs = {need.id: need for cell in cells for need in cell.needs.values() if need.file is None}
+    own = (need_job(need, runs / "needs") for need in needs.values())
+    return [*own, *(cell_job(results, cell, runs, images) for cell in cells)]
+
+
+def only(id_: str, jobs: Sequence[Job], cells: Sequence[Cell]) -> tuple[list[Job], list[Cell]]:
+    """The one job behind those that it needs, which are done, and a cell that it is about.
+
+    Raises:
+        UserError: they are not done.
+    """
+    by_id = {job.id: job for job in jobs}
+    for need in by_id[id_].needs:
+        cluster.wait_for(by_id[need].record)
+    cells = [cell for cell in cells if id_ in (cell.id, *cell.need_ids.values())]
+    return [*(by_id[need] for need in by_id[id_].needs), by_id[id_]], cells[:1]
+
+
 def need_job(need: Need, runs: Path) -> Job:
     run_dir = runs / need.id
     tasks = 2 * need.config.tasks if need.program == "meta_train" else 1  # of each step one of θ and one of φ
@@ -295,8 +336,7 @@ def need_job(need: Need, runs: Path) -> Job:
     )
 
 
-def cell_job(results: Results, cell: Cell, runs: Path, images: list[str]) -> Job:
-    """`images`: fingerprints of those it trains and is evaluated on."""
+def cell_job(results: Results, cell: Cell, runs: Path, images: Images) -> Job:
     record, lost = results.path(cell), results.diverged_path(cell)
     run_dir = runs / results.grid.name / results.folder.name / cell.id
     made = {key: str(need.outcome(runs / "needs")) for key, need in cell.needs.items()}
@@ -312,6 +352,5 @@ def cell_job(results: Results, cell: Cell, runs: Path, images: list[str]) -> Job
         record=record,
         finish=finish,
         needs=tuple(need.id for need in cell.needs.values() if need.file is None),
-        diverge=lambda said: write_diverged(results, cell, images, run_dir, said),
-        diverged=lost.exists,
+        diverge=lambda said: write_diverged(results, cell, images(cell.config), run_dir, said),
     )

@@ -19,11 +19,11 @@ from metaperturb.storage import save_json
 from tables.grid import Grid
 from tables.results import Results
 from tables.statistics import evidence
-from tables.trainings import grid_parser, read_grid, results_folder, run_grid, write_table
+from tables.trainings import grid_parser, parse, read_grid, results_folder, run_grid, write_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = grid_parser(__doc__, "tune.yaml").parse_args(argv)
+    arguments = parse(grid_parser(__doc__, "tune.yaml"), "tune", argv)
     return run_program(lambda: tune(arguments), show_traceback=arguments.traceback)
 
 
@@ -31,8 +31,7 @@ def tune(arguments: argparse.Namespace) -> None:
     grid = read_grid(arguments)
     if wrong := [cell.row for cell in grid.cells() if cell.config.eval_split != "holdout"]:
         raise UserError(f"{grid.path}: {wrong[0]}: eval_split must be holdout, so that tuning sees no test image")
-    run_grid(grid, arguments)
-    if arguments.list:
+    if not run_grid(grid, arguments):
         return
     folder = results_folder(grid, arguments)
     page = write_table(grid, folder, arguments.runs)

@@ -17,7 +17,7 @@ from metaperturb.errors import UserError
 
 EXIT_ERROR = UserError.exit_code
 EXIT_SIGNAL = 128  # plus the signal's number: the shell's convention
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: of Slurm, before a job's time is over
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 RESUME = "the same command goes on with what is saved"
 PARENT = "METAPERTURB_PARENT"  # process id of a program that started this one and may not be outlived
@@ -46,7 +46,8 @@ def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool
         resumes: whether the same command goes on where this one was stopped; it is said then.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see early.py
-    signal.signal(signal.SIGTERM, _raise_stopped)
+    for number in STOPPING[1:]:
+        signal.signal(number, raise_stopped)
     if PARENT in os.environ:
         end_with(int(os.environ.pop(PARENT)))
     keep_freed_memory()
@@ -191,7 +192,8 @@ def describe_unexpected(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]} (--traceback shows where)"
 
 
-def _raise_stopped(number: int, _: object) -> None:
+def raise_stopped(number: int, _: object) -> None:
+    """A handler of signals."""
     raise Stopped(number)
 
 

@@ -1,0 +1,476 @@
+"""Trainings as jobs of Slurm, submitted through submitit.
+
+    ./run.sh table1 --slurm partition=gpu gpus=1 time=8:00:00 array=64   # the cells that are not done, one job array
+    ./run.sh src --slurm nodes=2 gpus=8                                  # one meta-training on two nodes, by torchrun
+    ./run.sh table1 --status                                             # also: ./run.sh src --status
+
+What Slurm has in its queue is asked of Slurm. Beside it there is one file for each submission, which says what its jobs
+are about and is written before they are submitted: so nothing is submitted twice, whenever a command is killed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import getpass
+import os
+import re
+import secrets
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tables.runner import SETTINGS, Job, last_line
+
+from metaperturb import identity
+from metaperturb.cli import STOPPING, Stopped, argument_parser, pairs, raise_stopped, run_program
+from metaperturb.config import MetaTrainConfig, load_config
+from metaperturb.errors import UserError
+from metaperturb.meta_train import load_tasks
+from metaperturb.runs import clock, read_metrics
+from metaperturb.storage import load_json, reason, save_json, save_yaml
+
+SCRIPTS = Path(__file__).resolve().parent
+SAVING = 120  # seconds before its time is over that a job is asked to save
+SHORTEST = 10  # minutes that a job must have, so that every sitting gains something
+LONG_NAMES = {"gpus": "gpus-per-node", "cpus": "cpus-per-task"}  # ours → sbatch's; all others are sbatch's own
+NEVER = ("Partition", "BadConstraints", "Dependency", "JobHeld", "Account", "QOS", "Assoc", "Reservation", "Node")
+SHARED_FOLDER_SECONDS = 60  # that a file may take to be seen on another node
+RESTARTS = 100  # of the processes of a meta-training within one job, each from the last checkpoint
+HEARTBEATS = 720  # of 5 s, that torchrun lets a node be silent, by the clocks of both: an hour
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--slurm` and `--status`."""
+    parser.add_argument(
+        "--slurm", nargs="*", metavar="KEY=VALUE",
+        help="submit to Slurm instead: partition=… gpus=… (of a node) cpus=… time=… array=… (jobs at a time), or any "
+        "other option of sbatch",
+    )  # fmt: skip
+    parser.add_argument("--status", action="store_true", help="say what is done, running, waiting, failed; run nothing")
+
+
+def without_slurm(argv: Sequence[str]) -> list[str]:
+    """The same command line for one machine."""
+    kept, within = [], False
+    for word in argv:
+        within = word == "--slurm" or (within and not word.startswith("-"))
+        if not within:
+            kept.append(word)
+    return kept
+
+
+def parse_options(words: Sequence[str]) -> dict[str, str]:
+    """What `--slurm` was given.
+
+    Raises:
+        UserError: no `key=value`, a number that is none, or too short a time.
+    """
+    options = pairs("--slurm", words, "KEY=VALUE")
+    for key in ("gpus", "nodes", "array"):
+        if not re.fullmatch(r"\d+-\d+|\d+" if key == "nodes" else r"\d+", options.get(key, "1")):
+            raise UserError(f"--slurm {key}={options[key]}: expected a whole number")
+    if "time" in options and minutes(options["time"]) < SHORTEST:
+        raise UserError(f"--slurm time={options['time']}: at least {SHORTEST} minutes; the last 2 are for saving")
+    return options
+
+
+def minutes(text: str) -> float:
+    """Of a time as sbatch takes it: `90` (minutes), `m:s`, `h:m:s`, `days-h`, `days-h:m`, `days-h:m:s`."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(f"--slurm time={text}: expected minutes, h:mm:ss or days-h:mm:ss")
+    days, *parts = (int(part or 0) for part in match.groups())
+    if match[1] or match[4]:
+        hours, minutes, seconds = parts
+        return (24 * days + hours) * 60 + minutes + seconds / 60
+    return parts[0] + parts[1] / 60
+
+
+# --- the queue
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job of ours that Slurm has in its queue: its number, state, the reason why it waits, and the node."""
+
+    id: str
+    state: str
+    reason: str
+    node: str
+
+
+class Queue:
+    """What was submitted for one table or meta-training.
+
+    Args:
+        folder: of its submissions and the jobs' logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+
+    def submissions(self) -> list[dict]:
+        """`name`, `jobs` (what its tasks are about, in their order) and `number` of each, the newest last."""
+        found = [{"name": path.stem, **load_json(path)} for path in self.folder.glob("metaperturb-*.json")]
+        return sorted(found, key=lambda one: one["number"] or 0)
+
+    def tasks(self) -> dict[str, Task]:
+        """What is in Slurm's queue, by what it is about."""
+        about = {one["name"]: one["jobs"] for one in self.submissions()}
+        if not about:
+            return {}
+        listing = slurm("squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%j|%T|%r|%N")
+        found = {}
+        for line in listing.splitlines():
+            id_, name, *rest = line.strip().split("|")
+            if name in about:
+                index = id_.partition("_")[2] or "0"
+                found[about[name][int(index)]] = Task(id_, *rest)
+        return found
+
+    def log(self, job: str) -> Path | None:
+        """Of the last task that was about it."""
+        for one in reversed(self.submissions()):
+            if job in one["jobs"] and one["number"]:
+                index = f"_{one['jobs'].index(job)}" if len(one["jobs"]) > 1 else ""
+                return self.folder / f"{one['number']}{index}_0_log.out"
+        return None
+
+
+def slurm(program: str, *arguments: str) -> str:
+    """What a program of Slurm prints.
+
+    Raises:
+        UserError: it is not there, or refuses.
+    """
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        raise UserError(f"--slurm: there is no {program} here; run this on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{program}: Slurm does not answer; nothing was changed") from None
+    if done.returncode:
+        raise UserError(f"{program}: {said_by_slurm(done.stderr)}")
+    return done.stdout
+
+
+def said_by_slurm(text: str) -> str:
+    lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "failed without a word"
+
+
+# --- submitting
+
+
+def submit(
+    queue: Queue,
+    calls: Mapping[str, tuple[Callable[..., None], list[str]]],
+    needs: Mapping[str, Sequence[str]],
+    options: Mapping[str, str],
+) -> None:
+    """Submit what is not in the queue as one job array, and say so.
+
+    Args:
+        queue: of what the jobs belong to.
+        calls: what a job is about → `one_cell` or `one_node`, and its arguments.
+        needs: what it is about → those that must be done before it.
+        options: of `parse_options`.
+
+    Raises:
+        UserError: Slurm or submitit is not here, or refuses; nothing is submitted then.
+    """
+    executor = make_executor(queue, options)
+    with claim(queue.folder):
+        finish_interrupted(queue, needs)
+        tasks = queue.tasks()
+        new = {job: call for job, call in calls.items() if job not in tasks}
+        if len(new) < len(calls):
+            print(f"{len(calls) - len(new)} are in the queue already", file=sys.stderr)
+        if not new:
+            return
+        name = f"metaperturb-{queue.folder.name}-{secrets.token_hex(4)}"
+        file = queue.folder / f"{name}.json"
+        save_json({"jobs": [*new], "number": None}, file)
+        executor.update_parameters(job_name=name)
+        try:
+            with executor.batch():
+                handles = [executor.submit(*call) for call in new.values()]
+            number = handles[0].job_id.partition("_")[0]
+        except Exception as error:  # of submitit
+            file.unlink()
+            raise UserError(f"sbatch: {said_by_slurm(str(error))}; nothing was submitted") from error
+        release(queue, {"name": name, "jobs": [*new], "number": number}, {**tasks}, needs)
+    print(f"submitted {len(new)} as job {number}; --status says how far they are", file=sys.stderr)
+
+
+def make_executor(queue: Queue, options: Mapping[str, str]):
+    """The one of submitit, with what every job of ours has."""
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UserError("--slurm: there is no sbatch here; run this on a login node of the cluster, or without --slurm")
+    try:
+        import submitit
+    except ImportError:
+        raise UserError(f"--slurm needs submitit: {sys.executable} -m pip install submitit") from None
+    executor = submitit.SlurmExecutor(queue.folder)
+    more = {LONG_NAMES.get(key, key): value for key, value in options.items() if key != "array" and value != "0"}
+    # Held until it is known what waits for what; whoever is asked to save goes back into the queue by itself.
+    always = {"hold": True, "requeue": True, "kill-on-invalid-dep": "yes", "signal": f"USR1@{SAVING}"}
+    path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    executor.update_parameters(
+        time=None,  # the partition's, unless the options have it
+        wckey=None,
+        array_parallelism=int(options.get("array", 1000)),
+        stderr_to_stdout=True,
+        setup=[f"export PYTHONPATH='{path}'"],
+        additional_parameters={**more, **always},
+    )
+    return executor
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep others from submitting the same; a folder, which is made once also where there are no locks."""
+    claimed = folder / "submitting"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claimed.mkdir()
+    except FileExistsError:
+        why = "another command submits these just now, or was killed while it did: in that case remove this folder"
+        raise UserError(f"{claimed}: {why}") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write ({reason(error)})") from error
+    try:
+        yield
+    finally:
+        claimed.rmdir()
+
+
+def finish_interrupted(queue: Queue, needs: Mapping[str, Sequence[str]]) -> None:
+    """Release what a command submitted that was killed before it could."""
+    tasks = queue.tasks()
+    for one in queue.submissions():
+        if one["number"] is not None:
+            continue
+        if mine := [tasks[job] for job in one["jobs"] if job in tasks]:
+            release(queue, {**one, "number": mine[0].id.partition("_")[0]}, tasks, needs)
+        else:  # Slurm never got it
+            (queue.folder / f"{one['name']}.json").unlink()
+
+
+def release(queue: Queue, one: Mapping, tasks: Mapping[str, Task], needs: Mapping[str, Sequence[str]]) -> None:
+    """Tell Slurm what waits for what, and let it begin."""
+    number, jobs = one["number"], one["jobs"]
+    array = len(jobs) > 1
+    ids = {job: task.id for job, task in tasks.items()}
+    ids |= {job: f"{number}_{index}" if array else number for index, job in enumerate(jobs)}
+    waiting: dict[str, list[int]] = {}
+    for index, job in enumerate(jobs):
+        if before := [ids[need] for need in needs.get(job, ()) if need in ids]:
+            waiting.setdefault(":".join(before), []).append(index)
+    try:
+        for before, indices in waiting.items():
+            which = f"{number}_[{','.join(map(str, indices))}]" if array else number
+            slurm("scontrol", "update", f"JobId={which}", f"Dependency=afterok:{before}")
+        slurm("scontrol", "release", number)
+    except BaseException:
+        with contextlib.suppress(UserError):
+            slurm("scancel", number)
+        raise
+    save_json({"jobs": jobs, "number": number}, queue.folder / f"{one['name']}.json")
+
+
+# --- on a node
+
+
+def one_cell(arguments: list[str]) -> None:
+    """A job of a table: these arguments of make_tables.py."""
+
+    def work() -> int:
+        import make_tables
+
+        return make_tables.main(arguments)
+
+    attempt(work)
+
+
+def one_node(arguments: list[str]) -> None:
+    """A node's share of a meta-training: torchrun with these arguments, the nodes meeting on the first of them.
+
+    Args:
+        arguments: how many nodes there must be, and torchrun's own.
+    """
+    least, *arguments = arguments
+    number = os.environ["SLURM_JOB_ID"]
+    nodes = slurm("scontrol", "--oneliner", "show", "node", os.environ["SLURM_JOB_NODELIST"])
+    addresses = re.findall(r"\bNodeAddr=(\S+)", nodes)
+    if len(addresses) < int(least):
+        sys.exit(f"error: {least} nodes were asked for, job {number} has {len(addresses)}: {', '.join(addresses)}")
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", number, "--nnodes", str(len(addresses))]
+    meeting += ["--rdzv-endpoint", f"{addresses[0]}:{20000 + int(number) % 10000}"]
+
+    def work() -> int:
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing import SignalException
+
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which torchrun passes on
+        try:
+            run.main([*meeting, *arguments])
+        except SignalException as stop:  # its processes have saved
+            return 128 + stop.sigval
+        return 0
+
+    attempt(work)
+
+
+def attempt(work: Callable[[], int]) -> None:
+    """Do it; what was asked to stop, and saved, goes back into the queue."""
+    for number in STOPPING:
+        signal.signal(number, raise_stopped)
+    try:
+        code = work()
+    except Stopped as stop:
+        code = 128 + stop.number
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # Slurm ends what is requeued
+    if code - 128 in STOPPING and os.environ.get("SLURM_PROCID", "0") == "0":
+        id_ = os.environ["SLURM_JOB_ID"]
+        if slurm("squeue", "--noheader", "--jobs", id_, "--states", "RUNNING", "--format", "%i").strip():
+            print("stopped and saved; back into the queue", file=sys.stderr, flush=True)
+            slurm("scontrol", "requeue", id_)
+        else:
+            print("cancelled; what is saved stays", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def wait_for(path: Path) -> None:
+    """Until a file that another node has written is seen on this one.
+
+    Raises:
+        UserError: it is not within a minute.
+    """
+    end = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UserError(f"{path}: is not there, though what makes it is done; do all nodes see this folder?")
+        time.sleep(1.0)
+
+
+# --- how far it is
+
+
+def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequence[str]) -> None:
+    """A line for each job that is not done, and one for all.
+
+    Args:
+        title: of the last line.
+        queue: what was submitted of them, if anything was.
+        jobs: those not done, and what they need.
+        finished: ids of others that are done.
+    """
+    tasks = queue.tasks()
+    submitted = {job for one in queue.submissions() for job in one["jobs"]}
+    done = [*finished, *(job.id for job in jobs if job.done)]
+    failed = {job.id for job in jobs if job.id in submitted and not job.done and job.id not in tasks}
+    count = dict.fromkeys(("running", "waiting", "failed", "to do"), 0)
+    for job in jobs:
+        if job.done:
+            continue
+        step = last_step(job.run_dir)
+        task = tasks.get(job.id)
+        begun = f" (step {step} of {job.config.steps})" if step else ""
+        if task is not None and task.state in ("RUNNING", "COMPLETING", "CONFIGURING"):
+            state, more = "running", f"step {step} of {job.config.steps} (job {task.id} on {task.node})"
+        elif task is not None:
+            never = "; it may never start so: scancel it, and submit it with other options"
+            why = never if task.reason.startswith(NEVER) and task.reason != "Dependency" else ""
+            state, more = "waiting", f"Slurm says {task.reason} (job {task.id}){begun}{why}"
+        elif job.id in failed:
+            lost = [need for need in job.needs if need in failed]
+            log = queue.log(job.id)
+            if log is not None and log.exists():
+                state, more = "failed", f"{last_line(log)}{begun} (log: {log})"
+            else:
+                why = f"because {lost[0]} failed or was cancelled" if lost else "because it was cancelled"
+                state, more = "failed", f"not run, {why}"
+        else:
+            state, more = "to do", begun.strip()
+        count[state] += 1
+        print(f"{state:8}{job.id}{': ' if more else ''}{more}")
+    states = ", ".join(f"{number} {state}" for state, number in count.items() if number or state != "to do")
+    left = time_left([job for job in jobs if not job.done and job.id not in failed], max(1, count["running"]))
+    print(f"{title}: {len(done)} done, {states}" + (f"; {left}" if sum(count.values()) else ""))
+    if failed:
+        print("the same command with --slurm submits what failed again; what is saved of it stays", file=sys.stderr)
+
+
+def time_left(jobs: Sequence[Job], at_once: int) -> str:
+    """By the pace of what has begun, if as many go on running as now."""
+    work, pace = [], []  # steps and seconds a step, in the unit of `Job.weight`
+    for job in jobs:
+        step, lines = last_step(job.run_dir), read_metrics(job.run_dir)
+        work.append(job.weight * max(0, job.config.steps - step))
+        pace.append(lines[-1]["seconds"] / step / job.weight if step else None)
+    if not (known := [each for each in pace if each is not None]):
+        return "time left not known yet"
+    usual = statistics.median(known)
+    seconds = sum(steps * (usual if own is None else own) for steps, own in zip(work, pace, strict=True))
+    return f"about {clock(seconds / at_once)} left, {at_once} at a time"
+
+
+def last_step(run_dir: Path) -> int:
+    """The step that the newest line of a run's metrics is of; 0 before the first."""
+    lines = read_metrics(run_dir)
+    return lines[-1]["step"] if lines else 0
+
+
+# --- ./run.sh src --slurm
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings")
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    return run_program(lambda: meta_train(arguments), show_traceback=arguments.traceback)
+
+
+def meta_train(arguments: argparse.Namespace) -> None:
+    """Submit a meta-training, or say how far it is."""
+    settings = {field.name for field in dataclasses.fields(MetaTrainConfig)} - {"gpus"}
+    own = [word for word in arguments.slurm or () if word.partition("=")[0] in settings]
+    options = parse_options([word for word in arguments.slurm or () if word not in own])
+    config = load_config(MetaTrainConfig, arguments.config, [*arguments.set, *own])
+    run_dir = Path(config.run_dir).absolute()
+    job = Job(run_dir.name, "meta_train", config, record=run_dir / "result.json")
+    queue = Queue(run_dir.parent / "slurm" / run_dir.name)
+    if arguments.status:
+        return tell_status(run_dir.name, queue, [job], [])
+    least, _, most = options.get("nodes", "1").partition("-")  # nodes=1-2: with one, where there are not two
+    nodes, gpus = int(most or least), int(options.get("gpus", 0))
+    if nodes > config.tasks:
+        raise UserError(f"--slurm nodes={nodes}: there are {config.tasks} tasks, and each node needs one")
+    if gpus > (busy := config.tasks // nodes):
+        print(f"{config.tasks} tasks keep {busy} GPUs of a node busy: asking for gpus={busy}", file=sys.stderr)
+        gpus = busy
+    if gpus:
+        config = dataclasses.replace(config, gpus=",".join(map(str, range(gpus))))
+        options["gpus"] = str(gpus)
+    processes = config.gpus.count(",") + 1
+    identity.check_folder(config, "meta_train")
+    if job.done:
+        print(f"{run_dir}: already finished", file=sys.stderr)
+        return None
+    load_tasks(config)  # whatever is wrong with the data is said now
+    save_yaml(dataclasses.asdict(config), queue.folder / SETTINGS)
+    call = [least, "--nproc-per-node", str(processes), "--max-restarts", str(RESTARTS)]
+    call += ["--rdzv-conf", f"keep_alive_max_attempt={HEARTBEATS}"]
+    call += ["-m", "metaperturb.meta_train", "--config", str(queue.folder / SETTINGS)]
+    submit(queue, {job.id: (one_node, call)}, {}, {"nodes": "1", **options})
+    return None

@@ -1,0 +1,236 @@
+"""What is submitted to Slurm, once, and what is said when Slurm refuses: with stand-ins for its programs."""
+
+import re
+import sys
+from pathlib import Path
+
+import cluster
+import make_tables
+import pytest
+from grid_files import write_grid
+from tables.grid import Grid
+from test_experiments import CELLS, parsed, run_experiment
+
+from metaperturb.errors import UserError
+
+pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
+
+# A queue in a file: a line a task, as squeue prints it. What `refuses` names ends with what is in that file.
+STAND_IN = f"""#!{sys.executable} -S
+import pathlib, re, sys
+here = pathlib.Path(sys.argv[0]).parent
+name, queue, said = pathlib.Path(sys.argv[0]).name, here / "queue", here / "said"
+said.open("a").write(" ".join([name, *sys.argv[1:]]) + "\\n")
+if (here / ("refuses-" + name)).exists():
+    sys.exit((here / ("refuses-" + name)).read_text())
+lines = queue.read_text().splitlines() if queue.exists() else []
+if name == "sbatch":
+    script = pathlib.Path(sys.argv[1]).read_text()
+    (here / "script").write_text(script)
+    number = 1 + sum(line.startswith("sbatch") for line in said.read_text().splitlines())
+    array = re.search(r"--array=0-(\\d+)", script)
+    ids = [f"{{number}}_{{i}}" for i in range(int(array[1]) + 1)] if array else [str(number)]
+    lines += [f"{{id_}}|{{re.search('--job-name=(.*)', script)[1]}}|PENDING|JobHeldUser|" for id_ in ids]
+    print("Submitted batch job", number)
+if name == "scancel":
+    lines = [line for line in lines if not line.startswith(sys.argv[1])]
+if name == "squeue":
+    print(*lines, sep="\\n", end="")
+queue.write_text("\\n".join(lines))
+"""
+
+
+class StandIn:
+    """Where the stand-ins are, and what they were called with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("sbatch", "squeue", "scontrol", "scancel", "srun"):
+            (folder / name).write_text(STAND_IN)
+            (folder / name).chmod(0o755)
+
+    def said(self, program: str) -> list[str]:
+        return [line for line in (self.folder / "said").read_text().splitlines() if line.startswith(program)]
+
+    def refuse(self, program: str, words: str | None) -> None:
+        file = self.folder / f"refuses-{program}"
+        file.unlink() if words is None else file.write_text(words)
+
+    def change(self, *pairs: str) -> None:
+        """Of lines of the queue."""
+        queue = self.folder / "queue"
+        text = queue.read_text()
+        for pattern, replacement in zip(pairs[::2], pairs[1::2], strict=True):
+            text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+        queue.write_text(text)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> StandIn:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return StandIn(folder)
+
+
+@pytest.fixture
+def path(tmp_path, image_folder) -> Path:
+    return write_grid(tmp_path / "configs", CELLS.replace("IMAGES", str(image_folder)))
+
+
+def submitted(tmp_path: Path) -> list[dict]:
+    return cluster.Queue(tmp_path / "runs" / "slurm" / "small" / "paper").submissions()
+
+
+def test_cells_are_submitted_once_behind_what_they_need(slurm, path, tmp_path, capsys):
+    command = parsed(path, tmp_path, "--slurm", "partition=gpu", "gpus=1", "time=1:00:00", "array=3", "--seeds", "0")
+    run_experiment(command)
+    assert "submitted 4 as job 2" in capsys.readouterr().err
+    (one,) = submitted(tmp_path)
+    assert [job.partition("-")[0] for job in one["jobs"]] == ["phi", "base", "metaperturb", "dropout"]
+    script = (slurm.folder / "script").read_text()
+    for words in ("array=0-3%3", "gpus-per-node=1", "partition=gpu", "time=1:00:00", "hold", "requeue"):
+        assert f"#SBATCH --{words}\n" in script
+    assert f"#SBATCH --signal=USR1@{cluster.SAVING}\n" in script
+    assert slurm.said("scontrol") == ["scontrol update JobId=2_[2] Dependency=afterok:2_0", "scontrol release 2"]
+    run_experiment(command)
+    assert "4 are in the queue already" in capsys.readouterr().err
+    more = parsed(path, tmp_path, "--slurm", "--rows", "MetaPerturb")  # another seed of what needs the same φ
+    run_experiment(more)
+    assert "2 are in the queue already" in capsys.readouterr().err and len(slurm.said("sbatch")) == 2
+    assert slurm.said("scontrol")[2:] == ["scontrol update JobId=3 Dependency=afterok:2_0", "scontrol release 3"]
+
+
+def test_killed_before_it_could_release_the_next_command_does(slurm, path, tmp_path, capsys, monkeypatch):
+    command = parsed(path, tmp_path, "--slurm", "--seeds", "0")
+    with monkeypatch.context() as killed:
+        killed.setattr(cluster, "release", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run_experiment(command)
+    assert [one["number"] for one in submitted(tmp_path)] == [None] and not slurm.said("scontrol")
+    run_experiment(command)
+    assert "4 are in the queue already" in capsys.readouterr().err and len(slurm.said("sbatch")) == 1
+    assert slurm.said("scontrol") == ["scontrol update JobId=2_[2] Dependency=afterok:2_0", "scontrol release 2"]
+    assert [one["number"] for one in submitted(tmp_path)] == ["2"]
+    (tmp_path / "runs" / "slurm" / "small" / "paper" / "submitting").mkdir()  # as a kill in between leaves it
+    with pytest.raises(UserError, match="another command submits these just now, or was killed"):
+        run_experiment(command)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "said"),
+    [
+        ("sbatch", "sbatch: error: invalid partition specified: nope", "invalid partition specified: nope; nothing"),
+        ("scontrol", "scontrol: error: Invalid user id", "scontrol: Invalid user id"),
+        ("squeue", "slurm_load_jobs error: Unable to contact slurm controller", "Unable to contact slurm controller"),
+    ],
+)
+def test_what_slurm_refuses_is_a_sentence_and_nothing_is_lost(slurm, path, tmp_path, capsys, program, words, said):
+    command = parsed(path, tmp_path, "--slurm", "partition=nope", "--seeds", "0")
+    if program == "squeue":  # which is asked once something was submitted
+        run_experiment(command)
+    slurm.refuse(program, words)
+    with pytest.raises(UserError) as error:
+        run_experiment(command)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    slurm.refuse(program, None)
+    capsys.readouterr()
+    run_experiment(command)
+    assert ("in the queue already" if program == "squeue" else "submitted 4 as job") in capsys.readouterr().err
+    assert len((slurm.folder / "queue").read_text().splitlines()) == 4  # what could not be released was cancelled
+
+
+def test_without_slurm_or_submitit_it_is_said(path, tmp_path, monkeypatch, slurm):
+    command = parsed(path, tmp_path, "--slurm", "--seeds", "0")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"--slurm needs submitit: .*python.* -m pip install submitit"):
+        run_experiment(command)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="there is no sbatch here; run this on a login node"):
+        run_experiment(command)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gpus=one"], "--slurm gpus=one: expected a whole number"),
+        (["partition"], "--slurm partition: expected KEY=VALUE"),
+        (["time=soon"], "--slurm time=soon: expected minutes, h:mm:ss or days-h:mm:ss"),
+        (["time=5"], "--slurm time=5: at least 10 minutes; the last 2 are for saving"),
+        (["time=0:09:30"], "at least 10 minutes"),
+    ],
+)
+def test_a_wrong_word_is_one_line(words, said):
+    with pytest.raises(UserError, match=said):
+        cluster.parse_options(words)
+
+
+def test_times_are_those_of_sbatch():
+    texts = {"90": 90, "90:30": 90.5, "1:30:00": 90, "2-1": 2940, "1-02:30": 1590, "1-02:30:30": 1590.5}
+    assert {text: cluster.minutes(text) for text in texts} == texts
+
+
+def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys):
+    run_experiment(parsed(path, tmp_path, "--status"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:-1]] == [["to", "do"]] * 7  # φ and six cells; Slurm is not asked
+    assert lines[-1] == "small paper: 0 done, 0 running, 0 waiting, 0 failed, 7 to do; time left not known yet"
+    assert not (slurm.folder / "said").exists()
+    run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0"))
+    base, meta = (Grid(path).cell(row, "Bugs", 0).id for row in ("Base", "MetaPerturb"))
+    run_dir = tmp_path / "runs" / "small" / "paper" / base
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text('{"step": 2, "seconds": 10.0}\n')
+    slurm.change(
+        r"^(2_1.*)PENDING\|JobHeldUser\|$", r"\1RUNNING|None|n0",
+        r"^(2_3.*)\|JobHeldUser\|$", r"\1|PartitionTimeLimit|",
+        r"^2_[02].*\n", "",  # φ failed, which cancelled what needs it
+    )  # fmt: skip
+    folder = tmp_path / "runs" / "slurm" / "small" / "paper"
+    (folder / "2_0_0_log.out").write_text("error: no luck\nsrun: error: n0: task 0: Exited with exit code 1\n")
+    capsys.readouterr()
+    run_experiment(parsed(path, tmp_path, "--status", "--seeds", "0"))
+    first, second, third, fourth, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("failed  phi-") and f": no luck (log: {folder / '2_0_0_log.out'})" in first
+    assert second == f"running {base}: step 2 of 6 (job 2_1 on n0)"
+    assert third.startswith(f"failed  {meta}: not run, because phi-") and third.endswith(" failed or was cancelled")
+    assert "waiting dropout--" in fourth and "PartitionTimeLimit (job 2_3); it may never start so: scancel it" in fourth
+    # 4 steps of Base and 6 of Dropout at 5 s
+    assert last == "small paper: 0 done, 1 running, 1 waiting, 2 failed; about 0:50 left, 1 at a time"
+    run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0"))
+    assert submitted(tmp_path)[-1]["jobs"] == [first.split()[1].strip(":"), meta]
+
+
+def src(tmp_path: Path, source_settings: list[str], *words: str) -> int:
+    return make_tables.main(["src", "--set", *source_settings, f"run_dir={tmp_path / 'src'}", *words])
+
+
+def test_a_meta_training_asks_for_no_more_than_its_tasks_keep_busy(slurm, source_settings, tmp_path, capsys):
+    assert src(tmp_path, source_settings, "--slurm", "nodes=2", "gpus=8", "steps=7") == 0
+    assert "5 tasks keep 2 GPUs of a node busy: asking for gpus=2" in capsys.readouterr().err
+    script = (slurm.folder / "script").read_text()
+    for words in ("nodes=2", "gpus-per-node=2"):
+        assert f"#SBATCH --{words}\n" in script
+    settings = (tmp_path / "slurm" / "src" / "settings.yaml").read_text()
+    assert "gpus: 0,1\n" in settings and "steps: 7\n" in settings
+    assert src(tmp_path, source_settings, "--slurm", "nodes=2", "gpus=8", "steps=7") == 0
+    assert "1 are in the queue already" in capsys.readouterr().err
+    assert src(tmp_path, source_settings, "--slurm", "nodes=6") == 1
+    assert "--slurm nodes=6: there are 5 tasks, and each node needs one" in capsys.readouterr().err
+    assert src(tmp_path, source_settings, "steps=7", "--status") == 0
+    assert "waiting src: Slurm says JobHeldUser (job 2)" in capsys.readouterr().out
+
+
+def test_fewer_nodes_than_asked_for_is_a_sentence(slurm, monkeypatch, tmp_path):
+    (slurm.folder / "scontrol").write_text("#!/bin/sh\necho NodeName=n0 NodeAddr=10.0.0.1 Port=1\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n0")
+    with pytest.raises(SystemExit, match=r"error: 2 nodes were asked for, job 7 has 1: 10.0.0.1"):
+        cluster.one_node(["2", "-m", "metaperturb.meta_train"])
+
+
+def test_what_a_node_does_not_see_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster, "SHARED_FOLDER_SECONDS", 0)
+    with pytest.raises(UserError, match="is not there, though what makes it is done; do all nodes see"):
+        cluster.wait_for(tmp_path / "result.json")
