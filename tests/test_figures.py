@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import matplotlib
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from tables.results import write_record
 
@@ -465,3 +467,13 @@ def test_curves_of_one_evaluation(tmp_path):
         rgb = tuple(bytes.fromhex(color[1:]))
         panels = image.convert("RGB").crop((0, 0, image.width, int(0.8 * image.height)))  # without the legend
         assert sum(n for n, pixel in panels.getcolors(1 << 24) if pixel == rgb) > 50
+
+
+def test_a_figure_gives_the_same_files_and_a_suffix_is_one_format(tmp_path):
+    for name in ("a", "b", "one.png"):
+        with matplotlib.rc_context(plots.STYLE):
+            figure = Figure()
+            figure.subplots().plot([1, 2])
+            plots.save_figure(figure, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg", "one.png"]
+    assert all((tmp_path / f"a{s}").read_bytes() == (tmp_path / f"b{s}").read_bytes() for s in plots.FORMATS)

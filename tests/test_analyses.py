@@ -1,0 +1,357 @@
+"""Analyses of finished runs: that results are kept and continued; calibration, loss surfaces, scales and noise."""
+
+import copy
+import dataclasses
+import json
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from image_files import refusal, refused
+from torch import nn
+
+import metaperturb.meta_test as program
+from metaperturb import methods, models, plots
+from metaperturb.analyses import calibration, robustness, surface
+from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
+from metaperturb.analyses.robustness import Attack, check_attack, measure_robustness, robustness_curves
+from metaperturb.analyses.scales import _spread, learned_scales, noise_spread
+from metaperturb.analyses.surface import Plane, filter_normalized_directions, loss_surface
+from metaperturb.config import MetaTestConfig, load_config
+from metaperturb.data.arrays import from_memory
+from metaperturb.evaluation import expected_calibration_error
+from metaperturb.perturbation import MetaPerturb, PerturbSite
+from metaperturb.randomness import numpy_generator
+from metaperturb.trained import load_run
+from metaperturb.weights import save_phi
+
+SAMPLING = Sampling(counts=(1, 3, 6), batch_size=64)
+PLANE = Plane(reach=0.5, points=3, images=40, batch_size=20, draws=2)
+ATTACK = Attack(linf=(0.0, 0.05, 0.15), l2=(0.5,), l1=(4.0,), steps=3, draws=2, samples=3, images=24, batch_size=16)
+# module, analysis, settings; what saves a part, parts in all
+ANALYSES = {
+    "calibration": (calibration, measure_calibration, SAMPLING, "save_tensors", 5),
+    "robustness": (robustness, measure_robustness, ATTACK, "save_json", 15),
+    "surface": (surface, loss_surface, PLANE, "save_json", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(trained_runs):
+    return {method: load_run(folder) for method, folder in trained_runs.items()}
+
+
+@pytest.fixture(params=ANALYSES)
+def analysis(request):
+    """Module, analysis, settings; what saves a part, parts in all."""
+    if request.param == "robustness":
+        pytest.importorskip("foolbox", reason="foolbox is not installed (./run.sh test installs it)")
+    return ANALYSES[request.param]
+
+
+def comparable(found):
+    """Without the times."""
+    if isinstance(found, dict):
+        return {key: comparable(value) for key, value in found.items() if not key.startswith("seconds")}
+    return [comparable(value) for value in found] if isinstance(found, list) else found
+
+
+# --- results are kept, continued, and taken for no others
+
+
+def test_results_are_kept_and_those_of_something_else_refused(analysis, trained_runs, tmp_path, capsys):
+    _, measure, settings, *_ = analysis
+    base, perturbed = (lambda name=name: load_run(trained_runs[name]) for name in ("base", "metaperturb"))
+    first, again = (measure(perturbed(), settings, tmp_path / name) for name in "ab")
+    other_seed = dataclasses.replace(settings, seed=1)
+    assert comparable(first) == comparable(again) != comparable(measure(perturbed(), other_seed, tmp_path / "c"))
+    assert first["method"] == "metaperturb" and first == json.loads((tmp_path / "a").read_text())
+    before = (tmp_path / "a").stat().st_mtime_ns
+    capsys.readouterr()
+    assert measure(perturbed(), settings, tmp_path / "a") == first
+    assert (tmp_path / "a").stat().st_mtime_ns == before and "step" not in capsys.readouterr().err
+    refused(r"settings\.seed: 0 → 1.*remove it", measure, perturbed(), other_seed, tmp_path / "a")
+    refused("network: .*method: metaperturb → base", measure, base(), settings, tmp_path / "a")
+    for content, said in (("[]", "holds no results of an analysis; remove it"), ("{", "remove it")):
+        (tmp_path / "a").write_text(content)
+        refused(said, measure, perturbed(), settings, tmp_path / "a")
+
+
+def test_cut_off_and_continued(analysis, trained_runs, tmp_path, monkeypatch, capsys):
+    module, measure, settings, name, parts = analysis
+    whole = measure(load_run(trained_runs["metaperturb"]), settings, tmp_path / "whole.json")
+    save, saved = getattr(module, name), []
+
+    def save_and_stop(content, path):
+        save(content, path)
+        saved.append(path)
+        if len(saved) == parts - 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(module, name, save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure(load_run(trained_runs["metaperturb"]), settings, tmp_path / "cut.json")
+    continued = measure(load_run(trained_runs["metaperturb"]), settings, tmp_path / "cut.json")
+    assert len(saved) == parts and comparable(continued) == comparable(whole)  # nothing twice
+    assert "metaperturb: step " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.json", "whole.json"]
+
+
+class Scaled(nn.Module):
+    def __init__(self, model, factor):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x):
+        return self.factor * self.model(x)
+
+
+def test_a_network_that_is_not_finite(analysis, runs, tmp_path):
+    _, measure, settings, *_ = analysis
+    broken = dataclasses.replace(runs["base"], model=Scaled(copy.deepcopy(runs["base"].model), math.inf))
+    message = refusal(measure, broken, settings, tmp_path / "broken.json")
+    assert "not finite" in message and str(broken.dir) in message and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "said"),
+    [
+        (Attack, "linf=-0.1", "linf: must be at least 0, got -0.1"),
+        (Attack, "l2=nan", "l2: must be finite, got nan"),
+        *((Attack, f"{key}=0", f"{key}: must be at least 1, got 0") for key in ("steps", "draws", "samples", "images")),
+        (Attack, "step_size=0", "step_size: must be at least 1e-06, got 0.0"),
+        (Attack, "linf=384/255", "linf: ε = 1.50588 is beyond 1,"),
+        (Attack, "l2=21", "l2: ε = 21 is beyond 20.78"),
+        (Attack, "l1=433", "l1: ε = 433 is beyond 432,"),
+        (Attack, "images=201", "images: folder-test has 200, got 201"),
+        (Attack, "linf= l2= l1=", "no ε is given"),
+        (Sampling, "counts=", "counts: none is given"),
+        (Sampling, "counts=0,5", "counts: must be at least 1"),
+        (Sampling, "batch_size=0", "batch_size: must be at least 1"),
+        (Plane, "points=4", "points: must be odd"),
+        (Plane, "points=1", "points: must be at least 3"),
+        (Plane, "reach=0", "reach: must be at least"),
+        (Plane, "reach=nan", "reach: must be finite"),
+        (Plane, "draws=0", "draws: must be at least 1"),
+        (Plane, "images=1", "images: must be at least 2"),
+    ],
+)
+def test_bad_settings(runs, kind, setting, said):
+    assert said in refusal(lambda: check_attack(runs["base"], load_config(kind, None, setting.split())))
+
+
+def test_results_that_cannot_be_compared(runs, tmp_path):
+    for measure, settings, curves in (
+        (measure_calibration, SAMPLING, calibration_curves),
+        (measure_robustness, dataclasses.replace(ATTACK, linf=(0.0,), l2=(), l1=()), robustness_curves),
+    ):
+        if measure is measure_robustness:
+            pytest.importorskip("foolbox")
+        result = measure(runs["base"], settings, tmp_path / f"{measure.__name__}.json")
+        other, longer = copy.deepcopy(result), copy.deepcopy(result)
+        other["target"]["fingerprint"], longer["settings"]["seed"] = "0" * 8, 50
+        for wrong, said in ((other, "target.fingerprint: "), (longer, "settings.seed: 0 → 50")):
+            message = refusal(curves, {"base": [result], "mixup": [wrong]})
+            assert f"mixup and base cannot be compared: {said}" in message
+        assert "no results" in refusal(curves, {"base": []})
+
+
+# --- calibration
+
+
+class Drawing(nn.Module):
+    """Predictions that are other for each call: remembers them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, x):
+        self.calls.append(3 * torch.randn(len(x), 10))
+        return self.calls[-1]
+
+
+def test_counts_are_means_over_disjoint_draws(runs, tmp_path):
+    network = Drawing()
+    run = dataclasses.replace(runs["metaperturb"], model=network)
+    result = measure_calibration(run, Sampling(counts=(4, 1, 6, 2), batch_size=64), tmp_path / "c.json")
+    assert [len(logits) for logits in network.calls] == [64, 64, 64, 8] * 6  # six passes over 200 images, no more
+    draws = [torch.cat(network.calls[4 * k : 4 * k + 4]).double().softmax(1) for k in range(6)]
+    labels = torch.from_numpy(run.test.labels.copy())
+    for found in result["counts"]:
+        count = found["samples"]
+        groups = [sum(draws[k : k + count]) / count for k in range(0, 6 - count + 1, count)]
+        assert len(found["accuracy"]) == len(groups) == {1: 6, 2: 3, 4: 1, 6: 1}[count]
+        for k, mean in enumerate(groups):
+            right = mean.argmax(1) == labels
+            assert found["accuracy"][k] == pytest.approx(right.double().mean().item())
+            assert found["nll"][k] == pytest.approx(-mean[range(200), labels].log().mean().item(), rel=1e-5)
+            assert found["ece"][k] == pytest.approx(expected_calibration_error(mean.amax(1), right), abs=1e-5)
+        assert found["seconds"] == pytest.approx(count * result["seconds_per_sample"])
+    bins = result["reliability"]
+    assert bins["samples"] == 6 and sum(bins["count"]) == 200
+    count, correct, confidence = (np.array(bins[key], float) for key in ("count", "accuracy", "confidence"))
+    ece = np.nansum(count * abs(correct - confidence)) / 200
+    assert ece == pytest.approx(result["counts"][-1]["ece"][0], abs=1e-6)
+    assert (np.isnan(correct) == (count == 0)).all()
+
+
+def test_calibration_of_real_runs_and_its_pictures(runs, tmp_path):
+    results = {}
+    for method, run in runs.items():
+        results[method] = [measure_calibration(run, SAMPLING, tmp_path / f"{method}.json")]
+        *_, last = counts = results[method][0]["counts"]
+        assert [c["samples"] for c in counts] == ([1, 3, 6] if method == "metaperturb" else [1])
+        if method == "metaperturb":
+            assert len(set(counts[0]["nll"])) == 6
+        else:  # what meta-testing found
+            for key in ("accuracy", "nll", "ece"):
+                assert last[key][0] == pytest.approx(run.result["metrics"][key], abs=1e-6)
+    del results["adversarial"]
+    first = results["metaperturb"][0]
+    other = copy.deepcopy(first)
+    other["counts"][-1]["ece"] = [0.5]
+    other["reliability"].update(count=[0] * 14 + [100], confidence=[None] * 14 + [0.9], accuracy=[None] * 14 + [1.0])
+    results["metaperturb"].append(other)
+    curves = calibration_curves(results)
+    assert curves["metaperturb"]["ece"] == [first["counts"][-1]["ece"][0], 0.5]
+    values, one = np.array(first["counts"][0]["accuracy"]), curves["metaperturb"]["counts"][0]
+    assert one["accuracy"] == pytest.approx([values.mean()] * 2)
+    assert one["accuracy_scatter"] == pytest.approx([values.std()] * 2)
+    bins, pooled = first["reliability"], curves["metaperturb"]["reliability"]
+    assert sum(pooled["count"]) == 300 and pooled["count"][-1] == bins["count"][-1] + 100
+    expected = ((bins["accuracy"][-1] or 0) * bins["count"][-1] + 100) / pooled["count"][-1]
+    assert pooled["accuracy"][-1] == pytest.approx(expected)
+    with mock.patch.object(plots, "save_figure"):  # test_figures.py renders them
+        for plot, header, lines in (
+            (plots.plot_reliability, "name,bin,count,confidence,accuracy", 30),
+            (plots.plot_samples, "name,samples,accuracy,accuracy_scatter,ece,ece_scatter,nll,seconds,seeds", 4),
+        ):
+            plot(curves, "drawn", tmp_path / "drawn")
+            found = (tmp_path / "drawn.csv").read_text().splitlines()
+            assert found[0] == header and len(found) == 1 + lines
+    plots.plot_samples({"base": curves["base"]}, "drawn", tmp_path / "alone")  # nothing to compare counts with
+
+
+# --- loss surfaces
+
+
+def test_directions_have_the_filters_norms(runs):
+    model = runs["metaperturb"].model
+    first, second = filter_normalized_directions(model, torch.Generator().manual_seed(0))
+    parameters = dict(model.named_parameters())
+    assert first.keys() == {name for name, p in parameters.items() if name.endswith("weight") and p.dim() > 1}
+    for name, part in [*first.items(), *second.items()]:
+        torch.testing.assert_close(part.flatten(1).norm(dim=1), parameters[name].detach().flatten(1).norm(dim=1))
+    other, _ = filter_normalized_directions(model, torch.Generator().manual_seed(1))
+    for name in first:
+        assert not torch.equal(first[name], other[name]) and not torch.equal(first[name], second[name])
+
+
+def test_a_network_moves_alike_under_every_method():
+    torch.manual_seed(0)
+    plain = models.create("resnet8", 5, 16)
+    with_parameters = copy.deepcopy(plain)
+    arrays = from_memory("black", np.zeros((5, 3, 16, 16), dtype=np.uint8), np.arange(5), "abcde")
+    methods.create(MetaTestConfig(method="info_dropout")).prepare(with_parameters, arrays)
+    of_plain, of_other = (
+        filter_normalized_directions(model, torch.Generator().manual_seed(0)) for model in (plain, with_parameters)
+    )
+    for direction, longer in zip(of_plain, of_other, strict=True):
+        assert longer.keys() > direction.keys()
+        assert all(torch.equal(part, longer[name]) for name, part in direction.items())
+
+
+@pytest.mark.parametrize("name", ["base", "metaperturb"])
+def test_the_middle_is_the_network_itself(trained_runs, name, tmp_path):
+    content = loss_surface(load_run(trained_runs[name]), PLANE, tmp_path / "surface.json")
+    assert content["coordinates"] == [-0.5, 0.0, 0.5] and np.array(content["loss"]).shape == (3, 3)
+    run = load_run(trained_runs[name])  # the loss in the middle once more, by the book
+    order = numpy_generator(PLANE.seed, 0, "order_train", 0).permutation(len(run.train))
+    chosen = torch.tensor(sorted(order[: PLANE.images]))
+    for module in run.model.modules():
+        if isinstance(module, nn.BatchNorm2d | PerturbSite):
+            module.train()
+    torch.manual_seed(PLANE.seed)
+    losses = []
+    for part in chosen.split(20):
+        x = torch.from_numpy(run.train.images[part.numpy()]).float() / 127.5 - 1
+        y = torch.from_numpy(run.train.labels[part.numpy()])
+        with torch.no_grad():
+            draws = PLANE.draws if name == "metaperturb" else 1
+            losses += [F.cross_entropy(run.model(x), y).item() for _ in range(draws)]
+    assert content["loss"][1][1] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert content["loss"][0][0] != content["loss"][1][1]
+
+
+# --- scales and noise
+
+
+@pytest.fixture(scope="module")
+def perturbed(target_settings, tmp_path_factory):
+    """Runs of MetaPerturb with and without its parts, by a φ whose numbers are not small."""
+    folder, phi = tmp_path_factory.mktemp("runs"), MetaPerturb()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        phi.flat.normal_(0, 0.2)
+    save_phi(phi, folder / "phi.pt")
+    for name, changes in {"whole": (), "ungated": ("gate=false",), "noiseless": ("noise=false",)}.items():
+        settings = [*target_settings, f"phi={folder / 'phi.pt'}", *changes, "steps=4", f"run_dir={folder / name}"]
+        with mock.patch.object(plots, "save_figure"):  # each would render its curves
+            assert program.main(["--set", *settings]) == 0
+    return folder
+
+
+def test_scales_are_those_that_evaluation_uses(perturbed):
+    run, used = load_run(perturbed / "whole"), {}
+    for spec, site in zip(run.model.metaperturb.specs, run.model.metaperturb.sites, strict=True):
+        site.register_forward_hook(lambda site, args, out, name=spec.name: used.update({name: site.scale(args[0])}))
+    with torch.no_grad():
+        run.model(torch.randn(2, 3, 12, 12))
+    found = learned_scales(run)
+    assert {place["site"]: place["channels"] for place in found} == {"layer1.0": 16, "layer2.0": 32, "layer3.0": 64}
+    for place in found:
+        assert place["s"] == pytest.approx(used[place["site"]].tolist())
+        assert len(place["s"]) == place["channels"] and all(0 <= s <= 1 for s in place["s"])
+
+
+def test_the_spread_of_the_noise_is_that_of_many_draws(perturbed):
+    run = load_run(perturbed / "whole")
+    sites = run.model.metaperturb.sites
+    seen = {}
+    for site in sites:
+        site.register_forward_hook(lambda site, args, out: seen.update({site: args[0]}))
+    found = noise_spread(run, images=1)
+    assert [len(spread) for spread in found] == [16, 32, 64]
+    generator = torch.Generator().manual_seed(0)
+    for site, spread in zip(sites, found, strict=True):
+        mu = site.phi.noise_mean(seen[site]).detach().double()
+        z = F.softplus(mu + torch.randn(3000, *mu.shape, generator=generator, dtype=torch.float64))
+        expected = (z.std(dim=0) / z.mean(dim=0)).mean(dim=(0, 2, 3))
+        torch.testing.assert_close(torch.tensor(spread).double(), expected, rtol=0, atol=1e-2)
+        assert expected.std() > 1e-3
+    # At μ = 0 by another rule: the trapezoid over ±9 standard deviations.
+    with torch.no_grad():
+        sites[0].phi.flat[:36].zero_()
+    x = torch.linspace(-9, 9, 20001, dtype=torch.float64)
+    z, density = F.softplus(x), (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
+    mean, square = (torch.trapezoid(density * value, x) for value in (z, z.square()))
+    spreads = np.concatenate(noise_spread(run))
+    assert spreads == pytest.approx(((square - mean.square()).sqrt() / mean).item(), abs=1e-5)
+    assert spreads == pytest.approx(0.65, abs=0.005)  # as its description says
+    assert not np.concatenate(noise_spread(load_run(perturbed / "noiseless"))).any()
+
+
+@pytest.mark.parametrize("mu", [-45.0, -104.0, -1e4])
+def test_the_spread_far_below_zero_is_its_limit(mu):
+    """There z = exp(μ + ε), log-normal, whose relative standard deviation is √(e − 1) for whatever μ."""
+    assert _spread(torch.full((1, 1, 2, 1), mu)) == pytest.approx([math.sqrt(math.e - 1)], abs=1e-6)
+
+
+def test_runs_without_scales_are_refused(runs, perturbed):
+    assert "method base" in refusal(learned_scales, runs["base"])
+    assert "gate=false" in refusal(learned_scales, load_run(perturbed / "ungated"))
