@@ -229,12 +229,12 @@ def test_a_step_ahead_is_differentiated_as_with_the_plain_operators():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
 
-def test_only_the_feature_map_is_kept_for_the_backward_pass():
+def test_the_feature_map_and_a_byte_a_value_are_kept_for_the_backward_pass():
     site, h = PerturbSite(make_phi(torch.float32), 8), torch.randn(4, 8, 16, 16, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         site(h)
-    assert h.nbytes <= sum(kept) < 1.1 * h.nbytes
+    assert h.nbytes <= sum(kept) < 1.1 * (h.nbytes + 1.2 * h.numel())  # rows of 16 with a byte between them
 
 
 def test_activation_checkpointing_gives_the_same_gradients():

@@ -51,7 +51,7 @@ class _Site(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("h", "given_noise", "phi", "running_mean", "running_var", "features", "statistics", "scale"),
-                *("out", "grad_out", "grad_h", "grad_phi"),
+                *("signs", "out", "grad_out", "grad_h", "grad_phi"),
             )
         ]
     )
@@ -98,9 +98,12 @@ def forward(
 
     Returns:
         The perturbed map `[B, C, H, W]`, and what `backward` needs beside its inputs: features `[B, C, 4]` (empty in
-        evaluation), the statistics that made the scale `[2, C, 4]` (second in every backend), the scale `[C]`.
+        evaluation), the statistics that made the scale `[2, C, 4]` (second in every backend), the scale `[C]`, and in
+        training where the scale's kernels were above 0, a byte a value.
     """
     out, scratch = torch.empty(h.shape, dtype=h.dtype), _scratch(h, settings.training)
+    if settings.training and settings.gate:
+        scratch["signs"] = torch.empty(compiled().signs_size(ctypes.byref(_Site(*h.shape))), dtype=torch.uint8)
     running = {"running_mean": running_mean, "running_var": running_var}
     _run("forward", h, phi, noise, seed, settings, out=out, **running, **scratch)
     return out, *scratch.values()
@@ -121,7 +124,7 @@ def backward(
 
     `scratch` is what `forward` returned after the perturbed map.
     """
-    tensors = dict(zip(("features", "statistics", "scale"), scratch, strict=True))
+    tensors = dict(zip(("features", "statistics", "scale", "signs"), scratch, strict=False))
     tensors |= {"grad_out": grad_out.contiguous(), "grad_h": torch.empty(h.shape, dtype=h.dtype)}
     tensors["grad_phi"] = torch.empty(phi.shape, dtype=torch.float64)
     _run("backward", h, phi, noise, seed, settings, h_gradient=h_gradient, phi_gradient=phi_gradient, **tensors)
@@ -231,7 +234,7 @@ def compiled() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path} cannot be loaded ({error}); delete it to have it built again") from None
-    loaded.site_size.restype = ctypes.c_int64
+    loaded.site_size.restype = loaded.signs_size.restype = ctypes.c_int64
     if loaded.site_size() != ctypes.sizeof(_Site):
         raise Unavailable(f"{path} does not fit this interpreter")
     return loaded

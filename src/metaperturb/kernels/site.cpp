@@ -1,7 +1,7 @@
 // One perturbation site on the CPU, forward and backward, one image at a time so that it stays in cache.
 //
-// Mirrors the operators in plain.py, which are the reference, and saves none of their intermediate feature maps:
-// the backward pass computes them again, and draws the same noise again from the same seed.
+// Mirrors the operators in plain.py, which are the reference, and saves none of their intermediate feature maps but the
+// signs of one: the backward pass computes them again, and draws the same noise again from the same seed.
 //
 // Plain C++17 behind a C interface (no PyTorch headers): builds in seconds and fits every version of PyTorch.
 // Images are independent and sums over images run in a fixed order: the result does not depend on the thread count.
@@ -18,6 +18,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -47,6 +50,7 @@ struct Site {
     T *features;           // [B, C, 4], written by forward in training, read by backward
     T *statistics;         // [2, C, 4]: the mean and variance that made the scale, likewise
     T *scale;              // [C], likewise
+    uint8_t *signs;        // [signs_size]: bit k of a value says that the scale's kernel k was above 0 there; likewise
     T *out;                // [B, C, H, W]; if `relative`, the factor of mean one that plain.py describes
     const T *grad_out;     // [B, C, H, W]
     T *grad_h;             // [B, C, H, W]; without h_gradient only its direct part, which costs nothing
@@ -169,6 +173,37 @@ inline void normal_pair(uint32_t first, uint32_t second, float &n0, float &n1) {
     n1 = sign * (swap ? cosine : sine);
 }
 
+// Eight words in lanes of 64 bits, of which only the low halves count: compilers do not find the instruction that multiplies
+// those, which takes a third of the time of a product of whole lanes.
+typedef uint64_t Words __attribute__((vector_size(64)));
+typedef uint32_t Halves __attribute__((vector_size(32)));
+constexpr int WORDS = 8;
+
+inline Words widen(const uint32_t *from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return __builtin_convertvector(halves, Words);
+}
+
+inline void narrow(Words words, uint32_t *to) {
+    const Halves halves = __builtin_convertvector(words, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Words product(Words a, uint64_t factor) {
+    const Words b = Words{} + factor;
+#if defined(__AVX512F__)
+    return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    Words out;
+    for (int half = 0; half < 2; ++half)
+        ((__m256i *)&out)[half] = _mm256_mul_epu32(((__m256i *)&a)[half], ((__m256i *)&b)[half]);
+    return out;
+#else
+    return (a & 0xffffffffu) * b;
+#endif
+}
+
 // Philox4x32-10 (Salmon et al. 2011). Counter (j, plane, 0, 0) gives the values j, q + j, 2q + j and 3q + j of a plane of
 // n, q = ⌈n/4⌉. One loop runs over the counters of several planes, so that those of small ones fill vectors, too.
 template <typename T>
@@ -179,6 +214,7 @@ class Draw {
           quarter_((pixels + 3) / 4),
           counter_(whole_vectors(planes * quarter_)),
           plane_(counter_.size()),
+          word_(4 * counter_.size()),
           normal_(4 * counter_.size()),
           out_(planes * pixels) {
         for (size_t i = 0; i < counter_.size(); ++i) {
@@ -189,26 +225,34 @@ class Draw {
 
     // The noise of planes `first`, `first` + 1, …: [planes, pixels], until the next call.
     const T *operator()(uint64_t seed, uint32_t first, int64_t planes) {
-        const uint32_t *__restrict counter = counter_.data(), *__restrict plane = plane_.data();
         const int64_t counters = whole_vectors(planes * quarter_);
+        uint32_t *__restrict w0 = word_.data(), *__restrict w1 = w0 + counters, *__restrict w2 = w1 + counters,
+                            *__restrict w3 = w2 + counters;
+        for (int64_t i = 0; i < counters; i += WORDS) {
+            Words c0 = widen(&counter_[i]), c1 = widen(&plane_[i]) + first, c2{}, c3{};
+            uint64_t k0 = uint32_t(seed), k1 = seed >> 32;
+#pragma GCC unroll 10
+            for (int round = 0; round < 10; ++round) {
+                const Words a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);
+                c0 = (b >> 32) ^ c1 ^ k0;
+                c1 = b;
+                c2 = (a >> 32) ^ c3 ^ k1;
+                c3 = a;
+                k0 = uint32_t(k0 + 0x9E3779B9u);
+                k1 = uint32_t(k1 + 0xBB67AE85u);
+            }
+            narrow(c0, w0 + i);
+            narrow(c1, w1 + i);
+            narrow(c2, w2 + i);
+            narrow(c3, w3 + i);
+        }
         T *__restrict n0 = normal_.data(), *__restrict n1 = n0 + counters, *__restrict n2 = n1 + counters,
                     *__restrict n3 = n2 + counters;
 #pragma omp simd
         for (int64_t i = 0; i < counters; ++i) {
-            uint32_t c0 = counter[i], c1 = first + plane[i], c2 = 0, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma GCC unroll 10
-            for (int round = 0; round < 10; ++round) {
-                const uint64_t a = uint64_t(c0) * 0xD2511F53u, b = uint64_t(c2) * 0xCD9E8D57u;
-                c0 = uint32_t(b >> 32) ^ c1 ^ k0;
-                c1 = uint32_t(b);
-                c2 = uint32_t(a >> 32) ^ c3 ^ k1;
-                c3 = uint32_t(a);
-                k0 += 0x9E3779B9u;
-                k1 += 0xBB67AE85u;
-            }
             float m0, m1, m2, m3;
-            normal_pair(c0, c1, m0, m1);
-            normal_pair(c2, c3, m2, m3);
+            normal_pair(w0[i], w1[i], m0, m1);
+            normal_pair(w2[i], w3[i], m2, m3);
             n0[i] = T(m0);
             n1[i] = T(m1);
             n2[i] = T(m2);
@@ -225,11 +269,23 @@ class Draw {
 
    private:
     int64_t pixels_, quarter_;
-    std::vector<uint32_t> counter_, plane_;
+    std::vector<uint32_t> counter_, plane_, word_;
     std::vector<T> normal_, out_;
 };
 
 // --- sheets
+
+// In whole vectors, the last of which may overlap the one before: calls of memcpy cost more than what such rows hold.
+template <typename T>
+inline void copy_row(const T *__restrict from, int64_t width, T *__restrict to) {
+    constexpr int64_t BYTES = 64, step = BYTES / sizeof(T);
+    if (width < step) {
+        std::copy_n(from, width, to);
+        return;
+    }
+    for (int64_t x = 0; x + step < width; x += step) std::memcpy(to + x, from + x, BYTES);
+    std::memcpy(to + width - step, from + width - step, BYTES);
+}
 
 template <typename T>
 struct Sheet {
@@ -268,7 +324,7 @@ struct Sheet {
     // From values [planes, H, W] into a sheet.
     void expand(int64_t group, const T *__restrict values, T *__restrict sheet) const {
         if (planes == 1) {
-            for (int64_t y = 0; y < height; ++y) std::copy_n(values + y * width, width, sheet + first + y * pitch);
+            for (int64_t y = 0; y < height; ++y) copy_row(values + y * width, width, sheet + first + y * pitch);
             return;
         }
         const int32_t *__restrict place = places_.data();
@@ -278,7 +334,7 @@ struct Sheet {
     // And back.
     void compact(int64_t group, const T *__restrict sheet, T *__restrict values) const {
         if (planes == 1) {
-            for (int64_t y = 0; y < height; ++y) std::copy_n(sheet + first + y * pitch, width, values + y * width);
+            for (int64_t y = 0; y < height; ++y) copy_row(sheet + first + y * pitch, width, values + y * width);
             return;
         }
         const int32_t *__restrict place = places_.data();
@@ -314,8 +370,12 @@ struct Sheet {
         }
     }
 
-    // One value a plane, everywhere in it; zeros elsewhere.
+    // One value a plane, everywhere in it; what is between planes is not for use.
     void fill(int64_t group, const T *values, T *sheet) const {
+        if (planes == 1) {
+            std::fill_n(sheet + first, count, values[0]);
+            return;
+        }
         std::fill_n(sheet + first, pitch, T(0));
         for (int64_t c = 0; c < planes_of(group); ++c) std::fill_n(sheet + first + c * (width + 1), width, values[c]);
         for (int64_t y = 1; y < height; ++y) std::copy_n(sheet + first, pitch, sheet + first + y * pitch);
@@ -349,8 +409,6 @@ struct Kernel {
         for (int i = 0; i < TAPS; ++i) w[i] = factor * values[transposed ? TAPS - 1 - i : i];
     }
 
-    inline T row(int y, const T *__restrict x) const { return w[3 * y] * x[-1] + w[3 * y + 1] * x[0] + w[3 * y + 2] * x[1]; }
-
     inline T at(const T *__restrict x, int64_t pitch) const {
         const T *__restrict up = x - pitch, *__restrict down = x + pitch;
         T sum = w[0] * up[-1];
@@ -377,21 +435,23 @@ void convolve(const Sheet<T> &p, const Kernel<T> &kernel, const T *__restrict in
 // gradient[tap] += Σ of d · x shifted by the tap: what a 3×3 kernel gets when its output gets d.
 template <typename T>
 void correlate(const Sheet<T> &p, const T *__restrict d, const T *__restrict in, double *gradient) {
-    const T *__restrict g = d + p.first;
-    for (int dy = -1; dy <= 1; ++dy) {
-        const T *__restrict x = in + p.first + dy * p.pitch;
-        T left = 0, middle = 0, right = 0;
-#pragma omp simd reduction(+ : left, middle, right)
-        for (int64_t i = 0; i < p.count; ++i) {
-            left += g[i] * x[i - 1];
-            middle += g[i] * x[i];
-            right += g[i] * x[i + 1];
-        }
-        gradient[0] += left;
-        gradient[1] += middle;
-        gradient[2] += right;
-        gradient += 3;
+    const T *__restrict g = d + p.first, *__restrict up = in + p.first - p.pitch, *__restrict middle = in + p.first,
+                     *__restrict down = in + p.first + p.pitch;
+    T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0, s8 = 0;  // nine sums at once: none waits for itself
+#pragma omp simd reduction(+ : s0, s1, s2, s3, s4, s5, s6, s7, s8)
+    for (int64_t i = 0; i < p.count; ++i) {
+        s0 += g[i] * up[i - 1];
+        s1 += g[i] * up[i];
+        s2 += g[i] * up[i + 1];
+        s3 += g[i] * middle[i - 1];
+        s4 += g[i] * middle[i];
+        s5 += g[i] * middle[i + 1];
+        s6 += g[i] * down[i - 1];
+        s7 += g[i] * down[i];
+        s8 += g[i] * down[i + 1];
     }
+    int tap = 0;
+    for (T sum : {s0, s1, s2, s3, s4, s5, s6, s7, s8}) gradient[tap++] += sum;
 }
 
 // --- what one thread works in
@@ -489,6 +549,11 @@ struct Workspace {
 // --- the scale
 
 template <typename T>
+inline int32_t signs_of(T v0, T v1, T v2, T v3) {
+    return (v0 > T(0) ? 1 : 0) + (v1 > T(0) ? 2 : 0) + (v2 > T(0) ? 4 : 0) + (v3 > T(0) ? 8 : 0);
+}
+
+template <typename T>
 void compute_features(const Site<T> &site) {
     const Sheet<T> p(site);
     const T *weight = site.phi + SCALE_KERNELS;
@@ -497,47 +562,59 @@ void compute_features(const Site<T> &site) {
     {
         Buffer<T> sheet(p.size), outcome0(p.size), outcome1(p.size), outcome2(p.size), outcome3(p.size), row(p.row_size),
             sums(p.planes);
+        std::vector<int32_t> all_signs(p.count);
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < site.batch * p.groups; ++index) {
             const int64_t group = index % p.groups, channel = index / p.groups * site.channels + group * p.planes;
             p.expand(group, site.h + channel * p.pixels(), sheet());
             const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(group);
             T *feature = site.features + channel * FEATURES;
+            int32_t *__restrict signs = all_signs.data();
             if (p.planes == 1) {  // the sums stay in registers
                 T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
                 for (int64_t i = 0; i < p.count; ++i) {
                     const bool in = inside[i] != T(0);
-                    const T v0 = relu(k0.at(x + i, p.pitch)), v1 = relu(k1.at(x + i, p.pitch));
-                    const T v2 = relu(k2.at(x + i, p.pitch)), v3 = relu(k3.at(x + i, p.pitch));
-                    s0 += in ? v0 : T(0);
-                    s1 += in ? v1 : T(0);
-                    s2 += in ? v2 : T(0);
-                    s3 += in ? v3 : T(0);
+                    const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
+                    const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
+                    const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
+                    signs[i] = signs_of(v0, v1, v2, v3);
+                    s0 += v0;
+                    s1 += v1;
+                    s2 += v2;
+                    s3 += v3;
                 }
                 feature[0] = s0 / T(p.pixels());
                 feature[1] = s1 / T(p.pixels());
                 feature[2] = s2 / T(p.pixels());
                 feature[3] = s3 / T(p.pixels());
-                continue;
-            }
-            T *__restrict y0 = outcome0() + p.first, *__restrict y1 = outcome1() + p.first,
-                          *__restrict y2 = outcome2() + p.first, *__restrict y3 = outcome3() + p.first;
+            } else {
+                T *__restrict y0 = outcome0() + p.first, *__restrict y1 = outcome1() + p.first,
+                              *__restrict y2 = outcome2() + p.first, *__restrict y3 = outcome3() + p.first;
 #pragma omp simd
-            for (int64_t i = 0; i < p.count; ++i) {
-                const bool in = inside[i] != T(0);
-                const T v0 = relu(k0.at(x + i, p.pitch)), v1 = relu(k1.at(x + i, p.pitch));
-                const T v2 = relu(k2.at(x + i, p.pitch)), v3 = relu(k3.at(x + i, p.pitch));
-                y0[i] = in ? v0 : T(0);
-                y1[i] = in ? v1 : T(0);
-                y2[i] = in ? v2 : T(0);
-                y3[i] = in ? v3 : T(0);
+                for (int64_t i = 0; i < p.count; ++i) {
+                    const bool in = inside[i] != T(0);
+                    const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
+                    const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
+                    const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
+                    signs[i] = signs_of(v0, v1, v2, v3);
+                    y0[i] = v0;
+                    y1[i] = v1;
+                    y2[i] = v2;
+                    y3[i] = v3;
+                }
+                int k = 0;
+                for (const T *outcome : {outcome0(), outcome1(), outcome2(), outcome3()}) {
+                    p.sums(group, outcome, row(), sums());
+                    for (int64_t c = 0; c < p.planes_of(group); ++c)
+                        feature[c * FEATURES + k] = *sums(c) / T(p.pixels());
+                    ++k;
+                }
             }
-            int k = 0;
-            for (const T *outcome : {outcome0(), outcome1(), outcome2(), outcome3()}) {
-                p.sums(group, outcome, row(), sums());
-                for (int64_t c = 0; c < p.planes_of(group); ++c) feature[c * FEATURES + k] = *sums(c) / T(p.pixels());
-                ++k;
+            if (site.signs) {
+                uint8_t *__restrict kept = site.signs + index * p.count;
+#pragma omp simd
+                for (int64_t i = 0; i < p.count; ++i) kept[i] = uint8_t(signs[i]);
             }
         }
     }
@@ -607,73 +684,104 @@ void scale_backward(const Site<T> &site, const std::vector<double> &grad_scale, 
                 grad_mean[i] + grad_var[i] * (double(site.features[b * values + i]) - double(site.statistics[i]));
 }
 
+// Σ over the nine taps of table[tap][signs at the tap], for `count` values of a plane with zeros around it.
+template <typename T>
+inline void look_up(const T (*table)[1 << FEATURES], const int32_t *__restrict signs, int64_t pitch, int64_t count,
+                    T *__restrict out) {
+    for (int64_t i = 0; i < count; ++i) {
+        T sum = T(0);
+        for (int tap = 0; tap < TAPS; ++tap) sum += table[tap][signs[i + (tap / 3 - 1) * pitch + tap % 3 - 1]];
+        out[i] = sum;
+    }
+}
+
+#if defined(__AVX2__)  // a register holds a table, or half of one, and an instruction looks up all of its lanes
+inline void look_up(const float (*table)[1 << FEATURES], const int32_t *__restrict signs, int64_t pitch, int64_t count,
+                    float *__restrict out) {
+#if defined(__AVX512F__)
+    constexpr int lanes = 16;
+    const auto in = [](const float *entries, const int32_t *at) {
+        return _mm512_permutexvar_ps(_mm512_loadu_si512(at), _mm512_loadu_ps(entries));
+    };
+    const auto store = [](float *to, __m512 x) { _mm512_storeu_ps(to, x); };
+#else
+    constexpr int lanes = 8;
+    const auto in = [](const float *entries, const int32_t *at) {
+        const __m256i index = _mm256_loadu_si256((const __m256i *)at);
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries), index);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries + 8), index);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // by bit 3
+    };
+    const auto store = [](float *to, __m256 x) { _mm256_storeu_ps(to, x); };
+#endif
+    for (int64_t i = 0; i < count; i += lanes) {
+        const int32_t *up = signs + i - pitch, *middle = signs + i, *down = signs + i + pitch;
+        const auto above = in(table[0], up - 1) + in(table[1], up) + in(table[2], up + 1);
+        const auto beside = in(table[3], middle - 1) + in(table[4], middle) + in(table[5], middle + 1);
+        const auto below = in(table[6], down - 1) + in(table[7], down) + in(table[8], down + 1);
+        store(out + i, above + beside + below);
+    }
+}
+#endif
+
 // Adds what reaches h (and the scale kernels) by way of the features.
+//
+// In a plane, each feature hands the same gradient to all values where its kernel was above 0. So what a value of h gets
+// from its neighbour at a tap is one of sixteen numbers, which the neighbour's signs choose.
 template <typename T>
 void features_backward(const Site<T> &site, const std::vector<double> &grad_features, std::vector<double> &grad_phi) {
     const Sheet<T> p(site);
     const T *weight = site.phi + SCALE_KERNELS;
-    const Kernel<T> k0(weight), k1(weight + TAPS), k2(weight + 2 * TAPS), k3(weight + 3 * TAPS);
-    const T share = T(1) / T(p.pixels());
-    const Kernel<T> t0(weight, true), t1(weight + TAPS, true), t2(weight + 2 * TAPS, true), t3(weight + 3 * TAPS, true);
+    const int64_t pitch = p.width + 1, first = whole_vectors(pitch + 1), count = whole_vectors(p.height * pitch);
 #pragma omp parallel num_threads(site.threads)
     {
-        Buffer<T> sheet(p.size), d0(p.size), d1(p.size), d2(p.size), d3(p.size), row0(p.size), row1(p.size), row2(p.size),
-            sum(p.size), shares(p.planes);
+        Buffer<T> sheet(p.size), d(p.size), shares(p.planes), total(count);
+        std::vector<int32_t> wide_signs(p.count), plane(first + count + pitch + 1 + LANES);  // the signs of one, with zeros around
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
             for (int64_t g = 0; g < p.groups; ++g) {
                 const int64_t channel = b * site.channels + g * p.planes;
-                p.expand(g, site.h + channel * p.pixels(), sheet());
-                const double *grad = &grad_features[channel * FEATURES];
-                const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(g);
-                T *__restrict z0 = d0() + p.first, *__restrict z1 = d1() + p.first, *__restrict z2 = d2() + p.first,
-                              *__restrict z3 = d3() + p.first;
-                if (p.planes == 1) {
-                    const T f0 = T(grad[0]) * share, f1 = T(grad[1]) * share, f2 = T(grad[2]) * share,
-                            f3 = T(grad[3]) * share;
-#pragma omp simd
-                    for (int64_t i = 0; i < p.count; ++i) {
-                        const bool in = inside[i] != T(0);
-                        z0[i] = in & (k0.at(x + i, p.pitch) > T(0)) ? f0 : T(0);
-                        z1[i] = in & (k1.at(x + i, p.pitch) > T(0)) ? f1 : T(0);
-                        z2[i] = in & (k2.at(x + i, p.pitch) > T(0)) ? f2 : T(0);
-                        z3[i] = in & (k3.at(x + i, p.pitch) > T(0)) ? f3 : T(0);
-                    }
-                } else {
-                    int k = 0;
-                    for (T *d : {d0(), d1(), d2(), d3()}) {
-                        for (int64_t c = 0; c < p.planes_of(g); ++c) *shares(c) = T(grad[c * FEATURES + k]) * share;
-                        p.fill(g, shares(), d);
-                        ++k;
-                    }
-#pragma omp simd
-                    for (int64_t i = 0; i < p.count; ++i) {
-                        z0[i] = k0.at(x + i, p.pitch) > T(0) ? z0[i] : T(0);
-                        z1[i] = k1.at(x + i, p.pitch) > T(0) ? z1[i] : T(0);
-                        z2[i] = k2.at(x + i, p.pitch) > T(0) ? z2[i] : T(0);
-                        z3[i] = k3.at(x + i, p.pitch) > T(0) ? z3[i] : T(0);
-                    }
-                }
+                const uint8_t *__restrict signs = site.signs + (b * p.groups + g) * p.count;
                 if (site.phi_gradient) {
-                    double *gradient = &grad_phi[b * SCALE_AFFINE + SCALE_KERNELS];
-                    for (T *d : {d0(), d1(), d2(), d3()}) {
-                        correlate(p, d, sheet(), gradient);
-                        gradient += TAPS;
+                    p.expand(g, site.h + channel * p.pixels(), sheet());
+                    int32_t *__restrict wide = wide_signs.data();
+#pragma omp simd
+                    for (int64_t i = 0; i < p.count; ++i) wide[i] = signs[i];
+                    for (int k = 0; k < FEATURES; ++k) {
+                        for (int64_t c = 0; c < p.planes_of(g); ++c)
+                            *shares(c) = T(grad_features[(channel + c) * FEATURES + k]) / T(p.pixels());
+                        p.fill(g, shares(), d());
+                        T *__restrict z = d() + p.first;
+#pragma omp simd
+                        for (int64_t i = 0; i < p.count; ++i) z[i] = wide[i] & 1 << k ? z[i] : T(0);
+                        correlate(p, d(), sheet(), &grad_phi[b * SCALE_AFFINE + SCALE_KERNELS + k * TAPS]);
                     }
                 }
-                if (!site.h_gradient) continue;
-                // All three rows of the four transposed kernels at once, then the rows are put together: 15 loads, not 36.
-                T *__restrict up = row0() + p.first, *__restrict middle = row1() + p.first,
-                              *__restrict down = row2() + p.first, *__restrict total = sum() + p.first;
+                for (int64_t c = 0; c < p.planes_of(g) && site.h_gradient; ++c) {
+                    const double *grad = &grad_features[(channel + c) * FEATURES];
+                    T table[TAPS][1 << FEATURES];
+                    for (int tap = 0; tap < TAPS; ++tap)
+                        for (int entry = 0; entry < 1 << FEATURES; ++entry) {
+                            T sum = T(0);
+                            for (int k = 0; k < FEATURES; ++k)
+                                sum += (entry >> k & 1) * weight[k * TAPS + TAPS - 1 - tap] * (T(grad[k]) / T(p.pixels()));
+                            table[tap][entry] = sum;
+                        }
+                    for (int64_t y = 0; y < p.height; ++y) {
+                        const uint8_t *__restrict from = signs + y * p.pitch + c * pitch;
+                        int32_t *__restrict to = plane.data() + first + y * pitch;
 #pragma omp simd
-                for (int64_t i = 0; i < p.count; ++i) {
-                    up[i] = t0.row(0, z0 + i) + t1.row(0, z1 + i) + t2.row(0, z2 + i) + t3.row(0, z3 + i);
-                    middle[i] = t0.row(1, z0 + i) + t1.row(1, z1 + i) + t2.row(1, z2 + i) + t3.row(1, z3 + i);
-                    down[i] = t0.row(2, z0 + i) + t1.row(2, z1 + i) + t2.row(2, z2 + i) + t3.row(2, z3 + i);
+                        for (int64_t x = 0; x < p.width; ++x) to[x] = from[x];
+                    }
+                    look_up(table, plane.data() + first, pitch, count, total());
+                    T *image = site.grad_h + (channel + c) * p.pixels();
+                    for (int64_t y = 0; y < p.height; ++y) {
+                        const T *__restrict row = total(y * pitch);
+                        T *__restrict target = image + y * p.width;
+#pragma omp simd
+                        for (int64_t x = 0; x < p.width; ++x) target[x] += row[x];
+                    }
                 }
-#pragma omp simd
-                for (int64_t i = 0; i < p.count; ++i) total[i] = up[i - p.pitch] + middle[i] + down[i + p.pitch];
-                p.add_to(g, sum(), site.grad_h + channel * p.pixels());
             }
         }
     }
@@ -898,6 +1006,11 @@ void draw(uint64_t seed, int64_t planes, int64_t pixels, int32_t threads, T *out
 }  // namespace
 
 extern "C" {
+
+int64_t signs_size(const Site<float> *site) {
+    const Sheet<float> p(*site);
+    return site->batch * p.groups * p.count;
+}
 
 int64_t site_size() { return sizeof(Site<float>); }  // lets the caller check that both sides agree on the structure
 
