@@ -20,6 +20,7 @@
 #   ./run.sh docs              README, docs/, results/ and the docstrings as a site, in build/site
 #   ./run.sh panel             try φ in some 120 CNNs of torchvision and timm, into results/panel.md
 #   ./run.sh bench             measure how fast it is, into results/benchmark
+#   ./run.sh gpu-check         try a GPU in nine minutes: kernels, speed, both programs, NCCL; into results/gpu
 #   ./run.sh test              the tests
 #
 # --slurm [partition=… gpus=…] behind src or a table submits it to Slurm (docs/cluster.md); --status says how far it is.
@@ -139,6 +140,11 @@ setup() { # setup [REQUIREMENTS]: sets $py to a Python with the packages of requ
     if [ ${#missing[@]} -gt 0 ]; then
         [ -w "$VENV" ] || die "$VENV is another user's and lacks packages; let them run this command, or $own"
         echo "installing into $VENV (PyTorch is large: some minutes)" >&2
+        if compgen -G "$VENV/lib/python3*/site-packages/torch-*+*.dist-info" >/dev/null; then
+            # Somebody put a PyTorch for another CUDA there (2.12.0+cu126), which stays.
+            grep -vE '^torch(vision)?=' "$here/requirements.txt" >"$VENV/.requirements"
+            missing=("${missing[@]/#"$here/requirements.txt"/$VENV/.requirements}")
+        fi
         [ ! -t 2 ] || quiet="" # on a terminal pip shows how far it is
         "$py" -m pip install $quiet --disable-pip-version-check "${missing[@]}" >&2 ||
             die "pip could not install the packages (network?); the same command tries again"
@@ -213,6 +219,10 @@ demo) script demo.py --out "$RUNS/demo" "$@" ;;
 data) script prepare_data.py --data-root "$data" "$@" ;;
 panel) script panel.py "$@" ;;
 bench) script benchmark.py "$@" ;;
+gpu-check)
+    setup tests/requirements.txt
+    exec "$py" "$here/scripts/gpu_check.py" "$@"
+    ;;
 ship) script make_tables.py ship "$@" ;;
 tune | select) script make_tables.py "$command" --runs "$RUNS" --data-root "$data" "$@" ;;
 table1 | table2 | table3 | schedule | networks | recipe | target_size | meta_training)

@@ -1,4 +1,4 @@
-"""What a first run on a machine with a GPU meets: an old driver, and kernels that nobody tried there.
+"""What a first run on a machine with a GPU meets: an old driver, kernels that nobody tried there, `./run.sh gpu-check`.
 
 Kernels are tried in real child processes; backends that crash, hang or compute something else are made of the CPU's.
 """
@@ -6,13 +6,16 @@ Kernels are tried in real child processes; backends that crash, hang or compute 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 import warnings
+from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from metaperturb.kernels import cpp, trial
 from metaperturb.kernels.backend import Unavailable
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 OLD_DRIVER = """
     int cuInit(unsigned flags) { return 0; }
     int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
@@ -62,6 +66,23 @@ def test_a_driver_that_is_too_old_is_told_from_no_gpu(tmp_path):
     devices, numbered = out.splitlines()
     assert devices == "[device(type='cpu')]" and f"running on the CPU ({old}" in said
     assert numbered.startswith(f"gpu: no GPU 0 ({old}") and len(said.splitlines()) == 1
+
+
+def test_a_pytorch_for_an_older_driver_is_kept_when_the_requirements_change(tmp_path):
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nwhile [ "$1" ]; do [ "$1" != -r ] || cat "$2"; shift; done\n')  # of pip install
+    python.chmod(0o755)
+    for version, kept in (("2.15.0", False), ("2.12.0+cu126", True)):
+        (tmp_path / f".venv/lib/python3.12/site-packages/torch-{version}.dist-info").mkdir(parents=True)
+        (tmp_path / "requirements.txt").write_text(
+            f"torch==9\ntorchvision==9\ntorchmetrics==9\nnumpy=={len(version)}\n"
+        )
+        completed = subprocess.run([tmp_path / "run.sh", "bench"], capture_output=True, text=True, check=True)
+        wanted = [line.partition("==")[0] for line in completed.stderr.splitlines() if "==" in line]
+        assert wanted == ["torchmetrics", "numpy"] if kept else ["torch", "torchvision", "torchmetrics", "numpy"]
 
 
 # --- the trial of kernels
@@ -205,3 +226,95 @@ def test_processes_that_start_at_once_try_once(backend, tmp_path):
     assert all(process.returncode == 0 for process in processes), outputs
     assert (tmp_path / "tries").read_text() == "x"
     assert sum("trying the GPU kernels" in said for _, said in outputs) == 1
+
+
+# --- ./run.sh gpu-check
+
+PART = """
+    import json, os, pathlib, signal, sys, time
+    name, path = sys.argv[2], pathlib.Path(sys.argv[4])
+    found = {"hardware": {"device": "Made GPU 1"}} if name == "about" else {"number": 1}
+    if name == "steps":
+        spread = {"ratio": 1.5, "q1": 1.4, "q3": 1.6}
+        found = {"kernel": "triton", "ratios": {"compiled operators / triton": spread}}
+    path.write_text(json.dumps(found))
+    if name == "kernels":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "meta_train":
+        pathlib.Path(sys.argv[0]).with_name("pid").write_text(str(os.getpid()))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(1e6)
+    sys.exit("error: nothing works" if name == "nccl" else 0)
+"""
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """In place of each part's process one that finds something at once and then crashes, hangs, fails or is done."""
+    program = tmp_path / "part.py"
+    program.write_text(textwrap.dedent(PART))
+    monkeypatch.setattr(gpu_check, "__file__", str(program))
+    monkeypatch.setattr(gpu_check, "GRACE", 1.2)
+    return tmp_path / "gpu.json"
+
+
+def test_what_fails_is_recorded_and_the_rest_goes_on(parts, capfd, monkeypatch):
+    monkeypatch.setitem(gpu_check.PARTS, "meta_train", gpu_check.PARTS["meta_train"]._replace(seconds=3))
+    only = "kernels,steps,meta_train,nccl"
+    assert gpu_check.main(["--only", only, "--minutes", "2", "--json", str(parts)]) == 0
+    content, (out, said) = json.loads(parts.read_text()), capfd.readouterr()
+    assert {name: part["outcome"] for name, part in content["parts"].items()} == {
+        "kernels": "crashed: SIGSEGV",
+        "steps": "done",
+        "meta_train": "out of time",
+        "nccl": "failed: error: nothing works",
+    }
+    assert content["parts"]["kernels"]["number"] == content["parts"]["meta_train"]["number"] == 1
+    assert out.strip() == content["verdict"] and "Triton earns its place: a θ-step takes 1.50 times" in out
+    assert "left] meta_train: at most" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((parts.parent / "pid").read_text()), 0)
+
+
+def test_a_signal_leaves_what_was_found(parts, tmp_path):
+    code = f"""
+        import gpu_check, sys
+        gpu_check.__file__, gpu_check.GRACE = {gpu_check.__file__!r}, 1.2
+        sys.exit(gpu_check.main(["--json", {str(parts)!r}]))
+    """
+    process = python(code, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    while not (tmp_path / "pid").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    content = json.loads(parts.read_text())
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [part["outcome"] for part in content["parts"].values()] == ["crashed: SIGSEGV", "done", "stopped"]
+    assert content["parts"]["meta_train"]["number"] == 1 and "earns its place" in content["verdict"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so(capfd):
+    assert gpu_check.main([]) == 1
+    assert "error: gpu: no GPU 0 (" in capfd.readouterr().err
+    assert gpu_check.main(["--only", "speed"]) == 1
+    assert "unknown part 'speed' (known: kernels, steps, " in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_rehearsal_comes_to_its_end(tmp_path, capfd):
+    path = tmp_path / "gpu.json"
+    assert gpu_check.main(["--rehearse", "--minutes", "30", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["parts"]
+    assert [*found] == [*gpu_check.PARTS]
+    assert {part["outcome"] for part in found.values()} == {"done"}, found
+    assert {"triton / plain", "compiled operators / plain", "plain operators / plain"} <= found["steps"][
+        "ratios"
+    ].keys()
+    assert found["meta_train"]["phi_gradient_error"] == [0.0, 0.0] and found["meta_train"]["steps"] == 3
+    assert found["meta_test"]["steps"] == 20 and found["nccl"]["one"] and found["nccl"]["all"]
+    assert found["tests"]["counts"] == {"SKIPPED": 2}
+    assert capfd.readouterr().out.strip() == "A rehearsal: nothing here is a measurement."

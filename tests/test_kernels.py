@@ -448,7 +448,7 @@ def test_why_there_is_no_fused_kernel_is_said_once(environment, reason, fresh, m
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
 def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
-    monkeypatch.setattr(trial, "_error", lambda *_: error)
+    monkeypatch.setattr(trial, "error_of", lambda *_: error)
     assert "cpp disagrees with them on this machine" in refused()
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +34,7 @@ from metaperturb.storage import load_json, reason, save_json
 PASSED = "passed"
 SILENCE = 300.0  # seconds without progress, which is a kernel compiled and run: then it hangs
 FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)  # signals that say nothing about kernels
+SHAPE = (4, 5, 6, 7)  # of what is compared: small, and no side a power of two
 SAYS = "trial: "  # before what the child tells
 DEVICE_WORKS = "the device works"
 
@@ -53,14 +54,19 @@ def check_agreement(backend: ModuleType, device: torch.device, dtypes: tuple[tor
         Unavailable: they differ.
     """
     for dtype in dtypes:
-        error, bound = _error(backend, device, dtype), 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
-        if not error < bound:  # a NaN is no agreement either
+        error = error_of(backend, device, dtype)
+        if not error < tolerated(dtype):  # a NaN is no agreement either
             found = f"{str(dtype).removeprefix('torch.')}, relative error {error:.1e}"
             raise Unavailable(f"{backend.NAME} disagrees with them on this machine ({found})")
 
 
-def _error(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error; half-precision maps have their channels last."""
+def tolerated(dtype: torch.dtype) -> float:
+    """A relative error that rounding explains."""
+    return 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
+
+
+def error_of(backend: ModuleType, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = SHAPE) -> float:
+    """The largest relative error for a feature map of this shape; half-precision ones have their channels last."""
     half = dtype in plain.HALF_PRECISION
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
 
@@ -68,11 +74,12 @@ def _error(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> flo
             values = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device=device).mul(0.7).sin()
             return values.view(shape)
 
-        h, phi, grad_out = wave(4, 5, 6, 7).to(dtype), wave(82).requires_grad_(), wave(4, 5, 6, 7).flip(0).to(dtype)
+        h, phi, grad_out = wave(*shape).to(dtype), wave(82).requires_grad_(), wave(*shape).flip(0).to(dtype)
         h = (h.to(memory_format=torch.channels_last) if half else h).requires_grad_()
+        running = wave(shape[1], 4), wave(shape[1], 4)
         settings = plain.Settings(True, True, True, 0.7, 1.5, 0.5, 0.5)
         seed = torch.full((), 0x123456789ABCDEF, dtype=torch.int64, device=device)
-        actual = fused.apply(backend, h, phi, None, seed, wave(5, 4), wave(5, 4), settings)
+        actual = fused.apply(backend, h, phi, None, seed, *running, settings)
         exact_h, exact_phi = h.double(), plain.Phi.of(phi.double())
         noise = backend.draw_noise(seed, h.to(phi.dtype)).double()
         expected = plain.perturb(exact_h, exact_phi, *plain.batch_statistics(exact_h, exact_phi), noise, settings)
@@ -121,7 +128,7 @@ def check(module: str, device: torch.device) -> None:
         verdict = _recall(path, about)
         if verdict is None:
             print(f"trying the GPU kernels on {about['device']}, once: a minute or so", file=sys.stderr)
-            verdict, output, lasting = _try(module, device)
+            verdict, output, lasting = try_out(module, device)
             if path and lasting:
                 try:
                     save_json({**about, "verdict": verdict, "output": output}, path)
@@ -170,7 +177,7 @@ def _recall(path: Path | None, about: dict[str, Any]) -> str | None:
     return None
 
 
-def _try(module: str, device: torch.device) -> tuple[str, str, bool]:
+def try_out(module: str, device: torch.device) -> tuple[str, str, bool]:
     """Runs the child: its verdict, its output, and whether the verdict says something about the kernels."""
     places = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), PARENT: str(os.getpid())}

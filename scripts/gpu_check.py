@@ -1,0 +1,402 @@
+"""Try everything on a GPU once, in at most nine minutes: whether it works there, how fast, and what Triton is worth.
+
+    ./run.sh gpu-check                          # GPU 0; NCCL on all
+    ./run.sh gpu-check --only kernels,steps
+    ./run.sh gpu-check --rehearse               # on the CPU: tiny sizes, which test this program and measure nothing
+
+Parts, in the order of their value: `kernels` (the trial that precedes their first use, and equality with the plain
+operators at a network's sizes), `steps` (a θ-step with φ over one without it: with Triton, with torch.compile of the
+plain operators, with neither), `meta_train` (φ's gradient beside the CPU's, and 10 tasks, 750 steps), `meta_test`
+(10,000 steps at 32 px), `nccl` (one GPU, and all) and `tests` (those that need a GPU).
+
+Each part runs in a process of its own and has a share of the time that is left. One that fails, crashes or uses up its
+time is recorded, with what it found until then, and the next goes on. The record, results/gpu/<GPU>.json, is written
+after each part, and when the program is stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from bench import parts
+from bench.parts import Bench, Learner, make_phi
+from bench.timing import ratio
+
+from metaperturb.cli import PARENT, argument_parser, run_program
+from metaperturb.data import batches
+from metaperturb.distributed import Group, launch, parse_devices
+from metaperturb.errors import UserError
+from metaperturb.kernels import fused, kernel_name, trial, use_kernel
+from metaperturb.meta_train import METRICS, joint_step
+from metaperturb.provenance import provenance
+from metaperturb.runs import read_metrics
+from metaperturb.storage import load_json, load_tensors, save_json
+
+ROOT = Path(__file__).resolve().parent.parent
+BAR = 1.3  # Triton has to be this much faster than torch.compile of the plain operators
+GRACE = 8.0  # seconds in which a part that is asked to end may write what it has
+SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))  # of ResNet20's sites
+GPU_TESTS = [f"tests/test_{name}.py" for name in ("triton", "perturbation", "batches", "meta_train", "meta_test")]
+
+
+@dataclasses.dataclass
+class Part:
+    """What a part works with: its device, whether this is a rehearsal, and `found`, which `keep` writes down."""
+
+    device: torch.device
+    rehearse: bool
+    path: Path
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def keep(self, **found: Any) -> None:
+        self.found |= found
+        save_json(self.found, self.path)
+
+    def bench(self) -> Bench:
+        sizes = parts.SMOKE if self.rehearse else {"turn": 0.1}
+        return Bench(self.device, threads=1, rounds=2 if self.rehearse else 20, **sizes)
+
+    def run(self, program: str, *settings: str) -> None:
+        """A program of the package, in a folder for the time of it: keeps how far it came, and results."""
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", f"metaperturb.{program}", "--set", *settings, f"run_dir={folder}/run"]
+            child = subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}, stdin=subprocess.DEVNULL)
+            try:
+                code = child.wait()
+            finally:  # when this part is asked to end, the program was, too, and saves
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(GRACE / 2)
+                lines = read_metrics(Path(folder, "run"))
+                self.keep(settings=settings, steps=lines[-1]["step"] if lines else 0, last=lines[-1] if lines else None)
+            if code:
+                raise UserError(f"{shlex.join(command)} ended with exit code {code}")
+            result = load_json(Path(folder, "run", "result.json"))
+            self.keep(metrics=result.get("metrics"), one_pass=result.get("one_pass"), kernel=result["kernel"])
+            if program == "meta_train":
+                flat = torch.cat([p.flatten() for p in load_tensors(Path(folder, "run", "phi.pt"))["phi"].values()])
+                self.keep(phi_norm=flat.norm().item())
+
+
+# --- the parts
+
+
+def about(part: Part) -> None:
+    """Hardware and versions; a machine without a GPU that works ends here."""
+    part.keep(**provenance(part.device), gpus=torch.cuda.device_count(), cuda=torch.version.cuda)
+
+
+def kernels(part: Part) -> None:
+    """The verdict of the trial, and the relative errors at a network's sizes."""
+    if part.rehearse:
+        from metaperturb.kernels import cpp as backend
+    else:
+        from metaperturb.kernels import triton_site as backend
+    verdict, output, _ = trial.try_out(backend.__name__, part.device)
+    part.keep(verdict=verdict, output=output)
+    if verdict != trial.PASSED:
+        raise UserError(verdict)
+    errors = {}
+    for shape in [(4, 4, 4, 4)] if part.rehearse else SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            key = f"{shape} {str(dtype).removeprefix('torch.')}"
+            errors[key] = float(f"{trial.error_of(backend, part.device, dtype, shape):.2g}")
+            part.keep(errors=errors)
+            bound = trial.tolerated(dtype)
+            if not errors[key] < bound:
+                raise UserError(f"the kernels differ from the plain operators: {key}, relative error {errors[key]}")
+
+
+def steps(part: Part) -> None:
+    """Medians of θ-steps, and their ratios: first of the sites alone compiled, then of whole networks."""
+    bench, torch._dynamo.config.recompile_limit = part.bench(), 100  # each site is compiled for itself
+    images, phi = bench.images(), make_phi(part.device)
+    how = {"backend": "eager"} if part.rehearse else {"dynamic": False}
+
+    def compiled_sites() -> Learner:
+        learner = Learner(bench, images, phi, kernel="plain")
+        for site in learner.task.model.metaperturb.sites:
+            site.compile(**how)
+        return learner
+
+    variants = {
+        "plain": Learner(bench, images, phi, plain=True).theta_step,
+        "triton": Learner(bench, images, phi).theta_step,
+        "plain operators": Learner(bench, images, phi, kernel="plain").theta_step,
+    }
+    part.keep(kernel=kernel_name(part.device))
+    compared(part, bench, variants)
+    variants["compiled operators"] = compiled_sites().theta_step
+    compared(part, bench, variants)
+    for name, plain in (("plain network, compiled", True), ("perturbed network, compiled", False)):
+        learner = Learner(bench, images, phi, plain=plain, kernel="plain")
+        learner.task.model.compile(**how, disable=part.rehearse)
+        variants[name] = learner.theta_step
+    compared(part, bench, variants)
+
+
+def compared(part: Part, bench: Bench, variants: dict[str, Callable[[], object]]) -> None:
+    timings = bench.time(variants)["timings"]
+    ratios = {f"{name} / plain": ratio(timings, name, "plain") for name in timings if name != "plain"}
+    if "compiled operators" in timings:
+        ratios["compiled operators / triton"] = ratio(timings, "compiled operators", "triton")
+    part.keep(timings=timings, ratios=ratios)
+
+
+def meta_train(part: Part) -> None:
+    """φ's gradients of two joint steps beside those on the CPU, from the same draws; then a whole meta-training."""
+    here, cpu = gradients(part, part.device), gradients(part, torch.device("cpu"))
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(here, cpu, strict=True)]
+    part.keep(phi_gradient_error=errors)
+    sizes = ("model=resnet8", "steps=3", "batch_size=8", "image_size=16") if part.rehearse else ("steps=750",)
+    gpu = "cpu" if part.device.type == "cpu" else "0"
+    part.run("meta_train", "source=embedded", "tasks=10", f"gpus={gpu}", "checkpoint_every=1000", *sizes)
+
+
+def gradients(part: Part, device: torch.device) -> list[torch.Tensor]:
+    """φ's gradient in each of two joint steps of two tasks, `[82]`; all is drawn by the CPU's generator."""
+    cpu, original = torch.device("cpu"), (fused.draw_seed, batches.draw_codes, batches.draw)
+    bench = dataclasses.replace(part.bench(), device=device, tasks=2)
+
+    def draw_codes(batch: int, padding: int, device: torch.device) -> torch.Tensor:
+        return original[1](batch, padding, cpu).to(device)
+
+    def draw(batch: int, padding: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        codes, span = draw_codes(batch, padding, device), 2 * padding + 1
+        return codes // (2 * span), codes // 2 % span, codes % 2 == 1
+
+    fused.draw_seed = lambda device: original[0](cpu).to(device)
+    batches.draw_codes, batches.draw = draw_codes, draw
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        images, phi = bench.images(), make_phi(cpu).to(device)
+        tasks = [Learner(bench, images, phi, index=i).task for i in range(bench.tasks)]
+        optimizer = torch.optim.Adam(phi.parameters(), lr=1e-3)
+        group, config = Group(0, 1, device), tasks[0].config
+        tables = [joint_step(i, tasks, phi, optimizer, group, config)[0].cpu() for i in range(2)]
+        return [table[:, : -len(METRICS)].mean(dim=0) for table in tables]
+    finally:
+        fused.draw_seed, batches.draw_codes, batches.draw = original
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def meta_test(part: Part) -> None:
+    """A whole training with φ, evaluated on the way as the program's defaults have it."""
+    gpu = "cpu" if part.device.type == "cpu" else "0"
+    more = ("image_size=32", "steps=10000")
+    if part.rehearse:
+        more = ("image_size=16", "steps=20", "model=resnet8", "batch_size=8", "final_samples=2")
+    part.run("meta_test", "target=embedded", "phi=tiny_imagenet_resnet20", f"gpu={gpu}", *more)
+
+
+def nccl(part: Part) -> None:
+    """The collective of meta-training, on one GPU and on all of this machine."""
+    backend = "gloo" if part.device.type == "cpu" else "nccl"
+    identity = {} if backend == "gloo" else {"device_id": part.device}
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **identity)
+    received = torch.zeros(82, device=part.device)
+    dist.all_gather_into_tensor(received, torch.arange(82.0, device=part.device))
+    dist.destroy_process_group()
+    part.keep(backend=backend, one=received.tolist() == [*range(82)])
+    count = 2 if part.rehearse else torch.cuda.device_count()
+    devices = parse_devices(",".join(["cpu"] * count if part.rehearse else map(str, range(count))), "gpus")
+    if count > 1:
+        launch(check_rows, (2 * count + 1,), devices, 0, False)
+    part.keep(devices=count, all=True)
+
+
+def check_rows(group: Group, tasks: int) -> None:
+    """What each process of `nccl` does."""
+    rows = torch.tensor([[float(task)] * 87 for task in group.owned(tasks)], device=group.device)
+    gathered = group.gather_rows(rows, tasks)
+    if gathered[:, 0].tolist() != [*range(tasks)]:
+        raise UserError(f"process {group.rank}: the rows of {tasks} tasks came as {gathered[:, 0].tolist()}")
+
+
+def tests(part: Part) -> None:
+    """Those that need a GPU; on the CPU all are skipped."""
+    if importlib.util.find_spec("pytest") is None:
+        raise UserError("pytest is not installed")
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    files = ["tests/test_perturbation.py"] if part.rehearse else GPU_TESTS
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-o",
+        "addopts=",
+        *workers,
+        *files,
+        "-k",
+        "test_triton or gpu",
+    ]  # by file or name
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), PARENT: str(os.getpid())}
+    counts: dict[str, int] = {}
+    failed: list[str] = []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout:
+            print(line, end="", file=sys.stderr)
+            if found := re.search(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b", line):
+                counts[found[1]] = counts.get(found[1], 0) + 1
+                if found[1] in ("FAILED", "ERROR") and (name := re.search(r"tests/\S+", line)):
+                    failed = [*dict.fromkeys([*failed, name[0]])]
+                part.keep(counts=counts, failed=failed)
+    if child.returncode:
+        raise UserError(f"pytest ended with exit code {child.returncode}")
+
+
+class Share(NamedTuple):
+    part: Callable[[Part], None]
+    seconds: int  # of nine minutes
+
+
+SHARES = (
+    Share(kernels, 70),
+    Share(steps, 120),
+    Share(meta_train, 130),
+    Share(meta_test, 110),
+    Share(nccl, 30),
+    Share(tests, 70),
+)
+PARTS = {share.part.__name__: share for share in SHARES}
+
+
+# --- the program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--only", metavar="PART[,PART]", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="at most (default: 9)")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: results/gpu/<GPU>.json")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # what a part's process is started with
+    arguments = parser.parse_args(argv)
+    line = shlex.join(["./run.sh", "gpu-check", *(sys.argv[1:] if argv is None else argv)])
+    work = (lambda: run_part(arguments)) if arguments.part else (lambda: check(arguments, line))
+    return run_program(work, show_traceback=arguments.traceback, resumes=False)
+
+
+def run_part(arguments: argparse.Namespace) -> None:
+    device = parse_devices("cpu" if arguments.rehearse else "0", "gpu")[0]
+    with use_kernel("auto"):
+        {"about": about, **{name: share.part for name, share in PARTS.items()}}[arguments.part](
+            Part(device, arguments.rehearse, arguments.json)
+        )
+
+
+def check(arguments: argparse.Namespace, command: str) -> None:
+    end = time.monotonic() + 60 * arguments.minutes
+    asked = [*PARTS] if arguments.only is None else arguments.only.split(",")
+    for name in asked:
+        if name not in PARTS:
+            raise UserError(f"--only: unknown part {name!r} (known: {', '.join(PARTS)})")
+    with tempfile.TemporaryDirectory() as folder:
+        document: dict[str, Any] = {"rehearsal": arguments.rehearse, "command": command}
+        attempt("about", arguments, Path(folder), end - time.monotonic(), end, into=document)
+        if document["outcome"] != "done":
+            raise UserError(document["outcome"].removeprefix("failed: error: "))
+        gpu = re.sub(r"[^a-z0-9]+", "-", document["hardware"]["device"].lower())
+        document |= {"date": datetime.now(UTC).date().isoformat(), "parts": {}}
+        path = arguments.json or ROOT / "results" / "gpu" / f"{gpu}.json"
+        for i, name in enumerate(asked):
+            shares = [PARTS[other].seconds for other in asked[i:]]
+            limit = (end - time.monotonic()) * shares[0] / sum(shares) - GRACE
+            entry = document["parts"][name] = {"outcome": "no time left"}
+            try:
+                if limit > 0:
+                    attempt(name, arguments, Path(folder), limit, end, into=entry)
+            finally:
+                document["verdict"] = verdict(document)
+                save_json(document, path)
+        print(path, file=sys.stderr)
+    print(document["verdict"])
+
+
+def attempt(
+    name: str, arguments: argparse.Namespace, folder: Path, limit: float, end: float, into: dict[str, Any]
+) -> None:
+    """Run one part in a process of its own; `into` gets its outcome, its seconds, and what it found."""
+    kept, log = folder / f"{name}.json", folder / f"{name}.log"
+    command = [sys.executable, __file__, "--part", name, "--json", str(kept), *["--rehearse"] * arguments.rehearse]
+    began = told = time.monotonic()
+    with open(log, "w") as output:
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, PARENT: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    tell(f"{name}: at most {limit:.0f} s", end)
+    into["outcome"] = "stopped"
+    try:
+        while child.poll() is None:
+            now = time.monotonic()
+            if now > began + limit:
+                into["outcome"] = "out of time"
+                break
+            if now > told + 20:
+                told = now
+                tell(f"{name}: {now - began:.0f} of {limit:.0f} s", end)
+            time.sleep(0.1)
+        else:
+            said = log.read_text(errors="replace").strip().splitlines() or ["no message"]
+            into["outcome"] = "done" if child.returncode == 0 else f"failed: {said[-1]}"
+            if child.returncode < 0:
+                into["outcome"] = f"crashed: {signal.Signals(-child.returncode).name}"
+    finally:
+        end_group(child)
+        into |= load_json(kept) if kept.exists() else {}
+        into["seconds"] = round(time.monotonic() - began, 1)
+        tell(f"{name}: {into['outcome']}", end)
+
+
+def end_group(child: subprocess.Popen) -> None:
+    """Ask a part and what it started to end, and end what does not."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE - 1)
+        os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot be ended
+        child.wait(1)
+
+
+def tell(text: str, end: float) -> None:
+    left = max(0, round(end - time.monotonic()))
+    print(f"[{left // 60}:{left % 60:02} left] {text}", file=sys.stderr, flush=True)
+
+
+def verdict(document: dict[str, Any]) -> str:
+    """One line: whether Triton earns its place."""
+    found = document["parts"].get("steps", {}).get("ratios", {}).get("compiled operators / triton")
+    if document["rehearsal"]:
+        return "A rehearsal: nothing here is a measurement."
+    if found is None or document["parts"]["steps"].get("kernel") != "triton":
+        return "Triton: no verdict, as the part steps did not come to its ratio."
+    does = "earns its place" if found["ratio"] >= BAR else "does not earn its place"
+    return (
+        f"Triton {does}: a θ-step takes {found['ratio']:.2f} times as long [{found['q1']:.2f}, {found['q3']:.2f}] with "
+        f"torch.compile of the plain operators (bar: {BAR})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
