@@ -452,6 +452,27 @@ def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
     assert "cpp disagrees with them on this machine" in refused()
 
 
+def test_kinds_of_processor_that_share_a_home_have_libraries_of_their_own(fresh, monkeypatch, tmp_path):
+    """One with instructions that the other lacks would end its process."""
+    monkeypatch.setattr(cpp, "CPUINFO", tmp_path / "cpuinfo")
+    library, *_ = cpp.cache_folder().glob("*.so")
+    built = []
+
+    def build(compiler, variants, path):
+        shutil.copy(library, path)
+        built.append(any("-march=native" in variant for variant in variants))
+
+    monkeypatch.setattr(cpp, "_build", build)
+    kinds = [
+        f"model name : AMD EPYC\ncpu MHz : {mhz}\nflags : fpu {flags}\n"
+        for mhz, flags in ((2000, "avx2"), (2000, "avx2 avx512f"), (3000, "avx2"), (3000, "avx2 avx512f"))
+    ]
+    for text in (*kinds, "", "unknown"):
+        cpp.CPUINFO.write_text(text)
+        cpp.compiled.__wrapped__()
+    assert built == [True, True, False]
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("whose", ["folder", "library"])
 def test_a_library_of_another_user_is_not_loaded(whose, fresh):

@@ -204,8 +204,9 @@ CONSTANTS = tuple(
     for name in ("EXPECTATION_P", "EXPECTATION_Q", "MU_RANGE")
 )
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-# Tried in turn: Apple's compiler lacks OpenMP.
+# Tried in turn: Apple's compiler lacks OpenMP. The first is left out where processors cannot be told apart.
 VARIANTS = (("-march=native", *WIDE, "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd",), ())
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @functools.cache
@@ -217,12 +218,19 @@ def compiled() -> ctypes.CDLL:
     """
     compiler = _compiler()
     key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
-    for text in (*compiler, _compiler_version(compiler), _processor(), repr((FLAGS, CONSTANTS, VARIANTS))):
+    variants = VARIANTS if (processor := _processor()) else VARIANTS[1:]
+    for text in (
+        *compiler,
+        _compiler_version(compiler),
+        processor,
+        platform.machine(),
+        repr((FLAGS, CONSTANTS, variants)),
+    ):
         key.update(text.encode() + b"\0")
     path = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     try:
         if not path.exists():
-            _build(compiler, path)
+            _build(compiler, variants, path)
         owners = {place: place.stat().st_uid for place in (path.parent, path)}
     except OSError as error:
         where = f"{path.parent} cannot be used ({error.strerror})"
@@ -240,11 +248,11 @@ def compiled() -> ctypes.CDLL:
     return loaded
 
 
-def _build(compiler: tuple[str, ...], path: Path) -> None:
+def _build(compiler: tuple[str, ...], variants: tuple[tuple[str, ...], ...], path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         built = Path(folder) / "kernels.so"
-        for variant in VARIANTS:
+        for variant in variants:
             command = [*compiler, *FLAGS, *CONSTANTS, *variant, *map(str, SOURCES), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if result.returncode == 0:
@@ -272,9 +280,9 @@ def _compiler_version(compiler: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """What `-march=native` depends on; empty where the system does not tell."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = CPUINFO.read_text().split("\n\n")[0].splitlines()
     except OSError:
-        return platform.processor() + platform.machine()
+        return ""
     return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
