@@ -4,8 +4,10 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 import statistics
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,6 @@ from unittest import mock
 import matplotlib
 import pytest
 import torch
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from tables.results import write_record
@@ -49,12 +50,13 @@ def drawn(*arguments, render: bool = False) -> SimpleNamespace:
     return completed
 
 
-def refused(*arguments) -> str:
-    """The one error of a command that fails."""
-    completed = figures(*arguments)
-    assert completed.returncode == 1
+def refused(said: str, *arguments) -> None:
+    """A command that fails with one error that says this, and draws nothing."""
+    with tempfile.TemporaryDirectory() as out:
+        completed = figures(*arguments, "--out", out)
+        assert completed.returncode == 1 and not os.listdir(out)
     (error,) = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
-    return error
+    assert said in error, error
 
 
 def train(settings: list[str], *changes) -> None:
@@ -62,11 +64,22 @@ def train(settings: list[str], *changes) -> None:
         assert program.main(["--set", *settings, *map(str, changes)]) == 0
 
 
-def accuracy(*folders: Path) -> float:
-    """Mean over the runs, in %."""
-    return 100 * statistics.mean(
-        json.loads((run / "result.json").read_text())["metrics"]["accuracy"] for run in folders
-    )
+def result(run: Path) -> dict:
+    return json.loads((run / "result.json").read_text())
+
+
+def left(run: Path, of: Path, accuracy: float, own: dict | None = None, **config) -> Path:
+    """What a run leaves that differs in this from another one; pictures of final accuracies read nothing else."""
+    run.mkdir(parents=True)
+    content = result(of) | (own or {})
+    content |= {"config": content["config"] | config, "metrics": content["metrics"] | {"accuracy": accuracy}}
+    (run / "result.json").write_text(json.dumps(content))
+    return run
+
+
+def by_columns(path: Path, *columns: str) -> dict[tuple[str, ...], float]:
+    """The accuracies of a file of numbers, in %, by the values in these columns."""
+    return {tuple(row[name] for name in columns): float(row["accuracy_percent"]) for row in rows(path)}
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +116,10 @@ def test_convergence(runs, tmp_path):
     assert completed.stdout.strip() == str(tmp_path / "fig5-folder-12-px-resnet8-8-steps.png")
     found = rows(tmp_path / "fig5-folder-12-px-resnet8-8-steps.csv")
     logged = [json.loads(line) for line in (runs / "base-1" / "metrics.jsonl").read_text().splitlines()]
-    expected = [line["test_accuracy"] for line in logged if "test_accuracy" in line]
+    columns = ("step", "test_nll", "test_accuracy", "test_ece")
+    expected = [[line[key] for key in columns] for line in logged if "test_accuracy" in line]
     mine = [row for row in found if (row["method"], row["seed"]) == ("base", "1")]
-    assert [float(row["test_accuracy"]) for row in mine] == expected
+    assert [[float(row[key]) for key in columns] for row in mine] == expected
     assert {row["method"] for row in found} == {"base", "metaperturb", "base, finetuned"}
 
 
@@ -115,13 +129,12 @@ def test_methods_side_by_side(runs, tmp_path):
     folders = {"base": ["base-0", "base-1"], "metaperturb": ["meta"], "base, finetuned": ["tuned"]}
     assert {name: int(row["seeds"]) for name, row in found.items()} == {name: len(of) for name, of in folders.items()}
     for name, of_method in folders.items():
-        metrics = [json.loads((runs / folder / "result.json").read_text())["metrics"] for folder in of_method]
         for column, key, factor in (
             ("accuracy_percent", "accuracy", 100),
             ("nll", "nll", 1),
             ("ece_percent", "ece", 100),
         ):
-            values = [factor * of_run[key] for of_run in metrics]
+            values = [factor * result(runs / folder)["metrics"][key] for folder in of_method]
             assert float(found[name][column]) == pytest.approx(statistics.mean(values))
             spread = found[name][f"{column}_std"]
             assert (spread == "") == (len(values) == 1)
@@ -149,8 +162,8 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path):
     write_record({**place, "table": "other", "needs": {"phi": "learned-00001234"}}, runs / "meta", again / "m--b.json")
     assert numbers("a2", folder, again) == numbers("a", *some)
     # Another φ, whose file has the same name.
-    save_phi(MetaPerturb(), tmp_path / "another" / "phi.pt")
-    train(target_settings, f"phi={tmp_path / 'another' / 'phi.pt'}", "steps=8", f"run_dir={tmp_path / 'more'}")
+    left(tmp_path / "more", runs / "meta", 0.5, {"phi_digest": "f" * 64})
+    shutil.copy(runs / "meta" / "metrics.jsonl", tmp_path / "more")
     place["needs"]["phi"] = "phi-00005678"
     write_record(place, tmp_path / "more", folder / "other--bugs.json")
     assert [row["name"] for row in numbers("d", folder)][1:] == [
@@ -161,58 +174,53 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path):
     del older["curve"]
     (tmp_path / "older--bugs.json").write_text(json.dumps(older))
     needed = "this picture needs the run's folder"
-    said = refused("fig5", tmp_path / "older--bugs.json", "--out", tmp_path / "out")
-    assert f"older--bugs.json: is a record without its curve; {needed}" in said
+    refused(f"older--bugs.json: is a record without its curve; {needed}", "fig5", tmp_path / "older--bugs.json")
     for figure in ("fig6", "fig7", "fig8"):
-        said = refused(figure, folder / "meta--bugs.json", "--out", tmp_path / "out")
-        assert f"meta--bugs.json: is a record of a run; {needed}" in said
+        refused(f"meta--bugs.json: is a record of a run; {needed}", figure, folder / "meta--bugs.json")
 
 
-def test_lengths_of_training_and_several_phi(runs, target_settings, tmp_path):
+def test_lengths_of_training_and_several_phi(runs, tmp_path):
     """Seeds that one length lacks are left out; every φ has a line and a name of its own."""
-    torch.manual_seed(1)
-    other = tmp_path / "other.pt"
-    save_phi(MetaPerturb(), other)
-    for name, changes in {
-        "base": ["method=base", "steps=6"],
-        "meta": [f"phi={runs / 'phi.pt'}", "steps=6"],
-        "other": [f"phi={other}", "steps=6"],
-        "other-8": [f"phi={other}", "steps=8"],
-    }.items():
-        train(target_settings, *changes, f"run_dir={tmp_path / 'more' / name}")
-    chosen = [runs / "base-0", runs / "base-1", runs / "meta", tmp_path / "more"]
+    base, meta, more = runs / "base-0", runs / "meta", tmp_path / "more"
+    other = {"phi": "other.pt", "own": {"phi_digest": "f" * 64}}
+    left(more / "base", base, 0.31, steps=6)
+    left(more / "meta", meta, 0.32, steps=6)
+    left(more / "other", meta, 0.33, steps=6, **other)
+    left(more / "other-8", meta, 0.34, **other)
+    chosen = [base, runs / "base-1", meta, more]
     completed = drawn("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ", render=True)
     assert "base, 8 training steps: left out, as others lack them: seeds [1]" in completed.stderr
-    found = check_pictures(tmp_path, "lengths-folder-12-px-resnet8")
-    drawn_at = {(row["name"], row["training_steps"]): float(row["accuracy_percent"]) for row in found}
-    names = ("base", "metaperturb, φ phi", "metaperturb, another φ")
-    assert {*drawn_at} == {(name, steps) for name in names for steps in ("6", "8")}
-    for (name, steps), folder in {("base", "8"): runs / "base-0", ("base", "6"): tmp_path / "more" / "base"}.items():
-        assert drawn_at[name, steps] == pytest.approx(accuracy(folder))
-    train(target_settings, "method=base", "steps=6", "batch_size=4", f"run_dir={tmp_path / 'smaller'}")
-    for figure, some, said in (
-        ("fig5", chosen, "steps: 8 → 6"),
-        ("lengths", [runs], "needs several numbers of them"),
-        ("lengths", [runs / "base-0", tmp_path / "smaller"], "this one has batch_size: 16 → 4"),
-    ):
-        assert said in refused(figure, *some, "--out", tmp_path)
-    for name, said in (("nobody=x", "no run has a φ of this name (phi)"), ("phi", "expected FILE=NAME")):
-        assert said in refused("fig5", runs, "--out", tmp_path, "--call", name)
+    check_pictures(tmp_path, "lengths-folder-12-px-resnet8")
+    expected = {
+        ("base", "6"): 31,
+        ("base", "8"): 100 * result(base)["metrics"]["accuracy"],
+        ("metaperturb, φ phi", "6"): 32,
+        ("metaperturb, φ phi", "8"): 100 * result(meta)["metrics"]["accuracy"],
+        ("metaperturb, another φ", "6"): 33,
+        ("metaperturb, another φ", "8"): 34,
+    }
+    found = by_columns(tmp_path / "lengths-folder-12-px-resnet8.csv", "name", "training_steps")
+    assert found == pytest.approx(expected)
+    refused("steps: 8 → 6", "fig5", *chosen)
+    refused("needs several numbers of them", "lengths", runs)
+    smaller = left(tmp_path / "smaller", base, 0.3, steps=6, batch_size=4)
+    refused("this one has batch_size: 16 → 4", "lengths", base, smaller)
+    refused("no run has a φ of this name (phi)", "fig5", runs, "--call", "nobody=x")
+    refused("expected FILE=NAME", "fig5", runs, "--call", "phi")
 
 
-def test_amount_of_training_images(runs, target_settings, tmp_path):
-    for name, changes in {"few": ["method=base", "train_per_class=3"], "meta": [f"phi={runs / 'phi.pt'}"]}.items():
-        train(target_settings, *changes, "steps=8", f"run_dir={tmp_path / 'more' / name}")
+def test_amount_of_training_images(runs, tmp_path):
+    few = {"train_per_class": 3, "own": {"target": result(runs / "base-0")["target"] | {"train": 30}}}
+    left(tmp_path / "more" / "few", runs / "base-0", 0.31, **few)
+    left(tmp_path / "more" / "meta", runs / "meta", 0.32)
     chosen = [runs / "base-0", tmp_path / "more"]
     # As ./run.sh calls it: the folders behind an option.
     drawn("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
-    found = rows(tmp_path / "amount-folder-12-px-resnet8-8-steps.csv")
-    drawn_at = {(row["name"], row["training_images"]): float(row["accuracy_percent"]) for row in found}
-    expected = {("base", "30"): "few", ("metaperturb", "80"): "meta"}
-    expected = {place: tmp_path / "more" / name for place, name in expected.items()} | {("base", "80"): runs / "base-0"}
-    assert drawn_at == {place: pytest.approx(accuracy(folder)) for place, folder in expected.items()}
-    for some, said in (([runs], "all runs have 80 training images"), ([*chosen, runs / "meta"], "with one seed")):
-        assert said in refused("amount", *some, "--out", tmp_path)
+    found = by_columns(tmp_path / "amount-folder-12-px-resnet8-8-steps.csv", "name", "training_images")
+    base = 100 * result(runs / "base-0")["metrics"]["accuracy"]
+    assert found == pytest.approx({("base", "30"): 31, ("base", "80"): base, ("metaperturb", "80"): 32})
+    refused("all runs have 80 training images", "amount", runs)
+    refused("with one seed", "amount", *chosen, runs / "meta")
 
 
 def test_effort_of_meta_training(runs, tmp_path):
@@ -226,41 +234,30 @@ def test_effort_of_meta_training(runs, tmp_path):
         "other": ({"steps": 20, "batch_size": 32}, 200),
         "small": ({"steps": 20}, 200),  # of fewer images of each class
     }
-    trained = json.loads((runs / "meta" / "result.json").read_text())
-
-    def left(path: Path, digest: int, accuracy: float, card: dict, **config) -> None:
-        """What a run with such a φ leaves; pictures of final accuracies read nothing else."""
-        path.mkdir(parents=True)
-        own = {"phi_card": card, "phi_digest": f"{digest:08}", "config": trained["config"] | config}
-        metrics = trained["metrics"] | {"accuracy": accuracy}
-        (path / "result.json").write_text(json.dumps(trained | own | {"metrics": metrics}))
-
+    more = tmp_path / "more"
     for i, (name, (config, classes)) in enumerate(made.items()):
         images = classes * (500 if name != "small" else 200)
         card = {"config": config, "source": {"classes": classes, "images": images}}
-        left(tmp_path / "more" / name, i, 0.2 + 0.01 * i, card)
+        own = {"phi_card": card, "phi_digest": f"{i:08}"}
+        left(more / name, runs / "meta", 0.2 + 0.01 * i, own)
         if name == "paper":
-            left(tmp_path / "top", i, 0.1, card, sites="top")
-            left(tmp_path / "twice", i, 0.1, card, log_every=1)
-
-    more = tmp_path / "more"
+            left(tmp_path / "top", runs / "meta", 0.1, own, sites="top")
+            left(tmp_path / "twice", runs / "meta", 0.1, own, log_every=1)
     completed = drawn("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path, render=True)
     for name in ("other", "small"):
         assert f"{name}: left out, its φ differs in more than one number from those drawn" in completed.stderr
-    found = check_pictures(tmp_path, "effort-folder-12-px-resnet8-8-steps")
-    numbers = {(row["of"], row["amount"]): (float(row["accuracy_percent"]), row["runs"]) for row in found}
-    paper = accuracy(more / "paper", more / "again"), "2"
-    expected = {
-        ("", ""): (accuracy(runs / "base-0", runs / "base-1"), "2"),
-        ("meta-training steps", "0"): (accuracy(more / "none"), "1"),
-        ("meta-training steps", "50"): (accuracy(more / "short"), "1"),
-        ("meta-training steps", "750"): paper,
-        ("classes of the source", "20"): (accuracy(more / "few"), "1"),
-        ("classes of the source", "200"): paper,
+    base = [100 * result(runs / name)["metrics"]["accuracy"] for name in ("base-0", "base-1")]
+    expected = {  # of paper and again, which differ in their seed: 20.5
+        ("", "", "2"): statistics.mean(base),
+        ("meta-training steps", "0", "1"): 23,
+        ("meta-training steps", "50", "1"): 22,
+        ("meta-training steps", "750", "2"): 20.5,
+        ("classes of the source", "20", "1"): 24,
+        ("classes of the source", "200", "2"): 20.5,
     }
-    assert numbers.keys() == expected.keys()
-    for place, (mean, count) in expected.items():
-        assert numbers[place] == (pytest.approx(mean), count)
+    check_pictures(tmp_path, "effort-folder-12-px-resnet8-8-steps")
+    found = by_columns(tmp_path / "effort-folder-12-px-resnet8-8-steps.csv", "of", "amount", "runs")
+    assert found == pytest.approx(expected)
     alone = "differ in the steps, tasks or classes of their meta-training alone"
     for some, said in (
         ([runs / "meta"], alone),
@@ -270,7 +267,7 @@ def test_effort_of_meta_training(runs, tmp_path):
         ([more, tmp_path / "twice"], "there are two runs of metaperturb with seed 0 and the same φ"),
         ([runs], "one use of base, but the runs are of base and of base, finetuned"),
     ):
-        assert said in refused("effort", *some, "--out", tmp_path)
+        refused(said, "effort", *some)
 
 
 @pytest.fixture(scope="module")
@@ -304,22 +301,18 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
             norms = [sum(v.square().sum() for k, v in s.items() if ("scale" in k) is part).sqrt().item() for s in state]
             assert row[column] == pytest.approx(statistics.mean(norms), abs=2e-5)  # metrics have five digits
 
-    def message(*sources: Path) -> str:
-        return refused("learning", *sources, "--out", tmp_path / "refused")
-
-    shutil.copytree(meta_trainings / "0", tmp_path / "twin")
-    assert "two meta-trainings with these settings and one seed" in message(meta_trainings / "0", tmp_path / "twin")
-    result = tmp_path / "twin" / "result.json"
-    content = json.loads(result.read_text())
+    twin = shutil.copytree(meta_trainings / "0", tmp_path / "twin")
+    refused("two meta-trainings with these settings and one seed", "learning", meta_trainings / "0", twin)
+    content = result(twin)
     content["source"]["fingerprint"] = "other"
-    result.write_text(json.dumps(content))
-    assert "learned from other images" in message(meta_trainings / "0", tmp_path / "twin")
-    (tmp_path / "twin" / "metrics.jsonl").unlink()
-    assert "metrics.jsonl of MetaPerturb: no step that all seeds have" in message(tmp_path / "twin")
-    assert "no finished run of meta-training" in message(runs, meta_trainings / "none")
+    (twin / "result.json").write_text(json.dumps(content))
+    refused("learned from other images", "learning", meta_trainings / "0", twin)
+    (twin / "metrics.jsonl").unlink()
+    refused("metrics.jsonl of MetaPerturb: no step that all seeds have", "learning", twin)
+    refused("no finished run of meta-training", "learning", runs, meta_trainings / "none")
+    refused("no such folder", "learning", tmp_path / "nowhere")
     drawn("figures", meta_trainings / "0", "--out", tmp_path / "out")  # of meta-trainings alone
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["learning-folder-train-resnet8.csv"]
-    assert "no such folder" in message(tmp_path / "nowhere")
 
 
 def test_all_figures(runs, meta_trainings, tmp_path):
@@ -345,76 +338,62 @@ def test_all_figures(runs, meta_trainings, tmp_path):
         assert path.read_text() == (tmp_path / "out" / path.name).read_text()
 
 
-def test_what_does_not_belong_into_one_picture_is_refused(runs, target_settings, tmp_path):
-    def message(*arguments) -> str:
-        return refused(*arguments, "--out", tmp_path / "out")
-
-    for name, changes in {"long": ["steps=6"], "other": ["steps=8", "model=resnet20"], "twin": ["steps=8"]}.items():
-        train(target_settings, "method=base", *changes, f"run_dir={tmp_path / name}")
-    assert "steps: 8 → 6" in message("fig5", runs / "base-1", tmp_path / "long")
-    assert "one picture shows one data set and network" in message("fig8", runs / "base-0", tmp_path / "other")
-    assert "two runs of base with one seed" in message("fig5", runs / "base-0", tmp_path / "twin")
-    assert "has no scales s" in message("fig7", runs / "base-0")
-    assert "no such folder" in message("fig5", tmp_path / "nowhere")
-    assert "holds no finished run" in message("fig5", runs / "base-0" / "checkpoints")
-    assert "no finished run of these methods" in message("fig5", runs, "--methods", "mixup")
-    for figure, text, said in (
-        ("fig8", "pionts=3", "expected KEY=VALUE"),
-        ("fig8", "points=few", "points: expected a whole number, got 'few'"),
-        ("fig6", "counts=1,1.5", "counts: expected a whole number, got '1.5'"),
-        ("fig6", "l2=1/0", "l2: expected a number, got '1/0'"),
-        ("fig5", "points=3", "--set points=3: this figure has no settings"),
-        ("fig8", "points=4", "must be odd"),
-        ("fig6", "linf=0,-1", "linf: must be at least 0, got -1.0"),
-        ("fig6", "linf=inf", "linf: must be finite, got inf"),
+def test_what_does_not_belong_into_one_picture_is_refused(runs, tmp_path):
+    base, other = runs / "base-0", left(tmp_path / "other", runs / "base-0", 0.3, model="resnet20")
+    for said, *arguments in (
+        ("steps: 8 → 6", "fig5", runs / "base-1", left(tmp_path / "long", base, 0.3, steps=6)),
+        ("one picture shows one data set and network", "fig8", base, other),
+        ("two runs of base with one seed", "fig5", base, left(tmp_path / "twin", base, 0.3)),
+        ("has no scales s", "fig7", base),
+        ("no such folder", "fig5", tmp_path / "nowhere"),
+        ("holds no finished run", "fig5", base / "checkpoints"),
+        ("no finished run of these methods", "fig5", runs, "--methods", "mixup"),
+        ("expected KEY=VALUE", "fig8", runs, "--set", "pionts=3"),
+        ("points: expected a whole number, got 'few'", "fig8", runs, "--set", "points=few"),
+        ("counts: expected a whole number, got '1.5'", "fig6", runs, "--set", "counts=1,1.5"),
+        ("l2: expected a number, got '1/0'", "fig6", runs, "--set", "l2=1/0"),
+        ("--set points=3: this figure has no settings", "fig5", runs, "--set", "points=3"),
+        ("must be odd", "fig8", runs, "--set", "points=4"),
+        ("linf: must be finite, got inf", "fig6", runs, "--set", "linf=inf"),
+        ("beyond 1, the largest distance", "fig6", runs, "--set", "linf=0,2"),
     ):
-        assert said in message(figure, runs, "--set", text)
-    before = [*runs.rglob("analyses/*")]
-    assert "beyond 1, the largest distance" in message("fig6", runs, "--set", "linf=0,2")
-    assert [*runs.rglob("analyses/*")] == before  # told before anything is done
-    (tmp_path / "long" / "result.json").unlink()
-    assert "not finished" in message("fig5", tmp_path / "long")
+        before = [*runs.rglob("analyses/*")]
+        refused(said, *arguments)
+        assert [*runs.rglob("analyses/*")] == before  # told before anything is done
+    unfinished = shutil.copytree(base, tmp_path / "unfinished", ignore=shutil.ignore_patterns("result.json"))
+    refused("not finished", "fig5", unfinished)
 
 
 def test_damaged_runs_are_named(runs, tmp_path):
-    def message(figure: str, change) -> str:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(runs / "meta", tmp_path / "run")
-        change(tmp_path / "run")
-        said = refused(figure, tmp_path / "run", "--out", tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-        return said
+    def replaced(name: str, *pair: str):
+        def change(folder: Path) -> None:
+            assert pair[0] in (folder / name).read_text()
+            (folder / name).write_text((folder / name).read_text().replace(*pair))
 
-    def replaced(path: Path, *pair: str) -> None:
-        assert pair[0] in path.read_text()
-        path.write_text(path.read_text().replace(*pair))
+        return change
 
-    def broken_network(folder: Path, name: str) -> None:
-        state = load_tensors(folder / "checkpoints" / "latest.pt")
-        key = next(key for key in state["model"] if key.endswith(name))
-        state["model"][key].view(-1)[0] = float("nan")
-        save_tensors(state, folder / "checkpoints" / "latest.pt")
+    def broken_network(name: str):
+        def change(folder: Path) -> None:
+            state = load_tensors(folder / "checkpoints" / "latest.pt")
+            key = next(key for key in state["model"] if key.endswith(name))
+            state["model"][key].view(-1)[0] = float("nan")
+            save_tensors(state, folder / "checkpoints" / "latest.pt")
 
-    def moved(folder: Path) -> None:
-        settings = (folder / "config.yaml").read_text()
-        path = yaml.safe_load(settings)["target_path"]
-        for name in ("config.yaml", "result.json"):
-            replaced(folder / name, path, str(tmp_path / "elsewhere"))
+        return change
 
+    images = result(runs / "meta")["config"]["target_path"]
     for figure, change, said in (
         ("fig5", lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
-        ("fig5", lambda folder: replaced(folder / "metrics.jsonl", "test_nll", "nll"), "metrics.jsonl"),
-        ("fig5", lambda folder: replaced(folder / "metrics.jsonl", 'nll": ', 'nll": NaN, "x": '), "finite"),
-        ("fig7", lambda folder: broken_network(folder, "bn1.running_mean"), "holds values that are not finite"),
-        ("fig8", lambda folder: broken_network(folder, "metaperturb.running_var"), "holds values that are not finite"),
-        ("fig8", moved, "(--target-path says where they are now)"),
-        (
-            "fig5",
-            lambda folder: (folder / "result.json").write_text('{"program": "meta_test"}'),
-            "is no result of a run",
-        ),
+        ("fig5", replaced("metrics.jsonl", "test_nll", "nll"), "metrics.jsonl"),
+        ("fig5", replaced("metrics.jsonl", 'nll": ', 'nll": NaN, "x": '), "finite"),
+        ("fig5", lambda run: (run / "result.json").write_text('{"program": "meta_test"}'), "is no result of a run"),
+        ("fig7", broken_network("bn1.running_mean"), "holds values that are not finite"),
+        ("fig8", broken_network("metaperturb.running_var"), "holds values that are not finite"),
+        ("fig8", replaced("result.json", images, "/elsewhere"), "(--target-path says where they are now)"),
     ):
-        assert said in message(figure, change)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        change(shutil.copytree(runs / "meta", tmp_path / "run"))
+        refused(said, figure, tmp_path / "run")
 
 
 def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings, tmp_path):
@@ -450,7 +429,8 @@ def test_the_numbers_of_phi(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"phi-src-1.png", "phi-src-1.svg"}
     assert (tmp_path / "out" / "phi-src-1.svg").read_text().count("scale kernel") == 4
     assert "phi-tiny-imagenet-resnet20.png" in drawn("phi", "tiny_imagenet_resnet20", "--out", tmp_path).stdout
-    assert "name a φ" in refused("phi") and "nowhere" in refused("phi", "nowhere")
+    refused("name a φ", "phi")
+    refused("nowhere", "phi", "nowhere")
 
 
 def test_curves_of_one_evaluation(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaperturb.analyses.records import begun, check_comparable, describe
+from metaperturb.analyses.records import begun, check_comparable
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
@@ -61,9 +61,11 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
     """
     counts = sorted(set(sampling.counts)) if run.stochastic else [1]
     settings = {"counts": sorted(set(sampling.counts)), "batch_size": sampling.batch_size, "seed": sampling.seed}
-    about = describe(run, "calibration", settings)
-    if found := begun(path, about, "counts", "reliability"):
-        return found
+    parts = {"counts": [], "reliability": {}}
+    content = begun(path, run, "calibration", settings, parts)
+    if content["counts"]:
+        return content
+    about = {key: value for key, value in content.items() if key not in parts}
     images = DeviceImages(run.test, next(run.model.parameters()).device)
     labels = images.take(torch.arange(len(run.test), device=images.device))[1]
     examined: dict[int, list[dict[str, float]]] = {count: [] for count in counts}

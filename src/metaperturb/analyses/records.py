@@ -11,14 +11,22 @@ from metaperturb.storage import load_json
 from metaperturb.trained import TrainedRun
 
 
-def describe(run: TrainedRun, analysis: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What results are about: the network, the images and the settings. Equal descriptions, equal results.
+def begun(
+    path: Path, run: TrainedRun, analysis: str, settings: dict[str, Any], parts: dict[str, Any]
+) -> dict[str, Any]:
+    """The results in `path`; where there is no such file, what they begin with.
 
     Args:
+        path: a JSON file.
+        run: whose network and images the results are about.
         analysis: its name.
-        settings: all that changes its numbers, as JSON holds it (lists, no tuples).
+        settings: all that changes its numbers, as JSON holds it (lists, no tuples). Equal ones, equal results.
+        parts: what the results have besides, as it is at first.
+
+    Raises:
+        UserError: the file is damaged or holds something else; the message names what differs.
     """
-    return {
+    about = {
         "analysis": analysis,
         "network": digest(run.model),
         "method": run.config.method,
@@ -28,29 +36,8 @@ def describe(run: TrainedRun, analysis: str, settings: dict[str, Any]) -> dict[s
         "target": {"name": run.test.name, "fingerprint": run.test.fingerprint, "classes": run.test.num_classes},
         "settings": settings,
     }
-
-
-def digest(model: nn.Module) -> str:
-    """Identifies a network's weights and buffers: 12 hex digits."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
-def begun(path: Path, about: dict[str, Any], *parts: str) -> dict[str, Any] | None:
-    """The results in `path` if they have this description; None if there is no such file.
-
-    Args:
-        path: a JSON file.
-        about: what `describe` returned.
-        parts: keys that the results must have.
-
-    Raises:
-        UserError: the file is damaged or holds something else; the message names what differs.
-    """
     if not path.exists():
-        return None
+        return about | parts
     try:
         content = load_json(path)
     except UserError as error:
@@ -61,6 +48,14 @@ def begun(path: Path, about: dict[str, Any], *parts: str) -> dict[str, Any] | No
     if changed:
         raise UserError(f"{path}: holds results of another kind ({'; '.join(changed)}); remove it")
     return content
+
+
+def digest(model: nn.Module) -> str:
+    """Identifies a network's weights and buffers: 12 hex digits."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def check_comparable(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaperturb.analyses.records import begun, check_comparable, describe
+from metaperturb.analyses.records import begun, check_comparable
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages
 from metaperturb.data.splits import shuffled
@@ -247,31 +247,28 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
     victim = _Victim(run, attack)
     settings = {key: value for key, value in dataclasses.asdict(attack).items() if key not in NORMS}
     settings |= {"images": victim.count, "foolbox": version, "revision": REVISION}
-    about = describe(run, "robustness", settings)
-    parts = {"clean": [], "points": [], "seconds": 0.0}
-    record = begun(path, about, *parts) or {**about, **parts}
+    record = begun(path, run, "robustness", settings, {"clean": [], "points": [], "seconds": 0.0})
     known = {(point["norm"], point["eps"]): point for point in record["points"]}
-    known |= {(norm, eps): {"norm": norm, "eps": eps, "correct": []} for norm, eps in {*attack.points} - {*known}}
+    points = [known.setdefault((norm, e), {"norm": norm, "eps": e, "correct": []}) for norm, e in attack.points]
     record["points"] = [known[place] for place in sorted(known, key=lambda place: (ORDER.index(place[0]), place[1]))]
-    points = [known[place] for place in attack.points]
-    total, left = len(points) * len(victim.batches), sum(len(victim.batches) - len(p["correct"]) for p in points)
-    if left == 0:
+    batches = range(len(victim.batches))
+    left = [(point, number) for point in points for number in batches[len(point["correct"]) :]]
+    if not left:
         return {**record, "points": points}
-    progress = StepProgress(f"attacks on {run.dir.name}", total, total - left)
+    total = len(points) * len(batches)
+    progress = StepProgress(f"attacks on {run.dir.name}", total, total - len(left))
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # which PyTorch has convolutions use on a GPU
     with eval_mode(victim.model), exact:
-        clean = [victim.clean(number) for number in range(len(victim.batches))]
+        clean = [victim.clean(number) for number in batches]
         record |= {"clean": [int(correct.sum()) for correct in clean], **provenance(victim.device)}
-        for point in points:
-            for number in range(len(point["correct"]), len(victim.batches)):
-                began = time.monotonic()
-                point["correct"].append(victim.withstands(number, point["norm"], point["eps"], clean[number]))
-                attacked = sum(len(labels) for _, labels in victim.batches[: number + 1])
-                point["accuracy"] = sum(point["correct"]) / attacked
-                record["seconds"] = round(record["seconds"] + time.monotonic() - began, 3)
-                save_json(record, path)
-                left -= 1
-                progress.update(total - left, accuracy=point["accuracy"])
+        for done, (point, number) in enumerate(left, total - len(left) + 1):
+            began = time.monotonic()
+            point["correct"].append(victim.withstands(number, point["norm"], point["eps"], clean[number]))
+            attacked = sum(len(labels) for _, labels in victim.batches[: number + 1])
+            point["accuracy"] = sum(point["correct"]) / attacked
+            record["seconds"] = round(record["seconds"] + time.monotonic() - began, 3)
+            save_json(record, path)
+            progress.update(done, accuracy=point["accuracy"])
     progress.close()
     return {**record, "points": points}
 
@@ -331,9 +328,8 @@ class _Victim:
         images, labels = self.batches[number]
         seed_torch(self.attack.seed, ORDER.index(norm), "attack", number)
         how = self.attack.steps, self.attack.step_size, self.judges
-        correct, finite = self._answers(
-            perturb(self.model, images.float() / 255, labels, norm, eps, *how), labels, number
-        )
+        worst = perturb(self.model, images.float() / 255, labels, norm, eps, *how)
+        correct, finite = self._answers(worst, labels, number)
         if broken := int((~finite).sum()):
             said = f"at {broken} perturbed images the network returns what is not finite, which counts as wrong"
             print(f"{self.dir.name}: {norm}, ε = {eps:g}: {said}", file=sys.stderr)

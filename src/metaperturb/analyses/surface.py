@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.analyses.records import begun, describe
+from metaperturb.analyses.records import begun
 from metaperturb.attach import REGULARIZER
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages, normalize
@@ -94,14 +94,13 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
     Raises:
         UserError: `path` holds the surface of another network or plane, or a loss is not finite.
     """
-    about = describe(run, "surface", {**dataclasses.asdict(plane), "revision": REVISION})
-    record = begun(path, about, "coordinates", "loss") or {**about, "coordinates": plane.coordinates, "loss": []}
+    settings = {**dataclasses.asdict(plane), "revision": REVISION}
+    record = begun(path, run, "surface", settings, {"coordinates": plane.coordinates, "loss": []})
     rows: list[list[float]] = record["loss"]
     if len(rows) == plane.points:
         return record
     measured = _Measured(run, plane)
-    total = plane.points**2
-    progress = StepProgress(f"loss surface of {run.dir.name}", total, len(rows) * plane.points)
+    progress = StepProgress(f"loss surface of {run.dir.name}", plane.points**2, len(rows) * plane.points)
     for a in plane.coordinates[len(rows) :]:
         row = []
         for b in plane.coordinates:
