@@ -45,7 +45,8 @@ from metaperturb.kernels import fused, kernel_name, trial, use_kernel
 from metaperturb.meta_train import METRICS, joint_step
 from metaperturb.provenance import provenance
 from metaperturb.runs import read_metrics
-from metaperturb.storage import load_json, load_tensors, save_json
+from metaperturb.storage import load_json, save_json
+from metaperturb.weights import load_phi
 
 ROOT = Path(__file__).resolve().parent.parent
 BAR = 1.3  # Triton has to be this much faster than torch.compile of the plain operators
@@ -88,8 +89,7 @@ class Part:
             result = load_json(Path(folder, "run", "result.json"))
             self.keep(metrics=result.get("metrics"), one_pass=result.get("one_pass"), kernel=result["kernel"])
             if program == "meta_train":
-                flat = torch.cat([p.flatten() for p in load_tensors(Path(folder, "run", "phi.pt"))["phi"].values()])
-                self.keep(phi_norm=flat.norm().item())
+                self.keep(phi_norm=load_phi(Path(folder, "run", "phi.pt")).flat.norm().item())
 
 
 # --- the parts

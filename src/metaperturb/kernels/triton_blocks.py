@@ -1,5 +1,6 @@
 """What the Triton kernels are made of: tiles and their neighbourhoods, elementary functions, noise."""
 
+from metaperturb.kernels import plain
 from metaperturb.kernels.backend import Unavailable
 
 try:
@@ -144,6 +145,10 @@ def softplus(a):
     return relu(a) + log1p, tl.where(a < 0, e, 1.0) / (1.0 + e)
 
 
+P, Q = tl.constexpr(plain.EXPECTATION_P), tl.constexpr(plain.EXPECTATION_Q)
+LEAST_MU, MOST_MU = tl.constexpr(plain.MU_RANGE[0]), tl.constexpr(plain.MU_RANGE[1])
+
+
 @jit
 def expected_softplus(mu):
     """E[softplus(μ + ε)], ε ~ N(0, 1), and its derivative by μ: the formula of plain.py."""
@@ -151,10 +156,11 @@ def expected_softplus(mu):
     e = tl.exp(-tl.abs(mu))
     share = 1.0 / (1.0 + e)
     u = 4.0 * e * share * share
-    p = 0.64872119 + u * (12.87690728 + u * (51.34353126 + u * (40.60030954 + u * 2.30104965)))
-    q = 1.0 + u * (20.58064118 + u * (92.27215444 + u * (102.97856728 + u * 21.78472695)))
-    dp = 12.87690728 + u * (102.68706252 + u * (121.80092862 + u * 9.2041986))
-    dq = 20.58064118 + u * (184.54430888 + u * (308.93570184 + u * 87.1389078))
+    p, q = P[4] + 0.0 * u, Q[4] + 0.0 * u
+    dp, dq = 0.0 * u, 0.0 * u
+    for i in tl.static_range(3, -1, -1):
+        dp, dq = dp * u + p, dq * u + q
+        p, q = p * u + P[i], q * u + Q[i]
     ratio = p / q
     du = tl.where(mu < 0, u, -u) * (1.0 - e) * share
     return value + 0.25 * u * ratio, slope + 0.25 * du * (ratio + u * (dp - ratio * dq) / q)

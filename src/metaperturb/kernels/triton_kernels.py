@@ -19,6 +19,8 @@ immediate operands. Half-precision maps are read and written as they are; all ar
 """
 
 from metaperturb.kernels.triton_blocks import (
+    LEAST_MU,
+    MOST_MU,
     convolve,
     convolve_transposed,
     correlate,
@@ -343,7 +345,7 @@ def perturb(
         if NOISE:
             a = _noise_mean(hidden + base + offset, hidden_mean + pixel, w, w_all, pixel, inside, H, W, STEP, DTYPE)
             if RELATIVE:
-                a = tl.where(a < -20.0, -20.0, tl.where(a > 1e4, 1e4, a))
+                a = tl.where(a < LEAST_MU, LEAST_MU, tl.where(a > MOST_MU, MOST_MU, a))
             expected, _ = expected_softplus(a)
             if NOISE == 1:
                 a += drawn[i].to(DTYPE)
