@@ -2,7 +2,7 @@
 held out of it, some of each class, some of its classes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from metaperturb.storage import load_json, write_atomically
 
 KINDS = ("disjoint", "paired", "homogeneous")
 _FORMAT, _FIELDS = 1, ("classes", "train", "test")
-# Which images are held out is no setting: all runs on a data set are tuned on the same ones.
-_HOLDOUT_SEED = 0
-CHOICE_SEED = 0  # nor is which ones s-CIFAR100 and small SVHN are, or are left by `train_per_class` and `classes`
+# No setting, as all runs on a data set are tuned on the same images: of those that are held out, of s-CIFAR100 and
+# small SVHN, and of what `train_per_class` and `classes` leave.
+CHOICE_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +76,11 @@ def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> lis
     groups = {"disjoint": num_tasks, "paired": num_tasks // 2, "homogeneous": 1}[kind]
     if groups > len(classes):
         raise UserError(f"class split {kind}: {num_tasks} tasks need {groups} classes, the data has {len(classes)}")
-    shares = num_tasks if kind == "homogeneous" else 1
-    if counts.size == 0 or counts.min() < 2 * shares:
-        fewest = int(counts.min()) if counts.size else 0
-        which = f" (class {classes[counts.argmin()]})" if counts.size else ""
+    fewest = counts.argmin()
+    if counts[fewest] < (needed := 2 * num_tasks if kind == "homogeneous" else 2):
         raise UserError(
-            f"class split {kind}: {num_tasks} tasks need at least {2 * shares} images a class, found {fewest}{which}"
+            f"class split {kind}: {num_tasks} tasks need at least {needed} images a class, found {counts[fewest]} "
+            f"(class {classes[fewest]})"
         )
 
     bits = np.random.PCG64(int(seed))
@@ -101,6 +100,13 @@ def _task(classes: np.ndarray, images: Sequence[np.ndarray]) -> TaskSplit:
     halves = [np.split(index, [(len(index) + 1) // 2]) for index in images]
     train, test = (np.sort(np.concatenate(half)).astype(np.int64) for half in zip(*halves, strict=True))
     return TaskSplit(np.sort(classes).astype(np.int64), train, test)
+
+
+def _shuffled_classes(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each class and its images, in an order that never changes."""
+    bits = np.random.PCG64(CHOICE_SEED)
+    for label in np.unique(labels):
+        yield label, shuffled(np.flatnonzero(labels == label), bits)
 
 
 def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,10 +131,8 @@ def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> t
     """
     if not 0 < share < 1:
         raise UserError(f"holdout {share}: must be above 0 and below 1")
-    bits = np.random.PCG64(_HOLDOUT_SEED)
     parts = []
-    for label in np.unique(labels):
-        images = shuffled(np.flatnonzero(labels == label), bits)
+    for label, images in _shuffled_classes(labels):
         if len(images) < 2:
             raise UserError(f"holdout: class {classes[label]} has one training image, too few to hold one out")
         count = min(max(round(share * len(images)), 1), len(images) - 1)
@@ -151,10 +155,8 @@ def few_per_class(labels: np.ndarray, count: int, skip: int = 0) -> np.ndarray:
     Raises:
         UserError: a class has fewer images.
     """
-    bits = np.random.PCG64(CHOICE_SEED)
     chosen = []
-    for label in np.unique(labels):
-        images = shuffled(np.flatnonzero(labels == label), bits)
+    for label, images in _shuffled_classes(labels):
         if len(images) < skip + count:
             raise UserError(f"{skip + count} images of each class are asked for, class {label} has {len(images)}")
         chosen.append(images[skip : skip + count])
