@@ -38,14 +38,6 @@ def test_examples_stay_in_the_ball_and_the_range(eps):
     assert (adversarial != x).float().mean() > 0.5
 
 
-def test_examples_raise_the_loss_of_the_training_step():
-    method, model, x, y = example()
-    adversarial, _ = method.batch(x, y)
-    noise = (x + 2 * 8 / 255 * torch.randn_like(x).sign()).clamp(-1, 1)
-    plain, noisy, attacked = (F.cross_entropy(copy.deepcopy(model)(i), y).item() for i in (x, noise, adversarial))
-    assert attacked > max(plain, noisy) + 0.1
-
-
 def test_examples_by_hand():
     """A linear network: every step adds step_size · sign(w_k − …) of a gradient worked out on paper."""
     method, _, x, y = example(eps=0.1, steps=3, step_size=0.02)
@@ -77,18 +69,6 @@ def test_the_network_is_attacked_as_it_trains_and_left_as_it_was():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
-def test_deterministic_and_off():
-    method, _, x, y = example()
-    results = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        results.append(method.batch(x, y)[0])
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-    off, *_ = example(eps=0.0)
-    state = torch.get_rng_state()
-    assert off.batch(x, y)[0] is x and torch.equal(torch.get_rng_state(), state)
 
 
 def test_bfloat16_examples():

@@ -128,13 +128,6 @@ def test_phi_is_frozen_and_saved_with_the_network(reference, phi_file):
     assert torch.equal(saved[:82], expected)
 
 
-def test_base_is_a_plain_network(target_settings, tmp_path):
-    settings = [*target_settings, f"steps={STEPS}", "method=base", f"run_dir={tmp_path / 'tgt'}"]
-    assert program.main(["--set", *settings]) == 0
-    assert not any("metaperturb" in key for key in model_state(tmp_path / "tgt"))
-    assert json.loads((tmp_path / "tgt" / "result.json").read_text())["metrics"]["samples"] == 1
-
-
 def test_some_images_of_each_class(target_settings, tmp_path):
     """The same ones, and all test images; of what is held out none is taken."""
     settings = [*target_settings, "method=base", "steps=1", "train_per_class=3"]
@@ -270,15 +263,10 @@ def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp
 def test_unreadable_image(image_folder, target_settings, tmp_path, refused):
     images = shutil.copytree(image_folder, tmp_path / "images")
     (images / "train/class00/9.png").write_bytes(b"no image")
-    changes = [
-        f"target_path={images}",
-        f"data_root={tmp_path}",
-        "method=base",
-        "steps=1",
-        f"run_dir={tmp_path / 'tgt'}",
-    ]
-    assert "9.png" in refused(program, [*target_settings, *changes])
-    assert program.main(["--set", *target_settings, *changes, "skip_unreadable=true"]) == 0
+    settings = [*target_settings, f"target_path={images}", f"data_root={tmp_path}", f"run_dir={tmp_path / 'tgt'}"]
+    settings += ["method=base", "steps=1"]
+    assert "9.png" in refused(program, settings)
+    assert program.main(["--set", *settings, "skip_unreadable=true"]) == 0
 
 
 def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file, image_folder, tmp_path, capsys):
@@ -369,16 +357,13 @@ def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, c
     assert "precision: bfloat16 → float32" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("busy", "quota", "variable", "threads"),
-    [
-        (0, "max 100000", "", 2),
-        (50, "max 100000", "", 1),
-        (90, "max 100000", "", 1),
-        (0, "100000 100000", "", 1),
-        (0, "max", "3", 3),
-    ],
-)
+LOADS = [  # busy, quota, OMP_NUM_THREADS, threads
+    *((0, "max 100000", "", 2), (50, "max 100000", "", 1), (90, "max 100000", "", 1)),
+    *((0, "100000 100000", "", 1), (0, "max", "3", 3)),
+]
+
+
+@pytest.mark.parametrize(("busy", "quota", "variable", "threads"), LOADS)
 def test_threads_follow_the_cores_and_their_load(tmp_path, monkeypatch, capsys, busy, quota, variable, threads):
     """Four CPUs on two cores, of which others keep a share busy; a container may have less of them."""
     proc, sys_ = tmp_path / "proc", tmp_path / "sys"

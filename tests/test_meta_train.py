@@ -1,5 +1,6 @@
 """Meta-training: the same bits for any number of processes and after any kill; all end together, in one line."""
 
+import dataclasses
 import json
 import math
 import os
@@ -69,16 +70,6 @@ def test_run_folder_is_complete(reference):
     norms = {name: math.sqrt(sum(x * x for x in p.flatten().tolist())) for name, p in phi.tensors()._asdict().items()}
     assert lines[-1]["phi_norms"] == pytest.approx(norms, abs=1e-5)
     assert [p.name for p in (reference / "checkpoints").glob("step-*")] == [f"step-{STEPS:06}"]
-
-
-def test_phi_has_moved_and_is_still_82_finite_numbers(reference):
-    torch.manual_seed(0)
-    bits = phi_bits(reference)
-    assert bits.shape == (82,) and torch.isfinite(bits).all()
-    program.seed_torch(0, 0, "phi")
-    initial = torch.cat([p.flatten() for p in MetaPerturb().parameters()])
-    assert (bits != initial).float().mean() > 0.9
-    assert (bits - initial).abs().max() < STEPS * 1.1e-3  # Adam moves a parameter by at most about lr a step
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.slow)])
@@ -318,12 +309,8 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(here, tmp_path, refused, g
 
 
 def test_no_checkpoint_of_parameters_that_are_not_finite(here, tmp_path, refused):
-    settings = [
-        *here,
-        "phi_lr=1e38",
-        "checkpoint_every=1",
-    ]  # float32 overflows in φ's first update, not yet in any loss
-    line = refused(program, settings, code=Diverged.exit_code)
+    """float32 overflows in φ's first update, not yet in any loss."""
+    line = refused(program, [*here, "phi_lr=1e38", "checkpoint_every=1"], code=Diverged.exit_code)
     assert "φ, step 1" in line and "not finite" in line
     assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
 
@@ -349,11 +336,10 @@ def test_port_in_use(here, refused):
         (["classes=11"], "11 classes are asked for, the data has 10"),
         (["classes=4"], "5 tasks need 5 classes, the data has 4"),
         (["source_paths=nowhere.zip"], "nowhere.zip"),
-        (["model=resnet21", "source_paths=nowhere.zip"], "resnet21"),  # what is quickly seen is said first
+        (["model=resnet21", "source_paths=nowhere.zip"], "model: unknown 'resnet21' (near: resnet"),  # seen first
         (["split=paired"], "tasks: split paired needs an even number, got 5"),
         (["split_file=nowhere.json"], "split_file: nowhere.json does not exist"),
         (["threads=100000"], "threads: must be between 1 and 1024"),
-        (["model=resnet21"], "model: unknown 'resnet21' (near: resnet"),
         (["batch_size=1"], "batch_size: must be at least 2"),
         (["steps=4", "keep_phi=3,4"], "keep_phi: step 4 is not before the last, 4"),
         (["noise=false", "gate=false"], "noise, gate: with both false φ does nothing"),
@@ -478,22 +464,6 @@ def test_no_gradient_is_computed_that_is_thrown_away(setting, monkeypatch):
     assert graphs[1] == phi_ids
 
 
-def test_phi_step_leaves_theta_and_batch_norm_alone_and_theta_step_leaves_phi(setting):
-    _, phi, tasks = setting()
-    task = tasks[1]
-    batch_norm = {k: v.clone() for k, v in task.model.state_dict().items() if ".bn" in k or "bn1" in k}
-    theta = [p.detach().clone() for p in task.theta]
-    task.phi_gradient(0)
-    assert all(torch.equal(a, b) for a, b in zip(theta, task.theta, strict=True))
-    assert all(torch.equal(v, task.model.state_dict()[k]) for k, v in batch_norm.items())
-    assert all(p.grad is None for p in task.theta)
-    before = [p.detach().clone() for p in phi.parameters()]
-    task.theta_step(0)
-    assert all(torch.equal(a, b) for a, b in zip(before, phi.parameters(), strict=True))
-    assert all(p.grad is None for p in phi.parameters())
-    assert all(not torch.equal(a, b) for a, b in zip(theta, task.theta, strict=True))
-
-
 def test_against_a_plain_loop_of_algorithm_1(setting, tmp_path):
     """The same draws, but textbook code: one backward pass a step with every gradient, and Adam written out."""
     config, phi, tasks = setting("tasks=2", "steps=3")
@@ -532,14 +502,8 @@ def test_against_a_plain_loop_of_algorithm_1(setting, tmp_path):
             step_adam(p, total / len(tasks))
     expected = torch.cat([p.detach().flatten() for p in parameters])
 
-    program.meta_train(config_for(config, tmp_path / "run"))
+    program.meta_train(dataclasses.replace(config, run_dir=str(tmp_path / "run"), gpus="cpu"))
     assert torch.allclose(phi_bits(tmp_path / "run"), expected, rtol=1e-4, atol=1e-6)
-
-
-def config_for(config: MetaTrainConfig, run_dir: Path) -> MetaTrainConfig:
-    import dataclasses
-
-    return dataclasses.replace(config, run_dir=str(run_dir), gpus="cpu")
 
 
 def test_lookahead_gradient_against_finite_differences(setting):
@@ -553,12 +517,8 @@ def test_lookahead_gradient_against_finite_differences(setting):
     with torch.no_grad():
         phi.flat.normal_(0, 0.3)  # away from zero, where every derivative is small
 
-    def loss_and_gradient():
-        gradient, loss, _ = task.lookahead_gradient(0)
-        return gradient, loss
-
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
-    gradient, _ = loss_and_gradient()
+    gradient, *_ = task.lookahead_gradient(0)
     assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
     for index in (4, 13, 22, 31, 54, 77):  # one of each part
         step = 1e-6
@@ -566,7 +526,7 @@ def test_lookahead_gradient_against_finite_differences(setting):
         for sign in (1, -1):
             with torch.no_grad():
                 phi.flat[index] += sign * step
-            values.append(loss_and_gradient()[1])
+            values.append(task.lookahead_gradient(0)[1])
             with torch.no_grad():
                 phi.flat[index] -= sign * step
         numeric = (values[0] - values[1]) / (2 * step)
@@ -582,22 +542,17 @@ USED = {"noise=false": slice(36, 82), "gate=false": slice(0, 36)}  # kernels of 
 def test_ablations_have_gradients_where_phi_is_used_and_zeros_elsewhere(setting, ablation, lookahead):
     _, _, tasks = setting(ablation, f"lookahead={lookahead}")
     compute = tasks[0].phi_gradient if lookahead == "null" else tasks[0].lookahead_gradient
+    used = torch.zeros(82, dtype=torch.bool)
+    used[USED.get(ablation, slice(0, 82))] = True
+    gradients = []
     for kernel in ("auto", "plain"):
         with kernels.use_kernel(kernel):
             gradient, loss, _ = compute(0)
-        used = torch.zeros(82, dtype=torch.bool)
-        used[USED.get(ablation, slice(0, 82))] = True
         assert torch.isfinite(loss) and (gradient[~used] == 0).all()
         assert (gradient[used] != 0).float().mean() > 0.9
-
-
-def test_the_gradient_without_noise_is_that_of_the_plain_operators(setting):
-    _, _, tasks = setting("noise=false", "sites=top")
-    found = []
-    for kernel in ("auto", "plain"):
-        with kernels.use_kernel(kernel):
-            found.append(tasks[0].phi_gradient(0)[0])
-    assert torch.allclose(*found, rtol=1e-3, atol=1e-7)
+        gradients.append(gradient)
+    if ablation == "noise=false":  # else the kernels draw other numbers
+        assert torch.allclose(*gradients, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("ablation", USED)
@@ -767,14 +722,9 @@ def test_on_one_gpu_alone_and_shared(source_settings, tmp_path, gpus):
     assert torch.isfinite(phi_bits(tmp_path / "src")).all()
 
 
-@pytest.mark.parametrize(
-    ("devices", "backend"),
-    [
-        (["cpu"] * 2, "gloo"),
-        (["cuda:0", "cuda:1"], "nccl"),
-        (["cuda:0", "cuda:0"], "gloo"),
-        (["cuda:0", "cpu"], "gloo"),
-    ],
-)
+BACKENDS = [("cpu cpu", "gloo"), ("cuda:0 cuda:1", "nccl"), ("cuda:0 cuda:0", "gloo"), ("cuda:0 cpu", "gloo")]
+
+
+@pytest.mark.parametrize(("devices", "backend"), BACKENDS)
 def test_backend(devices, backend):
-    assert backend_for([torch.device(device) for device in devices]) == backend
+    assert backend_for([torch.device(device) for device in devices.split()]) == backend
