@@ -353,7 +353,7 @@ def test_bad_settings_are_one_line(here, tmp_path, refused, settings, expected):
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "0"), (4, "0,1,2,3"), (8, "0,1,2,3,4")])
 def test_auto_is_every_gpu_that_has_something_to_do(gpus, expected, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("metaperturb.distributed.count_gpus", lambda: gpus)
     devices = choose_devices("auto", tasks=5)
     assert ",".join("cpu" if device.type == "cpu" else str(device.index) for device in devices) == expected
     said = capsys.readouterr().err
