@@ -108,26 +108,31 @@ def test_statistics_are_the_averages_over_the_batches():
     model = network()
     direct, seen = copy.deepcopy(model), {}
     direct.metaperturb.deterministic = True
-    for name, norm in direct.named_modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.train()
-            norm.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+    for name, module in direct.named_modules():
+        if isinstance(module, nn.BatchNorm2d | PerturbSite):
+            module.train()
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
     with torch.no_grad():
         for x in batches():
             direct(x)
-    sites = [site.running_mean.clone() for site in model.metaperturb.sites]
     assert make_deterministic(model, [(x, None) for x in batches()]) is model
-    assert len(seen) == 7
+    assert len(seen) == 7 + 3
     for name, inputs in seen.items():
-        norm = model.get_submodule(name)
-        mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
-        var = torch.stack([x.transpose(0, 1).flatten(1).var(dim=1) for x in inputs]).mean(dim=0)
-        assert torch.allclose(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(norm.running_var, var, rtol=1e-4, atol=1e-5)
-        assert norm.momentum == 0.1 and not norm.training
-    assert all(torch.equal(a, s.running_mean) for a, s in zip(sites, model.metaperturb.sites, strict=True))
-    x = images(4, 3, SIZE, SIZE)
-    assert torch.equal(draw(model, x, 0), draw(model, x, 1))
+        module = model.get_submodule(name)
+        if isinstance(module, nn.BatchNorm2d):
+            mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
+            var = torch.stack([x.transpose(0, 1).flatten(1).var(dim=1) for x in inputs]).mean(dim=0)
+            assert module.momentum == 0.1
+        else:
+            kernels = module.phi.scale_kernels.view(4, 1, 3, 3)
+            features = [
+                nn.functional.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1).relu().mean(dim=(2, 3)) for x in inputs
+            ]
+            features = [f.view(len(x), -1, 4) for f, x in zip(features, inputs, strict=True)]
+            mean, var = (torch.stack([of(f, dim=0) for f in features]).mean(dim=0) for of in (torch.mean, torch.var))
+        assert torch.allclose(module.running_mean, mean, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(module.running_var, var, rtol=1e-4, atol=1e-5)
+        assert not module.training
 
 
 def test_the_way_there_and_back():
@@ -153,7 +158,7 @@ def test_the_way_there_and_back():
         make_stochastic(model)
 
 
-def test_nothing_but_batch_norm_is_in_training_mode():
+def test_nothing_but_batch_norm_and_sites_is_in_training_mode():
     class Dropping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -167,7 +172,7 @@ def test_nothing_but_batch_norm_is_in_training_mode():
     modes = []
     model.drop.register_forward_hook(lambda *_: modes.append([m.training for m in model.modules()]))
     make_deterministic(model, batches(2))
-    norms = [isinstance(m, nn.BatchNorm2d) for m in model.modules()]
+    norms = [isinstance(m, nn.BatchNorm2d | PerturbSite) for m in model.modules()]
     assert modes == [norms, norms] and not any(m.training for m in model.modules())
 
 

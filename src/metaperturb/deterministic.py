@@ -1,7 +1,8 @@
 """Predictions of a network with φ: the mean over draws of its noise, or one pass of a deterministic network.
 
-In a deterministic network every site multiplies by E[z | h] in place of a draw of z. The statistics of batch norm were
-gathered under noise and do not fit then (the variance shift of Li et al. 2019), so they are taken anew.
+In a deterministic network every site multiplies by E[z | h] in place of a draw of z. The statistics of batch norm, and
+those that the scale is computed from, were gathered under noise and do not fit then (the variance shift of Li et al.
+2019), so they are taken anew.
 
 Examples:
     >>> model = metaperturb.make_deterministic(model.eval(), batches)  # batches: of the training images
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.errors import NotFinite, UserError
+from metaperturb.kernels.plain import MOMENTUM
 from metaperturb.modes import batch_norms, eval_mode, set_mode
 from metaperturb.perturbation import Attachment, PerturbSite
 
@@ -30,8 +32,8 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
 
     Args:
         model: a network with φ, in evaluation mode.
-        batches: training images `[B, C, H, W]`, or tuples that begin with them. Batch norm's running statistics become
-            the average over these batches. A network without batch norm needs none.
+        batches: training images `[B, C, H, W]`, or tuples that begin with them. The running statistics of batch norm
+            and of the sites become the average over these batches. A network without batch norm needs none.
 
     The mode is in the state dict of the network, together with the statistics from before.
 
@@ -125,9 +127,16 @@ def _norms(model: nn.Module) -> list[nn.Module]:
     return [norm for norm in batch_norms(model) if norm.running_mean is not None]
 
 
+def _sites(model: nn.Module) -> list[PerturbSite]:
+    """Those with statistics that matter."""
+    return [m for m in model.modules() if isinstance(m, PerturbSite) and m.attachment.paper and m.attachment.gate]
+
+
 def _statistics(model: nn.Module) -> Iterator[Tensor]:
     for norm in _norms(model):
         yield from (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    for site in _sites(model):
+        yield from (site.running_mean, site.running_var)
 
 
 def _restore(model: nn.Module, values: Tensor) -> None:
@@ -140,7 +149,9 @@ def _restore(model: nn.Module, values: Tensor) -> None:
 
 
 def _gather(model: nn.Module, norms: list[nn.Module], batches: Iterable[Any]) -> None:
-    """What `torch.optim.swa_utils.update_bn` does, which would put dropout and sites into training mode, too."""
+    """What `torch.optim.swa_utils.update_bn` does, which would put dropout into training mode, too, and for the sites."""
+    sites = _sites(model)
+    sums = [(torch.zeros_like(site.running_mean), torch.zeros_like(site.running_var)) for site in sites]
     momenta = [norm.momentum for norm in norms]
     device, height = next((s.running_mean.device, s.size_norm) for s in model.modules() if isinstance(s, PerturbSite))
     size = None
@@ -148,7 +159,7 @@ def _gather(model: nn.Module, norms: list[nn.Module], batches: Iterable[Any]) ->
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
-        set_mode(norms, True)
+        set_mode([*norms, *sites], True)
         for number, batch in enumerate(batches, 1):
             name = f"batch {number}"
             x = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -160,17 +171,26 @@ def _gather(model: nn.Module, norms: list[nn.Module], batches: Iterable[Any]) ->
             if size is not None and x.shape[1:] != size:
                 raise UserError(f"{name} holds images {_shape(x)} after others of {list(size)}")
             size = x.shape[1:]
+            for site in sites:  # of which a batch then moves the statistics by its own, times the momentum
+                site.running_mean.zero_()
+                site.running_var.zero_()
             try:
                 model(x.to(device))
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{name}: the network does not take images {_shape(x)} ({reason})") from error
+            for site, (mean, var) in zip(sites, sums, strict=True):
+                mean += site.running_mean / MOMENTUM
+                var += site.running_var / MOMENTUM
         if size is None:
             raise UserError("there are no batches, and this network has batch norm, whose statistics are taken anew")
-        if not all(torch.isfinite(norm.running_var).all() for norm in norms):
-            raise NotFinite("these batches give batch norm statistics that are not finite")
+        for site, (mean, var) in zip(sites, sums, strict=True):
+            site.running_mean.copy_(mean / number)
+            site.running_var.copy_(var / number)
+        if not all(torch.isfinite(module.running_var).all() for module in [*norms, *sites]):
+            raise NotFinite("these batches give statistics that are not finite")
     finally:
-        set_mode(norms, False)
+        set_mode([*norms, *sites], False)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
