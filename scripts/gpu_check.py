@@ -41,7 +41,7 @@ from metaperturb.cli import PARENT, argument_parser, run_program
 from metaperturb.data import batches
 from metaperturb.distributed import Group, launch, parse_devices
 from metaperturb.errors import UserError
-from metaperturb.kernels import fused, kernel_name, trial, use_kernel
+from metaperturb.kernels import Unavailable, fused, kernel_name, trial, use_kernel
 from metaperturb.meta_train import METRICS, joint_step
 from metaperturb.provenance import provenance
 from metaperturb.runs import read_metrics
@@ -75,7 +75,9 @@ class Part:
     def run(self, program: str, *settings: str) -> None:
         """A program of the package, in a folder for the time of it: keeps how far it came, and results."""
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", f"metaperturb.{program}", "--set", *settings, f"run_dir={folder}/run"]
+            config = ROOT / "configs" / ("src.yaml" if program == "meta_train" else "tgt.yaml")
+            command = [sys.executable, "-m", f"metaperturb.{program}", "--config", str(config), "--set", *settings]
+            command.append(f"run_dir={folder}/run")
             child = subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}, stdin=subprocess.DEVNULL)
             try:
                 code = child.wait()
@@ -101,15 +103,15 @@ def about(part: Part) -> None:
 
 
 def kernels(part: Part) -> None:
-    """The verdict of the trial, and the relative errors at a network's sizes."""
+    """The trial that precedes their first use, and the relative errors at a network's sizes."""
     if part.rehearse:
         from metaperturb.kernels import cpp as backend
     else:
         from metaperturb.kernels import triton_site as backend
-    verdict, output, _ = trial.try_out(backend.__name__, part.device)
-    part.keep(verdict=verdict, output=output)
-    if verdict != trial.PASSED:
-        raise UserError(verdict)
+    try:
+        trial.check(backend.__name__, part.device)
+    except Unavailable as unavailable:
+        raise UserError(str(unavailable)) from None
     errors = {}
     for shape in [(4, 4, 4, 4)] if part.rehearse else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
@@ -161,7 +163,7 @@ def meta_train(part: Part) -> None:
     """φ's gradients of two joint steps beside those on the CPU, from the same draws; then a whole meta-training."""
     here, cpu = gradients(part, part.device), gradients(part, torch.device("cpu"))
     errors = [((a - b).norm() / b.norm()).item() for a, b in zip(here, cpu, strict=True)]
-    part.keep(phi_gradient_error=errors)
+    part.keep(phi_gradient_error=errors, kernels=[kernel_name(part.device), kernel_name("cpu")])  # whose noise is one
     sizes = ("model=resnet8", "steps=3", "batch_size=8", "image_size=16") if part.rehearse else ("steps=750",)
     gpu = "cpu" if part.device.type == "cpu" else "0"
     part.run("meta_train", "source=embedded", "tasks=10", f"gpus={gpu}", "checkpoint_every=1000", *sizes)
@@ -361,6 +363,8 @@ def attempt(
             into["outcome"] = "done" if child.returncode == 0 else f"failed: {said[-1]}"
             if child.returncode < 0:
                 into["outcome"] = f"crashed: {signal.Signals(-child.returncode).name}"
+            if child.returncode:
+                into["log"] = said[-20:]
     finally:
         end_group(child)
         into |= load_json(kept) if kept.exists() else {}

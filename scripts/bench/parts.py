@@ -19,6 +19,7 @@ from metaperturb.config import MetaTrainConfig
 from metaperturb.data.arrays import from_memory
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.data.splits import TaskSplit
+from metaperturb.deterministic import make_deterministic, predict
 from metaperturb.distributed import Group
 from metaperturb.meta_train import Task, joint_step
 from metaperturb.perturbation import MetaPerturb, PerturbSite
@@ -158,18 +159,23 @@ def steps(bench: Bench) -> Groups:
 
 
 def evaluation(bench: Bench) -> Groups:
-    """One pass over a batch as `evaluate` makes it: a Monte-Carlo sample of the perturbed network, or the plain one."""
+    """A pass over a batch as `evaluate` makes it: plain, a Monte-Carlo sample, deterministic; and `predict`."""
     x = normalize(bench.images(bench.eval_batch).take(torch.arange(bench.eval_batch, device=bench.device))[0])
-    phi = make_phi(bench.device).requires_grad_(False)
+    few, phi = x[: max(2, bench.eval_batch // 5)], make_phi(bench.device).requires_grad_(False)
+    plain, perturbed, deterministic = (
+        models.create(bench.model, CLASSES, bench.image_size).to(bench.device).eval() for _ in range(3)
+    )
+    for model in (perturbed, deterministic):
+        attach(model, phi, bench.image_size, paper=True, verbose=False)
+    make_deterministic(deterministic, [x])
+    networks = {"plain pass": plain, "Monte-Carlo sample": perturbed, "deterministic pass": deterministic}
 
-    def network(perturbed: bool) -> Callable[[], object]:
-        model = models.create(bench.model, CLASSES, bench.image_size).to(bench.device)
-        if perturbed:
-            attach(model, phi, bench.image_size, verbose=False)
-        model.eval()
-        return torch.no_grad()(lambda: model(x).log_softmax(dim=1))
+    def passes(model: torch.nn.Module, images: Tensor, count: int = 1) -> Callable[[], object]:
+        return torch.no_grad()(lambda: [model(images).log_softmax(dim=1) for _ in range(count)])
 
-    return {"evaluation": bench.time({"plain pass": network(False), "Monte-Carlo sample": network(True)})}
+    once = {name: passes(model, x) for name, model in networks.items()}
+    draws = {"20 plain passes": passes(plain, few, 20), "predict": lambda: predict(perturbed, few, samples=20)}
+    return {"evaluation": bench.time(once), "predict": bench.time(draws, share=0.25)}
 
 
 def memory(bench: Bench) -> Groups:

@@ -1,7 +1,7 @@
 """The fused site as one differentiable function, whatever backend (`cpp`, `triton`) computes it.
 
-It keeps the feature map that comes in and, at most, a byte a value: the backward pass computes the intermediate maps again
-and draws the noise again from its seed.
+It keeps the feature map that comes in and, at most, a byte a value: the backward pass computes the intermediate maps
+again and draws the noise again from its seed.
 """
 
 from types import ModuleType
