@@ -218,12 +218,6 @@ def unfinished(reference, settings, tmp_path) -> tuple[Path, list[str]]:
     return run_dir, [*settings, f"run_dir={run_dir}"]
 
 
-def test_the_last_evaluation_is_made_again_and_logged_once(reference, unfinished):
-    run_dir, settings = unfinished
-    assert program.main(["--set", *settings]) == 0
-    check_equal(run_dir, reference)
-
-
 def test_a_run_goes_on_with_phi_at_another_place_and_other_evaluations(
     reference, unfinished, phi_file, tmp_path, capsys
 ):

@@ -20,11 +20,9 @@ from torchvision.transforms.v2 import TrivialAugmentWide
 import metaperturb.meta_test as program
 from metaperturb import MetaPerturb, attach, detach, find_sites, models, save_phi
 from metaperturb.config import MetaTestConfig
-from metaperturb.data.batches import normalize
 from metaperturb.evaluation import evaluate
 from metaperturb.methods import create, mixing, noise
 from metaperturb.plots import COLORS, LABELS
-from metaperturb.randomness import seed_torch
 from metaperturb.regularizers import REGULARIZERS
 from metaperturb.storage import load_tensors
 from metaperturb.trained import load_run
@@ -41,7 +39,6 @@ OFF = {
     "cutmix": ["cutmix_alpha=0"],
     "label_smoothing": ["label_smoothing=0"],
     "adversarial": ["adversarial_eps=0"],
-    "trivial_augment": [],  # has no hyperparameter: `only_identity` leaves it one operation that does nothing
 }
 
 
@@ -65,17 +62,6 @@ def prepared(name, model=None, train=None, **settings):
     model = model or models.create("resnet8", train.num_classes, train.image_size)
     method.prepare(model, train)
     return method, model.train()
-
-
-def off_method(name):
-    return create(MetaTestConfig(method=name, **{k: float(v) for k, _, v in (s.partition("=") for s in OFF[name])}))
-
-
-@pytest.fixture
-def only_identity(monkeypatch):
-    """TrivialAugment draws as ever and changes nothing."""
-    space = {"Identity": TrivialAugmentWide._AUGMENTATION_SPACE["Identity"]}
-    monkeypatch.setattr(TrivialAugmentWide, "_AUGMENTATION_SPACE", space)
 
 
 def test_one_list_of_names():
@@ -398,30 +384,17 @@ def test_trivial_augment_changes_8_bit_images_and_leaves_those_it_was_given():
     assert (augmented != images).flatten(1).any(dim=1).float().mean().item() > 0.6
 
 
-def test_trivial_augment_is_for_training_images(target_settings, tmp_path, monkeypatch):
-    """One call for each training image of each step, none for evaluation."""
+def test_trivial_augment_is_for_training_images(common, base_state, draws_itself, tmp_path, monkeypatch):
+    """One call for each training image of each step, none for evaluation; where it changes nothing, that is Base."""
     calls = []
-    augment = TrivialAugmentWide.forward
-
-    def counting(self, image):
-        calls.append(image.dtype)
-        return augment(self, image)
-
-    monkeypatch.setattr(TrivialAugmentWide, "forward", counting)
-    settings = [*target_settings, "method=trivial_augment", "steps=4", f"run_dir={tmp_path / 'tgt'}"]
+    monkeypatch.setattr(TrivialAugmentWide, "forward", lambda self, image: calls.append(image.dtype) or image)
+    settings = [*common, "method=trivial_augment", f"run_dir={tmp_path / 'tgt'}"]
     assert program.main(["--set", *settings]) == 0
     assert calls == [torch.uint8] * 4 * 16
+    check_same(model_state(tmp_path / "tgt"), base_state)
 
 
 # --- sites
-
-
-class WithDropout(nn.Sequential):
-    """A network that draws numbers itself, in training."""
-
-    def __init__(self):
-        layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 8, 3), nn.ReLU())
-        super().__init__(*layers, nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 def torchvision_network(name):
@@ -485,8 +458,25 @@ def test_placing_beside_an_attached_phi_and_copying():
 # --- training runs
 
 
+class WithDropout(nn.Sequential):
+    """A network that draws numbers itself, in training: others than with Base if a method draws any before."""
+
+    def __init__(self):
+        layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 8, 3), nn.ReLU())
+        super().__init__(*layers, nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.fixture
+def draws_itself(monkeypatch):
+    monkeypatch.setattr(models, "create", lambda *_: WithDropout())
+
+
 def model_state(run_dir):
     return load_tensors(run_dir / "checkpoints" / "latest.pt")["model"]
+
+
+def check_same(state, base):
+    assert all(torch.equal(value, state[key]) for key, value in base.items())
 
 
 @pytest.fixture(scope="module")
@@ -497,45 +487,22 @@ def common(target_settings) -> list[str]:
 @pytest.fixture(scope="module")
 def base_state(common, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("base") / "tgt"
-    assert program.main(["--set", *common, "method=base", f"run_dir={run_dir}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "create", lambda *_: WithDropout())
+        assert program.main(["--set", *common, "method=base", f"run_dir={run_dir}"]) == 0
     return model_state(run_dir)
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_a_method_that_is_off_is_base_bit_for_bit(name, common, base_state, tmp_path, only_identity):
+@pytest.mark.parametrize("name", OFF)
+def test_a_method_that_is_off_is_base_bit_for_bit(name, common, base_state, draws_itself, tmp_path):
+    """And draws nothing."""
     run_dir = tmp_path / "tgt"
     assert program.main(["--set", *common, f"method={name}", *OFF[name], f"run_dir={run_dir}"]) == 0
-    ours = model_state(run_dir)
-    assert all(torch.equal(value, ours[key]) for key, value in base_state.items())
-
-
-def trained(method):
-    """θ after three steps of a network with dropout of its own."""
-    seed_torch(0, 0, "init")
-    model = WithDropout()
-    seed_torch(0, 0, "method_init")
-    method.prepare(model, TrainingSet())
-    theta = [p for name, p in model.named_parameters() if "regularizer" not in name]
-    optimizer = torch.optim.SGD(theta, lr=0.1)
-    for step in range(3):
-        method.set_strength(1.0)
-        seed_torch(0, 0, "theta_step", step)
-        x, y = method.batch(normalize(torch.randint(0, 256, (8, 3, 12, 12), dtype=torch.uint8)), torch.arange(8))
-        optimizer.zero_grad()
-        method.loss(model(x), y).backward()
-        optimizer.step()
-    return theta
-
-
-@pytest.mark.parametrize("name", [name for name in BASELINES if name != "trivial_augment"])
-def test_a_method_that_is_off_draws_nothing(name):
-    """Else the network's own dropout would draw other numbers than with Base."""
-    for ours, base in zip(trained(off_method(name)), trained(create(MetaTestConfig(method="base"))), strict=True):
-        assert torch.equal(ours, base)
+    check_same(model_state(run_dir), base_state)
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_run_interrupt_resume(name, common, base_state, tmp_path, monkeypatch):
+def test_run_interrupt_resume(name, common, base_state, draws_itself, tmp_path, monkeypatch):
     """A run trains otherwise than Base, says what it was, and continues to the bit where it was cut."""
     settings = [*common, f"method={name}"]
     assert program.main(["--set", *settings, f"run_dir={tmp_path / 'whole'}"]) == 0
@@ -561,8 +528,8 @@ def test_run_interrupt_resume(name, common, base_state, tmp_path, monkeypatch):
         assert program.main(["--set", *settings, f"run_dir={tmp_path / 'cut'}"]) == 130
     assert not (tmp_path / "cut" / "result.json").exists()
     assert program.main(["--set", *settings, f"run_dir={tmp_path / 'cut'}"]) == 0
-    resumed = model_state(tmp_path / "cut")
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert model_state(tmp_path / "cut").keys() == whole.keys()
+    check_same(model_state(tmp_path / "cut"), whole)
     again = json.loads((tmp_path / "cut" / "result.json").read_text())
     assert again["metrics"] == result["metrics"]
 
@@ -702,7 +669,7 @@ def test_adversarial_training_attacks_the_loss_of_the_recipe():
     assert not torch.equal(*attacked.values())
 
 
-def test_a_recipe_as_a_run(common, base_state, tmp_path):
+def test_a_recipe_as_a_run(common, base_state, draws_itself, tmp_path):
     """It trains, says what it was, and is read back."""
     settings = [*common, "method=dropblock", "recipe=label_smoothing,trivial_augment,mixup"]
     assert program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]) == 0
