@@ -62,11 +62,17 @@ def test_parameter_counts_of_the_plain_networks(name, image_size, num_classes):
     assert count(create_without_weights(name, num_classes, image_size)) == expected
 
 
-@pytest.mark.parametrize("image_size", [32, 84, 96])
-@pytest.mark.parametrize("name", ZOO)
-def test_output_shapes(name, image_size):
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
-    assert create_without_weights(name, 7, image_size)(images).shape == (2, 7)
+SIZES = [(name, size) for name in ZOO for size in (32, 84, 96)]
+SIZES += [("conv4", 16), ("conv6", 16), ("vgg9", 32)]  # the smallest
+SIZES += [("googlenet", 64), ("inception_v3", 96), ("densenet121", 64)]  # of torchvision, without what is auxiliary
+
+
+@pytest.mark.parametrize(("name", "image_size"), SIZES)
+def test_plain_logits_in_training(name, image_size):
+    logits = create_without_weights(name, 7, image_size).train()(
+        torch.empty(4, 3, image_size, image_size, device="meta")
+    )
+    assert isinstance(logits, torch.Tensor) and logits.shape == (4, 7)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -132,13 +138,6 @@ def test_the_seed_says_the_weights():
 # --- torchvision and timm
 
 
-@pytest.mark.parametrize(("name", "image_size"), [("googlenet", 64), ("inception_v3", 96), ("densenet121", 64)])
-def test_networks_of_torchvision_give_plain_logits_in_training(name, image_size):
-    model = create_without_weights(name, 7, image_size).train()
-    logits = model(torch.empty(4, 3, image_size, image_size, device="meta"))
-    assert isinstance(logits, torch.Tensor) and logits.shape == (4, 7)
-
-
 REFUSED = [
     *((name, 10, 32, name) for name in ("", "alexnet2000", "timm", "os.system", "resnet20 ")),
     *(("resnet20", count, 32, f"got {count}") for count in (1, 0, -3)),
@@ -152,14 +151,6 @@ def test_what_is_refused(name, num_classes, image_size, said):
     with pytest.raises(UserError) as error:
         models.create(name, num_classes, image_size)
     assert said in one_line(error)
-
-
-@pytest.mark.parametrize(("name", "smallest"), [("conv4", 16), ("conv6", 16), ("vgg9", 32)])
-def test_the_smallest_images(name, smallest):
-    assert create_without_weights(name, 10, smallest)(torch.empty(2, 3, smallest, smallest, device="meta")).shape == (
-        2,
-        10,
-    )
 
 
 def test_timm_absent(monkeypatch):

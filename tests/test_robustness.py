@@ -8,10 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-from image_files import one_line, refusal
+import torch.nn.functional as F
+from image_files import refusal
 from torch import nn
 
-from metaperturb import UserError, plots
+from metaperturb import plots
 from metaperturb.analyses import robustness
 from metaperturb.analyses.robustness import (
     Attack,
@@ -90,14 +91,15 @@ def test_predictions_are_means_over_all_samples():
 def test_normalization_is_inside_and_exact():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
     seen = []
-    AttackedModel(lambda_network(lambda x: seen.append(x) or x.mean(dim=(2, 3))), 1)(pixels.float() / 255)
+    AttackedModel(network(lambda x: seen.append(x) or x.mean(dim=(2, 3))), 1)(pixels.float() / 255)
     assert torch.equal(seen[0], normalize(pixels))
 
 
-def lambda_network(function):
-    network = nn.Module()
-    network.forward = function
-    return network
+def network(function):
+    """One that answers by a function."""
+    made = nn.Module()
+    made.forward, made.weight = function, nn.Parameter(torch.zeros(1))
+    return made
 
 
 # --- the attack
@@ -120,12 +122,6 @@ def test_more_steps_leave_less(runs, tmp_path, norm):
     assert values[-1] <= values[0] - 0.1
     noisy = [accuracy(runs["metaperturb"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 6)]
     assert noisy[1] <= noisy[0] + 0.02
-
-
-@pytest.mark.slow
-def test_more_draws_leave_less(runs, tmp_path):
-    one, many = (accuracy(runs["metaperturb"], tmp_path, "linf", 0.06, draws=draws) for draws in (1, 10))
-    assert many <= one + 0.01
 
 
 @pytest.mark.parametrize("method", ["base", "metaperturb"])
@@ -169,35 +165,22 @@ def test_the_worst_iterate_is_kept(runs, tmp_path):
 def test_a_network_that_is_sure_of_itself_does_not_look_robust(runs, tmp_path, norm):
     """By cross-entropy in float32, nearly every image of the second one would withstand."""
     run = runs["base"]
-    sure = dataclasses.replace(run, model=Scaled(run.model, 200.0))
+    sure = dataclasses.replace(run, model=network(lambda x: 200 * run.model(x)))
     plain, scaled = (accuracy(r, tmp_path, norm, 1.5 * MIDDLE[norm]) for r in (run, sure))
     assert plain < 0.85 and scaled <= plain + 0.08
 
 
 @pytest.mark.parametrize("draws", [1, 5])
 def test_the_steps_are_those_of_cross_entropy(draws):
-    network, attack = Noisy(scale=0.5), robustness._KeepWorst()
+    attacked, attack = AttackedModel(Noisy(scale=0.5), draws), robustness._KeepWorst()
     x, y = torch.rand(3, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 3, 1])
     gradients = []
-    for loss in (attack.get_loss_fn(AttackedModel(network, draws), astensor(y)), cross_entropy(network, draws, y)):
+    for loss in (attack.get_loss_fn(attacked, astensor(y)), lambda x: F.cross_entropy(attacked(x), y, reduction="sum")):
         attack.begin(x)
         torch.manual_seed(1)
         gradients.append(attack.value_and_grad(loss, astensor(x))[1].raw.flatten(1))
     ours, theirs = (g / g.norm(dim=1, keepdim=True) for g in gradients)
     torch.testing.assert_close(ours, theirs)
-
-
-def cross_entropy(network, draws, y):
-    return lambda x: torch.nn.functional.cross_entropy(AttackedModel(network, draws)(x), y, reduction="sum")
-
-
-class Scaled(nn.Module):
-    def __init__(self, model, factor):
-        super().__init__()
-        self.model, self.factor = model, factor
-
-    def forward(self, x):
-        return self.factor * self.model(x)
 
 
 def test_what_is_wrong_from_the_start_counts_as_wrong(runs, tmp_path):
@@ -209,11 +192,9 @@ def test_what_is_wrong_from_the_start_counts_as_wrong(runs, tmp_path):
     def answers(x):  # images as they are: the next class; others: the true one of the nearest image
         nearest = (x[:, None] - normalize(clean)).flatten(2).norm(dim=2).min(dim=1)
         target = torch.where(nearest.values < 1e-3, (labels[nearest.indices] + 1) % 10, labels[nearest.indices])
-        return 5 * torch.nn.functional.one_hot(target, 10).float() + 0 * x.sum(dim=(1, 2, 3))[:, None]
+        return 5 * F.one_hot(target, 10).float() + 0 * x.sum(dim=(1, 2, 3))[:, None]
 
-    network = lambda_network(answers)
-    network.weight = nn.Parameter(torch.zeros(1))
-    assert accuracy(dataclasses.replace(run, model=network), tmp_path, "linf", 0.02, images=20) == 0.0
+    assert accuracy(dataclasses.replace(run, model=network(answers)), tmp_path, "linf", 0.02, images=20) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -227,22 +208,22 @@ def test_what_is_wrong_from_the_start_counts_as_wrong(runs, tmp_path):
 def test_what_an_attack_returns_is_checked(change, expected):
     x = torch.linspace(0, 0.9, 3 * 16).view(1, 3, 4, 4)
     check_within((x + 0.02).clamp(0, 1), x, "linf", 0.02)
-    with pytest.raises(UserError, match="attack linf, ε") as error:
-        check_within(change(x), x, "linf", 0.02)
-    assert expected in one_line(error)
+    message = refusal(check_within, change(x), x, "linf", 0.02)
+    assert "attack linf, ε" in message and expected in message
 
 
 def test_a_network_that_overflows_under_attack_has_no_answer(runs, tmp_path, capsys):
     """It is broken where pixels leave their grid by much: finite on images as they are, not where the attack ends."""
 
-    class Overflowing(Scaled):
-        def forward(self, x):
+    for name in ("base", "metaperturb"):
+        model = runs[name].model
+
+        def answers(x, model=model):
             pixels = (x + 1) * 127.5
             far = (pixels - pixels.round()).abs().flatten(1).amax(dim=1) > 0.4
-            return super().forward(x) + torch.where(far, math.nan, 0.0)[:, None]
+            return model(x) + torch.where(far, math.nan, 0.0)[:, None]
 
-    for name in ("base", "metaperturb"):
-        run = dataclasses.replace(runs[name], model=Overflowing(runs[name].model, 1.0))
+        run = dataclasses.replace(runs[name], model=network(answers))
         attack = dataclasses.replace(SMALL, linf=(0.0, 1.4 / 255), l2=(), l1=())
         clean, attacked = measure_robustness(run, attack, tmp_path / f"{name}.json")["points"]
         assert clean["accuracy"] > 0.5 and attacked["accuracy"] == 0
@@ -332,7 +313,6 @@ def test_curves_and_picture(small, tmp_path):
 
 def test_foolbox_that_is_not_installed(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)  # as Python marks what cannot be imported
-    with pytest.raises(UserError, match="foolbox cannot be imported") as error:
-        measure_robustness(runs["base"], SMALL, tmp_path / "r.json")
-    message = one_line(error)
+    message = refusal(measure_robustness, runs["base"], SMALL, tmp_path / "r.json")
+    assert "foolbox cannot be imported" in message
     assert ".venv/bin/pip install foolbox" in message and 'pip install -e ".[analyses]"' in message

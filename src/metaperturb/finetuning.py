@@ -91,10 +91,13 @@ def initialize(
     state, run = read_weights(source)
     classifier = classifier_name(model, image_size)
     own = model.state_dict()  # tensors that share the network's memory
-    fresh = (f"{classifier}.", *(f"{name}." for name in _batch_norm_names(model) if batch_norm == "drop"))
+    norms = {*batch_norms(model)} if batch_norm == "drop" else set()
+    fresh = tuple(f"{name}." for name, module in model.named_modules() if name == classifier or module in norms)
     added = {PERTURBATION, REGULARIZER}
     given = {n: value for n, value in state.items() if n in own or added.isdisjoint(n.split("."))}
-    taken = [name for name in own if not name.startswith(fresh) and not _may_be_absent(name, given)]
+    # Batch norm did not always count its batches, and does not use the number: files may lack it.
+    absent = {name for name in own if name.endswith("num_batches_tracked") and name not in given}
+    taken = [name for name in own if not name.startswith(fresh) and name not in absent]
     _check_same_network(taken, own, given, source)
     with torch.no_grad():
         for name in taken:
@@ -141,21 +144,10 @@ def classifier_name(model: nn.Module, image_size: int) -> str:
     )
 
 
-def _batch_norm_names(model: nn.Module) -> list[str]:
-    norms = set(batch_norms(model))
-    return [name for name, module in model.named_modules() if module in norms]
-
-
-def _may_be_absent(name: str, given: Mapping[str, Tensor]) -> bool:
-    """Batch norm did not always count its batches, and does not use the number: files may lack it."""
-    return name.endswith("num_batches_tracked") and name not in given
-
-
 def _check_same_network(taken: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: Any) -> None:
     wrong = [f"lacks {name}" for name in taken if name not in given]
     wrong += [f"has unknown {name:.60}" for name in given if name not in own]
-    wrong += [_mismatch(name, own[name], given[name]) for name in taken if name in given]
-    wrong = [text for text in wrong if text]
+    wrong += [text for name in taken if name in given and (text := _mismatch(name, own[name], given[name]))]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"init: {source}: not the weights of this network: {', '.join(wrong[:3])}{more}")

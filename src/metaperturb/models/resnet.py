@@ -39,12 +39,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        stages = []
-        for in_channels, channels, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
-            first = BasicBlock(in_channels, channels, stride)
-            rest = (BasicBlock(channels, channels, 1) for _ in range(blocks_per_stage - 1))
-            stages.append(nn.Sequential(first, *rest))
-        self.layer1, self.layer2, self.layer3 = stages
+        self.layer1, self.layer2, self.layer3 = _stages(BasicBlock, (16, 16, 32, 64), blocks_per_stage)
         self.fc = nn.Linear(64, num_classes)
         kaiming_init(self)
 
@@ -79,14 +74,9 @@ class WideResNet(nn.Module):
 
     def __init__(self, blocks_per_stage: int, width: int, num_classes: int) -> None:
         super().__init__()
-        channels = [16, 16 * width, 32 * width, 64 * width]
+        channels = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        stages = []
-        for stage in range(3):
-            first = WideBlock(channels[stage], channels[stage + 1], stride=1 if stage == 0 else 2)
-            rest = (WideBlock(channels[stage + 1], channels[stage + 1], 1) for _ in range(blocks_per_stage - 1))
-            stages.append(nn.Sequential(first, *rest))
-        self.layer1, self.layer2, self.layer3 = stages
+        self.layer1, self.layer2, self.layer3 = _stages(WideBlock, channels, blocks_per_stage)
         self.bn = nn.BatchNorm2d(channels[-1])
         self.fc = nn.Linear(channels[-1], num_classes)
         kaiming_init(self)
@@ -94,3 +84,11 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(F.relu(self.bn(out)).mean(dim=(2, 3)))
+
+
+def _stages(block: type[nn.Module], channels: tuple[int, ...], blocks: int) -> list[nn.Sequential]:
+    """Three stages, of which the second and the third begin by halving the map."""
+    return [
+        nn.Sequential(block(before, after, stride), *(block(after, after, 1) for _ in range(blocks - 1)))
+        for before, after, stride in zip(channels, channels[1:], (1, 2, 2), strict=False)
+    ]
