@@ -635,7 +635,12 @@ def test_no_step_at_all_is_phi_as_it_is_drawn(source_settings, tmp_path):
     assert (tmp_path / "src" / "result.json").exists() and not (tmp_path / "src" / "curves.png").exists()
 
 
-def test_a_split_from_a_file_reproduces_the_run_and_is_recorded_as_it_was_made(source_settings, tmp_path, capsys):
+def test_split_file_reproduces_the_run(reference, here, tmp_path):
+    assert program.main(["--set", *here, f"split_file={reference / 'split.json'}"]) == 0
+    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+
+
+def test_a_split_from_a_file_is_recorded_as_it_was_made(source_settings, tmp_path, capsys):
     drawn, read = (tmp_path / name for name in ("drawn", "read"))
     settings = ["--set", *source_settings, "steps=1", "tasks=4", "gpus=cpu"]
     assert program.main([*settings, "split=paired", "seed=7", f"run_dir={drawn}"]) == 0
@@ -644,7 +649,6 @@ def test_a_split_from_a_file_reproduces_the_run_and_is_recorded_as_it_was_made(s
     assert "split.json: has split=paired, the settings ask for split=disjoint" in capsys.readouterr().err
     assert program.main([*given, "split=paired"]) == 0
     assert (read / "split.json").read_bytes() == (drawn / "split.json").read_bytes()
-    assert torch.equal(phi_bits(read), phi_bits(drawn))
     card = load_phi(read / "phi.pt").card
     assert (card["split_seed"], card["seed"], card["config"]["split"]) == (7, 0, "paired")
 
