@@ -126,7 +126,8 @@ def test_statistics_are_the_averages_over_the_batches():
         else:
             kernels = module.phi.scale_kernels.view(4, 1, 3, 3)
             features = [
-                nn.functional.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1).relu().mean(dim=(2, 3)) for x in inputs
+                nn.functional.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1).relu().mean(dim=(2, 3))
+                for x in inputs
             ]
             features = [f.view(len(x), -1, 4) for f, x in zip(features, inputs, strict=True)]
             mean, var = (torch.stack([of(f, dim=0) for f in features]).mean(dim=0) for of in (torch.mean, torch.var))

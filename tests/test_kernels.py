@@ -150,16 +150,18 @@ def test_the_gradient_of_phi_does_not_depend_on_whether_that_of_h_is_wanted(shap
     assert torch.equal(gradient(False), gradient(True)) and gradient(True).abs().max() > 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels", [4, 20])
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
-def test_equals_the_plain_operators_whatever_the_memory_layout(layout):
+def test_equals_the_plain_operators_whatever_the_memory_layout(layout, channels, training):
+    shape = (3, channels, 5, 6)
     h = {
-        "channels_last": maps(3, 4, 5, 6).to(memory_format=torch.channels_last),
-        "transposed": maps(3, 4, 6, 5).transpose(2, 3),
-        "strided": maps(6, 4, 10, 12)[::2, :, ::2, ::2],
+        "channels_last": maps(*shape).to(memory_format=torch.channels_last),
+        "transposed": maps(3, channels, 6, 5).transpose(2, 3),
+        "strided": maps(6, channels, 10, 12)[::2, :, ::2, ::2],
     }[layout]
-    assert_equal_to_plain(
-        h, maps(3, 4, 5, 6, seed=2), maps(3, 4, 5, 6, seed=3).transpose(0, 1).contiguous().transpose(0, 1)
-    )
+    grad_out = maps(*shape, seed=3).transpose(0, 1).contiguous().transpose(0, 1)
+    assert_equal_to_plain(h, maps(*shape, seed=2), grad_out, training=training)
 
 
 def test_equals_the_plain_operators_at_the_size_of_a_network():

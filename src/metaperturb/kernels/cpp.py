@@ -41,10 +41,8 @@ class _Site(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")]
-        + [
-            (name, ctypes.c_int32)
-            for name in ("threads", "training", "noise", "gate", "relative", "h_gradient", "phi_gradient")
-        ]
+        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "relative", "channels_last")]
+        + [(name, ctypes.c_int32) for name in ("h_gradient", "phi_gradient")]
         + [(name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")]
         + [("seed", ctypes.c_uint64)]
         + [
@@ -74,7 +72,7 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
 
 def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float) -> Tensor:
     """`plain.relative_noise`, a factor `[B, C, H, W]`."""
-    out, settings = torch.empty(h.shape, dtype=h.dtype), relative_settings(strength)
+    out, settings = _like(h), relative_settings(strength)
     _run("forward", h, phi, noise, seed, settings, relative=True, out=out)
     return out
 
@@ -101,7 +99,7 @@ def forward(
         evaluation), the statistics that made the scale `[2, C, 4]` (second in every backend), the scale `[C]`, and in
         training where the scale's kernels were above 0, a byte a value.
     """
-    out, scratch = torch.empty(h.shape, dtype=h.dtype), _scratch(h, settings.training)
+    out, scratch = _like(h), _scratch(h, settings.training)
     if settings.training and settings.gate:
         scratch["signs"] = torch.empty(compiled().signs_size(ctypes.byref(_Site(*h.shape))), dtype=torch.uint8)
     running = {"running_mean": running_mean, "running_var": running_var}
@@ -125,10 +123,20 @@ def backward(
     `scratch` is what `forward` returned after the perturbed map.
     """
     tensors = dict(zip(("features", "statistics", "scale", "signs"), scratch, strict=False))
-    tensors |= {"grad_out": grad_out.contiguous(), "grad_h": torch.empty(h.shape, dtype=h.dtype)}
+    tensors |= {"grad_out": grad_out.contiguous(memory_format=_order(h)), "grad_h": _like(h)}
     tensors["grad_phi"] = torch.empty(phi.shape, dtype=torch.float64)
     _run("backward", h, phi, noise, seed, settings, h_gradient=h_gradient, phi_gradient=phi_gradient, **tensors)
     return tensors["grad_h"] if h_gradient else None, tensors["grad_phi"].to(h.dtype) if phi_gradient else None
+
+
+def _order(h: Tensor) -> torch.memory_format:
+    """In which the library takes and gives maps like `h`; it has one for each of the orders that PyTorch has."""
+    last = not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _like(h: Tensor) -> Tensor:
+    return torch.empty(h.shape, dtype=h.dtype, memory_format=_order(h))
 
 
 def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
@@ -153,7 +161,8 @@ def _run(
     **tensors: Tensor,
 ) -> None:
     """Call `name` of the library; the tensors have to live, and be contiguous, until it returns."""
-    tensors["h"], tensors["phi"] = h.contiguous(), phi
+    order = _order(h)
+    tensors["h"], tensors["phi"] = h.contiguous(memory_format=order), phi
     if noise is not None:
         tensors["given_noise"] = noise.contiguous()
     site = _Site(
@@ -163,6 +172,7 @@ def _run(
         noise=noise_source(settings, noise),
         gate=settings.gate,
         relative=relative,
+        channels_last=order == torch.channels_last,
         h_gradient=h_gradient,
         phi_gradient=phi_gradient,
         strength=settings.strength,

@@ -39,10 +39,10 @@ enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2, EXPECTED = 3 };
 template <typename T>
 struct Site {
     int64_t batch, channels, height, width;
-    int32_t threads, training, noise, gate, relative, h_gradient, phi_gradient;
+    int32_t threads, training, noise, gate, relative, channels_last, h_gradient, phi_gradient;
     double strength, clip, channel_ratio, size_ratio, momentum;
     uint64_t seed;
-    const T *h;            // [B, C, H, W]
+    const T *h;            // [B, C, H, W], in memory [B, H, W, C] if `channels_last`: so are out, grad_out and grad_h
     const T *given_noise;  // [B, C, H, W] if noise is GIVEN
     const T *phi;          // [82]: self1, all1, self2, all2, scale_kernels, scale_affine
     T *running_mean;       // [C, 4]
@@ -454,6 +454,45 @@ void correlate(const Sheet<T> &p, const T *__restrict d, const T *__restrict in,
     for (T sum : {s0, s1, s2, s3, s4, s5, s6, s7, s8}) gradient[tap++] += sum;
 }
 
+// --- images
+
+// Eight rows of eight values → eight columns.
+template <typename T>
+inline void transpose_block(const T *__restrict from, int64_t columns, T *__restrict to, int64_t rows) {
+    for (int c = 0; c < 8; ++c)
+        for (int r = 0; r < 8; ++r) to[c * rows + r] = from[r * columns + c];
+}
+
+#if defined(__AVX2__)
+inline void transpose_block(const float *__restrict from, int64_t columns, float *__restrict to, int64_t rows) {
+    __m256 row[8], pair[8];
+    for (int r = 0; r < 8; ++r) row[r] = _mm256_loadu_ps(from + r * columns);
+    for (int r = 0; r < 8; r += 2) {
+        pair[r] = _mm256_unpacklo_ps(row[r], row[r + 1]);
+        pair[r + 1] = _mm256_unpackhi_ps(row[r], row[r + 1]);
+    }
+    for (int half = 0; half < 8; half += 4)  // now columns of four values, two in a register
+        for (int c = 0; c < 2; ++c) {
+            row[half + 2 * c] = _mm256_shuffle_ps(pair[half + c], pair[half + 2 + c], 0x44);
+            row[half + 2 * c + 1] = _mm256_shuffle_ps(pair[half + c], pair[half + 2 + c], 0xee);
+        }
+    for (int c = 0; c < 4; ++c) {
+        _mm256_storeu_ps(to + c * rows, _mm256_permute2f128_ps(row[c], row[4 + c], 0x20));
+        _mm256_storeu_ps(to + (4 + c) * rows, _mm256_permute2f128_ps(row[c], row[4 + c], 0x31));
+    }
+}
+#endif
+
+// [rows, columns] → [columns, rows]
+template <typename T>
+void transpose(const T *__restrict from, int64_t rows, int64_t columns, T *__restrict to) {
+    const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+    for (int64_t r = 0; r < whole_rows; r += 8)
+        for (int64_t c = 0; c < whole_columns; c += 8) transpose_block(from + r * columns + c, columns, to + c * rows + r, rows);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+}
+
 // --- what one thread works in
 
 template <typename T>
@@ -468,6 +507,37 @@ class Buffer {
    private:
     std::vector<T> values_;
     T *start_;
+};
+
+// One image of a map as planes [C, H, W], whatever the order of the map in memory.
+template <typename T>
+class Image {
+   public:
+    explicit Image(const Site<T> &site)
+        : channels_(site.channels),
+          pixels_(site.height * site.width),
+          copied_(site.channels_last),
+          copy_(copied_ ? channels_ * pixels_ : 0) {}
+
+    template <typename Map>  // of T, or of const T
+    Map *read(Map *map, int64_t b) {
+        Map *image = map + b * channels_ * pixels_;
+        if (!copied_) return image;
+        transpose(image, pixels_, channels_, copy_());
+        return copy_();
+    }
+
+    // Where to write image b, before `written`.
+    T *target(T *map, int64_t b) { return copied_ ? copy_() : map + b * channels_ * pixels_; }
+
+    void written(T *map, int64_t b) {
+        if (copied_) transpose(copy_(), channels_, pixels_, map + b * channels_ * pixels_);
+    }
+
+   private:
+    int64_t channels_, pixels_;
+    bool copied_;
+    Buffer<T> copy_;
 };
 
 template <typename T>
@@ -563,58 +633,62 @@ void compute_features(const Site<T> &site) {
         Buffer<T> sheet(p.size), outcome0(p.size), outcome1(p.size), outcome2(p.size), outcome3(p.size), row(p.row_size),
             sums(p.planes);
         std::vector<int32_t> all_signs(p.count);
+        Image<T> h(site);
 #pragma omp for schedule(static)
-        for (int64_t index = 0; index < site.batch * p.groups; ++index) {
-            const int64_t group = index % p.groups, channel = index / p.groups * site.channels + group * p.planes;
-            p.expand(group, site.h + channel * p.pixels(), sheet());
-            const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(group);
-            T *feature = site.features + channel * FEATURES;
-            int32_t *__restrict signs = all_signs.data();
-            if (p.planes == 1) {  // the sums stay in registers
-                T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        for (int64_t b = 0; b < site.batch; ++b) {
+            const T *image = h.read(site.h, b);
+            for (int64_t group = 0; group < p.groups; ++group) {
+                const int64_t index = b * p.groups + group, channel = group * p.planes;
+                p.expand(group, image + channel * p.pixels(), sheet());
+                const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(group);
+                T *feature = site.features + (b * site.channels + channel) * FEATURES;
+                int32_t *__restrict signs = all_signs.data();
+                if (p.planes == 1) {  // the sums stay in registers
+                    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
-                for (int64_t i = 0; i < p.count; ++i) {
-                    const bool in = inside[i] != T(0);
-                    const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
-                    const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
-                    const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
-                    signs[i] = signs_of(v0, v1, v2, v3);
-                    s0 += v0;
-                    s1 += v1;
-                    s2 += v2;
-                    s3 += v3;
-                }
-                feature[0] = s0 / T(p.pixels());
-                feature[1] = s1 / T(p.pixels());
-                feature[2] = s2 / T(p.pixels());
-                feature[3] = s3 / T(p.pixels());
-            } else {
-                T *__restrict y0 = outcome0() + p.first, *__restrict y1 = outcome1() + p.first,
-                              *__restrict y2 = outcome2() + p.first, *__restrict y3 = outcome3() + p.first;
+                    for (int64_t i = 0; i < p.count; ++i) {
+                        const bool in = inside[i] != T(0);
+                        const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
+                        const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
+                        const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
+                        signs[i] = signs_of(v0, v1, v2, v3);
+                        s0 += v0;
+                        s1 += v1;
+                        s2 += v2;
+                        s3 += v3;
+                    }
+                    feature[0] = s0 / T(p.pixels());
+                    feature[1] = s1 / T(p.pixels());
+                    feature[2] = s2 / T(p.pixels());
+                    feature[3] = s3 / T(p.pixels());
+                } else {
+                    T *__restrict y0 = outcome0() + p.first, *__restrict y1 = outcome1() + p.first,
+                                  *__restrict y2 = outcome2() + p.first, *__restrict y3 = outcome3() + p.first;
 #pragma omp simd
-                for (int64_t i = 0; i < p.count; ++i) {
-                    const bool in = inside[i] != T(0);
-                    const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
-                    const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
-                    const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
-                    signs[i] = signs_of(v0, v1, v2, v3);
-                    y0[i] = v0;
-                    y1[i] = v1;
-                    y2[i] = v2;
-                    y3[i] = v3;
+                    for (int64_t i = 0; i < p.count; ++i) {
+                        const bool in = inside[i] != T(0);
+                        const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
+                        const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
+                        const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
+                        signs[i] = signs_of(v0, v1, v2, v3);
+                        y0[i] = v0;
+                        y1[i] = v1;
+                        y2[i] = v2;
+                        y3[i] = v3;
+                    }
+                    int k = 0;
+                    for (const T *outcome : {outcome0(), outcome1(), outcome2(), outcome3()}) {
+                        p.sums(group, outcome, row(), sums());
+                        for (int64_t c = 0; c < p.planes_of(group); ++c)
+                            feature[c * FEATURES + k] = *sums(c) / T(p.pixels());
+                        ++k;
+                    }
                 }
-                int k = 0;
-                for (const T *outcome : {outcome0(), outcome1(), outcome2(), outcome3()}) {
-                    p.sums(group, outcome, row(), sums());
-                    for (int64_t c = 0; c < p.planes_of(group); ++c)
-                        feature[c * FEATURES + k] = *sums(c) / T(p.pixels());
-                    ++k;
-                }
-            }
-            if (site.signs) {
-                uint8_t *__restrict kept = site.signs + index * p.count;
+                if (site.signs) {
+                    uint8_t *__restrict kept = site.signs + index * p.count;
 #pragma omp simd
-                for (int64_t i = 0; i < p.count; ++i) kept[i] = uint8_t(signs[i]);
+                    for (int64_t i = 0; i < p.count; ++i) kept[i] = uint8_t(signs[i]);
+                }
             }
         }
     }
@@ -736,14 +810,17 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
 #pragma omp parallel num_threads(site.threads)
     {
         Buffer<T> sheet(p.size), d(p.size), shares(p.planes), total(count);
+        Image<T> h(site), of_grad_h(site);
         std::vector<int32_t> wide_signs(p.count), plane(first + count + pitch + 1 + LANES);  // the signs of one, with zeros around
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
+            const T *image = site.phi_gradient ? h.read(site.h, b) : nullptr;
+            T *image_grad_h = site.h_gradient ? of_grad_h.read(site.grad_h, b) : nullptr;
             for (int64_t g = 0; g < p.groups; ++g) {
                 const int64_t channel = b * site.channels + g * p.planes;
                 const uint8_t *__restrict signs = site.signs + (b * p.groups + g) * p.count;
                 if (site.phi_gradient) {
-                    p.expand(g, site.h + channel * p.pixels(), sheet());
+                    p.expand(g, image + g * p.planes * p.pixels(), sheet());
                     int32_t *__restrict wide = wide_signs.data();
 #pragma omp simd
                     for (int64_t i = 0; i < p.count; ++i) wide[i] = signs[i];
@@ -774,15 +851,15 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
                         for (int64_t x = 0; x < p.width; ++x) to[x] = from[x];
                     }
                     look_up(table, plane.data() + first, pitch, count, total());
-                    T *image = site.grad_h + (channel + c) * p.pixels();
                     for (int64_t y = 0; y < p.height; ++y) {
                         const T *__restrict row = total(y * pitch);
-                        T *__restrict target = image + y * p.width;
+                        T *__restrict target = image_grad_h + (g * p.planes + c) * p.pixels() + y * p.width;
 #pragma omp simd
                         for (int64_t x = 0; x < p.width; ++x) target[x] += row[x];
                     }
                 }
             }
+            if (site.h_gradient) of_grad_h.written(site.grad_h, b);
         }
     }
 }
@@ -849,23 +926,25 @@ void forward(const Site<T> &site) {
 #pragma omp parallel num_threads(site.threads)
     {
         std::unique_ptr<Workspace<T>> w(site.noise == NO_NOISE ? nullptr : new Workspace<T>(site));
+        Image<T> of_h(site), of_out(site);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
-            const int64_t image = b * site.channels;
-            if (w) w->first_layer(site, site.h + image * pixels);
+            const T *image_h = of_h.read(site.h, b);
+            T *image_out = of_out.target(site.out, b);
+            if (w) w->first_layer(site, image_h);
             for (int64_t c = 0; c < site.channels && !w; ++c) {
-                const T *__restrict h = site.h + (image + c) * pixels;
-                T *__restrict out = site.out + (image + c) * pixels;
+                const T *__restrict h = image_h + c * pixels;
+                T *__restrict out = image_out + c * pixels;
                 const T factor = (site.scale[c] - T(1)) * strength + T(1);
 #pragma omp simd
                 for (int64_t i = 0; i < pixels; ++i) out[i] = h[i] * factor > clip ? clip : h[i] * factor;
             }
             for (int64_t g = 0; w && g < w->p.groups; ++g) {
-                const int64_t channel = image + g * w->p.planes, planes = w->p.planes_of(g);
-                const T *h = site.h + channel * pixels;
-                T *out = site.out + channel * pixels;
+                const int64_t first = g * w->p.planes, planes = w->p.planes_of(g);
+                const T *h = image_h + first * pixels;
+                T *out = image_out + first * pixels;
                 w->second_layer(site, g);
-                const T *mu = w->mu(), *noise = w->noise_of(site, channel, planes), *s = site.relative ? nullptr : w->scale_of(site, g);
+                const T *mu = w->mu(), *noise = w->noise_of(site, b * site.channels + first, planes), *s = site.relative ? nullptr : w->scale_of(site, g);
                 if (site.relative)
                     relative_noise(site, planes * pixels, mu, noise, out);
                 else if (site.noise == EXPECTED)
@@ -873,6 +952,7 @@ void forward(const Site<T> &site) {
                 else
                     perturb<false>(site, planes * pixels, h, mu, noise, s, out);
             }
+            of_out.written(site.out, b);
         }
     }
 }
@@ -935,14 +1015,17 @@ void backward(const Site<T> &site) {
             grad_mu.reset(new Buffer<T>(w->p.groups * w->p.size));
             grad_scale.reset(new Buffer<T>(w->p.planes * pixels));
         }
+        Image<T> of_h(site), of_grad_out(site), of_grad_h(site);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
             const int64_t image = b * channels;
-            if (w) w->first_layer(site, site.h + image * pixels);
+            const T *image_h = of_h.read(site.h, b), *image_grad_out = of_grad_out.read(site.grad_out, b);
+            T *image_grad_h = of_grad_h.target(site.grad_h, b);
+            if (w) w->first_layer(site, image_h);
             for (int64_t c = 0; c < channels && !w; ++c) {
-                const T *__restrict h = site.h + (image + c) * pixels;
-                const T *__restrict grad_out = site.grad_out + (image + c) * pixels;
-                T *__restrict grad_h = site.grad_h + (image + c) * pixels;
+                const T *__restrict h = image_h + c * pixels;
+                const T *__restrict grad_out = image_grad_out + c * pixels;
+                T *__restrict grad_h = image_grad_h + c * pixels;
                 const T factor = (site.scale[c] - T(1)) * strength + T(1);
                 T sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -955,9 +1038,9 @@ void backward(const Site<T> &site) {
                 image_grad_scale[image + c] = sum;
             }
             for (int64_t g = 0; w && g < w->p.groups; ++g) {
-                const int64_t channel = image + g * w->p.planes, planes = w->p.planes_of(g);
-                const T *h = site.h + channel * pixels, *grad_out = site.grad_out + channel * pixels;
-                T *grad_h = site.grad_h + channel * pixels, *grad_s = (*grad_scale)();
+                const int64_t first = g * w->p.planes, channel = image + first, planes = w->p.planes_of(g);
+                const T *h = image_h + first * pixels, *grad_out = image_grad_out + first * pixels;
+                T *grad_h = image_grad_h + first * pixels, *grad_s = (*grad_scale)();
                 w->second_layer(site, g);
                 const T *noise = w->noise_of(site, channel, planes), *s = w->scale_of(site, g);
                 if (site.noise == EXPECTED)
@@ -974,8 +1057,9 @@ void backward(const Site<T> &site) {
             }
             if (w) {
                 double *grad_phi = site.phi_gradient ? &image_grad_phi[b * SCALE_AFFINE] : nullptr;
-                mu_backward(site, *w, *grad_mu, site.grad_h + image * pixels, grad_phi);
+                mu_backward(site, *w, *grad_mu, image_grad_h, grad_phi);
             }
+            of_grad_h.written(site.grad_h, b);
         }
     }
     std::fill_n(site.grad_phi, PARAMETERS, 0.0);
