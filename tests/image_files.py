@@ -11,6 +11,7 @@ import tarfile
 import threading
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -48,27 +49,44 @@ def folder_layout(train: int = 3, test: int = 2, classes: tuple[str, ...] = ("ca
     return files
 
 
-def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+class Link(NamedTuple):
+    """In place of a file's content; a hard link's target is named from the top."""
+
+    target: str
+    hard: bool = False
+
+
+def write_zip(path: Path, files: dict[str, bytes | Link]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            archive.writestr(name, content)
+            info = zipfile.ZipInfo(name)
+            if isinstance(content, Link):
+                info.external_attr, content = 0o120777 << 16, content.target
+            archive.writestr(info, content, zipfile.ZIP_DEFLATED)
     return path
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+def write_tar(path: Path, files: dict[str, bytes | Link]) -> Path:
     mode = "w:gz" if path.suffix in (".gz", ".tgz") else "w"
     with tarfile.open(path, mode) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
+            if isinstance(content, Link):
+                member.type = tarfile.LNKTYPE if content.hard else tarfile.SYMTYPE
+                member.linkname, content = content.target, b""
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
 
 
-def write_folder(path: Path, files: dict[str, bytes]) -> Path:
+def write_folder(path: Path, files: dict[str, bytes | Link]) -> Path:
     for name, content in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            file.hardlink_to(path / content.target) if content.hard else file.symlink_to(content.target)
     return path
 
 
