@@ -268,9 +268,10 @@ def test_a_network_moves_alike_under_every_method():
 
 @pytest.mark.parametrize("name", ["base", "metaperturb"])
 def test_the_middle_is_the_network_itself(trained_runs, name, tmp_path):
-    content = loss_surface(load_run(trained_runs[name]), PLANE, tmp_path / "surface.json")
+    run = load_run(trained_runs[name])
+    content = loss_surface(run, PLANE, tmp_path / "surface.json")
     assert content["coordinates"] == [-0.5, 0.0, 0.5] and np.array(content["loss"]).shape == (3, 3)
-    run = load_run(trained_runs[name])  # the loss in the middle once more, by the book
+    # The loss in the middle once more, by the book, of the network that measuring has left as it was.
     order = numpy_generator(PLANE.seed, 0, "order_train", 0).permutation(len(run.train))
     chosen = torch.tensor(sorted(order[: PLANE.images]))
     for module in run.model.modules():

@@ -193,13 +193,26 @@ BAD_STATES = {
     "sparse": (changed("phi_1.w_all", torch.eye(3).to_sparse()), ["all1"]),
     "complex": (changed("phi_1.w_all", torch.eye(3) * 1j), ["all1"]),
     "a tensor without values": (changed("phi_1.w_all", torch.empty(3, 3, device="meta")), ["all1"]),
+    "empty": (b"", []),
+    "one byte": (b"\x80", []),
+    "text": (b"not a model\nat all\n", []),
+    "unicode text": ("φ φ φ".encode(), []),
+    "JSON": (b'{"self1": [1, 2, 3]}', []),
+    "zeros": (bytes(4096), []),
+    "an image": (b"\x89PNG\r\n\x1a\n" + bytes(100), []),
+    "an empty zip": (b"PK\x05\x06" + bytes(18), []),
+    "a web page": (b"<!DOCTYPE html>\n<html><body>404</body></html>", []),
+    "a number pickled": (pickle.dumps(3), []),
 }
 
 
 @pytest.mark.parametrize("name", BAD_STATES)
 def test_files_that_hold_something_else(tmp_path, name):
     content, words = BAD_STATES[name]
-    torch.save(content, tmp_path / "phi.pt")
+    if isinstance(content, bytes):
+        (tmp_path / "phi.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "phi.pt")
     message = refused(tmp_path / "phi.pt")
     assert all(word in message for word in words), message
 
@@ -224,26 +237,6 @@ def test_code_in_the_file_is_not_run(tmp_path, zip_format):
     if zip_format is not None:
         torch.load(path, weights_only=False)  # our own file: to show that it would have run
         assert (tmp_path / "ran").exists()
-
-
-FOREIGN = {
-    "empty": b"",
-    "one byte": b"\x80",
-    "text": b"not a model\nat all\n",
-    "unicode text": "φ φ φ".encode(),
-    "JSON": b'{"self1": [1, 2, 3]}',
-    "zeros": bytes(4096),
-    "an image": b"\x89PNG\r\n\x1a\n" + bytes(100),
-    "an empty zip": b"PK\x05\x06" + bytes(18),
-    "a web page": b"<!DOCTYPE html>\n<html><body>404</body></html>",
-    "a number pickled": pickle.dumps(3),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_files_of_other_kinds(tmp_path, name):
-    (tmp_path / "phi.pt").write_bytes(FOREIGN[name])
-    refused(tmp_path / "phi.pt")
 
 
 @pytest.mark.parametrize("zip_format", [True, False])

@@ -12,6 +12,7 @@ What is drawn is the cross-entropy of training images, not augmented, with choic
   are averaged: what differs between points is the weights alone.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ class _Measured:
     """The loss of a run's network as a function of the two coordinates."""
 
     def __init__(self, run: TrainedRun, plane: Plane) -> None:
-        self.dir, self.model, self.seed = run.dir, run.model, plane.seed
+        self.dir, self.model, self.seed = run.dir, copy.deepcopy(run.model), plane.seed
         self.draws = plane.draws if run.stochastic else 1
         device = next(self.model.parameters()).device
         generator = torch.Generator().manual_seed(plane.seed)
