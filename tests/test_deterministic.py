@@ -108,32 +108,29 @@ def test_statistics_are_the_averages_over_the_batches():
     model = network()
     direct, seen = copy.deepcopy(model), {}
     direct.metaperturb.deterministic = True
-    for name, module in direct.named_modules():
-        if isinstance(module, nn.BatchNorm2d | PerturbSite):
-            module.train()
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+    for name, part in direct.named_modules():
+        if isinstance(part, nn.BatchNorm2d | PerturbSite):
+            part.train()
+            part.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
     with torch.no_grad():
         for x in batches():
             direct(x)
     assert make_deterministic(model, [(x, None) for x in batches()]) is model
     assert len(seen) == 7 + 3
     for name, inputs in seen.items():
-        module = model.get_submodule(name)
-        if isinstance(module, nn.BatchNorm2d):
+        part = model.get_submodule(name)
+        if isinstance(part, nn.BatchNorm2d):
             mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
             var = torch.stack([x.transpose(0, 1).flatten(1).var(dim=1) for x in inputs]).mean(dim=0)
-            assert module.momentum == 0.1
+            assert part.momentum == 0.1
         else:
-            kernels = module.phi.scale_kernels.view(4, 1, 3, 3)
-            features = [
-                nn.functional.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1).relu().mean(dim=(2, 3))
-                for x in inputs
-            ]
-            features = [f.view(len(x), -1, 4) for f, x in zip(features, inputs, strict=True)]
+            kernels = part.phi.scale_kernels.view(4, 1, 3, 3)
+            maps = [nn.functional.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1).relu() for x in inputs]
+            features = [m.mean(dim=(2, 3)).view(len(x), -1, 4) for m, x in zip(maps, inputs, strict=True)]
             mean, var = (torch.stack([of(f, dim=0) for f in features]).mean(dim=0) for of in (torch.mean, torch.var))
-        assert torch.allclose(module.running_mean, mean, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(module.running_var, var, rtol=1e-4, atol=1e-5)
-        assert not module.training
+        assert torch.allclose(part.running_mean, mean, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(part.running_var, var, rtol=1e-4, atol=1e-5)
+        assert not part.training
 
 
 def test_the_way_there_and_back():

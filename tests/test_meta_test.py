@@ -15,10 +15,12 @@ from conftest import run, start, wait_for
 
 import metaperturb.meta_test as program
 from metaperturb import kernels
+from metaperturb.data.batches import draw
 from metaperturb.data.parts import load_parts
 from metaperturb.deterministic import make_deterministic
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb
+from metaperturb.randomness import numpy_generator, seed_torch
 from metaperturb.runs import StepProgress
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.trained import load_run
@@ -419,7 +421,13 @@ def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, setti
     assert [line["test_samples"] for line in lines if "test_samples" in line] == [1, 1, 1, 3]
     trained = load_run(run_dir)
     train, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
-    logits = make_deterministic(trained.model, [train])(test)
+    seed_torch(0, 0, "one_pass")
+    top, left, flip = draw(len(train), 4, torch.device("cpu"))
+    order = numpy_generator(0, 0, "one_pass").permutation(len(train))
+    moved = torch.nn.functional.pad(train[order], (4,) * 4, value=-1.0)
+    moved = torch.stack([x[:, i : i + 12, j : j + 12] for x, i, j in zip(moved, top, left, strict=True)])
+    moved[flip] = moved[flip].flip(-1)
+    logits = make_deterministic(trained.model, [train, moved])(test)
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(trained.test.labels)).item()
     assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
     assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out

@@ -149,7 +149,7 @@ def _restore(model: nn.Module, values: Tensor) -> None:
 
 
 def _gather(model: nn.Module, norms: list[nn.Module], batches: Iterable[Any]) -> None:
-    """What `torch.optim.swa_utils.update_bn` does, which would put dropout into training mode, too, and for the sites."""
+    """What `update_bn` of `torch.optim.swa_utils` does, for the sites, too, and with dropout in evaluation mode."""
     sites = _sites(model)
     sums = [(torch.zeros_like(site.running_mean), torch.zeros_like(site.running_var)) for site in sites]
     momenta = [norm.momentum for norm in norms]

@@ -12,6 +12,7 @@ and in one pass), `metrics.jsonl`, `curves.png` and the checkpoint with the trai
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from metaperturb.distributed import make_current
 from metaperturb.errors import Diverged, NotFinite
 from metaperturb.evaluation import METRICS, evaluate
 from metaperturb.modes import eval_mode
-from metaperturb.randomness import seed_torch
+from metaperturb.randomness import numpy_generator, seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi, phi_digest
@@ -125,12 +126,21 @@ def meta_test(config: MetaTestConfig) -> dict:
         with training.autocast(device, precision):
             return evaluate(model, test_images, samples, config.eval_batch_size, tell)
 
+    def pictures() -> Iterator[torch.Tensor]:
+        """All training images, as they are and as training has them: with either alone one pass does worse."""
+        key = (config.seed, 0, "one_pass")
+        order = torch.from_numpy(numpy_generator(*key).permutation(len(train)))
+        chunks = order.tensor_split(max(1, len(train) // max(2, config.eval_batch_size)))
+        moved = TrainingBatches(train_images, everything, None, len(chunks[0]), padding, key, method.augment)
+        for step, chunk in enumerate(chunks):
+            yield normalize(train_images.take(chunk)[0])
+            seed_torch(*key, step)
+            yield moved.batch(step)[0]
+
     def evaluated_in_one_pass() -> dict[str, float]:
-        """The network is deterministic for the time of it, with statistics over all training images as they are."""
-        chunks = torch.arange(len(train)).tensor_split(max(1, len(train) // max(2, config.eval_batch_size)))
-        pictures = (normalize(train_images.take(chunk)[0]) for chunk in chunks)
+        """The network is deterministic for the time of it."""
         with eval_mode(model), training.autocast(device, precision):
-            make_deterministic(model, pictures)
+            make_deterministic(model, pictures())
             try:
                 return evaluate(model, test_images, 1, config.eval_batch_size, tell)
             finally:

@@ -23,6 +23,7 @@ PURPOSES = {
     "attacked": 9,
     "calibration": 10,
     "scales": 11,
+    "one_pass": 12,
 }
 
 
