@@ -26,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from metaperturb.data.arrays import Plan, to_pixels
+from metaperturb.data.arrays import to_pixels
 from metaperturb.data.disk import Progress
 from metaperturb.data.files import Place
 from metaperturb.data.official import OFFICIAL
@@ -40,14 +40,6 @@ S_CIFAR100 = Path(__file__).with_name("s-cifar100.crc32")
 IMAGES_A_PART, VALIDATION_IMAGES = 100, 10  # of each class of Tiny ImageNet
 
 
-def _images(plan: Plan) -> Iterator[tuple[int, bytes | np.ndarray]]:
-    for index, name in enumerate(plan.names):
-        try:
-            yield index, plan.read(index)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: unreadable image ({error})") from error
-
-
 def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
     """An image file of pixels (uint8 `[H, W, 3]`)."""
     buffer = io.BytesIO()
@@ -58,24 +50,25 @@ def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
 def _cub50(data_root: Path) -> Members:
     for split in ("train", "test"):
         with open_plan("cub", split, data_root=data_root) as plan:
-            for index, content in _images(plan):
-                if plan.labels[index] < CUB_CLASSES:
+            for index, label in enumerate(plan.labels):
+                if label < CUB_CLASSES:
                     try:
-                        pixels = to_pixels(content, CUB_SIZE)[0].transpose(1, 2, 0)
+                        pixels = to_pixels(plan.read(index), CUB_SIZE)[0].transpose(1, 2, 0)
                     except Exception as error:  # PIL raises nearly anything on broken images
                         raise UserError(f"{plan.names[index]}: unreadable image ({error})") from error
                     name = plan.names[index].rsplit("/", 1)[-1]
                     content = _encoded(np.ascontiguousarray(pixels), "JPEG", quality=JPEG_QUALITY)
-                    yield f"cub50/{split}/{plan.classes[plan.labels[index]]}/{name}", content
+                    yield f"cub50/{split}/{plan.classes[label]}/{name}", content
 
 
 def _s_cifar100(data_root: Path) -> Members:
     rows = [line.split() for line in S_CIFAR100.read_text().splitlines() if not line.startswith("#")]
     for source, parts in (("train", ("train", "val")), ("test", ("test",))):
         with open_plan("cifar100", source, data_root=data_root) as plan:
+            images = map(plan.read, range(len(plan.labels)))
             found = {
-                (plan.classes[plan.labels[index]], f"{zlib.crc32(pixels):08x}"): pixels
-                for index, pixels in _images(plan)
+                (plan.classes[label], f"{zlib.crc32(pixels):08x}"): pixels
+                for label, pixels in zip(plan.labels, images, strict=True)
             }
         for folder, *wanted in rows:
             part, class_name = folder.split("/")

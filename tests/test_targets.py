@@ -57,6 +57,7 @@ def test_specs_are_those_of_the_paper():
     assert (crop_padding(32), crop_padding(33)) == (4, 8)
     for name, of_each in (("s_cifar100", {"train": (50, 0), "val": (25, 50)}), ("small_svhn", {"train": (500, 0)})):
         assert official.OFFICIAL[name].few == of_each
+        assert official.OFFICIAL[name].key("train").endswith(" choice 0")  # of another one, the cache would be another
 
 
 BAD_REQUESTS = [

@@ -175,19 +175,14 @@ def _bug(body: str, limbs: str, marking: str) -> Draw:
             for hip in np.linspace(-0.6, 0.6, pairs):
                 hip_u = length * (hip + _uniform(rng, u, -0.07, 0.07))
                 foot_u = hip_u + sweep + 0.35 * hip + _uniform(rng, u, -0.06, 0.06)
-                parts.append(_segment(u, side, hip_u, 0.0, foot_u, reach) - thick)
+                slant = foot_u - hip_u  # the distance from the line between hip and foot
+                t = np.clip(((u - hip_u) * slant + side * reach) / (slant * slant + reach * reach), 0, 1)
+                parts.append(np.hypot(u - hip_u - t * slant, side - t * reach) - thick)
         limb = np.minimum.reduce(parts)
         tint = _uniform(rng, u, 0, 0.4)  # one for head and limbs
         return np.minimum(distance, limb), np.where(distance < 0, blend, tint)
 
     return draw
-
-
-def _segment(x: np.ndarray, y: np.ndarray, ax, ay, bx, by) -> np.ndarray:
-    """Distance of every point (x, y) from the line segment a–b."""
-    dx, dy = bx - ax, by - ay
-    t = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
-    return np.hypot(x - ax - t * dx, y - ay - t * dy)
 
 
 _TARGET_CLASSES = {
