@@ -161,7 +161,7 @@ def steps(bench: Bench) -> Groups:
 def evaluation(bench: Bench) -> Groups:
     """A pass over a batch as `evaluate` makes it: plain, a Monte-Carlo sample, deterministic; and `predict`."""
     x = normalize(bench.images(bench.eval_batch).take(torch.arange(bench.eval_batch, device=bench.device))[0])
-    few, phi = x[: max(2, bench.eval_batch // 5)], make_phi(bench.device).requires_grad_(False)
+    few, phi = x[: max(2, bench.eval_batch // 10)], make_phi(bench.device).requires_grad_(False)
     plain, perturbed, deterministic = (
         models.create(bench.model, CLASSES, bench.image_size).to(bench.device).eval() for _ in range(3)
     )
