@@ -1,7 +1,4 @@
-"""The fused kernel of the CPU against the plain operators, its noise, and how a kernel is chosen.
-
-test_perturbation.py runs each of its tests with both kernels; here is what sets the fused one apart.
-"""
+"""What sets the fused kernel of the CPU apart: its derivatives, its noise, and how a kernel is chosen and built."""
 
 import functools
 import os
@@ -11,17 +8,15 @@ import sys
 import textwrap
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from oracle import drawn_noise, philox
+from oracle import philox
 from torch import nn
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels, models
-from metaperturb.kernels import cpp, plain, trial
+from metaperturb.kernels import cpp, trial
 from metaperturb.kernels.backend import draw_seed
-from metaperturb.kernels.plain import Phi
 from metaperturb.randomness import seed_torch
 
 # Not where the kernel is not used: one that computes something else would then be skipped.
@@ -45,154 +40,9 @@ def maps(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def run(kernel, h, epsilon, grad_out, dtype, **settings):
-    """Output, gradients of h and φ, and running statistics of a site that has seen one batch before, in float64."""
-    training = settings.pop("training", True)
-    strength, clip = settings.pop("strength", 1.0), settings.pop("clip", 100.0)
-    clip_eval, deterministic = settings.pop("clip_eval", False), settings.pop("deterministic", False)
-    phi = make_phi(dtype)
-    site = PerturbSite(phi, h.shape[1], 2 * h.shape[1], 2 * h.shape[2], **settings)
-    with kernels.use_kernel("plain"):
-        site(h.to(dtype).flip(0) + 0.5, noise=epsilon.to(dtype))
-    site.train(training)
-    site.strength, site.clip, site.clip_eval, site.deterministic = strength, clip, clip_eval, deterministic
-    strided = torch.empty_strided(h.shape, h.stride(), dtype=dtype).copy_(h).requires_grad_()
-    with kernels.use_kernel(kernel):
-        out = site(strided, noise=None if deterministic else epsilon.to(dtype))
-    grads = torch.autograd.grad(out, [strided, phi.flat], grad_out.to(dtype), materialize_grads=True)
-    results = (out, grads[0], *Phi.of(grads[1]), site.running_mean, site.running_var)
-    return [t.detach().double() for t in results]
-
-
-def assert_equal_to_plain(h, epsilon, grad_out, **settings):
-    """1e-5 relative, of each tensor's largest value; the plain operators in float64 are the truth."""
-    expected = run("plain", h, epsilon, grad_out, torch.float64, **settings)
-    actual = run("fused", h, epsilon, grad_out, torch.float32, **settings)
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        assert (a - e).abs().max() <= 1e-5 * e.abs().max().clamp(min=1e-6)
-
-
-SHAPES = [
-    (4, 3, 8, 8),
-    (2, 1, 1, 1),
-    (2, 5, 1, 1),
-    (3, 1, 5, 4),
-    (2, 4, 3, 9),
-    (3, 2, 17, 13),
-    (2, 7, 2, 1),
-    (5, 33, 6, 6),
-    # small planes, which the C++ kernel takes several at a time; the last of them are fewer
-    (3, 300, 2, 2),
-    (2, 37, 4, 4),
-    (2, 401, 1, 1),
-    (3, 11, 7, 7),
-]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("clip", [None, 0.75])
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_plain_operators(shape, strength, clip, training):
-    h, noise, grad_out = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
-    assert_equal_to_plain(h, noise, grad_out, strength=strength, clip=clip, training=training)
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("shape", SHAPES[:5])
-def test_equals_the_plain_operators_where_evaluation_clips(shape, strength):
-    h, noise, grad_out = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
-    assert_equal_to_plain(h, noise, grad_out, strength=strength, clip=0.75, training=False, clip_eval=True)
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0)])
 def test_a_map_without_pixels_stays_one(shape):
     assert PerturbSite(make_phi(torch.float32), 3).eval()(torch.zeros(shape)).shape == shape
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("noise", [True, False])
-@pytest.mark.parametrize("gate", [True, False])
-def test_equals_the_plain_operators_in_the_ablations(gate, noise, training):
-    shape = (3, 4, 6, 5)
-    inputs = maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
-    assert_equal_to_plain(*inputs, gate=gate, noise=noise, training=training, strength=0.6, clip=1.0)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (2, 37, 4, 4), (2, 5, 1, 1)])
-def test_equals_the_plain_operators_with_the_expectation(shape, training):
-    inputs = 3 * maps(*shape), maps(*shape, seed=2), maps(*shape, seed=3)
-    assert_equal_to_plain(*inputs, deterministic=True, training=training, strength=0.7, clip=2.0)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (2, 37, 4, 4), (2, 5, 1, 1)])
-def test_noise_of_mean_one_equals_that_of_the_plain_operators(shape):
-    h, noise, phi = 3 * maps(*shape), maps(*shape, seed=2), make_phi(torch.float64)
-    expected = plain.relative_noise(h, phi.tensors(), noise, 0.7)
-    actual = kernels.fused.relative_noise(cpp, h.float(), phi.flat.float(), noise.float(), 0.7)
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize("settings", [{}, {"noise": False}, {"gate": False}, {"training": False}], ids=str)
-@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (2, 37, 4, 4), (4, 16, 32, 32)])
-def test_the_gradient_of_phi_does_not_depend_on_whether_that_of_h_is_wanted(shape, settings):
-    def gradient(wanted):
-        training = settings.get("training", True)
-        options = {key: value for key, value in settings.items() if key != "training"}
-        site = PerturbSite(make_phi(torch.float32), shape[1], **options).train(training)
-        h = maps(*shape).float().requires_grad_(wanted)
-        with kernels.use_kernel("fused"):
-            out = site(h, noise=maps(*shape, seed=2).float())
-        return torch.autograd.grad(out, site.phi.flat, maps(*shape, seed=3).float())[0]
-
-    assert torch.equal(gradient(False), gradient(True)) and gradient(True).abs().max() > 0
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("channels", [4, 20])
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
-def test_equals_the_plain_operators_whatever_the_memory_layout(layout, channels, training):
-    shape = (3, channels, 5, 6)
-    h = {
-        "channels_last": maps(*shape).to(memory_format=torch.channels_last),
-        "transposed": maps(3, channels, 6, 5).transpose(2, 3),
-        "strided": maps(6, channels, 10, 12)[::2, :, ::2, ::2],
-    }[layout]
-    grad_out = maps(*shape, seed=3).transpose(0, 1).contiguous().transpose(0, 1)
-    assert_equal_to_plain(h, maps(*shape, seed=2), grad_out, training=training)
-
-
-def test_equals_the_plain_operators_at_the_size_of_a_network():
-    shape = (16, 16, 32, 32)
-    assert_equal_to_plain(maps(*shape).relu(), maps(*shape, seed=2), maps(*shape, seed=3))
-
-
-def test_large_arguments_and_values_that_are_not_finite():
-    site = PerturbSite(make_phi(torch.float32), 2).eval()
-    h, noise = maps(2, 2, 3, 3).float(), torch.zeros(2, 2, 3, 3)
-    noise[0, 0, 0] = torch.tensor([-300.0, 300.0, 1e30])
-    outs = []
-    for kernel in ("plain", "fused"):
-        with kernels.use_kernel(kernel):
-            outs.append(site(h, noise=noise))
-    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
-    h[1, 0, 1, 1] = torch.nan
-    out = site(h, noise=noise)
-    assert out[1].isnan().any() and not out[0].isnan().any()
-    assert out[1, 0, 1, 1].isnan()
-
-
-def test_half_precision_is_computed_in_float32():
-    site, h = PerturbSite(make_phi(torch.float32), 3), maps(4, 3, 6, 6)
-    noise, h = maps(4, 3, 6, 6, seed=2).bfloat16(), h.bfloat16().requires_grad_()
-    out = site(h, noise=noise)
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    assert h.grad.dtype == torch.bfloat16
-    exact = PerturbSite(make_phi(torch.float32), 3)(h.detach().float(), noise=noise.float())
-    torch.testing.assert_close(out, exact.bfloat16(), rtol=0, atol=0)
 
 
 # --- derivatives
@@ -301,25 +151,6 @@ def test_what_the_kernel_cannot_do_is_left_to_the_plain_operators(way):
 )
 def test_the_oracle_knows_philox(counter, key, words):
     assert tuple(philox(counter, key)) == words
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 1, 1, 1), (3, 2, 5, 3), (1, 2, 7, 11)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_drawn_noise_is_the_oracles(shape, dtype):
-    seed = 0x0123456789ABCDEF
-    noise = cpp.draw_noise(torch.tensor(seed), torch.empty(shape, dtype=dtype))
-    np.testing.assert_allclose(noise, drawn_noise(seed, shape), rtol=2e-6, atol=2e-6)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (2, 37, 4, 4), (2, 300, 3, 1), (2, 600, 1, 1), (2, 3, 24, 24)])
-def test_a_site_draws_this_noise(training, shape):
-    site, h = PerturbSite(make_phi(torch.float32), shape[1]).train(training), maps(*shape).float()
-    torch.manual_seed(3)
-    seed = draw_seed(h.device)
-    torch.manual_seed(3)
-    assert torch.equal(site(h), site(h, noise=cpp.draw_noise(seed, h)))
-    assert not torch.equal(site(h), site(h))
 
 
 def moments(x):
