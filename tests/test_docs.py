@@ -64,7 +64,7 @@ def test_commands_and_variables_are_those_of_run_sh(page):
     code = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S))
     code += "\n" + "\n".join(re.findall(r"`([^`\n]*\./run\.sh[^`]*)`", page.read_text()))
     patterns = " | ".join(re.findall(r'^([\w"][\w"\[\]| -]*)\)', script, flags=re.M)).split(" | ")  # of its case
-    for command in {*re.findall(r"\./run\.sh ([a-z]\w*)", code)}:
+    for command in {*re.findall(r"\./run\.sh ([a-z][\w-]*)", code)}:
         assert any(fnmatch(command, pattern) for pattern in patterns), command
     for variable in {*re.findall(r"\b([A-Z]+_[A-Z]+|GPUS|SEED|PHI|INIT|METHOD)=", code)}:
         assert re.search(rf"\b{variable}\b", script), variable
