@@ -52,7 +52,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BAR = 1.3  # Triton has to be this much faster than torch.compile of the plain operators
 GRACE = 8.0  # seconds in which a part that is asked to end may write what it has
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))  # of ResNet20's sites
-GPU_TESTS = [f"tests/test_{name}.py" for name in ("triton", "perturbation", "batches", "meta_train", "meta_test")]
+GPU_TESTS = [
+    f"tests/test_{name}.py" for name in ("fused", "triton", "perturbation", "batches", "meta_train", "meta_test")
+]
 
 
 @dataclasses.dataclass
@@ -234,20 +236,9 @@ def tests(part: Part) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise UserError("pytest is not installed")
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    files = ["tests/test_perturbation.py"] if part.rehearse else GPU_TESTS
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-o",
-        "addopts=",
-        *workers,
-        *files,
-        "-k",
-        "test_triton or gpu",
-    ]  # by file or name
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), PARENT: str(os.getpid())}
+    files = [f"tests/test_{name}.py" for name in (("perturbation",) if part.rehearse else TEST_FILES)]
+    command = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-k", "triton or gpu", *workers, *files]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     counts: dict[str, int] = {}
     failed: list[str] = []
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:

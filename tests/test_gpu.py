@@ -19,7 +19,8 @@ import gpu_check
 import pytest
 import torch
 
-from metaperturb import kernels
+from metaperturb import UserError, kernels
+from metaperturb.distributed import make_current
 from metaperturb.kernels import cpp, trial
 from metaperturb.kernels.backend import Unavailable
 
@@ -66,6 +67,19 @@ def test_a_driver_that_is_too_old_is_told_from_no_gpu(tmp_path):
     devices, numbered = out.splitlines()
     assert devices == "[device(type='cpu')]" and f"running on the CPU ({old}" in said
     assert numbered.startswith(f"gpu: no GPU 0 ({old}") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 0), True), ((7, 5), False), ((12, 1), False)])
+def test_a_gpu_that_is_too_old_is_named(capability, refused, monkeypatch):
+    found = {"set_device": None, "get_device_capability": capability, "get_device_name": "Tesla V100"}
+    for name, value in {**found, "get_arch_list": ["sm_80", "sm_75", "sm_120", "compute_120"]}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if not refused:
+        return make_current(torch.device("cuda", 1))
+    with pytest.raises(
+        UserError, match=r"^cuda:1: Tesla V100 is too old for this PyTorch; install a PyTorch for older"
+    ):
+        make_current(torch.device("cuda", 1))
 
 
 def test_a_pytorch_for_an_older_driver_is_kept_when_the_requirements_change(tmp_path):

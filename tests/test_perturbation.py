@@ -136,31 +136,6 @@ def _evaluated(oracle, h, noise):
     return oracle.forward(h.numpy(), noise.numpy())
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "channels_last", "expanded"])
-def test_memory_layouts(layout):
-    plain, noise = maps(3, 4, 5, 5), maps(3, 4, 5, 5, seed=2)
-    if layout == "transposed":
-        h = plain.permute(0, 1, 3, 2)
-    elif layout == "strided":
-        h = maps(6, 4, 10, 10)[::2, :, ::2, ::2]
-    elif layout == "expanded":
-        h = plain[:, :1].expand(3, 4, 5, 5)
-    else:
-        h = plain.to(memory_format=torch.channels_last)
-    site, oracle = make_pair(4)
-    assert_same(site(h, noise=noise), oracle.forward(h.contiguous().numpy(), noise.numpy()))
-    assert_same_statistics(site, oracle)
-    assert_same(site.eval()(h, noise=noise), _evaluated(oracle, h.contiguous(), noise))
-
-
-def test_in_float32():
-    site, oracle = make_pair()
-    h, noise = maps(4, 3, 6, 6), maps(4, 3, 6, 6, seed=2)
-    out = site.float()(h.float(), noise=noise.float())
-    assert out.dtype == torch.float32
-    np.testing.assert_allclose(out.detach(), oracle.forward(h.numpy(), noise.numpy()), rtol=1e-4, atol=1e-4)
-
-
 # --- symmetries
 
 

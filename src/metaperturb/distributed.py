@@ -38,6 +38,10 @@ from metaperturb.errors import Diverged, UserError
 
 EXIT_PEER_LOST = 75  # this process is well, but another one is gone
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
+INSTALL_OLDER = (
+    f"install a PyTorch for older ones: {sys.executable} -m pip install --force-reinstall 'torch>=2.11' torchvision "
+    "--index-url https://download.pytorch.org/whl/cu126"
+)
 TIMEOUT = timedelta(minutes=10)  # of a collective: longer than the slowest step, or the reading of a large data set
 
 
@@ -154,11 +158,8 @@ def why_no_gpu() -> str:
         torch.cuda.init()
     except Exception as error:  # of several kinds
         if "too old" in str(error):
-            return (
-                f"the NVIDIA driver is too old for this PyTorch, which needs CUDA {torch.version.cuda}: update it, or "
-                f"install a PyTorch for older ones: {sys.executable} -m pip install --force-reinstall 'torch>=2.11' "
-                "torchvision --index-url https://download.pytorch.org/whl/cu126"
-            )
+            needs = f"this PyTorch, which needs CUDA {torch.version.cuda}"
+            return f"the NVIDIA driver is too old for {needs}: update it, or {INSTALL_OLDER}"
     return "PyTorch sees none here"
 
 
@@ -166,9 +167,17 @@ def make_current(device: torch.device) -> None:
     """Let CUDA calls that name no GPU, such as pinning memory, go to this one.
 
     They would go to GPU 0 otherwise, and open a context of half a gigabyte there for each process.
+
+    Raises:
+        UserError: this PyTorch was not built for so old a GPU.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        built_for = [int(arch.removeprefix("sm_")) for arch in torch.cuda.get_arch_list() if arch[3:].isdecimal()]
+        if built_for and 10 * major + minor < min(built_for):
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"{device}: {name} is too old for this PyTorch; {INSTALL_OLDER}")
 
 
 def under_torchrun() -> bool:
