@@ -52,9 +52,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BAR = 1.3  # Triton has to be this much faster than torch.compile of the plain operators
 GRACE = 8.0  # seconds in which a part that is asked to end may write what it has
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))  # of ResNet20's sites
-GPU_TESTS = [
-    f"tests/test_{name}.py" for name in ("fused", "triton", "perturbation", "batches", "meta_train", "meta_test")
-]
+TEST_FILES = ("fused", "triton", "perturbation", "batches", "meta_train", "meta_test")
 
 
 @dataclasses.dataclass

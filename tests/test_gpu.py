@@ -76,9 +76,7 @@ def test_a_gpu_that_is_too_old_is_named(capability, refused, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     if not refused:
         return make_current(torch.device("cuda", 1))
-    with pytest.raises(
-        UserError, match=r"^cuda:1: Tesla V100 is too old for this PyTorch; install a PyTorch for older"
-    ):
+    with pytest.raises(UserError, match=r"^cuda:1: Tesla V100 is too old for this PyTorch; install a PyTorch for"):
         make_current(torch.device("cuda", 1))
 
 
