@@ -32,15 +32,13 @@ def main() -> int:
             try:
                 if name in ZIPS:
                     print(make_zip(name, arguments.data_root))
-                    continue
-                parts = load(name, data_root=arguments.data_root, splits=DATA_SETS[name].splits)
+                else:
+                    for part in load(name, data_root=arguments.data_root, splits=DATA_SETS[name].splits):
+                        of = f"{part.num_classes} classes, {part.image_size}×{part.image_size}"
+                        print(f"{part.name}: {len(part):,} images of {of}")
             except UserError as error:  # the others are prepared all the same
                 print(f"{name}: {error}", file=sys.stderr)
                 missing.append(name)
-                continue
-            for part in parts:
-                size = part.image_size
-                print(f"{part.name}: {len(part):,} images of {part.num_classes} classes, {size}×{size}")
         if missing:
             raise UserError(f"not prepared: {', '.join(missing)} (why: above)")
 
