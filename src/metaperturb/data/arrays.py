@@ -260,12 +260,13 @@ def _read_through(plan: Plan, skip_unreadable: bool) -> Plan:
 
 
 def _in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
-    """`work` on the numbers below `count`, in order; a thread takes sixteen at a time."""
+    """`work` on the numbers below `count`, in order; a thread takes 16 at a time, and at most 1,024 results wait."""
     with ThreadPoolExecutor(min(8, available_cores())) as pool:
         try:
-            parts = (range(i, min(i + 16, count)) for i in range(0, count, 16))
-            for done in pool.map(lambda numbers: [work(i) for i in numbers], parts):
-                yield from done
+            for start in range(0, count, 1024):
+                parts = [range(i, min(i + 16, count)) for i in range(start, min(start + 1024, count), 16)]
+                for done in pool.map(lambda numbers: [work(i) for i in numbers], parts):
+                    yield from done
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
