@@ -390,6 +390,10 @@ FOUND = {
     "a pair by name": (lambda: encoder(lambda y: y), "block2", ["block2"]),
     "not what is returned": (restored, "block"),
     "nor what is returned in a mapping": (two_heads, "body"),
+    "nor a block that is returned, resized": (
+        lambda: nn.Sequential(conv(3, 4), Block(4, torch.add), Block(4, torch.add), nn.Upsample(scale_factor=2)),
+        "1",
+    ),
     "by order of calls": (declared_backwards, "stem body"),
     "a layer of the whole map is linear": (
         lambda: nn.Sequential(
