@@ -25,7 +25,7 @@ import functools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from tables.grid import slug
 from metaperturb import plots
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
 from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure_robustness, robustness_curves
-from metaperturb.analyses.scales import learned_scales, noise_spread
+from metaperturb.analyses.scales import learned_scales
 from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import argument_parser, pairs, run_program
 from metaperturb.config import load_config
@@ -214,20 +214,15 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
             name += f", {of_name[0].steps} steps" if steps_differ else ""
             if name in by_data:
                 raise UserError(f"{of_name[0].dir}: is about other images than another run about {name}")
-            by_data[name] = [[*measured_scales(run, arguments)] for run in of_name]
+            for run in of_name:
+                own = {"run": run.dir.name, "seed": run.config["seed"]}
+                by_data.setdefault(name, []).append([at | own for at in learned_scales(loaded(run, arguments))])
     networks = [[(at["site"], at["channels"]) for at in scales] for same in by_data.values() for scales in same]
     if any(sites != networks[0] for sites in networks):
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
     names = dict.fromkeys(run.data for run in perturbed)
     names = ", ".join(names) if len(names) < 4 else f"{len(names)} data sets"
     draw(arguments, "fig7 scales", plots.plot_scales, by_data, f"{names}, {perturbed[0].config['model']}")
-
-
-def measured_scales(run: Finished, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Of each site its scales, how much its noise scatters, and the run."""
-    trained = loaded(run, arguments)
-    for at, spread in zip(learned_scales(trained), noise_spread(trained), strict=True):
-        yield {**at, "spread": spread, "run": run.dir.name, "seed": run.config["seed"]}
 
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:

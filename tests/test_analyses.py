@@ -18,7 +18,7 @@ from metaperturb import methods, models, plots
 from metaperturb.analyses import calibration, robustness, surface
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
 from metaperturb.analyses.robustness import Attack, check_attack, measure_robustness, robustness_curves
-from metaperturb.analyses.scales import _spread, learned_scales, noise_spread
+from metaperturb.analyses.scales import _spread, learned_scales
 from metaperturb.analyses.surface import Plane, filter_normalized_directions, loss_surface
 from metaperturb.config import MetaTestConfig, load_config
 from metaperturb.data.arrays import from_memory
@@ -326,7 +326,7 @@ def test_the_spread_of_the_noise_is_that_of_many_draws(perturbed):
     seen = {}
     for site in sites:
         site.register_forward_hook(lambda site, args, out: seen.update({site: args[0]}))
-    found = noise_spread(run, images=1)
+    found = [at["spread"] for at in learned_scales(run, images=1)]
     assert [len(spread) for spread in found] == [16, 32, 64]
     generator = torch.Generator().manual_seed(0)
     for site, spread in zip(sites, found, strict=True):
@@ -341,10 +341,10 @@ def test_the_spread_of_the_noise_is_that_of_many_draws(perturbed):
     x = torch.linspace(-9, 9, 20001, dtype=torch.float64)
     z, density = F.softplus(x), (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
     mean, square = (torch.trapezoid(density * value, x) for value in (z, z.square()))
-    spreads = np.concatenate(noise_spread(run))
+    spreads = np.concatenate([at["spread"] for at in learned_scales(run)])
     assert spreads == pytest.approx(((square - mean.square()).sqrt() / mean).item(), abs=1e-5)
     assert spreads == pytest.approx(0.65, abs=0.005)  # as its description says
-    assert not np.concatenate(noise_spread(load_run(perturbed / "noiseless"))).any()
+    assert not any(any(at["spread"]) for at in learned_scales(load_run(perturbed / "noiseless")))
 
 
 @pytest.mark.parametrize("mu", [-45.0, -104.0, -1e4])

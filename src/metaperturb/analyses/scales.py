@@ -20,11 +20,18 @@ NODES = 40  # of Gauss-Hermite quadrature over ε; softplus is smooth, so that t
 
 
 @torch.no_grad()
-def learned_scales(run: TrainedRun) -> list[dict[str, Any]]:
-    """s of every channel in evaluation, from the running statistics (section 3.2), in the order of the sites.
+def learned_scales(run: TrainedRun, images: int = 64) -> list[dict[str, Any]]:
+    """The scales of every channel in evaluation, and how strongly the noise perturbs it, in the order of the sites.
+
+    Args:
+        run: of method metaperturb, with scales.
+        images: how many test images the noise is examined on, the first ones.
 
     Returns:
-        for each site its `site` name, the `channels` C and `size` H of its feature map, and `s`: C numbers in [0, 1].
+        for each site its `site` name, the `channels` C and `size` H of its feature map; `s`: C numbers in [0, 1], from
+        the running statistics (section 3.2); and `spread`: C numbers, the relative standard deviation of z over ε,
+        std(z) / mean(z), mean over the images and all positions. Where μ = 0, which is where meta-training begins,
+        that is 0.65 and says nothing of the input; the larger μ, the smaller. With `noise=false`, z = 1, it is 0.
 
     Raises:
         UserError: the run's network has no scale: another method, or the ablation without it.
@@ -33,48 +40,25 @@ def learned_scales(run: TrainedRun) -> list[dict[str, Any]]:
         raise UserError(f"{run.dir}: method {run.config.method} has no scales s; figure 7 is about metaperturb")
     if not run.config.gate:
         raise UserError(f"{run.dir}: was trained without scales s (gate=false)")
-    attachment = run.model.metaperturb
-    found = []
-    for spec, site in zip(attachment.specs, attachment.sites, strict=True):
-        height, width = spec.size
-        like = site.running_mean.new_zeros(1, spec.channels, height, width)  # in evaluation only its shape matters
-        s = site.scale(like).tolist()
-        found.append({"site": spec.name, "channels": spec.channels, "size": height, "s": s})
-    return found
-
-
-@torch.no_grad()
-def noise_spread(run: TrainedRun, images: int = 64) -> list[list[float]]:
-    """How strongly the noise perturbs every channel: the relative standard deviation of z over ε, std(z) / mean(z).
-
-    Mean over the first `images` test images and all positions. Where μ = 0, which is where meta-training begins, it is
-    0.65 and says nothing of the input; the larger μ, the smaller. With `noise=false`, z = 1, it is 0.
-
-    Args:
-        run: of method metaperturb.
-        images: how many.
-
-    Returns:
-        for each site, in their order, C numbers.
-    """
-    attachment = run.model.metaperturb
-    if not run.config.noise:
-        return [[0.0] * spec.channels for spec in attachment.specs]
-    found: dict[int, list[float]] = {}
+    attachment, received = run.model.metaperturb, {}
     handles = [
-        site.register_forward_pre_hook(lambda site, args, i=i: found.update({i: _spread(site.phi.noise_mean(args[0]))}))
-        for i, site in enumerate(attachment.sites)
+        site.register_forward_pre_hook(lambda site, args: received.update({site: args[0]})) for site in attachment.sites
     ]
     device = next(run.model.parameters()).device
-    first = torch.arange(min(images, len(run.test)), device=device)
-    batch, _ = DeviceImages(run.test, device).take(first)
+    batch, _ = DeviceImages(run.test, device).take(torch.arange(min(images, len(run.test)), device=device))
     seed_torch(0, 0, "scales")  # what a site sees depends on the noise before it
     try:
         run.model(normalize(batch))
     finally:
         for handle in handles:
             handle.remove()
-    return [found[i] for i in range(len(attachment.sites))]
+    found = []
+    for spec, site in zip(attachment.specs, attachment.sites, strict=True):
+        h = received[site]
+        spread = _spread(site.phi.noise_mean(h)) if run.config.noise else [0.0] * spec.channels
+        at = {"site": spec.name, "channels": spec.channels, "size": spec.size[0]}
+        found.append({**at, "s": site.scale(h).tolist(), "spread": spread})
+    return found
 
 
 def _spread(mu: Tensor) -> list[float]:
