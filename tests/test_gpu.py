@@ -108,7 +108,7 @@ def backend(tmp_path, monkeypatch):
 
     def make(body):
         tries = f"import os, signal, time\nopen({str(tmp_path / 'tries')!r}, 'a').write('x')\n"
-        shutil.copytree(cpp.cache_folder(), tmp_path / "cache/metaperturb")
+        shutil.copytree(cpp.cache_folder(), tmp_path / "cache/metaperturb", ignore=shutil.ignore_patterns("trial-*"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         code = "from metaperturb.kernels.cpp import *\n" + tries + textwrap.dedent(body)
         (tmp_path / "made_kernels.py").write_text(code)
@@ -317,6 +317,7 @@ def test_without_a_gpu_it_says_so(capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the time of the seven processes that it starts, on a busy machine
 def test_the_rehearsal_comes_to_its_end(tmp_path, capfd):
     path = tmp_path / "gpu.json"
     assert gpu_check.main(["--rehearse", "--minutes", "30", "--json", str(path)]) == 0
