@@ -28,7 +28,7 @@ from pathlib import Path
 from tables.runner import SETTINGS, Job, last_line
 
 from metaperturb import identity
-from metaperturb.cli import STOPPING, Stopped, argument_parser, pairs, raise_stopped, run_program
+from metaperturb.cli import STOPPING, argument_parser, pairs, run_program
 from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.errors import UserError
 from metaperturb.meta_train import load_tasks
@@ -40,6 +40,13 @@ SAVING = 120  # seconds before its time is over that a job is asked to save
 SHORTEST = 10  # minutes that a job must have, so that every sitting gains something
 LONG_NAMES = {"gpus": "gpus-per-node", "cpus": "cpus-per-task"}  # ours → sbatch's; all others are sbatch's own
 NEVER = ("Partition", "BadConstraints", "Dependency", "JobHeld", "Account", "QOS", "Assoc", "Reservation", "Node")
+# Behind the call in a job's script: what was asked to stop (128 + SIGTERM or SIGUSR1), and not cancelled, is requeued.
+REQUEUE = """code=$?
+if [[ $code = 143 || $code = 138 ]] && [ -n "$(squeue --noheader --jobs $SLURM_JOB_ID --states RUNNING)" ]; then
+    echo "stopped and saved; back into the queue"
+    scontrol requeue $SLURM_JOB_ID
+fi
+exit $code"""
 SHARED_FOLDER_SECONDS = 60  # that a file may take to be seen on another node
 RESTARTS = 100  # of the processes of a meta-training within one job, each from the last checkpoint
 HEARTBEATS = 720  # of 5 s, that torchrun lets a node be silent, by the clocks of both: an hour
@@ -219,7 +226,7 @@ def make_executor(queue: Queue, options: Mapping[str, str]):
         raise UserError(f"--slurm needs submitit: {sys.executable} -m pip install submitit") from None
     executor = submitit.SlurmExecutor(queue.folder)
     more = {LONG_NAMES.get(key, key): value for key, value in options.items() if key != "array" and value != "0"}
-    # Held until it is known what waits for what; whoever is asked to save goes back into the queue by itself.
+    # Held until it is known what waits for what.
     always = {"hold": True, "requeue": True, "kill-on-invalid-dep": "yes", "signal": f"USR1@{SAVING}"}
     path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
     executor.update_parameters(
@@ -228,6 +235,7 @@ def make_executor(queue: Queue, options: Mapping[str, str]):
         array_parallelism=int(options.get("array", 1000)),
         stderr_to_stdout=True,
         setup=[f"export PYTHONPATH='{path}'"],
+        teardown=REQUEUE.splitlines(),
         additional_parameters={**more, **always},
     )
     return executor
@@ -290,13 +298,10 @@ def release(queue: Queue, one: Mapping, tasks: Mapping[str, Task], needs: Mappin
 
 def one_cell(arguments: list[str]) -> None:
     """A job of a table: these arguments of make_tables.py."""
+    end_when_asked()
+    import make_tables
 
-    def work() -> int:
-        import make_tables
-
-        return make_tables.main(arguments)
-
-    attempt(work)
+    sys.exit(make_tables.main(arguments))
 
 
 def one_node(arguments: list[str]) -> None:
@@ -305,47 +310,31 @@ def one_node(arguments: list[str]) -> None:
     Args:
         arguments: how many nodes there must be, and torchrun's own.
     """
+    end_when_asked()
     least, *arguments = arguments
     number = os.environ["SLURM_JOB_ID"]
-    nodes = slurm("scontrol", "--oneliner", "show", "node", os.environ["SLURM_JOB_NODELIST"])
-    addresses = re.findall(r"\bNodeAddr=(\S+)", nodes)
-    if len(addresses) < int(least):
-        sys.exit(f"error: {least} nodes were asked for, job {number} has {len(addresses)}: {', '.join(addresses)}")
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", number, "--nnodes", str(len(addresses))]
-    meeting += ["--rdzv-endpoint", f"{addresses[0]}:{20000 + int(number) % 10000}"]
+    nodes = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    if len(nodes) < int(least):
+        sys.exit(f"error: {least} nodes were asked for, job {number} has {len(nodes)}: {', '.join(nodes)}")
+    address = re.search(r"\bNodeAddr=(\S+)", slurm("scontrol", "show", "node", nodes[0]))[1]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", number, "--nnodes", str(len(nodes))]
+    meeting += ["--rdzv-endpoint", f"{address}:{20000 + int(number) % 10000}"]
+    host = f"is_host={int(os.environ['SLURM_NODEID'] == '0')}"
+    meeting += ["--rdzv-conf", f"{host},keep_alive_max_attempt={HEARTBEATS}"]
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
 
-    def work() -> int:
-        from torch.distributed import run
-        from torch.distributed.elastic.multiprocessing import SignalException
-
-        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which torchrun passes on
-        try:
-            run.main([*meeting, *arguments])
-        except SignalException as stop:  # its processes have saved
-            return 128 + stop.sigval
-        return 0
-
-    attempt(work)
-
-
-def attempt(work: Callable[[], int]) -> None:
-    """Do it; what was asked to stop, and saved, goes back into the queue."""
-    for number in STOPPING:
-        signal.signal(number, raise_stopped)
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which torchrun passes on
     try:
-        code = work()
-    except Stopped as stop:
-        code = 128 + stop.number
+        run.main([*meeting, *arguments])
+    except SignalException as stop:  # its processes have saved
+        sys.exit(128 + stop.sigval)
+
+
+def end_when_asked() -> None:
+    """Until a program is there that saves first. submitit would ignore it, though nothing is lost yet."""
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # Slurm ends what is requeued
-    if code - 128 in STOPPING and os.environ.get("SLURM_PROCID", "0") == "0":
-        id_ = os.environ["SLURM_JOB_ID"]
-        if slurm("squeue", "--noheader", "--jobs", id_, "--states", "RUNNING", "--format", "%i").strip():
-            print("stopped and saved; back into the queue", file=sys.stderr, flush=True)
-            slurm("scontrol", "requeue", id_)
-        else:
-            print("cancelled; what is saved stays", file=sys.stderr, flush=True)
-    sys.exit(code)
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(path: Path) -> None:
@@ -434,7 +423,7 @@ def last_step(run_dir: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings")
     add_options(parser)
     arguments = parser.parse_args(argv)
@@ -470,7 +459,6 @@ def meta_train(arguments: argparse.Namespace) -> None:
     load_tasks(config)  # whatever is wrong with the data is said now
     save_yaml(dataclasses.asdict(config), queue.folder / SETTINGS)
     call = [least, "--nproc-per-node", str(processes), "--max-restarts", str(RESTARTS)]
-    call += ["--rdzv-conf", f"keep_alive_max_attempt={HEARTBEATS}"]
     call += ["-m", "metaperturb.meta_train", "--config", str(queue.folder / SETTINGS)]
     submit(queue, {job.id: (one_node, call)}, {}, {"nodes": "1", **options})
     return None

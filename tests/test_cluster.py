@@ -223,10 +223,10 @@ def test_a_meta_training_asks_for_no_more_than_its_tasks_keep_busy(slurm, source
 
 
 def test_fewer_nodes_than_asked_for_is_a_sentence(slurm, monkeypatch, tmp_path):
-    (slurm.folder / "scontrol").write_text("#!/bin/sh\necho NodeName=n0 NodeAddr=10.0.0.1 Port=1\n")
+    (slurm.folder / "scontrol").write_text("#!/bin/sh\necho n0\n")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n0")
-    with pytest.raises(SystemExit, match=r"error: 2 nodes were asked for, job 7 has 1: 10.0.0.1"):
+    with pytest.raises(SystemExit, match=r"error: 2 nodes were asked for, job 7 has 1: n0"):
         cluster.one_node(["2", "-m", "metaperturb.meta_train"])
 
 

@@ -230,34 +230,68 @@ def two_machines() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
-PATIENT_FOR_SECONDS = """
-import datetime, sys
-from metaperturb import distributed, meta_train
-distributed.TIMEOUT = datetime.timedelta(seconds=25)
-sys.exit(meta_train.main(["--set", *sys.argv[1:]]))
-"""
+def under_torchrun(machines: list[str], folder: Path, settings: list[str]) -> list[subprocess.Popen]:
+    """A process on each machine, which meet as the documentation has it; what they say is in `<folder>/<i>.log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", "10.77.0.1:29511"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "link0"}
+    started = []
+    for i, name in enumerate(machines):
+        own = [
+            "--local-addr",
+            f"10.77.0.{i + 1}",
+            "--rdzv-conf",
+            f"is_host={1 - i}",
+            "-m",
+            "metaperturb.meta_train",
+            "--set",
+            *settings,
+        ]
+        with open(folder / f"{i}.log", "wb") as log:
+            streams = {"stdout": log, "stderr": log, "start_new_session": True}
+            started.append(subprocess.Popen(["ip", "netns", "exec", name, *command, *own], env=env, **streams))
+    return started
+
+
+def cut(machine: str, state: str) -> None:
+    subprocess.run(["ip", "-n", machine, "link", "set", "link0", state], check=True)
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_cut_off_ends_both(two_machines, source_settings, tmp_path):
-    """Each after the time that it waits for others, with a sentence."""
-    settings = [*source_settings, "steps=1000000", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "link0"}
-    variables |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511"}
-    machines = []
-    for rank, name in enumerate(two_machines):
-        command = ["ip", "netns", "exec", name, sys.executable, "-c", PATIENT_FOR_SECONDS, *settings]
-        env = {**os.environ, **variables, "RANK": str(rank)}
-        pipe = subprocess.PIPE
-        machines.append(subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True))
+def test_a_machine_that_is_cut_off_and_comes_back_changes_nothing(two_machines, source_settings, tmp_path):
+    settings = [*source_settings, "steps=60", "checkpoint_every=10", "gpus=cpu", "timeout=100"]
+    machines = under_torchrun(two_machines, tmp_path, [*settings, f"run_dir={tmp_path / 'src'}"])
     try:
         checkpoint = tmp_path / "src" / "checkpoints" / "latest.json"
         wait_for(lambda: checkpoint.exists() or any(machine.poll() for machine in machines))
-        subprocess.run(["ip", "-n", two_machines[1], "link", "set", "link0", "down"], check=True)
-        for rank, machine in enumerate(machines):
-            out, err = machine.communicate(timeout=120)
-            line = error_line(subprocess.CompletedProcess([], machine.returncode, out, err))
-            assert f"process {rank}: lost contact with another process (" in line
+        cut(two_machines[1], "down")
+        time.sleep(3)
+        before = checkpoint.read_text()
+        time.sleep(3)
+        assert checkpoint.read_text() == before, "it was not cut off"
+        cut(two_machines[1], "up")
+        assert [machine.wait(200) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'one'}"]) == 0
+    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(tmp_path / "one"))
+    assert logged(tmp_path / "src") == logged(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_cut_off_for_good_ends_both(two_machines, source_settings, tmp_path):
+    """Each process ends with a sentence. torchrun on the one that cannot reach the meeting place waits for TCP."""
+    settings = [*source_settings, "steps=1000000", f"run_dir={tmp_path / 'src'}", "gpus=cpu", "timeout=20"]
+    machines = under_torchrun(two_machines, tmp_path, settings)
+    try:
+        checkpoint = tmp_path / "src" / "checkpoints" / "latest.json"
+        wait_for(lambda: checkpoint.exists() or any(machine.poll() for machine in machines))
+        cut(two_machines[1], "down")
+        for rank in (0, 1):
+            sentence = f"error: process {rank}: lost contact with another process (".encode()
+            wait_for(lambda rank=rank, sentence=sentence: sentence in (tmp_path / f"{rank}.log").read_bytes(), 120)
+        assert machines[0].wait(120) == 1
     finally:
         for machine in machines:
             machine.kill()

@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, wait_for
 from grid_files import write_grid
 from test_experiments import CELLS, CPU
 
+import metaperturb.meta_train as program
+from metaperturb.weights import load_phi
+
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),  # a minute each, but for what else keeps the machine busy
     pytest.mark.skipif(
         not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))),
         reason="needs Slurm's daemons (on Debian: apt install slurm-wlm munge)",
@@ -31,7 +36,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -138,7 +143,7 @@ def tables(*words: object) -> subprocess.CompletedProcess:
 
 
 def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tmp_path, image_folder):
-    text = CELLS.replace("IMAGES", str(image_folder)) + "  six: {rows: [Base, MetaPerturb, Dropout], set: {steps: 300}}"
+    text = CELLS.replace("IMAGES", str(image_folder)) + "  six: {rows: [Base, MetaPerturb, Dropout], set: {steps: 200}}"
     text = text.replace("checkpoint_every: 2,", "checkpoint_every: 1000,")  # it is saved only because it is asked to
     path = write_grid(tmp_path / "configs", text)
 
@@ -152,13 +157,13 @@ def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tm
     assert "7 are in the queue already" in table("a", "--slurm", "array=3")
     assert sum(" Dependency" in line for line in slurm.queue()) in (0, 2)  # MetaPerturb's, as long as there is no φ
     (log,) = wait_for_one(tmp_path / "a" / "runs" / "small" / "six", "base--*--seed0--*/log.txt")
-    wait_for(lambda: "step" in log.read_text(), 200)
+    wait_for(lambda: "step" in log.read_text(), 600)
     submission = json.loads(next((tmp_path / "a" / "runs" / "slurm" / "small" / "six").glob("*.json")).read_text())
     task = f"{submission['number']}_{submission['jobs'].index(log.parent.name)}"
     slurm.say("scancel", "--signal=TERM", task)
     status = table("a", "--status")
     assert " (job " in status and "small six: " in status
-    wait_for(lambda: not slurm.queue(), 280)
+    wait_for(lambda: not slurm.queue(), 600)
     assert "SIGTERM: saving" in log.read_text() and "resuming after step" in log.read_text()
     batch = (tmp_path / "a" / "runs" / "slurm" / "small" / "six" / f"{task}_0_log.out").read_text()
     assert "stopped and saved; back into the queue" in batch
@@ -173,5 +178,25 @@ def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tm
 
 
 def wait_for_one(folder: Path, pattern: str) -> list[Path]:
-    wait_for(lambda: len([*folder.glob(pattern)]) == 1, 200)
+    wait_for(lambda: len([*folder.glob(pattern)]) == 1, 600)
     return [*folder.glob(pattern)]
+
+
+def test_a_meta_training_on_two_nodes_goes_on_when_one_is_lost(slurm, tmp_path, source_settings):
+    settings = [*source_settings, "steps=150", "gpus=cpu"]
+    settings.remove("checkpoint_every=2")
+    words = ("src", "--set", *settings, "checkpoint_every=10", f"run_dir={tmp_path / 'src'}")
+    submitted = tables(*words, "--slurm", "nodes=1-2")
+    assert "submitted 1 as job" in submitted.stderr, submitted.stderr
+    latest = tmp_path / "src" / "checkpoints" / "latest.json"
+    wait_for(latest.exists, 600)
+    assert slurm.queue()[0].endswith(" RUNNING None n[0-1]")
+    slurm.lose("n1")
+    wait_for(lambda: (tmp_path / "src" / "result.json").exists(), 600)
+    slurm.start("n1", "slurmd", "-D", "-N", "n1")
+    log = next((tmp_path / "slurm" / "src").glob("*.out")).read_text()
+    assert "resuming after step" in log
+    assert json.loads((tmp_path / "src" / "result.json").read_text())["processes"] == 1
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'one'}"]) == 0
+    assert torch.equal(load_phi(tmp_path / "src" / "phi.pt").flat, load_phi(tmp_path / "one" / "phi.pt").flat)
+    assert "src: 1 done" in tables(*words, "--status").stdout

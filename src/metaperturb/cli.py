@@ -47,7 +47,7 @@ def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see early.py
     for number in STOPPING[1:]:
-        signal.signal(number, raise_stopped)
+        signal.signal(number, _raise_stopped)
     if PARENT in os.environ:
         end_with(int(os.environ.pop(PARENT)))
     keep_freed_memory()
@@ -192,8 +192,7 @@ def describe_unexpected(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]} (--traceback shows where)"
 
 
-def raise_stopped(number: int, _: object) -> None:
-    """A handler of signals."""
+def _raise_stopped(number: int, _: object) -> None:
     raise Stopped(number)
 
 

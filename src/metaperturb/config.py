@@ -119,6 +119,12 @@ class MetaTrainConfig(CommonConfig):
         "auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'; auto: all GPUs, else the CPU", identity=False
     )
     port: int = option(0, "TCP port for the processes to meet; 0: any free one", low=0, high=65535, identity=False)
+    timeout: int = option(
+        600,
+        "seconds that a process waits for others; longer than a step and than reading the data",
+        low=1,
+        identity=False,
+    )
     checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
     keep_phi: list[int] = option(
         [], "also keep φ as it is after these steps: phi-000050.pt is the φ of a run of 50", low=1, identity=False

@@ -42,7 +42,6 @@ INSTALL_OLDER = (
     f"install a PyTorch for older ones: {sys.executable} -m pip install --force-reinstall 'torch>=2.11' torchvision "
     "--index-url https://download.pytorch.org/whl/cu126"
 )
-TIMEOUT = timedelta(minutes=10)  # of a collective: longer than the slowest step, or the reading of a large data set
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,12 @@ def under_torchrun() -> bool:
 
 
 def launch(
-    work: Callable[..., None], arguments: tuple, devices: list[torch.device], port: int, traceback: bool
+    work: Callable[..., None],
+    arguments: tuple,
+    devices: list[torch.device],
+    port: int,
+    traceback: bool,
+    timeout: timedelta = timedelta(minutes=10),
 ) -> None:
     """Call `work(group, *arguments)` in one process a device.
 
@@ -204,17 +208,18 @@ def launch(
         devices: see `choose_devices`; under `torchrun`, which has started the processes, those of this machine.
         port: TCP port of the meeting place, 0 for any free one.
         traceback: whether processes print one when they fail.
+        timeout: how long a process waits for another in a collective.
 
     Raises:
         UserError: the first error of any process; all processes have ended by then.
     """
     if under_torchrun():
-        _run_as_torchrun_worker(work, arguments, devices)
+        _run_as_torchrun_worker(work, arguments, devices, timeout)
     elif len(devices) == 1:
         make_current(devices[0])
         work(Group(0, 1, devices[0]), *arguments)
     else:
-        _spawn(work, arguments, devices, port, traceback)
+        _spawn(work, arguments, devices, port, traceback, timeout)
 
 
 def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
@@ -255,12 +260,14 @@ def _meeting(devices: list[torch.device], local: int) -> dict[str, Any]:
     return {"backend": backend, "device_id": devices[local] if backend == "nccl" else None}
 
 
-def _run_as_torchrun_worker(work: Callable[..., None], arguments: tuple, devices: list[torch.device]) -> None:
+def _run_as_torchrun_worker(
+    work: Callable[..., None], arguments: tuple, devices: list[torch.device], timeout: timedelta
+) -> None:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     make_current(devices[local])
     _check_address(size, devices)
     try:
-        dist.init_process_group(**_meeting(devices, local), timeout=TIMEOUT)
+        dist.init_process_group(**_meeting(devices, local), timeout=timeout)
     except (RuntimeError, dist.DistError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -294,15 +301,20 @@ def _check_address(size: int, devices: list[torch.device]) -> None:
 
 
 def _spawn(
-    work: Callable[..., None], arguments: tuple, devices: list[torch.device], port: int, show_traceback: bool
+    work: Callable[..., None],
+    arguments: tuple,
+    devices: list[torch.device],
+    port: int,
+    show_traceback: bool,
+    timeout: timedelta,
 ) -> None:
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timeout)
     except (RuntimeError, dist.DistError) as error:
         if _port_in_use(port):
             raise UserError(f"port {port}: in use; choose another, or 0 for any free one") from error
         raise UserError(f"port {port}: cannot be opened ({str(error).splitlines()[0]})") from error
-    given = (work, arguments, devices, store.port, os.getpid(), show_traceback)
+    given = (work, arguments, devices, store.port, os.getpid(), show_traceback, timeout)
     # Ctrl-C reaches the whole group, workers that still import, too; they ignore it, and the launcher passes it on.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     context = multiprocessing.spawn(_worker, given, nprocs=len(devices), join=False)
@@ -357,17 +369,18 @@ def _worker(
     port: int,
     launcher: int,
     show_traceback: bool,
+    timeout: timedelta,
 ) -> None:
     end_with(launcher)
     keep_freed_memory()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which os._exit below would leave behind
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
     code, message = 0, None
     with unbreakable_output():
         try:
             make_current(devices[rank])
             place = {"store": store, "rank": rank, "world_size": len(devices)}
-            dist.init_process_group(**_meeting(devices, rank), **place, timeout=TIMEOUT)
+            dist.init_process_group(**_meeting(devices, rank), **place, timeout=timeout)
             work(Group(rank, len(devices), devices[rank]), *arguments)
             dist.destroy_process_group()
         except PeerLost as error:

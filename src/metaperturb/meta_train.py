@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     if config.keep_phi and config.anneal > 0:
         raise UserError("keep_phi: with annealing, φ on the way is not the φ of a shorter run")
     load_tasks(config)
-    launch(work, (config,), devices, config.port, show_traceback)
+    launch(work, (config,), devices, config.port, show_traceback, timedelta(seconds=config.timeout))
 
 
 def check_kept(config: MetaTrainConfig, done: int) -> None:
