@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -381,6 +382,9 @@ def test_an_input_error_is_of_the_moment(tmp_path, monkeypatch, capsys):
     failing[0] = 6 + 1  # the first of them when it is decoded
     refused(r"cannot be read \(Input/output error\); try again", _load, folder, tmp_path, image_size=8)
     assert len(_load(folder, tmp_path, image_size=8)[0]) == 6
+    reads = itertools.count()
+    monkeypatch.setattr(arrays, "read_file", lambda file: real(file) + bytes(next(reads)))  # another one each time
+    refused(r"cannot be read \(it changed a moment ago\); try again", _load, folder, tmp_path, image_size=9)
 
 
 # --- the cache
