@@ -108,7 +108,7 @@ def test_bits_under_torchrun(reference, source_settings, tmp_path):
     assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(reference, here, tmp_path, monkeypatch, capsys, number):
     """Also where no checkpoint is due for long."""
     joint_step = program.joint_step

@@ -143,6 +143,16 @@ def test_several_seeds_are_a_run_each(project):
         assert f" seed={seed} " in line and f"-seed{seed} " in line and line.endswith(" steps=1")
 
 
+def test_what_goes_to_slurm_keeps_its_words(project):
+    """`gpus=8` behind `--slurm` is Slurm's, before it a setting of the program."""
+    _, told = project
+    line = told("src", "steps=1", "--slurm", "nodes=2", "gpus=8")[-1]
+    assert "scripts/make_tables.py src --config " in line and line.endswith(" steps=1 --slurm nodes=2 gpus=8")
+    assert " gpus=8 " not in line.partition(" --set ")[2].partition(" steps=1 ")[0]
+    assert "metaperturb.meta_train" in told("src", "gpus=0")[-1]
+    assert told("src", "--status")[-1].endswith(" --status")
+
+
 @pytest.fixture
 def options(project):
     """The settings that a command of `run.sh` gives its program."""
