@@ -80,8 +80,7 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
 
-    # What comes next draws the same with φ as without; φ can be used everywhere, wherever it was loaded.
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+    with torch.random.fork_rng(devices=[]):  # what comes next draws the same with φ as without
         phi = MetaPerturb()
     state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
     expected = {"flat": tuple(phi.flat.shape)} if "flat" in state else PHI_SHAPES._asdict()  # the former: a state dict
