@@ -206,3 +206,20 @@ def test_records_and_cards_say_nothing_of_folders_of_the_machine():
     assert {path.suffix for path in found} == {".json", ".pt"}
     for path, content in found.items():
         assert [word for word in words(content) if PurePosixPath(word.strip()).is_absolute()] == [], path
+
+
+def test_the_page_of_one_pass_says_what_its_records_say():
+    page, rows = (ROOT / "results" / "one_pass.md").read_text(), 0
+    for kind, name in (("base", "Base"), ("control", "control"), ("shipped", "shipped φ")):
+        found = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "one_pass").glob(f"{kind}-*.json"))]
+        for key, how in (("metrics", ", 100 draws"), ("one_pass", ", one pass")):
+            values = [record[key] for record in found if key in record]
+            if not values:
+                continue
+            cells = [name if kind == "base" else name + how]
+            for metric, unit, digits in (("accuracy", 100, 2), ("nll", 1, 2), ("ece", 100, 1)):
+                of = [unit * value[metric] for value in values]
+                cells.append(f"{statistics.mean(of):.{digits}f} ± {statistics.stdev(of):.{digits}f}")
+            assert f"| {' | '.join(cells)} | {len(values)} |" in page
+            rows += 1
+    assert rows >= 4
