@@ -209,9 +209,10 @@ def test_records_and_cards_say_nothing_of_folders_of_the_machine():
 
 
 def test_the_page_of_one_pass_says_what_its_records_say():
-    page, rows = (ROOT / "results" / "one_pass.md").read_text(), 0
+    folder, rows = ROOT / "results" / "one_pass", 0
+    page = folder.with_suffix(".md").read_text()
     for kind, name in (("base", "Base"), ("control", "control"), ("shipped", "shipped φ")):
-        found = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "one_pass").glob(f"{kind}-*.json"))]
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-*.json"))]
         for key, how in (("metrics", ", 100 draws"), ("one_pass", ", one pass")):
             values = [record[key] for record in found if key in record]
             if not values:
