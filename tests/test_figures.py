@@ -187,7 +187,8 @@ def test_lengths_of_training_and_several_phi(runs, tmp_path):
     left(more / "meta", meta, 0.32, steps=6)
     left(more / "other", meta, 0.33, steps=6, **other)
     left(more / "other-8", meta, 0.34, **other)
-    chosen = [base, runs / "base-1", meta, more]
+    left(more / "base-1", runs / "base-1", 0.9)  # whose seed the shorter one lacks
+    chosen = [base, meta, more]
     completed = drawn("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ", render=True)
     assert "base, 8 training steps: left out, as others lack them: seeds [1]" in completed.stderr
     check_pictures(tmp_path, "lengths-folder-12-px-resnet8")
