@@ -74,7 +74,8 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"   the loss of its networks on images that they do not train on: {losses[0]:.2f} → {losses[-1]:.2f}")
 
     print(f"2. train networks on drawn bugs, without φ and with the φ that is shipped, {PHI}", flush=True)
-    cells = {(m, seed): out / f"{m}-seed{seed}" for seed in range(arguments.seeds) for m in METHODS}
+    longest_first = [(m, seed) for m in reversed(METHODS) for seed in range(arguments.seeds)]
+    cells = {(m, seed): out / f"{m}-seed{seed}" for m, seed in longest_first}
     own = {"base": [], "metaperturb": [f"phi={PHI}"]}
     settings = {(m, seed): [f"method={m}", f"seed={seed}", *own[m], *arguments.tgt] for m, seed in cells}
     run(out, [job("meta_test", TARGET, cells[c], settings[c]) for c in cells], arguments.device, arguments.jobs)
