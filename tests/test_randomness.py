@@ -19,6 +19,7 @@ NUMBERS = {
     "attacked": 9,
     "calibration": 10,
     "scales": 11,
+    "one_pass": 12,
 }
 
 
