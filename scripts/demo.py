@@ -3,9 +3,9 @@
     ./run.sh demo                          # some four minutes on two CPU cores, nothing to download
     python scripts/demo.py --out runs/demo --seeds 5
 
-Half a minute of meta-training shows how φ is made. The networks are then trained with the φ that comes with the package:
-one of half a minute is no match for it. The demo starts the two training programs as anybody would, several at once.
-Started again, it continues where it was.
+Half a minute of meta-training shows how φ is made. The networks are then trained with the φ that comes with the
+package: one of half a minute is no match for it. The demo starts the two training programs as anybody would, several
+at once. Started again, it continues where it was.
 """
 
 import argparse
