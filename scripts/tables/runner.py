@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 
 from metaperturb.cli import PARENT
 from metaperturb.errors import Diverged, UserError
+from metaperturb.runs import clock
 from metaperturb.storage import reason, save_yaml
 
 LOG, SETTINGS = "log.txt", "settings.yaml"  # what a job says, and what it is given, in its run folder
@@ -82,7 +84,7 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries:
         at_once: how many run at a time.
         retries: how often a job that failed, unless it diverged, is tried again, after the others.
     """
-    outcome, waiting = Outcome(), [job for job in jobs if not job.done]
+    began, outcome, waiting = time.monotonic(), Outcome(), [job for job in jobs if not job.done]
     done, tries = {job.id for job in jobs if job.done}, {job.id: retries for job in jobs}
     running: dict[Future, Job] = {}
     processes: set[subprocess.Popen] = set()
@@ -104,7 +106,9 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries:
                 if code == 0 and job.done:
                     done.add(job.id)
                     outcome.finished.append(job.id)
-                    print(f"{job.id}: {said} ({len(done)} of {len(jobs)} done)", file=sys.stderr, flush=True)
+                    left = (time.monotonic() - began) / len(outcome.finished) * (len(jobs) - len(done))
+                    so_far = f"{len(done)} of {len(jobs)} done" + f", about {clock(left)} left" * (left > 0)
+                    print(f"{job.id}: {said} ({so_far})", file=sys.stderr, flush=True)
                 elif code == Diverged.exit_code and _kept(job, said, outcome):
                     print(f"{job.id}: diverged: {said}", file=sys.stderr)
                 elif code not in (Diverged.exit_code, CANNOT_START) and tries[job.id] > 0:
