@@ -370,7 +370,7 @@ def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequenc
     for job in jobs:
         if job.done:
             continue
-        step = last_step(job.run_dir)
+        step = newest(job.run_dir)["step"]
         task = tasks.get(job.id)
         begun = f" (step {step} of {job.config.steps})" if step else ""
         if task is not None and task.state in ("RUNNING", "COMPLETING", "CONFIGURING"):
@@ -402,9 +402,10 @@ def time_left(jobs: Sequence[Job], at_once: int) -> str:
     """By the pace of what has begun, if as many go on running as now."""
     work, pace = [], []  # steps and seconds a step, in the unit of `Job.weight`
     for job in jobs:
-        step, lines = last_step(job.run_dir), read_metrics(job.run_dir)
+        line = newest(job.run_dir)
+        step = line["step"]
         work.append(job.weight * max(0, job.config.steps - step))
-        pace.append(lines[-1]["seconds"] / step / job.weight if step else None)
+        pace.append(line["seconds"] / step / job.weight if step else None)
     if not (known := [each for each in pace if each is not None]):
         return "time left not known yet"
     usual = statistics.median(known)
@@ -412,10 +413,10 @@ def time_left(jobs: Sequence[Job], at_once: int) -> str:
     return f"about {clock(seconds / at_once)} left, {at_once} at a time"
 
 
-def last_step(run_dir: Path) -> int:
-    """The step that the newest line of a run's metrics is of; 0 before the first."""
+def newest(run_dir: Path) -> dict:
+    """The newest line of a run's metrics; before the first, that of step 0."""
     lines = read_metrics(run_dir)
-    return lines[-1]["step"] if lines else 0
+    return lines[-1] if lines else {"step": 0}
 
 
 # --- ./run.sh src --slurm

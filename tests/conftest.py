@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -118,6 +119,12 @@ def start(program: str, settings: list[str], **options) -> subprocess.Popen:
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
     )
+
+
+def python(code: str, **environment: str) -> subprocess.Popen:
+    """`python -c code` with these variables beside the present ones, output captured as text."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **environment}, **streams)
 
 
 def run(program: str, settings: list[str], **options) -> subprocess.CompletedProcess:

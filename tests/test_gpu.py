@@ -18,6 +18,7 @@ from pathlib import Path
 import gpu_check
 import pytest
 import torch
+from conftest import python
 
 from metaperturb import UserError, kernels
 from metaperturb.distributed import make_current
@@ -33,16 +34,6 @@ OLD_DRIVER = """
     int nvmlInit(void) { return 0; }
     int nvmlDeviceGetCount_v2(int *count) { *count = 1; return 0; }
 """
-
-
-def python(code, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch for CUDA")

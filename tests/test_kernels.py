@@ -3,14 +3,12 @@
 import functools
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from conftest import python
 from oracle import philox
 from torch import nn
 
@@ -316,16 +314,6 @@ def test_a_library_of_another_user_is_not_loaded(whose, fresh):
     cpp.compiled.cache_clear()
     kernels._load.cache_clear()
     assert "belongs to another user" in refused()
-
-
-def python(code, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.slow
