@@ -14,7 +14,7 @@ import torch
 from conftest import run, start, wait_for
 
 import metaperturb.meta_test as program
-from metaperturb import kernels
+from metaperturb import kernels, models
 from metaperturb.data.batches import draw
 from metaperturb.data.parts import load_parts
 from metaperturb.deterministic import make_deterministic
@@ -24,7 +24,7 @@ from metaperturb.randomness import numpy_generator, seed_torch
 from metaperturb.runs import StepProgress
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.trained import load_run
-from metaperturb.training import annealed_strength, choose_precision, choose_threads
+from metaperturb.training import annealed_strength, choose_precision, choose_threads, place
 from metaperturb.weights import save_phi
 
 STEPS = 8
@@ -431,3 +431,10 @@ def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, setti
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(trained.test.labels)).item()
     assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
     assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out
+
+
+def test_grouped_convolutions_run_in_channels_last_on_a_cpu():
+    for name, grouped in (("mobilenet_v3_small", True), ("resnet18", False)):
+        model = place(models.create(name, 5, 32), torch.device("cpu"))
+        weight = next(m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3))
+        assert weight.is_contiguous() is not grouped

@@ -74,7 +74,7 @@ def meta_test(config: MetaTestConfig) -> dict:
 
     # Network and optimizer
     seed_torch(config.seed, 0, "init")
-    model = models.create(config.model, train.num_classes, train.image_size).to(device)
+    model = training.place(models.create(config.model, train.num_classes, train.image_size), device)
     origin = None  # of the initial weights, where they are not drawn
     if config.init is not None and state is None:
         origin = finetuning.initialize(model, train.image_size, config.init, config.init_batch_norm)

