@@ -6,8 +6,8 @@
 
 Parts, in the order of their value: `kernels` (the trial that precedes their first use, and equality with the plain
 operators at a network's sizes), `steps` (a θ-step with φ over one without it: with Triton, with torch.compile of the
-plain operators, with neither), `meta_train` (φ's gradient beside the CPU's, and 10 tasks, 750 steps), `meta_test`
-(10,000 steps at 32 px), `nccl` (one GPU, and all) and `tests` (those that need a GPU).
+plain operators, with neither), `meta_train` (10 tasks, 750 steps), `meta_test` (10,000 steps at 32 px), `nccl`
+(meta-training on all GPUs, where there are several) and `tests` (those that need a GPU).
 
 Each part runs in a process of its own and has a share of the time that is left. One that fails, crashes or uses up its
 time is recorded, with what it found until then, and the next goes on. The record, results/gpu/<GPU>.json, is written
@@ -17,7 +17,6 @@ after each part, and when the program is stopped.
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import re
 import shlex
@@ -29,30 +28,27 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from bench import parts
 from bench.parts import Bench, Learner, make_phi
 from bench.timing import ratio
 
 from metaperturb.cli import PARENT, argument_parser, run_program
-from metaperturb.data import batches
-from metaperturb.distributed import Group, launch, parse_devices
+from metaperturb.distributed import parse_devices
 from metaperturb.errors import UserError
-from metaperturb.kernels import Unavailable, fused, kernel_name, trial, use_kernel
-from metaperturb.meta_train import METRICS, joint_step
+from metaperturb.kernels import Unavailable, cpp, kernel_name, trial, use_kernel
 from metaperturb.provenance import provenance
 from metaperturb.runs import read_metrics
 from metaperturb.storage import load_json, save_json
-from metaperturb.weights import load_phi
 
 ROOT = Path(__file__).resolve().parent.parent
 BAR = 1.3  # Triton has to be this much faster than torch.compile of the plain operators
 GRACE = 8.0  # seconds in which a part that is asked to end may write what it has
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))  # of ResNet20's sites
 TEST_FILES = ("fused", "triton", "perturbation", "batches", "meta_train", "meta_test")
+TINY = ("model=resnet8", "steps=3", "batch_size=8", "image_size=16")  # of a rehearsal
 
 
 @dataclasses.dataclass
@@ -68,30 +64,15 @@ class Part:
         self.found |= found
         save_json(self.found, self.path)
 
-    def bench(self) -> Bench:
-        sizes = parts.SMOKE if self.rehearse else {"turn": 0.1}
-        return Bench(self.device, threads=1, rounds=2 if self.rehearse else 20, **sizes)
-
     def run(self, program: str, *settings: str) -> None:
-        """A program of the package, in a folder for the time of it: keeps how far it came, and results."""
-        with tempfile.TemporaryDirectory() as folder:
-            config = ROOT / "configs" / ("src.yaml" if program == "meta_train" else "tgt.yaml")
-            command = [sys.executable, "-m", f"metaperturb.{program}", "--config", str(config), "--set", *settings]
-            command.append(f"run_dir={folder}/run")
-            child = subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}, stdin=subprocess.DEVNULL)
-            try:
-                code = child.wait()
-            finally:  # when this part is asked to end, the program was, too, and saves
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(GRACE / 2)
-                lines = read_metrics(Path(folder, "run"))
-                self.keep(settings=settings, steps=lines[-1]["step"] if lines else 0, last=lines[-1] if lines else None)
-            if code:
-                raise UserError(f"{shlex.join(command)} ended with exit code {code}")
-            result = load_json(Path(folder, "run", "result.json"))
-            self.keep(metrics=result.get("metrics"), one_pass=result.get("one_pass"), kernel=result["kernel"])
-            if program == "meta_train":
-                self.keep(phi_norm=load_phi(Path(folder, "run", "phi.pt")).flat.norm().item())
+        """A program of the package: keeps its result.."""
+        config = ROOT / "configs" / ("src.yaml" if program == "meta_train" else "tgt.yaml")
+        settings = (*settings, *(TINY if self.rehearse else ()), f"run_dir={self.path.with_suffix('')}")
+        command = [sys.executable, "-m", f"metaperturb.{program}", "--config", str(config), "--set", *settings]
+        if code := subprocess.call(command, env={**os.environ, PARENT: str(os.getpid())}, stdin=subprocess.DEVNULL):
+            raise UserError(f"{shlex.join(command)} ended with exit code {code}")
+        result = load_json(self.path.with_suffix("") / "result.json")
+        self.keep(settings=settings, **{key: result.get(key) for key in ("metrics", "one_pass", "kernel", "processes")})
 
 
 # --- the parts
@@ -104,9 +85,8 @@ def about(part: Part) -> None:
 
 def kernels(part: Part) -> None:
     """The trial that precedes their first use, and the relative errors at a network's sizes."""
-    if part.rehearse:
-        from metaperturb.kernels import cpp as backend
-    else:
+    backend = cpp
+    if not part.rehearse:
         from metaperturb.kernels import triton_site as backend
     try:
         trial.check(backend.__name__, part.device)
@@ -118,22 +98,24 @@ def kernels(part: Part) -> None:
             key = f"{shape} {str(dtype).removeprefix('torch.')}"
             errors[key] = float(f"{trial.error_of(backend, part.device, dtype, shape):.2g}")
             part.keep(errors=errors)
-            bound = trial.tolerated(dtype)
-            if not errors[key] < bound:
+            if not errors[key] < trial.tolerated(dtype):
                 raise UserError(f"the kernels differ from the plain operators: {key}, relative error {errors[key]}")
 
 
 def steps(part: Part) -> None:
     """Medians of θ-steps, and their ratios: first of the sites alone compiled, then of whole networks."""
-    bench, torch._dynamo.config.recompile_limit = part.bench(), 100  # each site is compiled for itself
+    sizes = parts.SMOKE if part.rehearse else {"turn": 0.1}
+    bench = Bench(part.device, threads=1, rounds=2 if part.rehearse else 20, **sizes)
+    torch._dynamo.config.recompile_limit = 100  # each site is compiled for itself
     images, phi = bench.images(), make_phi(part.device)
     how = {"backend": "eager"} if part.rehearse else {"dynamic": False}
 
-    def compiled_sites() -> Learner:
-        learner = Learner(bench, images, phi, kernel="plain")
-        for site in learner.task.model.metaperturb.sites:
-            site.compile(**how)
-        return learner
+    def compiled(of_sites: bool = False, **options: Any) -> Callable[[], object]:
+        learner = Learner(bench, images, phi, kernel="plain", **options)
+        model = learner.task.model
+        for module in model.metaperturb.sites if of_sites else [model]:
+            module.compile(**how, disable=part.rehearse and not of_sites)
+        return learner.theta_step
 
     variants = {
         "plain": Learner(bench, images, phi, plain=True).theta_step,
@@ -141,130 +123,54 @@ def steps(part: Part) -> None:
         "plain operators": Learner(bench, images, phi, kernel="plain").theta_step,
     }
     part.keep(kernel=kernel_name(part.device))
-    compared(part, bench, variants)
-    variants["compiled operators"] = compiled_sites().theta_step
-    compared(part, bench, variants)
-    for name, plain in (("plain network, compiled", True), ("perturbed network, compiled", False)):
-        learner = Learner(bench, images, phi, plain=plain, kernel="plain")
-        learner.task.model.compile(**how, disable=part.rehearse)
-        variants[name] = learner.theta_step
-    compared(part, bench, variants)
-
-
-def compared(part: Part, bench: Bench, variants: dict[str, Callable[[], object]]) -> None:
-    timings = bench.time(variants)["timings"]
-    ratios = {f"{name} / plain": ratio(timings, name, "plain") for name in timings if name != "plain"}
-    if "compiled operators" in timings:
-        ratios["compiled operators / triton"] = ratio(timings, "compiled operators", "triton")
-    part.keep(timings=timings, ratios=ratios)
+    for further in (
+        {},
+        {"compiled operators": {"of_sites": True}},
+        {"plain network, compiled": {"plain": True}, "perturbed network, compiled": {}},
+    ):
+        variants |= {name: compiled(**options) for name, options in further.items()}
+        timings = bench.time(variants)["timings"]
+        ratios = {f"{name} / plain": ratio(timings, name, "plain") for name in timings if name != "plain"}
+        if "compiled operators" in timings:
+            ratios["compiled operators / triton"] = ratio(timings, "compiled operators", "triton")
+        part.keep(timings=timings, ratios=ratios)
 
 
 def meta_train(part: Part) -> None:
-    """φ's gradients of two joint steps beside those on the CPU, from the same draws; then a whole meta-training."""
-    here, cpu = gradients(part, part.device), gradients(part, torch.device("cpu"))
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(here, cpu, strict=True)]
-    part.keep(phi_gradient_error=errors, kernels=[kernel_name(part.device), kernel_name("cpu")])  # whose noise is one
-    sizes = ("model=resnet8", "steps=3", "batch_size=8", "image_size=16") if part.rehearse else ("steps=750",)
-    gpu = "cpu" if part.device.type == "cpu" else "0"
-    part.run("meta_train", "source=embedded", "tasks=10", f"gpus={gpu}", "checkpoint_every=1000", *sizes)
-
-
-def gradients(part: Part, device: torch.device) -> list[torch.Tensor]:
-    """φ's gradient in each of two joint steps of two tasks, `[82]`; all is drawn by the CPU's generator."""
-    cpu, original = torch.device("cpu"), (fused.draw_seed, batches.draw_codes, batches.draw)
-    bench = dataclasses.replace(part.bench(), device=device, tasks=2)
-
-    def draw_codes(batch: int, padding: int, device: torch.device) -> torch.Tensor:
-        return original[1](batch, padding, cpu).to(device)
-
-    def draw(batch: int, padding: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        codes, span = draw_codes(batch, padding, device), 2 * padding + 1
-        return codes // (2 * span), codes // 2 % span, codes % 2 == 1
-
-    fused.draw_seed = lambda device: original[0](cpu).to(device)
-    batches.draw_codes, batches.draw = draw_codes, draw
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        images, phi = bench.images(), make_phi(cpu).to(device)
-        tasks = [Learner(bench, images, phi, index=i).task for i in range(bench.tasks)]
-        optimizer = torch.optim.Adam(phi.parameters(), lr=1e-3)
-        group, config = Group(0, 1, device), tasks[0].config
-        tables = [joint_step(i, tasks, phi, optimizer, group, config)[0].cpu() for i in range(2)]
-        return [table[:, : -len(METRICS)].mean(dim=0) for table in tables]
-    finally:
-        fused.draw_seed, batches.draw_codes, batches.draw = original
-        torch.backends.cudnn.allow_tf32 = tf32
+    """A whole meta-training."""
+    gpu = "cpu" if part.rehearse else "0"
+    part.run("meta_train", "source=embedded", "tasks=10", "steps=750", f"gpus={gpu}", "checkpoint_every=1000")
 
 
 def meta_test(part: Part) -> None:
     """A whole training with φ, evaluated on the way as the program's defaults have it."""
-    gpu = "cpu" if part.device.type == "cpu" else "0"
-    more = ("image_size=32", "steps=10000")
-    if part.rehearse:
-        more = ("image_size=16", "steps=20", "model=resnet8", "batch_size=8", "final_samples=2")
+    gpu = "cpu" if part.rehearse else "0"
+    more = ("image_size=32", "steps=10000", "final_samples=2" if part.rehearse else "final_samples=100")
     part.run("meta_test", "target=embedded", "phi=tiny_imagenet_resnet20", f"gpu={gpu}", *more)
 
 
 def nccl(part: Part) -> None:
-    """The collective of meta-training, on one GPU and on all of this machine."""
-    backend = "gloo" if part.device.type == "cpu" else "nccl"
-    identity = {} if backend == "gloo" else {"device_id": part.device}
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **identity)
-    received = torch.zeros(82, device=part.device)
-    dist.all_gather_into_tensor(received, torch.arange(82.0, device=part.device))
-    dist.destroy_process_group()
-    part.keep(backend=backend, one=received.tolist() == [*range(82)])
-    count = 2 if part.rehearse else torch.cuda.device_count()
-    devices = parse_devices(",".join(["cpu"] * count if part.rehearse else map(str, range(count))), "gpus")
-    if count > 1:
-        launch(check_rows, (2 * count + 1,), devices, 0, False)
-    part.keep(devices=count, all=True)
-
-
-def check_rows(group: Group, tasks: int) -> None:
-    """What each process of `nccl` does."""
-    rows = torch.tensor([[float(task)] * 87 for task in group.owned(tasks)], device=group.device)
-    gathered = group.gather_rows(rows, tasks)
-    if gathered[:, 0].tolist() != [*range(tasks)]:
-        raise UserError(f"process {group.rank}: the rows of {tasks} tasks came as {gathered[:, 0].tolist()}")
+    """A short meta-training on all GPUs, which exchange φ's gradient by NCCL; a single one has nobody to talk to."""
+    gpus = ["cpu"] * 2 if part.rehearse else [str(i) for i in range(torch.cuda.device_count())]
+    tasks = 2 * len(gpus) + 1  # not as many on each
+    if len(gpus) > 1:
+        part.run("meta_train", "source=embedded", f"tasks={tasks}", "steps=20", f"gpus={','.join(gpus)}")
 
 
 def tests(part: Part) -> None:
     """Those that need a GPU; on the CPU all are skipped."""
-    if importlib.util.find_spec("pytest") is None:
-        raise UserError("pytest is not installed")
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     files = [f"tests/test_{name}.py" for name in (("perturbation",) if part.rehearse else TEST_FILES)]
-    command = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-k", "triton or gpu", *workers, *files]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    counts: dict[str, int] = {}
-    failed: list[str] = []
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        for line in child.stdout:
-            print(line, end="", file=sys.stderr)
-            if found := re.search(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b", line):
-                counts[found[1]] = counts.get(found[1], 0) + 1
-                if found[1] in ("FAILED", "ERROR") and (name := re.search(r"tests/\S+", line)):
-                    failed = [*dict.fromkeys([*failed, name[0]])]
-                part.keep(counts=counts, failed=failed)
-    if child.returncode:
-        raise UserError(f"pytest ended with exit code {child.returncode}")
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-o", "addopts=", "-k", "triton or gpu", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "src"})
+    print(done.stdout, done.stderr, file=sys.stderr)
+    counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout.strip().rpartition("\n")[2])
+    part.keep(counts={what: int(count) for count, what in counts}, failed=re.findall(r"(?m)^FAILED (\S+)", done.stdout))
+    if done.returncode:
+        raise UserError(f"pytest ended with exit code {done.returncode}")
 
 
-class Share(NamedTuple):
-    part: Callable[[Part], None]
-    seconds: int  # of nine minutes
-
-
-SHARES = (
-    Share(kernels, 70),
-    Share(steps, 120),
-    Share(meta_train, 130),
-    Share(meta_test, 110),
-    Share(nccl, 30),
-    Share(tests, 70),
-)
-PARTS = {share.part.__name__: share for share in SHARES}
+SECONDS = {kernels: 70, steps: 120, meta_train: 110, meta_test: 110, nccl: 50, tests: 70}  # of nine minutes
+PARTS = {part.__name__: part for part in SECONDS}
 
 
 # --- the program
@@ -286,9 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_part(arguments: argparse.Namespace) -> None:
     device = parse_devices("cpu" if arguments.rehearse else "0", "gpu")[0]
     with use_kernel("auto"):
-        {"about": about, **{name: share.part for name, share in PARTS.items()}}[arguments.part](
-            Part(device, arguments.rehearse, arguments.json)
-        )
+        {"about": about, **PARTS}[arguments.part](Part(device, arguments.rehearse, arguments.json))
 
 
 def check(arguments: argparse.Namespace, command: str) -> None:
@@ -299,19 +203,19 @@ def check(arguments: argparse.Namespace, command: str) -> None:
             raise UserError(f"--only: unknown part {name!r} (known: {', '.join(PARTS)})")
     with tempfile.TemporaryDirectory() as folder:
         document: dict[str, Any] = {"rehearsal": arguments.rehearse, "command": command}
-        attempt("about", arguments, Path(folder), end - time.monotonic(), end, into=document)
+        attempt("about", arguments, Path(folder), end - time.monotonic(), into=document)
         if document["outcome"] != "done":
             raise UserError(document["outcome"].removeprefix("failed: error: "))
         gpu = re.sub(r"[^a-z0-9]+", "-", document["hardware"]["device"].lower())
         document |= {"date": datetime.now(UTC).date().isoformat(), "parts": {}}
         path = arguments.json or ROOT / "results" / "gpu" / f"{gpu}.json"
         for i, name in enumerate(asked):
-            shares = [PARTS[other].seconds for other in asked[i:]]
+            shares = [SECONDS[PARTS[other]] for other in asked[i:]]
             limit = (end - time.monotonic()) * shares[0] / sum(shares) - GRACE
             entry = document["parts"][name] = {"outcome": "no time left"}
             try:
                 if limit > 0:
-                    attempt(name, arguments, Path(folder), limit, end, into=entry)
+                    attempt(name, arguments, Path(folder), limit, into=entry)
             finally:
                 document["verdict"] = verdict(document)
                 save_json(document, path)
@@ -319,46 +223,33 @@ def check(arguments: argparse.Namespace, command: str) -> None:
     print(document["verdict"])
 
 
-def attempt(
-    name: str, arguments: argparse.Namespace, folder: Path, limit: float, end: float, into: dict[str, Any]
-) -> None:
+def attempt(name: str, arguments: argparse.Namespace, folder: Path, limit: float, into: dict[str, Any]) -> None:
     """Run one part in a process of its own; `into` gets its outcome, its seconds, and what it found."""
-    kept, log = folder / f"{name}.json", folder / f"{name}.log"
+    kept, log, began = folder / f"{name}.json", folder / f"{name}.log", time.monotonic()
     command = [sys.executable, __file__, "--part", name, "--json", str(kept), *["--rehearse"] * arguments.rehearse]
-    began = told = time.monotonic()
-    with open(log, "w") as output:
-        child = subprocess.Popen(
-            command,
-            env={**os.environ, PARENT: str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    tell(f"{name}: at most {limit:.0f} s", end)
+    print(f"{name}: at most {limit:.0f} s", file=sys.stderr)
+    with open(log, "w") as said:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
+        environment = {**os.environ, PARENT: str(os.getpid())}
+        child = subprocess.Popen(command, env=environment, **streams, start_new_session=True)
     into["outcome"] = "stopped"
     try:
-        while child.poll() is None:
-            now = time.monotonic()
-            if now > began + limit:
-                into["outcome"] = "out of time"
-                break
-            if now > told + 20:
-                told = now
-                tell(f"{name}: {now - began:.0f} of {limit:.0f} s", end)
-            time.sleep(0.1)
-        else:
-            said = log.read_text(errors="replace").strip().splitlines() or ["no message"]
-            into["outcome"] = "done" if child.returncode == 0 else f"failed: {said[-1]}"
-            if child.returncode < 0:
-                into["outcome"] = f"crashed: {signal.Signals(-child.returncode).name}"
-            if child.returncode:
-                into["log"] = said[-20:]
+        code = child.wait(limit)
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
+        into["outcome"] = f"failed: {lines[-1]}" if code > 0 else "done"
+        if code < 0:
+            into["outcome"] = f"crashed: {signal.Signals(-code).name}"
+        if code:
+            into["log"] = lines[-20:]
+    except subprocess.TimeoutExpired:
+        into["outcome"] = "out of time"
     finally:
         end_group(child)
         into |= load_json(kept) if kept.exists() else {}
+        if steps_done := read_metrics(folder / name):
+            into["last"] = steps_done[-1]
         into["seconds"] = round(time.monotonic() - began, 1)
-        tell(f"{name}: {into['outcome']}", end)
+        print(f"{name}: {into['outcome']}", file=sys.stderr)
 
 
 def end_group(child: subprocess.Popen) -> None:
@@ -370,11 +261,6 @@ def end_group(child: subprocess.Popen) -> None:
         os.killpg(child.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot be ended
         child.wait(1)
-
-
-def tell(text: str, end: float) -> None:
-    left = max(0, round(end - time.monotonic()))
-    print(f"[{left // 60}:{left % 60:02} left] {text}", file=sys.stderr, flush=True)
 
 
 def verdict(document: dict[str, Any]) -> str:
