@@ -1,6 +1,8 @@
 """A small real image folder, and the programs run as processes, for the tests of training."""
 
 import contextlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from image_files import write_folder
 from PIL import Image
+
+from metaperturb import MetaPerturb, save_phi
+from metaperturb.storage import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,8 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def class_pictures(classes: int, per_class: int, split: str, size: int = 12) -> dict[str, bytes]:
     """PNG files `<split>/<class>/<i>.png` whose stripes differ between classes, so that there is something to learn."""
-    import io
-
     files = {}
     for label in range(classes):
         for i in range(per_class):
@@ -89,10 +93,20 @@ def target_settings(image_folder, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def phi_file(tmp_path_factory) -> Path:
+    """A φ whose numbers are not small."""
+    torch.manual_seed(1)
+    phi, path = MetaPerturb(), tmp_path_factory.mktemp("phi") / "phi.pt"
+    with torch.no_grad():
+        phi.flat.normal_(0, 0.2)
+    save_phi(phi, path, {"note": "random"})
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory) -> dict[str, Path]:
     """Finished runs of networks that learned their ten classes, in seconds: for the analyses. Do not change them."""
     import metaperturb.meta_test as program
-    from metaperturb import MetaPerturb, save_phi
 
     root = tmp_path_factory.mktemp("trained")
     files = class_pictures(10, 30, "train") | class_pictures(10, 20, "test")
@@ -111,6 +125,22 @@ def trained_runs(tmp_path_factory) -> dict[str, Path]:
     for method, settings in own.items():
         assert program.main(["--set", *common, f"method={method}", *settings, f"run_dir={root / method}"]) == 0
     return {method: root / method for method in own}
+
+
+@pytest.fixture(scope="module")
+def trained(trained_runs) -> dict:
+    from metaperturb.trained import load_run
+
+    return {method: load_run(folder) for method, folder in trained_runs.items()}
+
+
+def model_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Of the run's last checkpoint."""
+    return load_tensors(run_dir / "checkpoints" / "latest.pt")["model"]
+
+
+def result(run_dir: Path) -> dict:
+    return json.loads((run_dir / "result.json").read_text())
 
 
 def start(program: str, settings: list[str], **options) -> subprocess.Popen:

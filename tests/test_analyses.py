@@ -39,11 +39,6 @@ ANALYSES = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(trained_runs):
-    return {method: load_run(folder) for method, folder in trained_runs.items()}
-
-
 @pytest.fixture(params=ANALYSES)
 def analysis(request):
     """Module, analysis, settings; what saves a part, parts in all."""
@@ -110,9 +105,9 @@ class Scaled(nn.Module):
         return self.factor * self.model(x)
 
 
-def test_a_network_that_is_not_finite(analysis, runs, tmp_path):
+def test_a_network_that_is_not_finite(analysis, trained, tmp_path):
     _, measure, settings, *_ = analysis
-    broken = dataclasses.replace(runs["base"], model=Scaled(copy.deepcopy(runs["base"].model), math.inf))
+    broken = dataclasses.replace(trained["base"], model=Scaled(copy.deepcopy(trained["base"].model), math.inf))
     message = refusal(measure, broken, settings, tmp_path / "broken.json")
     assert "not finite" in message and str(broken.dir) in message and not any(tmp_path.iterdir())
 
@@ -140,18 +135,18 @@ def test_a_network_that_is_not_finite(analysis, runs, tmp_path):
         (Plane, "images=1", "images: must be at least 2"),
     ],
 )
-def test_bad_settings(runs, kind, setting, said):
-    assert said in refusal(lambda: check_attack(runs["base"], load_config(kind, None, setting.split())))
+def test_bad_settings(trained, kind, setting, said):
+    assert said in refusal(lambda: check_attack(trained["base"], load_config(kind, None, setting.split())))
 
 
-def test_results_that_cannot_be_compared(runs, tmp_path):
+def test_results_that_cannot_be_compared(trained, tmp_path):
     for measure, settings, curves in (
         (measure_calibration, SAMPLING, calibration_curves),
         (measure_robustness, dataclasses.replace(ATTACK, linf=(0.0,), l2=(), l1=()), robustness_curves),
     ):
         if measure is measure_robustness:
             pytest.importorskip("foolbox")
-        result = measure(runs["base"], settings, tmp_path / f"{measure.__name__}.json")
+        result = measure(trained["base"], settings, tmp_path / f"{measure.__name__}.json")
         other, longer = copy.deepcopy(result), copy.deepcopy(result)
         other["target"]["fingerprint"], longer["settings"]["seed"] = "0" * 8, 50
         for wrong, said in ((other, "target.fingerprint: "), (longer, "settings.seed: 0 → 50")):
@@ -175,9 +170,9 @@ class Drawing(nn.Module):
         return self.calls[-1]
 
 
-def test_counts_are_means_over_disjoint_draws(runs, tmp_path):
+def test_counts_are_means_over_disjoint_draws(trained, tmp_path):
     network = Drawing()
-    run = dataclasses.replace(runs["metaperturb"], model=network)
+    run = dataclasses.replace(trained["metaperturb"], model=network)
     result = measure_calibration(run, Sampling(counts=(4, 1, 6, 2), batch_size=64), tmp_path / "c.json")
     assert [len(logits) for logits in network.calls] == [64, 64, 64, 8] * 6  # six passes over 200 images, no more
     draws = [torch.cat(network.calls[4 * k : 4 * k + 4]).double().softmax(1) for k in range(6)]
@@ -200,9 +195,9 @@ def test_counts_are_means_over_disjoint_draws(runs, tmp_path):
     assert (np.isnan(correct) == (count == 0)).all()
 
 
-def test_calibration_of_real_runs_and_its_pictures(runs, tmp_path):
+def test_calibration_of_real_runs_and_its_pictures(trained, tmp_path):
     results = {}
-    for method, run in runs.items():
+    for method, run in trained.items():
         results[method] = [measure_calibration(run, SAMPLING, tmp_path / f"{method}.json")]
         *_, last = counts = results[method][0]["counts"]
         assert [c["samples"] for c in counts] == ([1, 3, 6] if method == "metaperturb" else [1])
@@ -240,8 +235,8 @@ def test_calibration_of_real_runs_and_its_pictures(runs, tmp_path):
 # --- loss surfaces
 
 
-def test_directions_have_the_filters_norms(runs):
-    model = runs["metaperturb"].model
+def test_directions_have_the_filters_norms(trained):
+    model = trained["metaperturb"].model
     first, second = filter_normalized_directions(model, torch.Generator().manual_seed(0))
     parameters = dict(model.named_parameters())
     assert first.keys() == {name for name, p in parameters.items() if name.endswith("weight") and p.dim() > 1}
@@ -353,6 +348,6 @@ def test_the_spread_far_below_zero_is_its_limit(mu):
     assert _spread(torch.full((1, 1, 2, 1), mu)) == pytest.approx([math.sqrt(math.e - 1)], abs=1e-6)
 
 
-def test_runs_without_scales_are_refused(runs, perturbed):
-    assert "method base" in refusal(learned_scales, runs["base"])
+def test_runs_without_scales_are_refused(trained, perturbed):
+    assert "method base" in refusal(learned_scales, trained["base"])
     assert "gate=false" in refusal(learned_scales, load_run(perturbed / "ungated"))

@@ -1,14 +1,11 @@
 """Batches: the crop and the flip, the order of the images, and what a batch depends on."""
 
 import itertools
-import os
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
+from conftest import python
 
 from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
@@ -132,13 +129,6 @@ def test_every_image_once_an_epoch(count, batch_size):
         assert all(chunk != tuple(range(count)) for chunk in chunks)
 
 
-def test_only_the_given_images():
-    indices = np.array([3, 1, 8, 5])
-    order = [i for k in range(5) for i in numbers(stream(10, 4, indices).batch(k))]
-    assert all(sorted(order[e : e + 4]) == [1, 3, 5, 8] for e in range(0, 20, 4))
-    assert indices.tolist() == [3, 1, 8, 5]
-
-
 @pytest.mark.parametrize("batch_size", [3, 4, 25])
 def test_a_batch_is_a_function_of_its_number_and_the_global_seed(batch_size):
     """Whatever was asked for before: a resumed run asks for one batch of a fresh stream."""
@@ -194,18 +184,6 @@ def test_labels_are_renumbered_for_a_task():
         assert batch[1].tolist() == [{1: 0, 4: 1, 7: 2}[labels[i]] for i in numbers(batch)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu():
-    arrays = data_set(random_images(10)).arrays
-    on_gpu = DeviceImages(arrays, torch.device("cuda"))
-    images, labels = TrainingBatches(on_gpu, np.arange(10), None, 10, 2, (0, 0, "order_train")).batch(0)
-    assert images.is_cuda and labels.is_cuda
-    order = stream(10, 10)._indices(0).tolist()
-    assert labels.tolist() == arrays.labels[order].tolist()
-    for output, index in zip((images.cpu() + 1).mul(127.5).round().byte().numpy(), order, strict=True):
-        assert any(np.array_equal(output, crop) for crop in all_crops(arrays.images[index], 2).values())
-
-
 # --- the C++ pass that batches take on a CPU
 
 
@@ -246,24 +224,25 @@ def test_one_launch_gives_the_same_bits():
             assert torch.equal(training_batch(images, labels, None, rows, draws, padding)[1], labels[rows])
         print("equal")
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert completed.stdout == "equal\n", completed.stderr
+    assert python(code, TRITON_INTERPRET="1").communicate()[0] == "equal\n"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("padding", [0, 4])
 def test_one_launch_on_a_gpu_gives_the_same_bits(padding):
-    arrays = ImageArrays(random_images(50, 32), np.arange(50) % 5, tuple("abcde"), "0" * 8, "made-train")
-    images = DeviceImages(arrays, torch.device("cuda"))
-    batches = TrainingBatches(images, np.arange(50), np.array([0, 2, 4]), 64, padding, (0, 0, "order_train"))
+    arrays = data_set(random_images(50, 32)).arrays
+    images, indices = DeviceImages(arrays, torch.device("cuda")), np.flatnonzero(arrays.labels != 3)
+    batches = TrainingBatches(images, indices, np.array([0, 1, 2, 4]), 40, padding, (0, 0, "order_train"))
     results = []
     for kernel in ("fused", "plain"):
         torch.manual_seed(0)
         with kernels.use_kernel(kernel):
             results.append(batches.batch(2))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and a.is_cuda for a, b in zip(*results, strict=True))
+    order = batches._indices(2).tolist()
+    assert sorted(order) == indices.tolist() and results[0][1].tolist() == [i % 5 - (i % 5 == 4) for i in order]
+    for output, index in zip((results[0][0].cpu() + 1).mul(127.5).round().byte().numpy(), order, strict=True):
+        assert any(np.array_equal(output, crop) for crop in all_crops(arrays.images[index], padding).values())
 
 
 def test_indices_beyond_the_images_are_an_error():

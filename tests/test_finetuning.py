@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_line
+from conftest import error_line, model_state, result
 from image_files import refusal
 from torch import nn
 
 import metaperturb.meta_test as program
-from metaperturb import MetaPerturb, models, save_phi
+from metaperturb import models
 from metaperturb.finetuning import classifier_name, initialize
 from metaperturb.storage import load_tensors
 
@@ -97,12 +96,12 @@ def test_no_classifier_is_an_error():
 
 @pytest.mark.parametrize("name", ["resnet8", "conv4", "wrn_28_2", "mobilenet_v2"])
 @pytest.mark.parametrize("batch_norm", ["drop", "keep"])
-def test_value_by_value(name, batch_norm, tmp_path):
-    """With as many classes as before, so that shapes give nothing away."""
+def test_value_by_value(name, batch_norm, tmp_path, capsys):
+    """With as many classes as before, so that shapes give nothing away; one line says it."""
     pretrained, model = network(name, seed=1), network(name, seed=2)
     fresh = copy.deepcopy(model.state_dict())
     norms = [f"{n}." for n, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    origin = quietly(model, saved(pretrained, tmp_path / "weights.pt"), size_of(name), batch_norm)
+    origin = initialize(model, size_of(name), path := saved(pretrained, tmp_path / "weights.pt"), batch_norm)
     taken, kept = [], (f"{CLASSIFIERS[name]}.", *(norms if batch_norm == "drop" else ()))
     for key, value in model.state_dict().items():
         is_fresh = key.startswith(kept)
@@ -113,13 +112,15 @@ def test_value_by_value(name, batch_norm, tmp_path):
     for key, value in taken:
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode() + value.numpy().tobytes())
     assert origin == {
-        "from": str(tmp_path / "weights.pt"),
+        "from": str(path),
         "sha256": digest.hexdigest(),
         "tensors": len(taken),
         "classifier": CLASSIFIERS[name],
         "batch_norm": batch_norm,
         "run": None,
     }
+    said = f"init: {len(taken)} tensors from {path}; the classifier {CLASSIFIERS[name]} starts fresh; batch norm "
+    assert capsys.readouterr().err == said + {"drop": "starts fresh\n", "keep": "taken, too\n"}[batch_norm]
 
 
 def test_another_image_size_where_the_network_allows_it(tmp_path):
@@ -148,14 +149,6 @@ def test_half_precision_and_batch_norm_without_counts(tmp_path):
     assert all(v == 3 for k, v in ours.items() if "num_batches" in k)
 
 
-def test_one_line_says_what_was_taken(tmp_path, capsys):
-    path = saved(network("resnet8"), tmp_path / "weights.pt")
-    for batch_norm, said in (("drop", "batch norm starts fresh"), ("keep", "batch norm taken, too")):
-        initialize(network("resnet8"), 32, path, batch_norm)
-        count = 7 if batch_norm == "drop" else 42
-        assert capsys.readouterr().err == f"init: {count} tensors from {path}; the classifier fc starts fresh; {said}\n"
-
-
 # --- what is refused
 
 
@@ -178,8 +171,6 @@ REFUSED = {
     "a number": (3, "holds no network"),
     "nothing": ({}, "holds no network"),
     "numbered": ({0: torch.zeros(1)}, "holds no network"),
-    "deeper network": (models.create("resnet20", 6, 32).state_dict(), "has unknown layer1.1.conv1.weight"),
-    "other family": (models.create("conv4", 6, 32).state_dict(), "lacks conv1.weight"),
     "missing": (broken(**{CONV: None}), f"not the weights of this network: lacks {CONV}"),
     "unknown": (broken(**{"layer9.bias": torch.zeros(1)}), "has unknown layer9.bias"),
     **{
@@ -226,11 +217,8 @@ def test_what_is_not_taken_need_not_be_right(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def settings(target_settings, tmp_path_factory) -> list[str]:
-    phi = tmp_path_factory.mktemp("phi") / "phi.pt"
-    torch.manual_seed(1)
-    save_phi(MetaPerturb(), phi)
-    return [*target_settings, f"phi={phi}"]
+def settings(target_settings, phi_file) -> list[str]:
+    return [*target_settings, f"phi={phi_file}"]
 
 
 @pytest.fixture(scope="module")
@@ -238,14 +226,6 @@ def pretrained(target_settings, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("pretrained") / "pre"
     assert program.main(["--set", *target_settings, "method=base", "steps=6", "seed=5", f"run_dir={run_dir}"]) == 0
     return run_dir
-
-
-def model_state(run_dir: Path) -> dict:
-    return load_tensors(run_dir / "checkpoints" / "latest.pt")["model"]
-
-
-def result(run_dir: Path) -> dict:
-    return json.loads((run_dir / "result.json").read_text())
 
 
 @pytest.mark.parametrize("method", ["base", "metaperturb", "info_dropout", "manifold_mixup"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from image_files import refusal
+from test_analyses import ATTACK as SMALL
 from torch import nn
 
 from metaperturb import plots
@@ -22,19 +23,12 @@ from metaperturb.analyses.robustness import (
     robustness_curves,
 )
 from metaperturb.data.batches import normalize
-from metaperturb.trained import load_run
 
 pytest.importorskip("foolbox", reason="foolbox is not installed (./run.sh test installs it)")
 from eagerpy import astensor  # the tensors of foolbox
 
 ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
 MIDDLE = {"linf": 0.06, "l2": 0.8, "l1": 7.0}  # where a part of the images withstands
-SMALL = Attack(linf=(0.0, 0.05, 0.15), l2=(0.5,), l1=(4.0,), steps=3, draws=2, samples=3, images=24, batch_size=16)
-
-
-@pytest.fixture(scope="module")
-def runs(trained_runs):
-    return {method: load_run(folder) for method, folder in trained_runs.items()}
 
 
 def accuracy(run, tmp_path, norm, eps, **options):
@@ -105,44 +99,46 @@ def network(function):
 # --- the attack
 
 
-def test_without_a_perturbation_it_is_clean_accuracy(runs, tmp_path):
+def test_without_a_perturbation_it_is_clean_accuracy(trained, tmp_path):
     for method in ("base", "adversarial"):
         for norm in ORDERS:
-            clean = accuracy(runs[method], tmp_path, norm, 0.0, images=None)
-            assert clean == runs[method].result["metrics"]["accuracy"]
-    drawn = [accuracy(runs["metaperturb"], tmp_path, norm, 0.0, images=None, samples=20) for norm in ORDERS]
+            clean = accuracy(trained[method], tmp_path, norm, 0.0, images=None)
+            assert clean == trained[method].result["metrics"]["accuracy"]
+    drawn = [accuracy(trained["metaperturb"], tmp_path, norm, 0.0, images=None, samples=20) for norm in ORDERS]
     assert len(set(drawn)) == 1  # the same noise
-    assert drawn[0] == pytest.approx(runs["metaperturb"].result["metrics"]["accuracy"], abs=0.03)
+    assert drawn[0] == pytest.approx(trained["metaperturb"].result["metrics"]["accuracy"], abs=0.03)
 
 
 @pytest.mark.parametrize("norm", ORDERS)
-def test_more_steps_leave_less(runs, tmp_path, norm):
-    values = [accuracy(runs["base"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 3, 12)]
+def test_more_steps_leave_less(trained, tmp_path, norm):
+    values = [accuracy(trained["base"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 3, 12)]
     assert values == sorted(values, reverse=True)  # exactly: the worst iterate is kept, and the iterates are the same
     assert values[-1] <= values[0] - 0.1
-    noisy = [accuracy(runs["metaperturb"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 6)]
+    noisy = [accuracy(trained["metaperturb"], tmp_path, norm, MIDDLE[norm], steps=steps) for steps in (1, 6)]
     assert noisy[1] <= noisy[0] + 0.02
 
 
 @pytest.mark.parametrize("method", ["base", "metaperturb"])
-def test_large_balls_leave_no_more_than_chance(runs, tmp_path, method):
+def test_large_balls_leave_no_more_than_chance(trained, tmp_path, method):
     for norm, eps in (("linf", 0.5), ("l2", 8.0), ("l1", 150.0)):
-        assert accuracy(runs[method], tmp_path, norm, eps, images=40, steps=6) <= 0.1
+        assert accuracy(trained[method], tmp_path, norm, eps, images=40, steps=6) <= 0.1
 
 
-def test_accuracy_falls_with_the_radius_and_adversarial_training_helps(runs, tmp_path):
+def test_accuracy_falls_with_the_radius_and_adversarial_training_helps(trained, tmp_path):
     curves = {}
     for method in ("base", "adversarial"):
         attack = Attack(linf=(0, 0.03, 0.06, 0.12), l2=(), l1=(), steps=6, images=60)
-        curves[method] = [p["accuracy"] for p in measure_robustness(runs[method], attack, tmp_path / method)["points"]]
+        curves[method] = [
+            p["accuracy"] for p in measure_robustness(trained[method], attack, tmp_path / method)["points"]
+        ]
         assert curves[method] == sorted(curves[method], reverse=True)
     assert curves["adversarial"][3] > curves["base"][3] + 0.2
 
 
 @pytest.mark.parametrize("norm", ORDERS)
 @pytest.mark.parametrize("eps", [1e-3, 0.3, 5.0])
-def test_images_stay_in_the_ball_and_the_range(runs, norm, eps):
-    run = runs["base"]
+def test_images_stay_in_the_ball_and_the_range(trained, norm, eps):
+    run = trained["base"]
     x, y = torch.from_numpy(run.test.images[:32].copy()) / 255, torch.from_numpy(run.test.labels[:32].copy())
     torch.manual_seed(0)
     found = robustness.perturb(AttackedModel(run.model, 1).eval(), x, y, norm, eps, 5, 0.3)
@@ -153,18 +149,18 @@ def test_images_stay_in_the_ball_and_the_range(runs, norm, eps):
 
 
 @pytest.mark.slow
-def test_the_worst_iterate_is_kept(runs, tmp_path):
+def test_the_worst_iterate_is_kept(trained, tmp_path):
     """Steps twice as long as the radius jump about."""
     for norm in ("linf", "l1"):
         options = {"step_size": 2.0, "images": 200}
-        values = [accuracy(runs["base"], tmp_path, norm, MIDDLE[norm], steps=k, **options) for k in range(1, 7)]
+        values = [accuracy(trained["base"], tmp_path, norm, MIDDLE[norm], steps=k, **options) for k in range(1, 7)]
         assert values == sorted(values, reverse=True)
 
 
 @pytest.mark.parametrize("norm", ORDERS)
-def test_a_network_that_is_sure_of_itself_does_not_look_robust(runs, tmp_path, norm):
+def test_a_network_that_is_sure_of_itself_does_not_look_robust(trained, tmp_path, norm):
     """By cross-entropy in float32, nearly every image of the second one would withstand."""
-    run = runs["base"]
+    run = trained["base"]
     sure = dataclasses.replace(run, model=network(lambda x: 200 * run.model(x)))
     plain, scaled = (accuracy(r, tmp_path, norm, 1.5 * MIDDLE[norm]) for r in (run, sure))
     assert plain < 0.85 and scaled <= plain + 0.08
@@ -183,9 +179,9 @@ def test_the_steps_are_those_of_cross_entropy(draws):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_what_is_wrong_from_the_start_counts_as_wrong(runs, tmp_path):
+def test_what_is_wrong_from_the_start_counts_as_wrong(trained, tmp_path):
     """A network that the attack makes right: on images of its own making it answers with the true class."""
-    run = runs["base"]
+    run = trained["base"]
     labels = torch.from_numpy(run.test.labels.copy())
     clean = torch.from_numpy(run.test.images.copy())
 
@@ -212,18 +208,18 @@ def test_what_an_attack_returns_is_checked(change, expected):
     assert "attack linf, ε" in message and expected in message
 
 
-def test_a_network_that_overflows_under_attack_has_no_answer(runs, tmp_path, capsys):
+def test_a_network_that_overflows_under_attack_has_no_answer(trained, tmp_path, capsys):
     """It is broken where pixels leave their grid by much: finite on images as they are, not where the attack ends."""
 
     for name in ("base", "metaperturb"):
-        model = runs[name].model
+        model = trained[name].model
 
         def answers(x, model=model):
             pixels = (x + 1) * 127.5
             far = (pixels - pixels.round()).abs().flatten(1).amax(dim=1) > 0.4
             return model(x) + torch.where(far, math.nan, 0.0)[:, None]
 
-        run = dataclasses.replace(runs[name], model=network(answers))
+        run = dataclasses.replace(trained[name], model=network(answers))
         attack = dataclasses.replace(SMALL, linf=(0.0, 1.4 / 255), l2=(), l1=())
         clean, attacked = measure_robustness(run, attack, tmp_path / f"{name}.json")["points"]
         assert clean["accuracy"] > 0.5 and attacked["accuracy"] == 0
@@ -234,11 +230,11 @@ def test_a_network_that_overflows_under_attack_has_no_answer(runs, tmp_path, cap
 
 
 @pytest.fixture(scope="module")
-def small(runs, tmp_path_factory):
+def small(trained, tmp_path_factory):
     """method → the file of results of `SMALL`. Do not change them."""
     folder = tmp_path_factory.mktemp("small")
     for method in ("base", "metaperturb"):
-        measure_robustness(runs[method], SMALL, folder / f"{method}.json")
+        measure_robustness(trained[method], SMALL, folder / f"{method}.json")
     return {path.stem: path for path in folder.iterdir()}
 
 
@@ -246,7 +242,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_result(runs, small, tmp_path):
+def test_result(trained, small, tmp_path):
     result = read(small["metaperturb"])
     assert [(p["norm"], p["eps"]) for p in result["points"]] == SMALL.points
     for point in result["points"]:
@@ -255,8 +251,8 @@ def test_result(runs, small, tmp_path):
     assert result["seconds"] > 0 and result["versions"]["torch"]
 
 
-def test_further_radii_are_added(runs, small, tmp_path):
-    run, path, few = runs["base"], tmp_path / "r.json", dataclasses.replace(SMALL, linf=(0.05,), l1=())
+def test_further_radii_are_added(trained, small, tmp_path):
+    run, path, few = trained["base"], tmp_path / "r.json", dataclasses.replace(SMALL, linf=(0.05,), l1=())
     measure_robustness(run, few, path)
     assert {**measure_robustness(run, SMALL, path), "seconds": 0} == {**read(small["base"]), "seconds": 0}
     fewer = measure_robustness(run, few, path)  # what was not asked for is not drawn
@@ -269,9 +265,9 @@ def test_further_radii_are_added(runs, small, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_kept_and_last_iterate_the_worse_by_fresh_draws_is_taken(runs):
+def test_of_kept_and_last_iterate_the_worse_by_fresh_draws_is_taken(trained):
     """Of the margins of both under the same many draws, the result has the larger one, nearly always."""
-    run = runs["metaperturb"]
+    run = trained["metaperturb"]
     model = AttackedModel(run.model, 1).eval()
     labels, images = torch.tensor(run.test.labels[:60]), torch.tensor(run.test.images[:60]).float() / 255
     found = {}
@@ -287,12 +283,12 @@ def test_of_kept_and_last_iterate_the_worse_by_fresh_draws_is_taken(runs):
     assert (margins[1] > margins[0]).float().mean() > 0.85 and margins[1].mean() > margins[0].mean()
 
 
-def test_the_images_are_the_same_for_every_run(runs):
+def test_the_images_are_the_same_for_every_run(trained):
     """Some are a fixed random choice; all are each image once."""
-    images = [robustness._Victim(run, SMALL).batches[0][0][:8] for run in runs.values()]
+    images = [robustness._Victim(run, SMALL).batches[0][0][:8] for run in trained.values()]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
-    (all_images,) = robustness._Victim(runs["base"], dataclasses.replace(SMALL, images=None, batch_size=600)).batches
-    assert torch.equal(all_images[1].bincount(), torch.tensor(runs["base"].test.labels).bincount())
+    (all_images,) = robustness._Victim(trained["base"], dataclasses.replace(SMALL, images=None, batch_size=600)).batches
+    assert torch.equal(all_images[1].bincount(), torch.tensor(trained["base"].test.labels).bincount())
     assert len(all_images[0].unique(dim=0)) == 200 and len(images[0].unique(dim=0)) == 8
 
 
@@ -311,8 +307,8 @@ def test_curves_and_picture(small, tmp_path):
     assert float(percent) == pytest.approx(100 * results["base"][0]["points"][1]["accuracy"])
 
 
-def test_foolbox_that_is_not_installed(runs, tmp_path, monkeypatch):
+def test_foolbox_that_is_not_installed(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)  # as Python marks what cannot be imported
-    message = refusal(measure_robustness, runs["base"], SMALL, tmp_path / "r.json")
+    message = refusal(measure_robustness, trained["base"], SMALL, tmp_path / "r.json")
     assert "foolbox cannot be imported" in message
     assert ".venv/bin/pip install foolbox" in message and 'pip install -e ".[analyses]"' in message

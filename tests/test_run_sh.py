@@ -236,18 +236,11 @@ def test_folders_of_runs_have_the_names_of_the_images(options, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_demo_with_more_jobs_than_tasks(tmp_path):
-    src = ["steps=1", "tasks=2", "batch_size=4"]
-    tgt = ["steps=1", "batch_size=4", "final_samples=1"]
-    completed = run_sh("demo", "--seeds", "1", "--jobs", "3", "--src", *src, "--tgt", *tgt, RUNS=str(tmp_path))
-    assert completed.returncode == 0, completed.stderr
-
-
-@pytest.mark.slow
 def test_demo(tmp_path):
     src = ["steps=4", "tasks=2", "batch_size=8", "checkpoint_every=2"]
     tgt = ["steps=4", "batch_size=8", "eval_every=2", "final_samples=2"]
-    completed = run_sh("demo", "--seeds", "1", "--src", *src, "--tgt", *tgt, RUNS=str(tmp_path))
+    jobs = ("--jobs", "3")  # more than there is to do at once
+    completed = run_sh("demo", "--seeds", "1", *jobs, "--src", *src, "--tgt", *tgt, RUNS=str(tmp_path))
     assert completed.returncode == 0, completed.stderr
     table = (tmp_path / "demo" / "table.md").read_text()
     assert table.strip() in completed.stdout
@@ -318,16 +311,6 @@ def test_pretrain_then_finetune(tmp_path, tiny_imagenet):
     )
     assert scratch["init"] is None and finetuned["init"]["from"] == str(pretrained)
     assert finetuned["init"]["run"]["target"] == "tiny_imagenet"
-
-
-@pytest.mark.slow
-def test_pretrain_on_drawn_images(tmp_path):
-    settings = ["steps=1", "batch_size=4", "image_size=8", "holdout=0.01"]
-    environment = {"SRC_DATA": "embedded", "TGT_MODEL": "resnet8", "RUNS": str(tmp_path), "DATA": str(tmp_path)}
-    completed = run_sh("pretrain", "cpu", *settings, **environment)
-    assert completed.returncode == 0, completed.stderr
-    result = json.loads((tmp_path / "pretrain-embedded-resnet8-seed0" / "result.json").read_text())
-    assert (result["target"]["train"], result["target"]["test"]) == (4760, 40)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 from image_files import refusal, refused
 
 from metaperturb.data.splits import TaskSplit, class_split, few_classes, few_per_class, load_split, save_split, shuffled
-from metaperturb.errors import UserError
 
 KINDS = ("disjoint", "paired", "homogeneous")
 # Written by the first version: split files and results refer to seeds.
@@ -118,14 +117,10 @@ def test_round_trip(tmp_path, kind):
     read, *made = load_split(path, "abc123", _labels())
     assert made == [kind, 9]
     _assert_same(tasks, read)
+    refused(r"split\.json: made for other data \(fingerprint abc123, .* def456", load_split, path, "def456", _labels())
+    refused(r"split\.json: cannot write", save_split, path / "split.json", tasks, "x", kind, 9)
     assert json.loads(path.read_text())["kind"] == kind
     assert [p.name for p in path.parent.iterdir()] == ["split.json"]
-
-
-def test_split_of_other_data(tmp_path):
-    path = tmp_path / "split.json"
-    save_split(path, class_split(_labels(), 4, "disjoint", 0), "abc123", "disjoint", 0)
-    refused(r"split\.json: made for other data \(fingerprint abc123, .* def456", load_split, path, "def456", _labels())
 
 
 TASK = {"classes": [0], "train": [0], "test": [2]}
@@ -137,28 +132,20 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize("content", BAD_FILES)
-def test_bad_files(tmp_path, content):
-    path = tmp_path / "split.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    refused(r"split\.json: (not a class split|cannot be read as JSON)", load_split, path, "x", _labels())
-
-
-@pytest.mark.parametrize("change", [{"train": [0, 10_000]}, {"classes": [39]}])
-def test_tasks_that_do_not_fit_the_data(tmp_path, change):
-    labels = _labels()
-    task = {"classes": [int(labels[0])], "train": [0], "test": [int(np.flatnonzero(labels == labels[0])[1])], **change}
-    path = tmp_path / "split.json"
-    path.write_text(json.dumps({**GOOD, "tasks": [task]}))
-    with pytest.raises(UserError, match="task 0 names images that the data set lacks or that are of other classes"):
-        load_split(path, "x", labels)
-
-
-def test_missing_file_and_unwritable_place(tmp_path):
-    refused(r"nowhere\.json: cannot be read as JSON", load_split, tmp_path / "nowhere.json", "x", _labels())
-    (tmp_path / "file").write_text("")
-    tasks = class_split(_labels(), 2, "disjoint", 0)
-    refused(r"split\.json: cannot write", save_split, tmp_path / "file" / "split.json", tasks, "x", "disjoint", 0)
+def test_bad_files(tmp_path):
+    path, labels = tmp_path / "split.json", _labels()
+    refused(r"split\.json: cannot be read as JSON", load_split, path, "x", labels)
+    for content in BAD_FILES:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        refused(r"split\.json: (not a class split|cannot be read as JSON)", load_split, path, "x", labels)
+    same = np.flatnonzero(labels == labels[0]).tolist()
+    fits = {"classes": [int(labels[0])], "train": same[:1], "test": same[1:]}
+    for change in ({}, {"train": [0, 10_000]}, {"classes": [39]}):
+        path.write_text(json.dumps({**GOOD, "tasks": [fits | change]}))
+        if change:
+            refused("task 0 names images that the data set lacks or that are of other", load_split, path, "x", labels)
+        else:
+            load_split(path, "x", labels)
 
 
 # --- some of each class, some classes
@@ -185,8 +172,5 @@ def test_a_smaller_choice_is_part_of_a_larger_one():
     assert len(classes) == 3 and (np.diff(chosen) > 0).all()
     np.testing.assert_array_equal(chosen, np.flatnonzero(np.isin(labels, classes)))
     assert few_classes(np.arange(20), 3).tolist() == [3, 11, 13]  # never changes
-
-
-def test_more_than_there_is():
     assert "6 images of each class are asked for, class 4 has 5" in refusal(few_per_class, np.repeat([0, 4], [9, 5]), 6)
     assert "4 classes are asked for, the data has 3" in refusal(few_classes, np.arange(3), 4)

@@ -35,7 +35,10 @@ def test_whole_parts_and_folder_are_the_same(tmp_path):
     two = write_zip(tmp_path / "two.zip", _layout(5, 12, val=False))
     overlapping = write_zip(tmp_path / "overlapping.zip", _layout(3, 12))
     folder = write_folder(tmp_path / "folder", layout)
+    write_folder(tmp_path / "root0", layout)  # the usual places
+    write_folder(tmp_path / "root1", {"tiny-imagenet-200.zip": whole.read_bytes()})
     choices = [(whole,), (one, two), (two, one), (one, overlapping), (folder,), (folder / "tiny-imagenet-200",)]
+    choices = [(), (), *choices]
     found = [_load(tmp_path / f"root{i}", *paths) for i, paths in enumerate(choices)]
     assert len({arrays.fingerprint for arrays in found}) == 1
     for arrays in found:
@@ -62,13 +65,6 @@ def test_validation_images(tmp_path):
     refused(r"two\.zip: no labelled validation images", _load, tmp_path, paths[1], split="test")
 
 
-def test_usual_places(tmp_path):
-    layout = _layout(0, 2)
-    write_folder(tmp_path / "a", layout)
-    write_zip(tmp_path / "tiny-imagenet-200.zip", layout)
-    assert _load(tmp_path / "a").fingerprint == _load(tmp_path).fingerprint
-
-
 def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch):
     name = "tiny-imagenet-200.zip"
     assert [*official.FILES[name].values()] == ["90528d7ca1a48142e341f4ef8d21d0de"]
@@ -80,31 +76,25 @@ def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch)
         assert len(_load(tmp_path / "root")) == 6
 
 
-def test_foreign_and_truncated(tmp_path):
-    foreign = write_zip(tmp_path / "foreign.zip", {"cifar/train/cat/1.png": picture(1)})
-    good = write_zip(tmp_path / "good.zip", _layout(0, 2))
+def test_what_is_not_tiny_imagenet(tmp_path):
+    top = "tiny-imagenet-200"
+    good, *others = (
+        write_zip(tmp_path / f"{name}.zip", files)
+        for name, files in {
+            "good": _layout(0, 2),
+            "foreign": {"cifar/train/cat/1.png": picture(1)},
+            "other": {**_layout(2, 4), f"{top}/train/n01/images/n01_1.JPEG": picture(77, kind="JPEG")},
+            "empty": {**_layout(0, 2), f"{top}/train/n99/images/": b""},
+            "annotated": {**_layout(0, 2), f"{top}/val/val_annotations.txt": b"val_0.JPEG\tn77\t0\n"},
+        }.items()
+    )
+    foreign, other, empty, annotated = others
     for paths in ([foreign], [good, foreign]):
         refused(r"foreign\.zip: not Tiny ImageNet", _load, tmp_path, *paths)
-    good.write_bytes(good.read_bytes()[:-500])
-    refused(r"good\.zip: not a zip or tar file .*is the download complete\?", _load, tmp_path, good)
-
-
-def test_same_name_with_other_content(tmp_path):
-    one = write_zip(tmp_path / "one.zip", _layout(0, 2))
-    name = "tiny-imagenet-200/train/n01/images/n01_1.JPEG"
-    two = write_zip(tmp_path / "two.zip", {**_layout(2, 4), name: picture(77, kind="JPEG")})
-    message = refused(r"n01_1\.JPEG differs", _load, tmp_path, one, two)
-    assert str(one) in message and str(two) in message
-
-
-def test_class_without_images(tmp_path):
-    path = write_zip(tmp_path / "x.zip", {**_layout(0, 2), "tiny-imagenet-200/train/n99/images/": b""})
-    refused("train/n99: class folder without images", _load, tmp_path, path)
-
-
-def test_bad_annotations(tmp_path):
-    layout = {**_layout(0, 2), "tiny-imagenet-200/val/val_annotations.txt": b"val_0.JPEG\tn77\t0\n"}
-    refused(r"val_annotations\.txt, line 1", _load, tmp_path, write_zip(tmp_path / "x.zip", layout), split="test")
+    message = refused(r"n01_1\.JPEG differs", _load, tmp_path, good, other)
+    assert str(good) in message and str(other) in message
+    refused("train/n99: class folder without images", _load, tmp_path, empty)
+    refused(r"val_annotations\.txt, line 1", _load, tmp_path, annotated, split="test")
 
 
 def test_a_part_is_told_from_the_whole(tmp_path, capsys):
