@@ -37,7 +37,7 @@ RUNS=${RUNS:-$here/runs} # folder of all runs
 SEED=${SEED:-}           # of src one or several: "0 1 2 3 4", one run after the other
 SRC_DATA=${SRC_DATA:-}   # tiny_imagenet embedded folder
 SRC_PATHS=${SRC_PATHS:-} # its zips or folders, comma-separated; empty: under DATA, else downloaded
-SRC_MODEL=${SRC_MODEL:-} # network of each task
+SRC_MODEL=${SRC_MODEL:-} # network of the tasks; of several, resnet20,vgg9,…, they take turns
 SRC_SPLIT=${SRC_SPLIT:-} # disjoint paired homogeneous
 SRC_TASKS=${SRC_TASKS:-} # how many
 SRC_STEPS=${SRC_STEPS:-} # of meta-training
@@ -88,7 +88,7 @@ data_name() { # data_name NAME PATHS: the name; of image folders and archives th
 
 src_run() { # the folder of SEED's meta-training
     local of
-    of=$(value src source=SRC_DATA)-$(value src model=SRC_MODEL)-$(value src split=SRC_SPLIT)
+    of=$(value src source=SRC_DATA)-$(value src model=SRC_MODEL | tr , +)-$(value src split=SRC_SPLIT)
     echo "${SRC_RUN:-$RUNS/src-$of-seed$(value src seed=SEED)}"
 }
 

@@ -375,6 +375,14 @@ def test_port_in_use(here, refused):
         (["split_file=nowhere.json"], "split_file: nowhere.json does not exist"),
         (["threads=100000"], "threads: must be between 1 and 1024"),
         (["batch_size=1"], "batch_size: must be at least 2"),
+        (["model=resnet8,resnet21"], "model: unknown 'resnet21' (near: resnet"),
+        (["model=resnet8,,conv4"], "model=resnet8,,conv4: one of the names is empty"),
+        (
+            ["model=resnet8,conv4,resnet8", "image_size=12,16"],
+            "needs one for each network at each image size: 6, got 5",
+        ),
+        (["image_size=12,,16"], "image_size: expected a whole number, got ''"),
+        (["image_size=12,4"], "image_size: must be at least 8, got 4"),
         (["steps=4", "keep_phi=3,4"], "keep_phi: step 4 is not before the last, 4"),
         (["noise=false", "gate=false"], "noise, gate: with both false φ does nothing"),
         (["keep_phi=1", "anneal=0.4"], "keep_phi: with annealing, φ on the way is not the φ of a shorter run"),
@@ -456,11 +464,12 @@ def setting(source_settings, tmp_path):
 
     def build(*settings: str):
         config = load_config(MetaTrainConfig, None, [*source_settings, f"run_dir={tmp_path}", *settings])
-        source, splits, _ = program.load_tasks(config)
-        images = DeviceImages(source, torch.device("cpu"))
+        sources, splits, _ = program.load_tasks(config)
+        images = {source.image_size: DeviceImages(source, torch.device("cpu")) for source in sources}
         program.seed_torch(config.seed, 0, "phi")
         phi = MetaPerturb()
-        return config, phi, [program.Task(t, splits[t], images, phi, config) for t in range(config.tasks)]
+        sizes = [size for _, size in config.networks]
+        return config, phi, [program.Task(t, splits[t], images[sizes[t]], phi, config) for t in range(config.tasks)]
 
     return build
 
@@ -608,6 +617,42 @@ def test_runs_of_ablations_are_on_their_card_and_unused_parameters_do_no_harm(so
     assert torch.equal(sites[0](h, noise=noise), sites[1](h, noise=noise))
 
 
+MIXED = ["model=resnet8, mobilenet_v3_small", "image_size=16,32"]
+
+
+def test_networks_and_image_sizes_are_spread_over_the_tasks(setting):
+    """Task t has the network t mod n in the size (t // n) mod m; each sees its own images, split as those of one."""
+    _, _, tasks = setting(*MIXED)
+    kinds = [(type(task.model).__name__, task.train_batches.batch(0)[0].shape[-1]) for task in tasks]
+    assert kinds == [("ResNet", 16), ("MobileNetV3", 16), ("ResNet", 32), ("MobileNetV3", 32), ("ResNet", 16)]
+    assert [task.model.metaperturb.sites[0].size_norm for task in tasks] == [16, 16, 32, 32, 16]
+    assert all(task.model.metaperturb.paper for task in tasks)
+    _, _, (alone, *_) = setting(*MIXED, "model=resnet8", "image_size=16")
+    for key, value in alone.model.state_dict().items():  # what a task draws does not depend on the others
+        assert torch.equal(tasks[0].model.state_dict()[key], value)
+
+
+@pytest.mark.slow
+def test_bits_of_several_networks_after_a_signal_and_with_other_processes(source_settings, tmp_path, monkeypatch):
+    settings = ["--set", *source_settings, *MIXED, "tasks=4", "steps=3", "checkpoint_every=100"]
+    assert program.main([*settings, "gpus=cpu", f"run_dir={tmp_path / 'one'}"]) == 0
+    joint_step = program.joint_step
+
+    def signalled(step, *arguments):
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return joint_step(step, *arguments)
+
+    monkeypatch.setattr(program, "joint_step", signalled)
+    settings.append(f"run_dir={tmp_path / 'two'}")
+    assert program.main([*settings, "gpus=cpu"]) == 128 + signal.SIGTERM
+    assert program.main([*settings, "gpus=cpu,cpu"]) == 0
+    assert torch.equal(phi_bits(tmp_path / "one"), phi_bits(tmp_path / "two"))
+    assert logged(tmp_path / "one") == logged(tmp_path / "two")
+    card = load_phi(tmp_path / "two" / "phi.pt").card["config"]
+    assert card["model"] == "resnet8,mobilenet_v3_small" and card["image_size"] == [16, 32]
+
+
 def test_lookahead_annealing_and_bfloat16_change_the_result(here, tmp_path):
     results = {}
     for setting in ("lr=1e-3", "lookahead=0.01", "anneal=1", "precision=bfloat16"):  # the first is the default
@@ -734,7 +779,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 def test_steps_never_wait_for_the_gpu(source_settings, tmp_path):
     config = load_config(MetaTrainConfig, None, [*source_settings, f"run_dir={tmp_path}"])
-    source, splits, _ = program.load_tasks(config)
+    (source,), splits, _ = program.load_tasks(config)
     device = torch.device("cuda", 0)
     images, phi = DeviceImages(source, device), MetaPerturb().to(device)
     task = program.Task(0, splits[0], images, phi, config)

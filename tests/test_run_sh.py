@@ -170,6 +170,11 @@ def options(project):
     [
         (["src"], {}, "seed=0 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0"),
         (["src"], {"SRC_STEPS": "5"}, "seed=0 steps=5 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0"),
+        (
+            ["src"],
+            {"SRC_MODEL": "vgg9,conv6"},
+            "seed=0 model=vgg9,conv6 run_dir=src-tiny_imagenet-vgg9+conv6-disjoint-seed0",
+        ),
         (["tgt", "0"], {"METHOD": "base"}, "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0"),
         (["tgt", "0", "method=base"], {}, "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0"),
         (

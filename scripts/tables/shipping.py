@@ -58,6 +58,7 @@ def describe(name: str, card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     config, source, metrics, versions, machine = (card[key] for key in [*NEEDED][:5])
     size, batch = config["image_size"], config["batch_size"]
+    size = " and ".join(map(str, size)) if isinstance(size, list) else size
     facts = {
         "source": f"{source['name']}: {source['images']:,} images of {source['classes']} classes at "
         f"{size}×{size} pixels (fingerprint `{source['fingerprint'][:12]}`)",

@@ -101,7 +101,12 @@ class MetaTrainConfig(CommonConfig):
     source_paths: list[str] = option(
         [], "zips or folders of the source; default: under data_root", identity=False, path=True
     )
-    image_size: int = option(32, "images are resized to S×S pixels", low=8)
+    model: str = option(
+        "resnet20", "network: of the zoo, of torchvision, or timm/<name>; of n networks task t gets number t mod n"
+    )
+    image_size: int | list[int] = option(
+        32, "images are resized to S×S pixels; of m sizes task t gets number ⌊t/n⌋ mod m, with n networks", low=8
+    )
     classes: int | None = option(None, "classes of the source to use, a fixed choice; null: all", low=1)
     tasks: int = option(10, "T, the number of tasks", low=1)
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
@@ -129,6 +134,24 @@ class MetaTrainConfig(CommonConfig):
     keep_phi: list[int] = option(
         [], "also keep φ as it is after these steps: phi-000050.pt is the φ of a run of 50", low=1, identity=False
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "model", ",".join(name.strip() for name in self.model.split(",")))
+
+    @property
+    def image_sizes(self) -> list[int]:
+        return self.image_size if isinstance(self.image_size, list) else [self.image_size]
+
+    @property
+    def networks(self) -> list[tuple[str, int]]:
+        """Name and image size of each task's network: every network with every size, as often as the tasks allow.
+
+        >>> MetaTrainConfig(model="resnet20,vgg9", image_size=[32, 48], tasks=4).networks
+        [('resnet20', 32), ('vgg9', 32), ('resnet20', 48), ('vgg9', 48)]
+        """
+        pairs = [(name, size) for size in self.image_sizes for name in self.model.split(",")]
+        return [pairs[task % len(pairs)] for task in range(self.tasks)]
 
 
 @dataclass(frozen=True)
@@ -321,13 +344,19 @@ def _members(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
+def _meant(kind: Any, several: bool) -> Any:
+    """Of `A | None` A, of `A | list[A]` the list where there are several values."""
+    members = _members(kind)
+    return members[-1] if several and typing.get_origin(members[-1]) is list else members[0]
+
+
 def _from_yaml(value: Any, kind: Any) -> Any:
     members = _members(kind)
     if value is None:
         if type(None) in members:
             return None
         raise ValueError(f"expected {_describe(kind)}, got nothing")
-    target = members[0]
+    target = _meant(kind, isinstance(value, list) and len(value) > 1)
     if typing.get_origin(target) is Literal:
         if value in typing.get_args(target):
             return value
@@ -347,12 +376,12 @@ def _from_yaml(value: Any, kind: Any) -> Any:
 
 def _from_text(text: str, kind: Any) -> Any:
     """A value given as text on the command line."""
-    target, *null = _members(kind)
-    if text.lower() in ("null", "none") and null:
+    members, target = _members(kind), _meant(kind, "," in text)
+    if text.lower() in ("null", "none") and type(None) in members:
         return None
     if typing.get_origin(target) is list:
         items = [item.strip() for item in text.strip("[]").split(",")]
-        return [_from_text(item, typing.get_args(target)[0]) for item in items if item]
+        return [_from_text(item, typing.get_args(target)[0]) for item in items if item or target is not members[0]]
     if target is bool:
         return _from_yaml({"true": True, "false": False}.get(text.lower(), text), kind)
     if target in (int, float):
@@ -390,7 +419,7 @@ def _describe(kind: Any) -> str:
         text = "a list"
     else:
         text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[target]
-    return text + (" or null" if type(None) in members else "")
+    return text + (" or null" if type(None) in members else " or a list of several" if len(members) > 1 else "")
 
 
 def _show(field: dataclasses.Field) -> str:

@@ -67,8 +67,16 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     # Whatever is wrong is said now, the quick checks first, before any process starts.
     training.check_ablation(config)
     devices = choose_devices(config.gpus, config.tasks)
-    model = models.create(config.model, num_classes=2, image_size=config.image_size)
-    attach(model, MetaPerturb(), config.image_size, config.sites, verbose=os.environ.get("RANK", "0") == "0")
+    names = config.model.split(",")
+    if not all(names):
+        raise UserError(f"model={config.model}: one of the names is empty")
+    if config.tasks < (least := len(names) * len(config.image_sizes)):
+        raise UserError(
+            f"tasks: model={config.model} needs one for each network at each image size: {least}, got {config.tasks}"
+        )
+    for name, size in dict.fromkeys(config.networks):
+        model = models.create(name, num_classes=2, image_size=size)
+        attach(model, MetaPerturb(), size, config.sites, paper=True, verbose=os.environ.get("RANK", "0") == "0")
     kernels.set_kernel(config.kernel)
     if devices[0].type == "cpu":
         kernels.kernel_name("cpu")  # built once, before the processes that will use it
@@ -98,7 +106,7 @@ def check_unchanged(config: MetaTrainConfig) -> None:
         UserError: they are others now, or cannot be read.
     """
     try:
-        source, splits, _ = load_tasks(dataclasses.replace(config, download=False))
+        (source, *_), splits, _ = load_tasks(dataclasses.replace(config, download=False))
     except UserError as error:
         raise identity.unanswered(config.run_dir, "phi.pt", error) from error
     Checkpoints(config.run_dir, data_digest(source, splits)).read_latest()
@@ -108,9 +116,10 @@ def kept_phi(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / f"phi-{step:06}.pt"
 
 
-def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit], int]:
-    """The source, its split into tasks and the seed of that, the same in every process."""
-    source = load_source_images(config)
+def load_tasks(config: MetaTrainConfig) -> tuple[list[ImageArrays], list[TaskSplit], int]:
+    """The source in each image size, its split into tasks and the seed of that, the same in every process."""
+    sources = [load_source_images(config, size) for size in config.image_sizes]
+    source = sources[0]
     if config.split_file:
         splits, kind, seed = load_split(config.split_file, source.fingerprint, source.labels)
         for name, found, asked in (("tasks", len(splits), config.tasks), ("split", kind, config.split)):
@@ -121,7 +130,7 @@ def load_tasks(config: MetaTrainConfig) -> tuple[ImageArrays, list[TaskSplit], i
     if any(len(split.classes) < 2 for split in splits):
         count = len(np.unique(source.labels))
         raise UserError(f"tasks {config.tasks}: some get one class only, of the {count} there are")
-    return source, splits, seed
+    return sources, splits, seed
 
 
 def data_digest(source: ImageArrays, splits: list[TaskSplit]) -> str:
@@ -134,27 +143,24 @@ def data_digest(source: ImageArrays, splits: list[TaskSplit]) -> str:
 
 
 class Task:
-    """One task t: its data, its network θ_t with φ attached, and its optimizer."""
+    """One task t: its data, in the size that its network takes, this network θ_t with φ attached, and its optimizer."""
 
     def __init__(
         self, index: int, split: TaskSplit, images: DeviceImages, phi: MetaPerturb, config: MetaTrainConfig
     ) -> None:
         self.index, self.phi, self.config, self.device = index, phi, config, images.device
+        name, image_size = config.networks[index]
 
         def batches(indices, purpose: str) -> TrainingBatches:
             key = (config.seed, index, purpose)
-            return TrainingBatches(
-                images, indices, split.classes, config.batch_size, crop_padding(config.image_size), key
-            )
+            return TrainingBatches(images, indices, split.classes, config.batch_size, crop_padding(image_size), key)
 
         self.train_batches = batches(split.train, "order_train")
         self.test_batches = batches(split.test, "order_test")
         seed_torch(config.seed, index, "init")
-        model = models.create(config.model, len(split.classes), config.image_size).to(images.device)
+        model = models.create(name, len(split.classes), image_size).to(images.device)
         ablation = {key: getattr(config, key) for key in training.ABLATION}
-        self.model = attach(
-            model, phi, config.image_size, **ablation, clip=config.clip, paper=True, verbose=False
-        ).train()
+        self.model = attach(model, phi, image_size, **ablation, clip=config.clip, paper=True, verbose=False).train()
         self.batch_norms = batch_norms(self.model)
         self.autocast = training.autocast(images.device, config.precision)
         self.theta = list(self.model.parameters())  # φ is not among them
@@ -231,20 +237,21 @@ def work(group: Group, config: MetaTrainConfig) -> None:
         warnings.filterwarnings("ignore", "the perturbation runs in plain")
 
     # Data, φ and the tasks of this process
-    source, splits, split_seed = load_tasks(config)
+    sources, splits, split_seed = load_tasks(config)
+    source, images = sources[0], {s.image_size: DeviceImages(s, group.device) for s in sources}
     how = {"kernel": kernels.kernel_name(group.device)}
     checkpoints = Checkpoints(config.run_dir, data_digest(source, splits))
     before = checkpoints.read_latest() or {}  # a run goes on as it began
     how["precision"] = before.get("precision") or group.of_first(
         lambda: training.choose_precision(config.precision, group.device)
     )
-    images = DeviceImages(source, group.device)
     seed_torch(config.seed, 0, "phi")
     phi = MetaPerturb().to(group.device)
     phi_lr = config.lr if config.phi_lr is None else config.phi_lr
     phi_optimizer = torch.optim.Adam(phi.parameters(), lr=phi_lr, weight_decay=config.weight_decay, fused=True)
     computed = dataclasses.replace(config, precision=how["precision"])
-    tasks = [Task(t, splits[t], images, phi, computed) for t in group.owned(config.tasks)]
+    own = group.owned(config.tasks)
+    tasks = [Task(t, splits[t], images[config.networks[t][1]], phi, computed) for t in own]
 
     # Resume
     run = Run(config, "meta_train") if group.rank == 0 else None

@@ -42,8 +42,8 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
     return train, *rest
 
 
-def load_source_images(config: MetaTrainConfig) -> ImageArrays:
-    """What φ is meta-trained on, before its split into tasks.
+def load_source_images(config: MetaTrainConfig, image_size: int | None = None) -> ImageArrays:
+    """What φ is meta-trained on, before its split into tasks; in the first of several sizes if none is asked for.
 
     Raises:
         UserError: as `load` and `few_classes`.
@@ -52,7 +52,7 @@ def load_source_images(config: MetaTrainConfig) -> ImageArrays:
         SOURCES[config.source],
         data_root=config.data_root,
         paths=config.source_paths,
-        image_size=config.image_size,
+        image_size=image_size or config.image_sizes[0],
         download=config.download,
         skip_unreadable=config.skip_unreadable,
         splits=("train",),
