@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from metaperturb import MetaPerturb, attach, models
+from metaperturb import MetaPerturb, attach, draws, models
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.data.batches import DeviceImages
 from metaperturb.evaluation import evaluate, expected_calibration_error, metrics
@@ -231,3 +232,87 @@ def test_a_perturbed_network_draws_noise_for_every_sample():
     assert evaluate(model, data, samples=8, batch_size=12)["nll"] < np.mean(draws)  # Jensen's inequality
     assert model.training
     assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))
+
+
+# --- several draws at once
+
+
+class Custom(nn.Module):
+    """Two convolutions and a linear layer, put together by `join(self, x)`."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.fc, self.join = nn.Linear(4, 5), join
+
+    def forward(self, x):
+        return self.fc(self.join(self, x).mean(dim=(2, 3)))
+
+
+def untracked():
+    net = Custom(lambda net, x: net.norm(net.three(net.one(x))))
+    net.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    return net
+
+
+NETWORKS = {
+    "resnet20": (lambda: models.create("resnet20", 5, 32), None, True),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=5), None, True),
+    "googlenet": (lambda: torchvision.models.GoogLeNet(5, init_weights=False, aux_logits=False), None, True),
+    "shufflenet": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5), None, True),
+    "one after the other": (lambda: Custom(lambda net, x: net.three(net.one(x))), ["one", "three"], True),
+    "branches": (lambda: Custom(lambda net, x: torch.cat([net.one(x), net.two(x)], dim=3)), ["one", "two"], False),
+    "sum of branches": (lambda: Custom(lambda net, x: net.one(x) + net.two(x)), ["one", "two"], False),
+    "meets what is before": (lambda: Custom(lambda net, x: torch.cat([net.one(x), net.two(x)], 3)), ["one"], False),
+    "reshapes by the images": (lambda: Custom(lambda net, x: net.one(x).view(len(x), 4, -1, 1)), ["one"], False),
+    "averages over draws": (
+        lambda: Custom(lambda net, x: net.one(x).unflatten(0, (-1, len(x))).mean(0)),
+        ["one"],
+        False,
+    ),
+    "statistics of the batch": (untracked, ["one"], False),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [*((name, 3) for name in NETWORKS), *((name, 1) for name in [*NETWORKS][4:])]
+)
+def test_draws_share_what_comes_before_the_first_site_where_the_network_allows(name, count):
+    torch.manual_seed(0)
+    make, sites, expected = NETWORKS[name]
+    model = attach(make(), MetaPerturb(), 32, sites, verbose=False)
+    with torch.no_grad():
+        model.metaperturb.phi.flat.mul_(30)
+        for _ in range(3):
+            model(torch.randn(8, 3, 32, 32))
+    model.eval()
+    x, state = torch.randn(count, 3, 32, 32), torch.get_rng_state()
+    assert draws.bears_draws(model, x) == draws.bears_draws(model, x) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    sizes = []
+    next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(
+        lambda _, args: sizes.append(len(args[0]))
+    )
+    found = draws.log_prediction(model, x, samples=4)
+    assert sizes == [count if expected else 4 * count]
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        p = model(x.repeat(4, 1, 1, 1)).softmax(dim=1).view(4, count, -1)
+    assert torch.allclose(found.exp(), p.mean(dim=0), atol=1e-5)
+    assert p.std(dim=0).max() > 1e-5
+
+
+def test_many_draws_of_many_images_go_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    model = attach(models.create("resnet8", 3, 8), MetaPerturb(), 8, verbose=False).eval()
+    with torch.no_grad():
+        model.metaperturb.phi.flat.mul_(30)
+    x, sizes, told = torch.randn(7, 3, 8, 8), [], []
+    monkeypatch.setitem(draws.PIXELS, "cpu", 40 * 64)
+    expected = torch.stack([draws.log_prediction(model, x, 50) for _ in range(9)]).exp()
+    model.fc.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    found = draws.log_prediction(model, x, 50, told.append).exp()
+    assert sizes == [40, 40, 20] * 3 + [20, 20, 10] and told[-1] == 1 and told == sorted(set(told))
+    assert len(told) == len(sizes)
+    deviation = (found - expected.mean(dim=0)) / expected.std(dim=0)
+    assert 0.3 < deviation.abs().mean() < 3

@@ -13,6 +13,7 @@ from torch import nn
 from metaperturb import MetaPerturb, PerturbSite, kernels, load_phi, save_phi
 from metaperturb.kernels import cpp
 from metaperturb.kernels.backend import draw_seed
+from metaperturb.perturbation import draws_at_first_site
 
 SHAPES = {
     "self1": (3, 3),
@@ -480,6 +481,23 @@ def test_the_mean_over_draws_is_what_came_in_and_one_pass_too():
     assert draws.std(dim=0).min() > 0
     site.attachment.deterministic = True
     assert torch.equal(site(h), h)
+
+
+@pytest.mark.parametrize("paper", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (3, 16, 32, 32), (2, 64, 8, 8)])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_several_draws_are_those_of_repeated_images(order, shape, paper):
+    first, second = (PerturbSite(make_phi().float(), shape[1], size_norm=shape[2]).eval() for _ in range(2))
+    first.paper = second.paper = paper
+    h = maps(*shape).float().to(memory_format=order)
+    torch.manual_seed(0)
+    with draws_at_first_site(3), torch.no_grad():
+        found = first(h), second(h)  # the second site of a network sees what the first one has made
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(found[0], first(h.repeat(3, 1, 1, 1))) and torch.equal(found[1], second(h))
+    with draws_at_first_site(3):  # with gradients there are no several draws
+        assert first(h.requires_grad_()).shape == h.shape
 
 
 @pytest.mark.parametrize("size", [-1e30, -1e4, 1e4, 1e30])

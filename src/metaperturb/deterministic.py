@@ -15,15 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaperturb.draws import log_prediction
 from metaperturb.errors import NotFinite, UserError
 from metaperturb.kernels.plain import MOMENTUM
 from metaperturb.modes import batch_norms, eval_mode, set_mode
 from metaperturb.perturbation import Attachment, PerturbSite
-
-# Of a forward pass, up to which draws run together: 64 images of 32 pixels on a CPU, where more are slower than one
-# pass a draw, and 1,024 elsewhere.
-PIXELS = {"cpu": 2**16}
-PIXELS_ELSEWHERE = 2**20
 
 
 @torch.no_grad()
@@ -98,17 +94,8 @@ def predict(model: nn.Module, x: Tensor, samples: int = 20) -> Tensor:
     _check_images(x, "x")
     if not any(a.noise and a.strength and not a.deterministic for a in _attachments(model)):
         samples = 1
-    pixels = PIXELS.get(x.device.type, PIXELS_ELSEWHERE)
-    together = max(1, pixels // (len(x) * x.shape[2] * x.shape[3]))
-    total: Any = 0.0
     with eval_mode(model):
-        for first in range(0, samples, together):
-            draws = min(together, samples - first)
-            logits = model(x.repeat(draws, 1, 1, 1))
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
-                raise UserError(f"the network returns {_shape(logits)} where logits [B, K] are expected")
-            total = total + logits.float().softmax(dim=1).view(draws, len(x), -1).sum(dim=0)
-    return total / samples
+        return log_prediction(model, x, samples).exp()
 
 
 def _attachments(model: nn.Module) -> list[Attachment]:

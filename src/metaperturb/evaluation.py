@@ -3,13 +3,13 @@
 Predictions are averages of softmax over Monte-Carlo samples of the noise (Algorithm 2, line 10).
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from metaperturb.data.batches import DeviceImages, normalize
+from metaperturb.draws import log_prediction
 from metaperturb.errors import NotFinite
 from metaperturb.modes import eval_mode
 
@@ -31,8 +31,8 @@ def evaluate(
         model: images `[B, 3, S, S]` → logits `[B, K]`.
         images: the test set.
         samples: Monte-Carlo samples; 1 for a deterministic model.
-        batch_size: images a forward pass.
-        tell: called with the share of the work that is done, after each sample of the noise.
+        batch_size: images a forward pass, at most.
+        tell: called with the share of the work that is done, after each forward pass.
 
     Returns:
         `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`.
@@ -45,14 +45,10 @@ def evaluate(
         chunks = torch.arange(len(images.arrays), device=images.device).split(batch_size)
         for i, chunk in enumerate(chunks):
             x, y = images.take(chunk)
-            x = normalize(x)
-            # In float32 whatever the network computes in: a sum of a hundred bfloat16 numbers loses the last ones.
-            log_p = model(x).float().log_softmax(dim=1)
-            for drawn in range(1, samples):
-                tell((i + drawn / samples) / len(chunks))
-                log_p = torch.logaddexp(log_p, model(x).float().log_softmax(dim=1))
-            tell((i + 1) / len(chunks))
-            log_probabilities.append(log_p - math.log(samples))
+            log_p = log_prediction(
+                model, normalize(x), samples, lambda share, before=i: tell((before + share) / len(chunks))
+            )
+            log_probabilities.append(log_p)
             labels.append(y)
     log_p = torch.cat(log_probabilities)
     bad = (~torch.isfinite(log_p).all(dim=1)).sum().item()

@@ -9,8 +9,11 @@ scale a channel, computed from the statistics of the batch. One `MetaPerturb` (�
 a `PerturbSite` adds what belongs to one place in one network: running statistics, strength and clip.
 """
 
+import contextlib
+import contextvars
 import copy
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,7 @@ from metaperturb.kernels import fused, fused_backend, plain
 from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, PHI_SHAPES, Phi, Settings
 
 CLIP = 100.0  # k of section 3.2
+_draws_due = contextvars.ContextVar("draws_due", default=1)
 
 
 def _part(name: str) -> property:
@@ -243,6 +247,20 @@ def _shared(name: str, settable: bool = True) -> property:
     return property(get, set_ if settable else None)
 
 
+@contextlib.contextmanager
+def draws_at_first_site(draws: int) -> Iterator[None]:
+    """Inside, the first site that draws returns this many draws of each image, `[draws · B, C, H, W]`, the others one.
+
+    For evaluation without gradients. All images of the first draw come first: what follows gets what it would get if
+    the network ran on so many repetitions of its images. `metaperturb.draws` tries out which networks bear it.
+    """
+    before = _draws_due.set(draws)
+    try:
+        yield
+    finally:
+        _draws_due.reset(before)
+
+
 class PerturbSite(UsesPhi):
     """One place in a network where φ perturbs the feature map.
 
@@ -331,8 +349,9 @@ class PerturbSite(UsesPhi):
         self._check(h, noise)
         flat, settings = self.phi.flat, self._settings(h, noise)
         backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
+        draws, h = self._draws(h, backend) if noise is None and settings.noise and not settings.expected else (1, h)
         if backend is not None:
-            return fused.perturb(backend, h, flat, noise, self.running_mean, self.running_var, settings)
+            return fused.perturb(backend, h, flat, noise, self.running_mean, self.running_var, settings, draws)
         phi = Phi.of(flat)
         mean, var = self._statistics(h, phi)
         if settings.training:
@@ -350,12 +369,13 @@ class PerturbSite(UsesPhi):
         self._check(h, noise)
         flat = self.phi.flat
         backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
+        draws, h = self._draws(h, backend) if noise is None else (1, h)
         if backend is not None:
-            factor = fused.relative_noise(backend, h, flat, noise, strength)
+            factor = fused.relative_noise(backend, h, flat, noise, strength, draws)
         else:
             noise = torch.randn_like(h) if noise is None else noise
             factor = plain.relative_noise(h, Phi.of(flat), noise, strength)
-        out = h * factor
+        out = (factor.unflatten(0, (draws, -1)) * h).flatten(0, 1) if draws > 1 else h * factor
         return out if usage.clip is None else out.clamp(-usage.clip, usage.clip)
 
     def scale(self, h: Tensor) -> Tensor:
@@ -363,6 +383,13 @@ class PerturbSite(UsesPhi):
         self._check(h)
         phi, settings = self.phi.tensors(), self._settings(h)
         return plain.scale(*self._statistics(h, phi), phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)
+
+    def _draws(self, h: Tensor, backend: Any) -> tuple[int, Tensor]:
+        """How many draws of each image are due here, and `h`, repeated where the kernel draws but once an image."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or (draws := _draws_due.get()) == 1:
+            return 1, h
+        _draws_due.set(1)
+        return (draws, h) if backend is not None and backend.MANY_DRAWS else (1, h.repeat(draws, 1, 1, 1))
 
     def _settings(self, h: Tensor, noise: Tensor | None = None) -> Settings:
         usage = self.attachment.current()

@@ -33,6 +33,7 @@ from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATUR
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 NAME = "cpp"
 UNSUPPORTED = HALF_PRECISION
+MANY_DRAWS = True  # of an image in one call
 SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -40,7 +41,7 @@ class _Site(ctypes.Structure):
     """`Site` of site.cpp, field by field."""
 
     _fields_ = (
-        [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")]
+        [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width", "draws")]
         + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "relative", "channels_last")]
         + [(name, ctypes.c_int32) for name in ("h_gradient", "phi_gradient")]
         + [(name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")]
@@ -70,10 +71,12 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     return noise
 
 
-def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float) -> Tensor:
-    """`plain.relative_noise`, a factor `[B, C, H, W]`."""
-    out, settings = _like(h), relative_settings(strength)
-    _run("forward", h, phi, noise, seed, settings, relative=True, out=out)
+def relative_noise(
+    h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float, draws: int = 1
+) -> Tensor:
+    """`plain.relative_noise`, a factor `[draws · B, C, H, W]`."""
+    out, settings = _like(h, draws), relative_settings(strength)
+    _run("forward", h, phi, noise, seed, settings, relative=True, draws=draws, out=out)
     return out
 
 
@@ -91,19 +94,20 @@ def forward(
     running_mean: Tensor,
     running_var: Tensor,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draws: int = 1,
+) -> tuple[Tensor, ...]:
     """One site; moves the running statistics in training.
 
     Returns:
-        The perturbed map `[B, C, H, W]`, and what `backward` needs beside its inputs: features `[B, C, 4]` (empty in
-        evaluation), the statistics that made the scale `[2, C, 4]` (second in every backend), the scale `[C]`, and in
-        training where the scale's kernels were above 0, a byte a value.
+        The perturbed map `[draws · B, C, H, W]`, and what `backward` needs beside its inputs: features `[B, C, 4]`
+        (empty in evaluation), the statistics that made the scale `[2, C, 4]` (second in every backend), the scale
+        `[C]`, and in training where the scale's kernels were above 0, a byte a value.
     """
-    out, scratch = _like(h), _scratch(h, settings.training)
+    out, scratch = _like(h, draws), _scratch(h, settings.training)
     if settings.training and settings.gate:
         scratch["signs"] = torch.empty(compiled().signs_size(ctypes.byref(_Site(*h.shape))), dtype=torch.uint8)
     running = {"running_mean": running_mean, "running_var": running_var}
-    _run("forward", h, phi, noise, seed, settings, out=out, **running, **scratch)
+    _run("forward", h, phi, noise, seed, settings, draws=draws, out=out, **running, **scratch)
     return out, *scratch.values()
 
 
@@ -135,8 +139,8 @@ def _order(h: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _like(h: Tensor) -> Tensor:
-    return torch.empty(h.shape, dtype=h.dtype, memory_format=_order(h))
+def _like(h: Tensor, draws: int = 1) -> Tensor:
+    return torch.empty((draws * len(h), *h.shape[1:]), dtype=h.dtype, memory_format=_order(h))
 
 
 def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
@@ -155,6 +159,7 @@ def _run(
     noise: Tensor | None,
     seed: Tensor | None,
     settings: Settings,
+    draws: int = 1,
     relative: bool = False,
     h_gradient: bool = False,
     phi_gradient: bool = False,
@@ -167,6 +172,7 @@ def _run(
         tensors["given_noise"] = noise.contiguous()
     site = _Site(
         *h.shape,
+        draws=draws,
         threads=torch.get_num_threads(),
         training=settings.training,
         noise=noise_source(settings, noise),

@@ -22,10 +22,12 @@ def perturb(
     running_mean: Tensor,
     running_var: Tensor,
     settings: Settings,
+    draws: int = 1,
 ) -> Tensor:
     """Perturb `h` `[B, C, H, W]` by φ `[82]` and, in training, move the running statistics `[C, 4]`.
 
     Without `noise` `[B, C, H, W]`, ε is drawn in the kernel, from a seed that PyTorch's generator of the device gives.
+    A backend with `MANY_DRAWS` gives several draws of each image, `[draws · B, C, H, W]`, without gradients.
     """
     if settings.strength == 0.0:
         if settings.training:
@@ -33,16 +35,18 @@ def perturb(
             backend.track(x.detach(), phi, running_mean, running_var)
         return h
     seed = draw_seed(h.device) if noise_source(settings, noise) == DRAWN else None
-    return apply(backend, h, phi, noise, seed, running_mean, running_var, settings)
+    return apply(backend, h, phi, noise, seed, running_mean, running_var, settings, draws)
 
 
-def relative_noise(backend: ModuleType, h: Tensor, phi: Tensor, noise: Tensor | None, strength: float) -> Tensor:
+def relative_noise(
+    backend: ModuleType, h: Tensor, phi: Tensor, noise: Tensor | None, strength: float, draws: int = 1
+) -> Tensor:
     """`plain.relative_noise`, a factor `[B, C, H, W]` in the precision of `h`; ε is drawn where it is not given."""
     seed = draw_seed(h.device) if noise is None else None
     x, phi = h.detach(), phi.detach()
     if h.dtype in backend.UNSUPPORTED:  # half precision
         x, noise = x.to(phi.dtype), None if noise is None else noise.to(phi.dtype)
-    return backend.relative_noise(x, phi, noise, seed, strength).to(h.dtype)
+    return backend.relative_noise(x, phi, noise, seed, strength, **_more_than_one(draws)).to(h.dtype)
 
 
 def apply(
@@ -54,13 +58,20 @@ def apply(
     running_mean: Tensor,
     running_var: Tensor,
     settings: Settings,
+    draws: int = 1,
 ) -> Tensor:
     """The same at a strength above 0, with the seed of the noise given."""
     if h.dtype in backend.UNSUPPORTED:  # half precision
         noise = None if noise is None else noise.to(running_mean.dtype)
         x = h.to(running_mean.dtype)
-        return apply(backend, x, phi, noise, seed, running_mean, running_var, settings).to(h.dtype)
+        return apply(backend, x, phi, noise, seed, running_mean, running_var, settings, draws).to(h.dtype)
+    if not torch.is_grad_enabled():
+        return backend.forward(h, phi, noise, seed, running_mean, running_var, settings, **_more_than_one(draws))[0]
     return _Perturb.apply(h, phi, noise, seed, running_mean, running_var, settings, backend)
+
+
+def _more_than_one(draws: int) -> dict[str, int]:
+    return {"draws": draws} if draws > 1 else {}
 
 
 class _Perturb(torch.autograd.Function):

@@ -38,7 +38,7 @@ enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2, EXPECTED = 3 };
 // Fields and order as in cpp.py.
 template <typename T>
 struct Site {
-    int64_t batch, channels, height, width;
+    int64_t batch, channels, height, width, draws;  // draws: of each image in one forward pass of evaluation
     int32_t threads, training, noise, gate, relative, channels_last, h_gradient, phi_gradient;
     double strength, clip, channel_ratio, size_ratio, momentum;
     uint64_t seed;
@@ -51,7 +51,7 @@ struct Site {
     T *statistics;         // [2, C, 4]: the mean and variance that made the scale, likewise
     T *scale;              // [C], likewise
     uint8_t *signs;        // [signs_size]: bit k of a value says that the scale's kernel k was above 0 there; likewise
-    T *out;                // [B, C, H, W]; if `relative`, the factor of mean one that plain.py describes
+    T *out;                // [draws · B, C, H, W], all images of a draw together; if `relative`, the factor of mean one that plain.py describes
     const T *grad_out;     // [B, C, H, W]
     T *grad_h;             // [B, C, H, W]; without h_gradient only its direct part, which costs nothing
     double *grad_phi;      // [82]
@@ -554,7 +554,7 @@ struct Workspace {
           hidden_mean(p.size),
           shared(p.size),
           sheet(p.size),
-          mu(p.planes * p.pixels()),
+          mu((site.draws > 1 ? p.groups : 1) * p.planes * p.pixels()),
           scale(p.planes * p.pixels()),
           draw(p.pixels(), p.planes) {}
 
@@ -587,13 +587,20 @@ struct Workspace {
     }
 
     // μ of a sheet's channels, [planes, H, W], after first_layer.
-    void second_layer(const Site<T> &site, int64_t group) {
+    void second_layer(const Site<T> &site, int64_t group, T *out) {
         const Kernel<T> self(site.phi + SELF2);
         const T *__restrict x = hidden(group * p.size) + p.first, *__restrict add = shared() + p.first;
         T *__restrict y = sheet() + p.first;
 #pragma omp simd
         for (int64_t i = 0; i < p.count; ++i) y[i] = self.at(x + i, p.pitch) + add[i];
-        p.compact(group, sheet(), mu());
+        p.compact(group, sheet(), out);
+    }
+
+    // The same, kept from the first draw on if there are several.
+    const T *mu_of(const Site<T> &site, int64_t group, int64_t number) {
+        T *kept = mu((site.draws > 1 ? group : 0) * p.planes * p.pixels());
+        if (number == 0) second_layer(site, group, kept);
+        return kept;
     }
 
     // ε of a sheet's channels: drawn, or the caller's. `first` counts the planes of all images.
@@ -930,29 +937,32 @@ void forward(const Site<T> &site) {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
             const T *image_h = of_h.read(site.h, b);
-            T *image_out = of_out.target(site.out, b);
             if (w) w->first_layer(site, image_h);
-            for (int64_t c = 0; c < site.channels && !w; ++c) {
-                const T *__restrict h = image_h + c * pixels;
-                T *__restrict out = image_out + c * pixels;
-                const T factor = (site.scale[c] - T(1)) * strength + T(1);
+            for (int64_t d = 0; d < site.draws; ++d) {
+                const int64_t index = d * site.batch + b;
+                T *image_out = of_out.target(site.out, index);
+                for (int64_t c = 0; c < site.channels && !w; ++c) {
+                    const T *__restrict h = image_h + c * pixels;
+                    T *__restrict out = image_out + c * pixels;
+                    const T factor = (site.scale[c] - T(1)) * strength + T(1);
 #pragma omp simd
-                for (int64_t i = 0; i < pixels; ++i) out[i] = h[i] * factor > clip ? clip : h[i] * factor;
+                    for (int64_t i = 0; i < pixels; ++i) out[i] = h[i] * factor > clip ? clip : h[i] * factor;
+                }
+                for (int64_t g = 0; w && g < w->p.groups; ++g) {
+                    const int64_t first = g * w->p.planes, planes = w->p.planes_of(g);
+                    const T *h = image_h + first * pixels;
+                    T *out = image_out + first * pixels;
+                    const T *mu = w->mu_of(site, g, d > 0), *noise = w->noise_of(site, index * site.channels + first, planes);
+                    const T *s = site.relative ? nullptr : w->scale_of(site, g);
+                    if (site.relative)
+                        relative_noise(site, planes * pixels, mu, noise, out);
+                    else if (site.noise == EXPECTED)
+                        perturb<true>(site, planes * pixels, h, mu, noise, s, out);
+                    else
+                        perturb<false>(site, planes * pixels, h, mu, noise, s, out);
+                }
+                of_out.written(site.out, index);
             }
-            for (int64_t g = 0; w && g < w->p.groups; ++g) {
-                const int64_t first = g * w->p.planes, planes = w->p.planes_of(g);
-                const T *h = image_h + first * pixels;
-                T *out = image_out + first * pixels;
-                w->second_layer(site, g);
-                const T *mu = w->mu(), *noise = w->noise_of(site, b * site.channels + first, planes), *s = site.relative ? nullptr : w->scale_of(site, g);
-                if (site.relative)
-                    relative_noise(site, planes * pixels, mu, noise, out);
-                else if (site.noise == EXPECTED)
-                    perturb<true>(site, planes * pixels, h, mu, noise, s, out);
-                else
-                    perturb<false>(site, planes * pixels, h, mu, noise, s, out);
-            }
-            of_out.written(site.out, b);
         }
     }
 }
@@ -1041,7 +1051,7 @@ void backward(const Site<T> &site) {
                 const int64_t first = g * w->p.planes, channel = image + first, planes = w->p.planes_of(g);
                 const T *h = image_h + first * pixels, *grad_out = image_grad_out + first * pixels;
                 T *grad_h = image_grad_h + first * pixels, *grad_s = (*grad_scale)();
-                w->second_layer(site, g);
+                w->second_layer(site, g, w->mu());
                 const T *noise = w->noise_of(site, channel, planes), *s = w->scale_of(site, g);
                 if (site.noise == EXPECTED)
                     perturb_backward<true>(site, planes * pixels, h, noise, s, grad_out, w->mu(), grad_h, grad_s);

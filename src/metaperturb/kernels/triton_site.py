@@ -20,6 +20,7 @@ from metaperturb.kernels.triton_blocks import triton
 from metaperturb.storage import reason
 
 NAME = "triton"
+MANY_DRAWS = False  # of an image in one call
 UNSUPPORTED = ()
 PARAMETERS, AFFINE = 82, 72  # all parameters of φ; where the affine map of the scale begins among them
 
