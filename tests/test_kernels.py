@@ -285,8 +285,8 @@ def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
 
 def test_kinds_of_processor_that_share_a_home_have_libraries_of_their_own(fresh, monkeypatch, tmp_path):
     """One with instructions that the other lacks would end its process."""
-    monkeypatch.setattr(cpp, "CPUINFO", tmp_path / "cpuinfo")
     library = cpp.compiled()._name
+    monkeypatch.setattr(cpp, "CPUINFO", tmp_path / "cpuinfo")
     built = []
 
     def build(compiler, variants, path):
