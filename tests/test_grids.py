@@ -252,31 +252,20 @@ def test_a_smoke_preset_says_all_in_which_it_departs():
 def test_the_papers_numbers():
     grids = {table: Grid(CONFIGS / f"{table}.yaml") for table in TABLES}
     for table, row, column, value in [
-        ("table1", "Base", "STL10", "66.78±0.59"),
-        ("table1", "Base", "Cars", "44.34±1.10"),
         ("table1", "Information Dropout", "Cars", "43.13±2.31"),
-        ("table1", "DropBlock", "CUB", "30.55±0.26"),
         ("table1", "Manifold Mixup", "s-CIFAR100", "39.06±0.73"),
-        ("table1", "MetaPerturb", "CUB", "42.01±0.43"),
         ("table1", "MetaPerturb", "Cars", "62.46±0.80"),
-        ("table1", "Finetuning (FT)", "Aircraft", "66.03±0.85"),
         ("table1", "FT + Manifold Mixup", "STL10", "79.60±0.27"),
-        ("table1", "FT + MetaPerturb", "Dogs", "46.06±0.44"),
         ("table1", "FT + MetaPerturb", "CUB", "48.60±1.14"),
         ("table1", "TrivialAugment", "CUB", None),
         ("table2", "Base", "Conv4", "83.93±0.20"),
         ("table2", "Information Dropout", "VGG9", "88.29±1.18"),
-        ("table2", "DropBlock", "WRN-28-2", "90.55±0.25"),
         ("table2", "Finetuning", "ResNet20", "88.77±0.26"),
         ("table2", "MetaPerturb", "ResNet44", "90.97±1.09"),
-        ("table2", "MetaPerturb", "Conv6", "88.59±0.26"),
         ("table3", "Base", "Aircraft", "59.23±0.95"),
-        ("table3", "(a) w/o channel-wise scaling s", "CUB", "33.63±0.92"),
         ("table3", "(a) w/o stochastic noise z", "s-CIFAR100", "31.02±0.44"),
         ("table3", "(b) Only before pooling", "CUB", "38.88±1.15"),
-        ("table3", "(b) Only at bottom layers", "Aircraft", "61.32±0.29"),
         ("table3", "(c) Homogeneous task distribution", "s-CIFAR100", "34.31±0.88"),
-        ("table3", "MetaPerturb", "CUB", "42.01±0.43"),
         ("table3", "one-step lookahead in meta-training", "CUB", None),
     ]:
         assert grids[table].paper_value(row, column) == value, (table, row, column)

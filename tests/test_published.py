@@ -4,13 +4,11 @@ import csv
 import json
 import shutil
 import statistics
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-import scipy.stats
 from conftest import ROOT
 from grid_files import tables
 from tables import selection
@@ -28,69 +26,20 @@ def page(request) -> Path:
     return request.param
 
 
-def place(record: dict) -> tuple[str, str]:
-    return record["cell"]["row"], record["cell"]["column"]
-
-
-def records(page: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(page.with_suffix("").glob("*--*.json"))]
-
-
-def diverged(page: Path) -> Counter[tuple[str, str]]:
-    """Row and column → how many of its seeds diverged, and have no record."""
-    folder = page.with_suffix("")
-    found = (path for path in (folder / "diverged").glob("*.json") if not (folder / path.name).exists())
-    return Counter(
-        (kept["cell"]["row"], kept["cell"]["column"]) for kept in map(json.loads, (path.read_text() for path in found))
-    )
-
-
 def lines(page: Path) -> list[dict[str, str]]:
     return [*csv.DictReader(page.read_text().splitlines())]
 
 
-def accuracies(page: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """Row and column → seed → accuracy in %."""
-    found = defaultdict(dict)
-    for record in records(page):
-        of_place = found[place(record)]
-        assert record["seed"] not in of_place, f"{page}: two records of {place(record)}"
-        of_place[record["seed"]] = 100 * record["metrics"]["accuracy"]
-    return found
-
-
-def test_every_record_has_a_line_and_every_line_its_records(page):
-    lost = diverged(page)
-    assert {(line["row"], line["column"]) for line in lines(page)} == accuracies(page).keys() | lost.keys()
-    for line in lines(page):
-        assert int(line.get("diverged") or 0) == lost[line["row"], line["column"]]
-        of_place = [
-            r for r in records(page) if (r["cell"]["row"], r["cell"]["column"]) == (line["row"], line["column"])
-        ]
-        assert int(line["seeds"]) == len(of_place)
-        if not of_place:
-            assert {line[name] for name in line if name.startswith(("accuracy", "nll", "ece"))} == {""}
-            continue
-        for name, unit in (("accuracy", 100), ("nll", 1), ("ece", 100)):
-            values = [unit * record["metrics"][name] for record in of_place]
-            assert float(line[name]) == pytest.approx(statistics.mean(values), abs=1e-4)
-            assert (line[f"{name}_std"] == "") == (len(values) == 1)
-            if len(values) > 1:
-                assert float(line[f"{name}_std"]) == pytest.approx(statistics.stdev(values), abs=1e-4)
-
-
-def test_differences_are_of_paired_seeds(page):
-    known = accuracies(page)
-    for line in lines(page):
-        if not line["difference"]:
-            continue
-        ours, base = known[line["row"], line["column"]], known[line["baseline"], line["column"]]
-        pairs = [(ours[seed], base[seed]) for seed in sorted(ours.keys() & base.keys())]
-        assert int(line["pairs"]) == len(pairs)
-        assert float(line["difference"]) == pytest.approx(statistics.mean(a - b for a, b in pairs), abs=1e-4)
-        if len(pairs) > 1:
-            interval = scipy.stats.ttest_rel(*zip(*pairs, strict=True)).confidence_interval(0.95)
-            assert (float(line["low_95"]), float(line["high_95"])) == pytest.approx(tuple(interval), abs=1e-3)
+def test_every_record_is_counted_in_its_line(page):
+    folder, known = page.with_suffix(""), lines(page)
+    records = {path.name: json.loads(path.read_text()) for path in folder.glob("*--*.json")}
+    lost = {path.name: json.loads(path.read_text()) for path in (folder / "diverged").glob("*.json")}
+    places = [[(r["cell"]["row"], r["cell"]["column"]) for r in kept.values()] for kept in (records, lost)]
+    assert {(line["row"], line["column"]) for line in known} == {*places[0], *places[1]}
+    assert sum(int(line["seeds"]) for line in known) == len(records)
+    assert sum(int(line.get("diverged") or 0) for line in known) == len(lost.keys() - records.keys())
+    seeds = [(place, record["seed"]) for place, record in zip(places[0], records.values(), strict=True)]
+    assert len({*seeds}) == len(seeds)  # no two records of one seed
 
 
 def test_each_page_names_its_command():
@@ -163,16 +112,6 @@ def test_the_readmes_results_are_those_of_the_pages():
         assert base.replace(" ", "") == of_column["Base"]["paper"]
         assert with_phi.replace(" ", "") == of_column["MetaPerturb"]["paper"]
         assert difference == gain_of_paper(with_phi, base)
-
-
-def test_a_curve_ends_with_the_result(page):
-    for record in records(page):
-        if not (curve := record["curve"]):  # it was not recorded
-            continue
-        steps = [line["step"] for line in curve]
-        assert steps == sorted(set(steps)) and steps[-1] == record["config"]["steps"]
-        last, metrics = curve[-1], record["metrics"]
-        assert {key: last[f"test_{key}"] for key in metrics} == {key: round(metrics[key], 6) for key in metrics}
 
 
 def test_report_makes_the_page_again(page, tmp_path):

@@ -39,7 +39,6 @@ def test_mean_and_sample_standard_deviation():
     found = summarize([10.0, 20.0, 60.0])
     assert (found.mean, found.n) == (30.0, 3) and found.std == pytest.approx(math.sqrt(700))
     assert str(found) == "30.00 ± 26.46"
-    assert str(summarize([12.345])) == "12.35" or str(summarize([12.345])) == "12.34"
     assert summarize([1.0]).std is None
 
 
@@ -52,11 +51,8 @@ def test_a_paired_difference_is_that_of_the_seeds_both_have():
     assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
     assert found.low < 0 < found.high  # not significant, as scipy says
     assert test.pvalue > 0.05
-
-
-def test_one_pair_has_no_interval_and_none_no_difference():
-    found = paired_difference({0: 1.5}, {0: 1.0, 1: 4.0})
-    assert (found.mean, found.low, found.high, found.n) == (0.5, None, None, 1) and str(found) == "+0.50"
+    one = paired_difference({0: 1.5}, {0: 1.0, 1: 4.0})
+    assert (one.mean, one.low, one.high, one.n) == (0.5, None, None, 1) and str(one) == "+0.50"
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
@@ -329,10 +325,6 @@ def test_records_of_other_settings_are_named_and_left_out(grid, folder, tmp_path
     page = write_table(grid, folder, tmp_path / "runs")
     assert f"not in the table: {path} (another row, setting or φ)" in capsys.readouterr().err
     assert read_csv(page)["Base", "CUB"]["seeds"] == "2"
-
-
-def test_nothing_to_report_is_said(grid, tmp_path):
-    assert "no finished cell of this table yet" in refusal(write_table, grid, tmp_path / "results" / "paper", tmp_path)
 
 
 def test_the_curve_of_a_run(tmp_path):
