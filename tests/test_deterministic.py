@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import torch.fx.experimental.optimization
 import torchvision
@@ -156,6 +157,35 @@ def test_the_way_there_and_back():
         make_stochastic(model)
 
 
+def test_one_pass_is_as_sure_as_the_mean_over_draws():
+    model = network()
+    with torch.no_grad():
+        model.fc.weight.mul_(40)  # so that the noise matters
+    drawing, x = copy.deepcopy(model), torch.cat(batches())
+    torch.manual_seed(5)
+    make_deterministic(model, batches())
+    torch.manual_seed(5)
+    p = torch.cat([predict(drawing, x) for x in batches()]).double()
+    ratio = (drawing.fc.weight / model.fc.weight).detach().double()
+    assert torch.allclose(ratio, ratio[0, 0], rtol=1e-5) and torch.allclose(
+        drawing.fc.bias / model.fc.bias, ratio[:, 0].float()
+    )
+    logits = draw(model, x).double() * ratio[0, 0]
+    loss = lambda t: -(p * (logits / t).log_softmax(dim=1)).sum().item()  # noqa: E731
+    best = scipy.optimize.minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-8}).x
+    assert abs(best / ratio[0, 0] - 1) < 1e-3 and best > 1.1
+
+
+def test_a_classifier_that_cannot_be_scaled_stays():
+    net = models.create("resnet8", 5, SIZE)
+    torch.nn.utils.parametrizations.weight_norm(net.fc)
+    model = network(net=net)
+    before = state(model)
+    make_deterministic(model, batches())
+    assert all(torch.equal(value, before[key]) for key, value in state(model).items() if key.startswith("fc."))
+    assert same(state(make_stochastic(model)), before)
+
+
 def test_nothing_but_batch_norm_and_sites_is_in_training_mode():
     class Dropping(nn.Module):
         def __init__(self):
@@ -171,7 +201,7 @@ def test_nothing_but_batch_norm_and_sites_is_in_training_mode():
     model.drop.register_forward_hook(lambda *_: modes.append([m.training for m in model.modules()]))
     make_deterministic(model, batches(2))
     norms = [isinstance(m, nn.BatchNorm2d | PerturbSite) for m in model.modules()]
-    assert modes == [norms, norms] and not any(m.training for m in model.modules())
+    assert [mode for mode in modes if any(mode)] == [norms, norms] and not any(m.training for m in model.modules())
 
 
 def test_a_network_without_batch_norm_needs_no_batches():
@@ -184,6 +214,9 @@ def test_a_network_without_batch_norm_needs_no_batches():
     drawn, one_pass = draw(model, x), draw(make_deterministic(model), x)
     assert torch.equal(one_pass, draw(model, x, 1)) and not torch.equal(one_pass, drawn)
     assert torch.equal(draw(make_stochastic(model), x), drawn)
+    weight = model[-1].weight.clone()
+    assert not torch.equal(make_deterministic(model, batches())[-1].weight, weight)  # but batches are of use
+    assert torch.equal(make_stochastic(model)[-1].weight, weight)
 
 
 def failing():

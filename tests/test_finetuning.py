@@ -16,7 +16,8 @@ from torch import nn
 
 import metaperturb.meta_test as program
 from metaperturb import models
-from metaperturb.finetuning import classifier_name, initialize
+from metaperturb.dry_run import classifier_name
+from metaperturb.finetuning import initialize
 from metaperturb.storage import load_tensors
 
 CLASSIFIERS = {

@@ -406,7 +406,7 @@ def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, setti
     moved = torch.nn.functional.pad(train[order], (4,) * 4, value=-1.0)
     moved = torch.stack([x[:, i : i + 12, j : j + 12] for x, i, j in zip(moved, top, left, strict=True)])
     moved[flip] = moved[flip].flip(-1)
-    logits = make_deterministic(trained.model, [train, moved])(test)
+    logits = make_deterministic(trained.model, [moved])(test)
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(trained.test.labels)).item()
     assert nll == pytest.approx(results[0]["one_pass"]["nll"], rel=1e-4)
     assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out

@@ -236,6 +236,32 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
     ) from failure
 
 
+def classifier_name(model: nn.Module, image_size: int | None = None, example: Any = None) -> str:
+    """The module that makes the logits: the last linear layer or convolution that runs, with one output a class.
+
+    A dry run finds it; it changes neither the network's mode and buffers nor the random generators.
+
+    Raises:
+        UserError: the last such layer has another number of outputs, so that there may be parameters behind it; or the
+            network does not run on images `[B, C, S, S]` of this size.
+
+    Example:
+        >>> classifier_name(metaperturb.models.create("resnet20", num_classes=10, image_size=32), 32)
+        'fc'
+    """
+    outputs = watch(model, image_size, example).outputs
+    modules = dict(model.named_modules())
+    layers = [name for name in outputs if isinstance(modules[name], nn.Linear | nn.Conv2d)]  # in order of completion
+    if layers and "" in outputs:
+        output = outputs[layers[-1]]
+        count = output.shape[-1] if isinstance(modules[layers[-1]], nn.Linear) else output.shape[-3]
+        if outputs[""].dim() == 2 and count == outputs[""].shape[1]:
+            return layers[-1]
+    raise UserError(
+        f"{type(model).__name__}: no classifier found: its last linear layer or convolution has not one output a class"
+    )
+
+
 def _way_out(model: nn.Module, image_size: int | tuple[int, int], failure: Exception | None) -> str:
     """What to do with a network that takes no such images: a part that does, or the arguments to give."""
     if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules()):

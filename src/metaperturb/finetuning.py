@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.attach import PERTURBATION, REGULARIZER
-from metaperturb.dry_run import watch
+from metaperturb.dry_run import classifier_name
 from metaperturb.errors import UserError
 from metaperturb.modes import batch_norms
 from metaperturb.runs import finished_meta_test
@@ -116,32 +116,6 @@ def initialize(
         "batch_norm": batch_norm,
         "run": run,
     }
-
-
-def classifier_name(model: nn.Module, image_size: int) -> str:
-    """The module that makes the logits: the last linear layer or convolution that runs, with one output a class.
-
-    A dry run finds it; it changes neither the network's mode and buffers nor the random generators.
-
-    Raises:
-        UserError: the last such layer has another number of outputs, so that there may be parameters behind it; or the
-            network does not run on images `[B, C, S, S]` of this size.
-
-    Example:
-        >>> classifier_name(metaperturb.models.create("resnet20", num_classes=10, image_size=32), 32)
-        'fc'
-    """
-    outputs = watch(model, image_size).outputs
-    modules = dict(model.named_modules())
-    layers = [name for name in outputs if isinstance(modules[name], nn.Linear | nn.Conv2d)]  # in order of completion
-    if layers and "" in outputs:
-        output = outputs[layers[-1]]
-        count = output.shape[-1] if isinstance(modules[layers[-1]], nn.Linear) else output.shape[-3]
-        if outputs[""].dim() == 2 and count == outputs[""].shape[1]:
-            return layers[-1]
-    raise UserError(
-        f"{type(model).__name__}: no classifier found: its last linear layer or convolution has not one output a class"
-    )
 
 
 def _check_same_network(taken: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: Any) -> None:

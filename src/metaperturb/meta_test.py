@@ -20,14 +20,14 @@ import torch
 from metaperturb import finetuning, identity, kernels, methods, models, training
 from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
-from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding, normalize
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
 from metaperturb.data.parts import load_parts
 from metaperturb.deterministic import make_deterministic, make_stochastic
 from metaperturb.distributed import make_current
 from metaperturb.errors import Diverged, NotFinite
 from metaperturb.evaluation import METRICS, evaluate
 from metaperturb.modes import eval_mode
-from metaperturb.randomness import numpy_generator, seed_torch
+from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi, phi_digest
@@ -127,15 +127,13 @@ def meta_test(config: MetaTestConfig) -> dict:
             return evaluate(model, test_images, samples, config.eval_batch_size, tell)
 
     def pictures() -> Iterator[torch.Tensor]:
-        """All training images, as they are and as training has them: with either alone one pass does worse."""
+        """All training images once, augmented as in training."""
         key = (config.seed, 0, "one_pass")
-        order = torch.from_numpy(numpy_generator(*key).permutation(len(train)))
-        chunks = order.tensor_split(max(1, len(train) // max(2, config.eval_batch_size)))
-        moved = TrainingBatches(train_images, everything, None, len(chunks[0]), padding, key, method.augment)
-        for step, chunk in enumerate(chunks):
-            yield normalize(train_images.take(chunk)[0])
+        size = len(train) // max(1, len(train) // max(2, config.eval_batch_size))
+        once = TrainingBatches(train_images, everything, None, size, padding, key, method.augment)
+        for step in range(len(train) // size):
             seed_torch(*key, step)
-            yield moved.batch(step)[0]
+            yield once.batch(step)[0]
 
     def evaluated_in_one_pass() -> dict[str, float]:
         """The network is deterministic for the time of it."""
