@@ -21,9 +21,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tables.runner import SETTINGS, Job, last_line
 
@@ -33,13 +34,12 @@ from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.errors import UserError
 from metaperturb.meta_train import load_tasks
 from metaperturb.runs import clock, read_metrics
-from metaperturb.storage import load_json, reason, save_json, save_yaml
+from metaperturb.storage import hold, load_json, save_json, save_yaml
 
 SCRIPTS = Path(__file__).resolve().parent
 SAVING = 120  # seconds before its time is over that a job is asked to save
-SHORTEST = 10  # minutes that a job must have, so that every sitting gains something
 LONG_NAMES = {"gpus": "gpus-per-node", "cpus": "cpus-per-task"}  # ours → sbatch's; all others are sbatch's own
-NEVER = ("Partition", "BadConstraints", "Dependency", "JobHeld", "Account", "QOS", "Assoc", "Reservation", "Node")
+NEVER = ("Partition", "BadConstraints", "Account", "QOS", "Assoc", "Reservation", "Node")  # reasons not to start
 # Behind the call in a job's script: what was asked to stop (128 + SIGTERM or SIGUSR1), and not cancelled, is requeued.
 REQUEUE = """code=$?
 if [[ $code = 143 || $code = 138 ]] && [ -n "$(squeue --noheader --jobs $SLURM_JOB_ID --states RUNNING)" ]; then
@@ -76,34 +76,19 @@ def parse_options(words: Sequence[str]) -> dict[str, str]:
     """What `--slurm` was given.
 
     Raises:
-        UserError: no `key=value`, a number that is none, or too short a time.
+        UserError: no `key=value`, or a number that is none.
     """
     options = pairs("--slurm", words, "KEY=VALUE")
     for key in ("gpus", "nodes", "array"):
         if not re.fullmatch(r"\d+-\d+|\d+" if key == "nodes" else r"\d+", options.get(key, "1")):
             raise UserError(f"--slurm {key}={options[key]}: expected a whole number")
-    if "time" in options and minutes(options["time"]) < SHORTEST:
-        raise UserError(f"--slurm time={options['time']}: at least {SHORTEST} minutes; the last 2 are for saving")
     return options
-
-
-def minutes(text: str) -> float:
-    """Of a time as sbatch takes it: `90` (minutes), `m:s`, `h:m:s`, `days-h`, `days-h:m`, `days-h:m:s`."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        raise UserError(f"--slurm time={text}: expected minutes, h:mm:ss or days-h:mm:ss")
-    days, *parts = (int(part or 0) for part in match.groups())
-    if match[1] or match[4]:
-        hours, minutes, seconds = parts
-        return (24 * days + hours) * 60 + minutes + seconds / 60
-    return parts[0] + parts[1] / 60
 
 
 # --- the queue
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A job of ours that Slurm has in its queue: its number, state, the reason why it waits, and the node."""
 
     id: str
@@ -116,37 +101,35 @@ class Queue:
     """What was submitted for one table or meta-training.
 
     Args:
-        folder: of its submissions and the jobs' logs.
+        folder: of its submissions, a folder each with the jobs' logs.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
 
-    def submissions(self) -> list[dict]:
-        """`name`, `jobs` (what its tasks are about, in their order) and `number` of each, the newest last."""
-        found = [{"name": path.stem, **load_json(path)} for path in self.folder.glob("metaperturb-*.json")]
-        return sorted(found, key=lambda one: one["number"] or 0)
+    def submissions(self) -> dict[Path, dict[str, list[str]]]:
+        """Folder of each, the newest last → what its tasks are about, in their order → what that needs."""
+        files = sorted(self.folder.glob("*/jobs.json"), key=lambda file: file.stat().st_mtime_ns)
+        return {file.parent: load_json(file) for file in files}
 
     def tasks(self) -> dict[str, Task]:
         """What is in Slurm's queue, by what it is about."""
-        about = {one["name"]: one["jobs"] for one in self.submissions()}
-        if not about:
-            return {}
-        listing = slurm("squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%j|%T|%r|%N")
+        about = {folder.name: [*jobs] for folder, jobs in self.submissions().items()}
         found = {}
-        for line in listing.splitlines():
-            id_, name, *rest = line.strip().split("|")
-            if name in about:
-                index = id_.partition("_")[2] or "0"
-                found[about[name][int(index)]] = Task(id_, *rest)
+        if about:
+            options = ("--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%j|%T|%r|%N")
+            for line in slurm("squeue", *options).splitlines():
+                id_, name, *rest = line.strip().split("|")
+                if name in about:
+                    found[about[name][int(id_.partition("_")[2] or 0)]] = Task(id_, *rest)
         return found
 
     def log(self, job: str) -> Path | None:
-        """Of the last task that was about it."""
-        for one in reversed(self.submissions()):
-            if job in one["jobs"] and one["number"]:
-                index = f"_{one['jobs'].index(job)}" if len(one["jobs"]) > 1 else ""
-                return self.folder / f"{one['number']}{index}_0_log.out"
+        """Of the last task that was about it and has begun."""
+        for folder, jobs in reversed(self.submissions().items()):
+            if job in jobs:
+                index = f"_{[*jobs].index(job)}" if len(jobs) > 1 else ""
+                return next(folder.glob(f"*{index}_0_log.out"), None)
         return None
 
 
@@ -192,31 +175,32 @@ def submit(
     Raises:
         UserError: Slurm or submitit is not here, or refuses; nothing is submitted then.
     """
-    executor = make_executor(queue, options)
-    with claim(queue.folder):
-        finish_interrupted(queue, needs)
+    folder = queue.folder / f"metaperturb-{queue.folder.name}-{secrets.token_hex(4)}"
+    executor = make_executor(folder, options)
+    lock = hold(queue.folder / ".lock")
+    if lock is None:
+        raise UserError(f"{queue.folder}: another command submits these just now")
+    with lock:
+        release(queue)  # what a command left that was killed before it could
         tasks = queue.tasks()
         new = {job: call for job, call in calls.items() if job not in tasks}
         if len(new) < len(calls):
             print(f"{len(calls) - len(new)} are in the queue already", file=sys.stderr)
         if not new:
             return
-        name = f"metaperturb-{queue.folder.name}-{secrets.token_hex(4)}"
-        file = queue.folder / f"{name}.json"
-        save_json({"jobs": [*new], "number": None}, file)
-        executor.update_parameters(job_name=name)
+        save_json({job: [*needs.get(job, ())] for job in new}, folder / "jobs.json")
         try:
             with executor.batch():
                 handles = [executor.submit(*call) for call in new.values()]
-            number = handles[0].job_id.partition("_")[0]
         except Exception as error:  # of submitit
-            file.unlink()
+            shutil.rmtree(folder)
             raise UserError(f"sbatch: {said_by_slurm(str(error))}; nothing was submitted") from error
-        release(queue, {"name": name, "jobs": [*new], "number": number}, {**tasks}, needs)
+        release(queue)
+    number = handles[0].job_id.partition("_")[0]
     print(f"submitted {len(new)} as job {number}; --status says how far they are", file=sys.stderr)
 
 
-def make_executor(queue: Queue, options: Mapping[str, str]):
+def make_executor(folder: Path, options: Mapping[str, str]):
     """The one of submitit, with what every job of ours has."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("--slurm: there is no sbatch here; run this on a login node of the cluster, or without --slurm")
@@ -224,12 +208,13 @@ def make_executor(queue: Queue, options: Mapping[str, str]):
         import submitit
     except ImportError:
         raise UserError(f"--slurm needs submitit: {sys.executable} -m pip install submitit") from None
-    executor = submitit.SlurmExecutor(queue.folder)
+    executor = submitit.SlurmExecutor(folder)
     more = {LONG_NAMES.get(key, key): value for key, value in options.items() if key != "array" and value != "0"}
     # Held until it is known what waits for what.
     always = {"hold": True, "requeue": True, "kill-on-invalid-dep": "yes", "signal": f"USR1@{SAVING}"}
     path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
     executor.update_parameters(
+        job_name=folder.name,
         time=None,  # the partition's, unless the options have it
         wckey=None,
         array_parallelism=int(options.get("array", 1000)),
@@ -241,56 +226,29 @@ def make_executor(queue: Queue, options: Mapping[str, str]):
     return executor
 
 
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keep others from submitting the same; a folder, which is made once also where there are no locks."""
-    claimed = folder / "submitting"
+def release(queue: Queue) -> None:
+    """Tell Slurm what those wait for that are held, and let them begin.
+
+    Raises:
+        UserError: Slurm refuses; they are cancelled then.
+    """
+    tasks, waiting = queue.tasks(), defaultdict(list)
+    held = {job: task.id.partition("_")[::2] for job, task in tasks.items() if task.reason == "JobHeldUser"}
+    for job, needs in (item for jobs in queue.submissions().values() for item in jobs.items()):
+        if job in held and (before := ":".join(tasks[need].id for need in needs if need in tasks)):
+            number, index = held[job]
+            waiting[number, before].append(index)
+    numbers = sorted({number for number, _ in held.values()})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        claimed.mkdir()
-    except FileExistsError:
-        why = "another command submits these just now, or was killed while it did: in that case remove this folder"
-        raise UserError(f"{claimed}: {why}") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write ({reason(error)})") from error
-    try:
-        yield
-    finally:
-        claimed.rmdir()
-
-
-def finish_interrupted(queue: Queue, needs: Mapping[str, Sequence[str]]) -> None:
-    """Release what a command submitted that was killed before it could."""
-    tasks = queue.tasks()
-    for one in queue.submissions():
-        if one["number"] is not None:
-            continue
-        if mine := [tasks[job] for job in one["jobs"] if job in tasks]:
-            release(queue, {**one, "number": mine[0].id.partition("_")[0]}, tasks, needs)
-        else:  # Slurm never got it
-            (queue.folder / f"{one['name']}.json").unlink()
-
-
-def release(queue: Queue, one: Mapping, tasks: Mapping[str, Task], needs: Mapping[str, Sequence[str]]) -> None:
-    """Tell Slurm what waits for what, and let it begin."""
-    number, jobs = one["number"], one["jobs"]
-    array = len(jobs) > 1
-    ids = {job: task.id for job, task in tasks.items()}
-    ids |= {job: f"{number}_{index}" if array else number for index, job in enumerate(jobs)}
-    waiting: dict[str, list[int]] = {}
-    for index, job in enumerate(jobs):
-        if before := [ids[need] for need in needs.get(job, ()) if need in ids]:
-            waiting.setdefault(":".join(before), []).append(index)
-    try:
-        for before, indices in waiting.items():
-            which = f"{number}_[{','.join(map(str, indices))}]" if array else number
+        for (number, before), indices in waiting.items():
+            which = f"{number}_[{','.join(indices)}]" if any(indices) else number
             slurm("scontrol", "update", f"JobId={which}", f"Dependency=afterok:{before}")
-        slurm("scontrol", "release", number)
+        for number in numbers:
+            slurm("scontrol", "release", number)
     except BaseException:
         with contextlib.suppress(UserError):
-            slurm("scancel", number)
+            slurm("scancel", *numbers)
         raise
-    save_json({"jobs": jobs, "number": number}, queue.folder / f"{one['name']}.json")
 
 
 # --- on a node
@@ -363,53 +321,50 @@ def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequenc
         finished: ids of others that are done.
     """
     tasks = queue.tasks()
-    submitted = {job for one in queue.submissions() for job in one["jobs"]}
-    done = [*finished, *(job.id for job in jobs if job.done)]
-    failed = {job.id for job in jobs if job.id in submitted and not job.done and job.id not in tasks}
-    count = dict.fromkeys(("running", "waiting", "failed", "to do"), 0)
-    for job in jobs:
-        if job.done:
-            continue
-        step = newest(job.run_dir)["step"]
-        task = tasks.get(job.id)
-        begun = f" (step {step} of {job.config.steps})" if step else ""
-        if task is not None and task.state in ("RUNNING", "COMPLETING", "CONFIGURING"):
-            state, more = "running", f"step {step} of {job.config.steps} (job {task.id} on {task.node})"
-        elif task is not None:
-            never = "; it may never start so: scancel it, and submit it with other options"
-            why = never if task.reason.startswith(NEVER) and task.reason != "Dependency" else ""
-            state, more = "waiting", f"Slurm says {task.reason} (job {task.id}){begun}{why}"
-        elif job.id in failed:
-            lost = [need for need in job.needs if need in failed]
-            log = queue.log(job.id)
-            if log is not None and log.exists():
-                state, more = "failed", f"{last_line(log)}{begun} (log: {log})"
-            else:
-                why = f"because {lost[0]} failed or was cancelled" if lost else "because it was cancelled"
-                state, more = "failed", f"not run, {why}"
-        else:
-            state, more = "to do", begun.strip()
-        count[state] += 1
-        print(f"{state:8}{job.id}{': ' if more else ''}{more}")
-    states = ", ".join(f"{number} {state}" for state, number in count.items() if number or state != "to do")
-    left = time_left([job for job in jobs if not job.done and job.id not in failed], max(1, count["running"]))
-    print(f"{title}: {len(done)} done, {states}" + (f"; {left}" if sum(count.values()) else ""))
-    if failed:
+    submitted = {job for submission in queue.submissions().values() for job in submission}
+    states = {job.id: state_of(job, tasks.get(job.id), queue, submitted) for job in jobs}
+    for id_, (state, more) in states.items():
+        if state != "done":
+            print(f"{state:8}{id_}{': ' if more else ''}{more}")
+    count = Counter(state for state, _ in states.values())
+    count["done"] += len(finished)
+    told = ", ".join(f"{count[state]} {state}" for state in ("done", "running", "waiting", "failed"))
+    told += f", {count['to do']} to do" if count["to do"] else ""
+    todo = [job for job in jobs if states[job.id][0] not in ("done", "failed")]
+    left = f"; {time_left(todo, max(1, count['running']))}" if todo or count["failed"] else ""
+    print(f"{title}: {told}{left}")
+    if count["failed"]:
         print("the same command with --slurm submits what failed again; what is saved of it stays", file=sys.stderr)
+
+
+def state_of(job: Job, task: Task | None, queue: Queue, submitted: set[str]) -> tuple[str, str]:
+    """Whether it is done, running, waiting, failed or to do, and what there is to say of that."""
+    step = newest(job.run_dir)["step"]
+    begun = f" (step {step} of {job.config.steps})" if step else ""
+    if job.done:
+        return "done", ""
+    if task is not None and task.state in ("RUNNING", "COMPLETING", "CONFIGURING"):
+        return "running", f"step {step} of {job.config.steps} (job {task.id} on {task.node})"
+    if task is not None:
+        never = "; it may never start so: scancel it, and submit it with other options"
+        why = never if task.reason.startswith(NEVER) else ""
+        return "waiting", f"Slurm says {task.reason} (job {task.id}){begun}{why}"
+    if job.id not in submitted:
+        return "to do", begun.strip()
+    if log := queue.log(job.id):
+        return "failed", f"{last_line(log)}{begun} (log: {log})"
+    lost = [need for need in job.needs if need in submitted]
+    return "failed", f"not run, because {f'{lost[0]} failed or' if lost else 'it'} was cancelled"
 
 
 def time_left(jobs: Sequence[Job], at_once: int) -> str:
     """By the pace of what has begun, if as many go on running as now."""
-    work, pace = [], []  # steps and seconds a step, in the unit of `Job.weight`
-    for job in jobs:
-        line = newest(job.run_dir)
-        step = line["step"]
-        work.append(job.weight * max(0, job.config.steps - step))
-        pace.append(line["seconds"] / step / job.weight if step else None)
-    if not (known := [each for each in pace if each is not None]):
+    lines = [(job, newest(job.run_dir)) for job in jobs]
+    pace = {job.id: line["seconds"] / line["step"] / job.weight for job, line in lines if line["step"]}
+    if not pace:
         return "time left not known yet"
-    usual = statistics.median(known)
-    seconds = sum(steps * (usual if own is None else own) for steps, own in zip(work, pace, strict=True))
+    usual = statistics.median(pace.values())
+    seconds = sum(job.weight * max(0, job.config.steps - line["step"]) * pace.get(job.id, usual) for job, line in lines)
     return f"about {clock(seconds / at_once)} left, {at_once} at a time"
 
 

@@ -159,14 +159,15 @@ def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tm
     assert sum(" Dependency" in line for line in slurm.queue()) in (0, 2)  # MetaPerturb's, as long as there is no φ
     (log,) = wait_for_one(tmp_path / "a" / "runs" / "small" / "six", "base--*--seed0--*/log.txt")
     wait_for(lambda: "step" in log.read_text(), 600)
-    submission = json.loads(next((tmp_path / "a" / "runs" / "slurm" / "small" / "six").glob("*.json")).read_text())
-    task = f"{submission['number']}_{submission['jobs'].index(log.parent.name)}"
+    (jobs,) = (tmp_path / "a" / "runs" / "slurm" / "small" / "six").glob("*/jobs.json")
+    number = {line.partition("_")[0] for line in slurm.queue()}.pop()
+    task = f"{number}_{[*json.loads(jobs.read_text())].index(log.parent.name)}"
     slurm.say("scancel", "--signal=TERM", task)
     status = table("a", "--status")
     assert " (job " in status and "small six: " in status
     wait_for(lambda: not slurm.queue(), 600)
     assert "SIGTERM: saving" in log.read_text() and "resuming after step" in log.read_text()
-    batch = (tmp_path / "a" / "runs" / "slurm" / "small" / "six" / f"{task}_0_log.out").read_text()
+    batch = (jobs.parent / f"{task}_0_log.out").read_text()
     assert "stopped and saved; back into the queue" in batch
     assert "small six: 6 done" in table("a", "--status") and "Dropout" in table("a", "--slurm")  # the page
     table("b", "--rows", "Base")
@@ -195,7 +196,7 @@ def test_a_meta_training_on_two_nodes_goes_on_when_one_is_lost(slurm, tmp_path, 
     slurm.lose("n1")
     wait_for(lambda: (tmp_path / "src" / "result.json").exists(), 600)
     slurm.start("n1", "slurmd", "-D", "-N", "n1")
-    logs = [path.read_text() for path in (tmp_path / "slurm" / "src").glob("*.out")]
+    logs = [path.read_text() for path in (tmp_path / "slurm" / "src").glob("*/*.out")]
     assert "resuming after step" in "".join(logs)
     assert json.loads((tmp_path / "src" / "result.json").read_text())["processes"] == 1
     assert program.main(["--set", *settings, f"run_dir={tmp_path / 'one'}"]) == 0
