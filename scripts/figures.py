@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tables import finished
-from tables.finished import Finished, by_method, data_of, grouped, title
+from tables.finished import Finished, by_method, grouped, title
 from tables.grid import slug
 
 from metaperturb import plots
@@ -77,19 +77,23 @@ def figures(arguments: argparse.Namespace) -> None:
     if arguments.figure == "phi":
         every_number(arguments)
         return
-    sources = arguments.sources or [arguments.runs]
-    runs = finished.find_meta_trainings(sources) if "learning" in chosen else []
-    if arguments.figure != "learning":
-        found = finished.find_runs(sources, may_lack=bool(runs))
-        found = [run for run in found if not arguments.methods or run.method in arguments.methods]
-        if not (found or runs):
-            raise UserError("no finished run of these methods")
-        called = pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix")
-        runs = [*finished.tell_phis_apart(found, called), *runs]
+    called = pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix")
+    found = finished.find_runs(arguments.sources or [arguments.runs])
+    sources = [run for run in found if not run.is_target]
+    targets = [run for run in found if run.is_target and run.method in (arguments.methods or [run.method])]
     if everything:
-        every_figure(runs, arguments)
-    else:
-        FIGURES[arguments.figure].draw(runs, arguments)
+        every_figure([*finished.tell_phis_apart(targets, called), *sources], arguments)
+        return
+    figure = FIGURES[arguments.figure]
+    runs = sources if figure.draw is learning else finished.tell_phis_apart(targets, called)
+    if not runs:
+        what = "meta-training (./run.sh src)" if figure.draw is learning else "these methods (./run.sh tgt, table1, …)"
+        raise UserError(f"no finished run of {what} there")
+    for run in runs[1:]:
+        if figure.alike(run) != figure.alike(runs[0]):
+            about = f"{run.path}: has another {figure.one} than {runs[0].path}"
+            raise UserError(f"{about}, and a picture shows one (./run.sh figures draws each)")
+    figure.draw(runs, arguments)
 
 
 def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -102,13 +106,18 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
         for name, figure in FIGURES.items():
             for some in grouped(filter(figure.takes, of_folder), figure.alike).values():
                 try:
-                    if figure.drawn(some):
-                        figure.draw(some, arguments)
+                    figure.draw(some, arguments)
+                except NothingToShow:
+                    continue
                 except UserError as error:
                     refused += 1
                     print(f"{name} not drawn: {error}", file=sys.stderr)
     if refused:
         raise UserError(f"{refused} pictures were not drawn, for the reasons above")
+
+
+class NothingToShow(UserError):
+    """Runs that go together, but have nothing of what a picture is about."""
 
 
 def draw(arguments: argparse.Namespace, kind: str, plot: Callable[..., None], content: Any, title: str) -> None:
@@ -121,7 +130,10 @@ def draw(arguments: argparse.Namespace, kind: str, plot: Callable[..., None], co
     if path in arguments.drawn:
         raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
     arguments.drawn.add(path)
-    plot(content, title, path)
+    try:
+        plot(content, title, path)
+    except ValueError as error:  # of curves that lack something
+        raise UserError(f"metrics.jsonl of {error}") from error
     print(path.with_name(path.name + ".png"))
 
 
@@ -163,25 +175,21 @@ def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = (
     return run.dir / "analyses" / f"{analysis}-{digest(chosen)}.json"
 
 
-# --- the figures
+# --- the figures: of runs that are alike in what `FIGURES` says
 
 
 def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Convergence."""
-    methods = of_one_picture(runs)
-    for method, same in methods.items():
-        if not set.intersection(*({line["step"] for line in run.curve} for run in same)):
-            raise UserError(f"{same[0].path}: no step at which all seeds of {method} were evaluated")
     histories = {
         method: [[{**line, "seed": run.config["seed"]} for line in run.curve] for run in same]
-        for method, same in methods.items()
+        for method, same in by_method(runs).items()
     }
     draw(arguments, "fig5", plots.plot_convergence, histories, title(runs[0]))
 
 
 def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Robustness and calibration."""
-    methods = of_one_picture(runs)
+    methods = by_method(runs)
     attack, sampling = arguments.analyses[Attack], arguments.analyses[Sampling]
     trained = {run.dir: loaded(run, arguments) for run in runs}
     for run in trained.values():  # whatever is wrong is told before hours of work
@@ -229,43 +237,38 @@ def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss surfaces, of each method its first seed."""
     plane = arguments.analyses[Plane]
     surfaces: dict[str, dict] = {}
-    for method, same in of_one_picture(runs).items():
+    for method, same in by_method(runs).items():
         run = min(same, key=lambda run: run.config["seed"])
         surfaces[method] = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
     draw(arguments, "fig8", plots.plot_surfaces, surfaces, title(runs[0]))
 
 
-def of_one_picture(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """The runs of one data set, network and length under the names of their methods."""
-    finished.check_alike(runs, data_of, "data set and network")
-    return by_method(runs)
-
-
 def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy, loss and calibration of methods."""
-    results = {name: [run.result["metrics"] for run in same] for name, same in of_one_picture(runs).items()}
+    results = {name: [run.result["metrics"] for run in same] for name, same in by_method(runs).items()}
     draw(arguments, "compare", plots.plot_comparison, results, title(runs[0]))
 
 
 def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the length of training."""
-    finished.check_alike(runs, data_of, "data set and network")
-    finished.check_settings(runs, varied="steps")
-    growth(runs, "steps", "training steps", "lengths", title(runs[0], with_steps=False), arguments)
+    growth(runs, "steps", "steps", "training steps", "lengths", title(runs[0], with_steps=False), arguments)
 
 
 def amount(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy against the number of training images."""
-    finished.check_alike(runs, finished.test_of, "test set, network and length")
-    finished.check_settings(runs, varied="train_per_class")
-    growth(runs, "train_images", "training images", "amount", title(runs[0], with_amount=False), arguments)
+    name = title(runs[0], with_amount=False)
+    growth(runs, "train_per_class", "train_images", "training images", "amount", name, arguments)
 
 
-def growth(runs: Sequence[Finished], of: str, unit: str, kind: str, name: str, arguments: argparse.Namespace) -> None:
+def growth(
+    runs: Sequence[Finished], setting: str, of: str, unit: str, kind: str, name: str, arguments: argparse.Namespace
+) -> None:
     """Final accuracy against the number `of` runs, counted in `unit`, over the seeds that a method has for all."""
-    by_amount = {n: by_method(same) for n, same in sorted(grouped(runs, operator.attrgetter(of)).items())}
-    if len(by_amount) < 2:
-        raise UserError(f"all runs have {getattr(runs[0], of)} {unit}; this picture needs several numbers of them")
+    amounts = grouped(runs, operator.attrgetter(of))
+    if len(amounts) < 2:
+        raise NothingToShow(f"all runs have {getattr(runs[0], of)} {unit}; this picture needs several numbers of them")
+    finished.check_settings(runs, varied=setting)
+    by_amount = {n: by_method(same) for n, same in sorted(amounts.items())}
     results: dict[str, dict[int, list[float]]] = {}
     for method in dict.fromkeys(name for methods in by_amount.values() for name in methods):
         found = {n: methods[method] for n, methods in by_amount.items() if method in methods}
@@ -277,7 +280,7 @@ def growth(runs: Sequence[Finished], of: str, unit: str, kind: str, name: str, a
                 results.setdefault(method, {})[n] = accuracies
     if not results:
         raise UserError(f"no method has one seed for all numbers of {unit}")
-    draw(arguments, kind, functools.partial(plots.plot_growth, unit), results, name)
+    draw(arguments, kind, plots.plot_growth, {unit: results}, name)
 
 
 EFFORT = {  # what φ's card says of its meta-training → what the picture calls it
@@ -289,8 +292,12 @@ EFFORT = {  # what φ's card says of its meta-training → what the picture call
 
 def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy with φ against what φ was meta-trained with."""
-    finished.check_alike(runs, data_of, "data set and network")
     runs = [dataclasses.replace(run, phi="") for run in runs if run.method in ("base", "metaperturb")]
+    panels, left_out = effort_panels(runs)
+    if not panels:
+        raise NothingToShow(
+            "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
+        )
     finished.check_settings(runs)
     for method, same in grouped(runs, lambda run: run.method).items():
         if len(names := [*grouped(same, lambda run: run.name)]) > 1:
@@ -298,19 +305,14 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         for (_, seed), twice in grouped(same, lambda run: (run.phi_key, run.config["seed"])).items():
             if len(twice) > 1:
                 raise UserError(f"{twice[1].path}: there are two runs of {method} with seed {seed} and the same φ")
-    panels, left_out = effort_panels(runs)
-    if not panels:
-        raise UserError(
-            "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
-        )
     for run in left_out:
         print(f"{run.path}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
     base = [run.accuracy for run in runs if run.method == "base"]
-    draw(arguments, "effort", functools.partial(plots.plot_effort, base), panels, title(runs[0]))
+    draw(arguments, "effort", functools.partial(plots.plot_growth, level=base), panels, title(runs[0]))
 
 
-def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[float]]], list[Finished]]:
-    """For each of `EFFORT` of which φ have several, number → accuracies; and the runs of φ that are in none.
+def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[str, dict[int, list[float]]]], list[Finished]]:
+    """For each of `EFFORT` of which φ have several, method → number → accuracies; and the runs of φ that are in none.
 
     A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged. Where this
     leaves several panels of one number, the one with most values is shown.
@@ -322,24 +324,17 @@ def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[int, list[fl
         by_number = [grouped(same, lambda item, key=key: item[1][key]) for same in alike.values()]
         widest = max(by_number, key=len, default={})
         if len(widest) > 1:
-            panels[label] = {number: [run.accuracy for run, _ in same] for number, same in sorted(widest.items())}
+            of_number = {number: [run.accuracy for run, _ in same] for number, same in sorted(widest.items())}
+            panels[label] = {"metaperturb": of_number}
             shown |= {run.path for same in widest.values() for run, _ in same}
     return panels, [run for run, _ in trained if run.path not in shown]
 
 
 def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss, accuracy and the size of φ's parts during meta-training, of several settings and seeds."""
-    if not runs:
-        raise UserError("no finished run of meta-training there (./run.sh src)")
-    for run in runs[1:]:
-        if source_of(run) != source_of(runs[0]):
-            raise UserError(f"{run.path}: learned from other images than {runs[0].path}; one picture shows one source")
     histories = {name: [read_metrics(run.dir) for run in same] for name, same in finished.by_making(runs).items()}
     name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.config["model"] for run in runs)])
-    try:
-        draw(arguments, "learning", plots.plot_learning, histories, name)
-    except ValueError as error:
-        raise UserError(f"metrics.jsonl of {error}") from error
+    draw(arguments, "learning", plots.plot_learning, histories, name)
 
 
 def every_number(arguments: argparse.Namespace) -> None:
@@ -353,26 +348,18 @@ def every_number(arguments: argparse.Namespace) -> None:
         draw(arguments, "phi", plots.plot_phi, values, name)
 
 
-def source_of(run: Finished) -> str:
-    """Identifies the images of a meta-training."""
-    return run.result["source"]["fingerprint"]
-
-
-def data_and_steps(run: Finished) -> tuple[Any, ...]:
-    return data_of(run), run.steps
-
-
-def is_target(run: Finished) -> bool:
-    return run.result["program"] == "meta_test"
-
-
-def has_network(run: Finished) -> bool:
-    """Whether a run of meta-testing is there, more than a record of it."""
-    return is_target(run) and run.path.is_dir()
-
-
 def has_scales(run: Finished) -> bool:
-    return has_network(run) and run.method == "metaperturb" and run.config["gate"]
+    return run.has_network and run.method == "metaperturb" and run.config["gate"]
+
+
+def data_of(run: Finished) -> tuple[Any, ...]:
+    """Identifies the images and the network of a run."""
+    return *run.result["target"]["fingerprints"], run.config["model"]
+
+
+def test_of(run: Finished) -> tuple[Any, ...]:
+    """Identifies what networks trained on different images are compared by."""
+    return run.result["target"]["fingerprints"][1], run.config["model"], run.steps
 
 
 class Figure(NamedTuple):
@@ -380,29 +367,31 @@ class Figure(NamedTuple):
 
     Attributes:
         draw: the picture of some runs; refuses what does not go together.
-        takes: whether a run can be in such a picture.
-        alike: runs that are equal in this are in one picture.
-        drawn: whether the runs of a picture have what it is about.
+        takes: whether `./run.sh figures` has a run in such a picture.
+        alike: runs that are equal in this are in one picture; `one`: what that is.
         analyses: settings that `--set` changes.
     """
 
     draw: Callable[[Sequence[Finished], argparse.Namespace], None]
-    takes: Callable[[Finished], bool] = is_target
-    alike: Callable[[Finished], Any] = data_and_steps
-    drawn: Callable[[Sequence[Finished]], Any] = bool
+    takes: Callable[[Finished], bool] = operator.attrgetter("is_target")
+    alike: Callable[[Finished], Any] = lambda run: (data_of(run), run.steps)
+    one: str = "data set, network or length"
     analyses: tuple[type, ...] = ()
 
 
+has_network = operator.attrgetter("has_network")
 FIGURES = {
     "fig5": Figure(figure5, has_network),
     "fig6": Figure(figure6, has_network, analyses=(Attack, Sampling)),
-    "fig7": Figure(figure7, has_scales, alike=lambda run: run.config["model"]),
+    "fig7": Figure(figure7, has_scales, lambda run: run.config["model"], "network"),
     "fig8": Figure(figure8, has_network, analyses=(Plane,)),
     "compare": Figure(compare),
-    "lengths": Figure(lengths, alike=data_of, drawn=lambda runs: len({run.steps for run in runs}) > 1),
-    "amount": Figure(amount, alike=finished.test_of, drawn=lambda runs: len({run.train_images for run in runs}) > 1),
-    "effort": Figure(effort, drawn=lambda runs: effort_panels(runs)[0]),
-    "learning": Figure(learning, lambda run: not is_target(run), alike=source_of),
+    "lengths": Figure(lengths, alike=data_of, one="data set or network"),
+    "amount": Figure(amount, alike=test_of, one="test set, network or length"),
+    "effort": Figure(effort),
+    "learning": Figure(
+        learning, lambda run: not run.is_target, lambda run: run.result["source"]["fingerprint"], "source of images"
+    ),
 }
 
 

@@ -200,9 +200,9 @@ def test_lengths_of_training_and_several_phi(runs, tmp_path):
         ("metaperturb, another φ", "6"): 33,
         ("metaperturb, another φ", "8"): 34,
     }
-    found = by_columns(tmp_path / "lengths-folder-12-px-resnet8.csv", "name", "training_steps")
+    found = by_columns(tmp_path / "lengths-folder-12-px-resnet8.csv", "name", "amount")
     assert found == pytest.approx(expected)
-    refused("steps: 8 → 6", "fig5", *chosen)
+    refused("has another data set, network or length than", "fig5", *chosen)
     refused("needs several numbers of them", "lengths", runs)
     smaller = left(tmp_path / "smaller", base, 0.3, steps=6, batch_size=4)
     refused("this one has batch_size: 16 → 4", "lengths", base, smaller)
@@ -217,7 +217,7 @@ def test_amount_of_training_images(runs, tmp_path):
     chosen = [runs / "base-0", tmp_path / "more"]
     # As ./run.sh calls it: the folders behind an option.
     drawn("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
-    found = by_columns(tmp_path / "amount-folder-12-px-resnet8-8-steps.csv", "name", "training_images")
+    found = by_columns(tmp_path / "amount-folder-12-px-resnet8-8-steps.csv", "name", "amount")
     base = 100 * result(runs / "base-0")["metrics"]["accuracy"]
     assert found == pytest.approx({("base", "30"): 31, ("base", "80"): base, ("metaperturb", "80"): 32})
     refused("all runs have 80 training images", "amount", runs)
@@ -266,7 +266,7 @@ def test_effort_of_meta_training(runs, tmp_path):
         ([more / "paper", more / "small"], alone),
         ([more, tmp_path / "top"], "but the runs are of metaperturb and of metaperturb, sites top"),
         ([more, tmp_path / "twice"], "there are two runs of metaperturb with seed 0 and the same φ"),
-        ([runs], "one use of base, but the runs are of base and of base, finetuned"),
+        ([more, runs], "one use of base, but the runs are of base and of base, finetuned"),
     ):
         refused(said, "effort", *some)
 
@@ -307,7 +307,7 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     content = result(twin)
     content["source"]["fingerprint"] = "other"
     (twin / "result.json").write_text(json.dumps(content))
-    refused("learned from other images", "learning", meta_trainings / "0", twin)
+    refused("has another source of images than", "learning", meta_trainings / "0", twin)
     (twin / "metrics.jsonl").unlink()
     refused("metrics.jsonl of MetaPerturb: no step that all seeds have", "learning", twin)
     refused("no finished run of meta-training", "learning", runs, meta_trainings / "none")
@@ -342,12 +342,12 @@ def test_all_figures(runs, meta_trainings, tmp_path):
 def test_what_does_not_belong_into_one_picture_is_refused(runs, tmp_path):
     base, other = runs / "base-0", left(tmp_path / "other", runs / "base-0", 0.3, model="resnet20")
     for said, *arguments in (
-        ("steps: 8 → 6", "fig5", runs / "base-1", left(tmp_path / "long", base, 0.3, steps=6)),
-        ("one picture shows one data set and network", "fig8", base, other),
+        ("and a picture shows one", "fig5", runs / "base-1", left(tmp_path / "long", base, 0.3, steps=6)),
+        ("has another data set, network or length than", "fig8", base, other),
         ("two runs of base with one seed", "fig5", base, left(tmp_path / "twin", base, 0.3)),
         ("has no scales s", "fig7", base),
         ("no such folder", "fig5", tmp_path / "nowhere"),
-        ("holds no finished run", "fig5", base / "checkpoints"),
+        ("no finished run of these methods", "fig5", base / "checkpoints"),
         ("no finished run of these methods", "fig5", runs, "--methods", "mixup"),
         ("expected KEY=VALUE", "fig8", runs, "--set", "pionts=3"),
         ("points: expected a whole number, got 'few'", "fig8", runs, "--set", "points=few"),

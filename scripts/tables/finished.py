@@ -21,6 +21,7 @@ from metaperturb.runs import read_result
 from metaperturb.storage import load_json
 from tables.grid import config_of
 from tables.results import curve
+from tables.schema import PROGRAMS
 
 DEFAULTS = vars(MetaTestConfig())
 # What may differ between the runs that are averaged; and, as well, between the methods of a picture.
@@ -78,6 +79,16 @@ class Finished:
         return vars(config_of(self.result["program"], self.result))
 
     @property
+    def is_target(self) -> bool:
+        """Of meta-testing, not of meta-training."""
+        return self.result["program"] == "meta_test"
+
+    @property
+    def has_network(self) -> bool:
+        """Of meta-testing, and more than a record."""
+        return self.is_target and self.path.is_dir()
+
+    @property
     def method(self) -> str:
         return self.config["method"]
 
@@ -112,25 +123,27 @@ class Finished:
 # --- finding
 
 
-def find_runs(sources: Iterable[Path], may_lack: bool = False) -> list[Finished]:
-    """The finished runs of meta-testing among folders and below them, in the order of their names.
+def find_runs(sources: Iterable[Path]) -> list[Finished]:
+    """The finished runs among folders and below them, in the order of their names: each training once.
+
+    Of meta-trainings those of a step or more.
 
     Args:
         sources: run folders, files of records, or folders that hold either; one that holds runs stands for those alone.
-        may_lack: a source may hold none.
 
     Raises:
-        UserError: a folder or file that is not there, holds no finished run, or is a run that is not finished.
+        UserError: a folder or file that is not there, or is a run that is not finished.
     """
     found: dict[Path, Finished] = {}
     known: dict[str, Finished] = {}
-    for source in sources:
-        if (source / "config.yaml").exists() and not (source / "result.json").exists():
-            raise UserError(f"{source}: this run is not finished (the command that began it continues it)")
-        runs = [run for run in _read(source, "meta_test") if run.result["metrics"] is not None]
-        if not (runs or may_lack):
-            raise UserError(f"{source}: holds no finished run of meta-testing (./run.sh tgt, ./run.sh table1)")
-        for run in runs:
+    for path in (path for source in sources for path in _results(source)):
+        content = load_json(path)
+        if not (isinstance(content, dict) and content.get("program") in PROGRAMS):
+            continue
+        run = Finished(path.parent if path.name == "result.json" else path, read_result(path))
+        if not run.is_target and run.path.is_dir() and run.steps > 0:
+            found[run.path.resolve()] = run
+        elif run.is_target and run.result["metrics"] is not None:
             first = known.setdefault(training(run.result), run)
             if first is not run and run.path.is_file() and first.path.resolve() != run.path.resolve():
                 print(f"{run.path}: left out, is the same training as {first.path}", file=sys.stderr)
@@ -139,28 +152,16 @@ def find_runs(sources: Iterable[Path], may_lack: bool = False) -> list[Finished]
     return [*found.values()]
 
 
-def find_meta_trainings(sources: Iterable[Path]) -> list[Finished]:
-    """The finished runs of meta-training, of a step or more, among folders and below them, in the order of names."""
-    runs = [run for source in sources for run in _read(source, "meta_train") if run.path.is_dir() and run.steps > 0]
-    return [*{run.path.resolve(): run for run in runs}.values()]
-
-
-def _read(source: Path, program: str) -> list[Finished]:
-    """The runs of a program that a source holds."""
+def _results(source: Path) -> list[Path]:
+    """The files of results and records that a source holds."""
     if not source.exists():
         raise UserError(f"{source}: no such folder or record")
+    if (source / "config.yaml").exists() and not (source / "result.json").exists():
+        raise UserError(f"{source}: this run is not finished (the command that began it continues it)")
     if source.is_file():
-        paths = [source]
-    elif (source / "result.json").exists():
-        paths = [source / "result.json"]
-    else:
-        paths = sorted(source.rglob("result.json")) or sorted(source.rglob("*--*.json"))
-    found = []
-    for path in paths:
-        content = load_json(path)
-        if isinstance(content, dict) and content.get("program") == program:
-            found.append(Finished(path.parent if path.name == "result.json" else path, read_result(path)))
-    return found
+        return [source]
+    whole = source / "result.json"
+    return [whole] if whole.exists() else sorted(source.rglob("result.json")) or sorted(source.rglob("*--*.json"))
 
 
 # --- naming and grouping
@@ -197,16 +198,6 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list
         chosen[key] = next((called[other] for other in called if other in known[key]), f"φ {name}")
     ranks = {key: order.index(name) if name in order else len(order) for key, name in chosen.items()}
     return [dataclasses.replace(run, phi=chosen[run.phi_key], rank=ranks[run.phi_key]) for run in runs]
-
-
-def data_of(run: Finished) -> tuple[str, ...]:
-    """Identifies the images and the network of a run."""
-    return (*run.result["target"]["fingerprints"], run.config["model"])
-
-
-def test_of(run: Finished) -> tuple[Any, ...]:
-    """Identifies what networks trained on different images are compared by."""
-    return (run.result["target"]["fingerprints"][1], run.config["model"], run.steps)
 
 
 def title(run: Finished, with_steps: bool = True, with_amount: bool = True) -> str:
@@ -250,16 +241,6 @@ def meta_training(run: Finished) -> dict[str, Any] | None:
 
 
 # --- what goes together
-
-
-def check_alike(runs: Sequence[Finished], key: Callable[[Finished], Any], what: str) -> None:
-    """Refuse runs that are of several of `what` one picture shows."""
-    for run in runs[1:]:
-        if key(run) != key(runs[0]):
-            raise UserError(
-                f"{run.path}: is about {title(run)}, {runs[0].path.name} about {title(runs[0])}, and one picture shows "
-                f"one {what} (./run.sh figures draws each)"
-            )
 
 
 def check_settings(runs: Sequence[Finished], varied: str | None = None) -> None:

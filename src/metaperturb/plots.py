@@ -21,7 +21,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure  # by itself, without pyplot: files only; no display is needed
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
 from metaperturb.regularizers import REGULARIZERS
@@ -91,11 +90,10 @@ def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], 
 
     def decorate(plot: Callable[..., Drawn]) -> Callable[..., None]:
         @functools.wraps(plot)
-        def write(*arguments: Any) -> None:
-            *content, title, path = arguments
+        def write(content: Any, title: str, path: Path, **options: Any) -> None:
             title = title.encode("utf-8", "replace").decode()  # it may hold a file name that is not Unicode
             with matplotlib.rc_context(STYLE | style):
-                figure, rows = plot(*content)
+                figure, rows = plot(content, **options)
                 if legend:
                     handles, labels = figure.axes[0].get_legend_handles_labels()
                     where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
@@ -143,9 +141,7 @@ def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> 
     rows = [("name", "step", *(column for quantity in quantities for column in (quantity, f"{quantity}_std")), "seeds")]
     figure, grid = _panels(2, 2, (9, 6), sharex=True)
     for i, (name, histories) in enumerate(runs.items()):
-        steps, values = _at_common_steps(histories, _learned)
-        if not steps:
-            raise ValueError(f"{name}: no step that all seeds have")
+        steps, values = _at_common_steps(name, histories, _learned)
         drawn: list[np.ndarray] = []
         for axes, of_quantity in zip(grid.flat, values[:4], strict=True):
             drawn += _draw_band(axes, name, steps, of_quantity, color=SERIES[i % len(SERIES)])
@@ -189,7 +185,9 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
     figure, ((left, right),) = _panels(1, 2, (9, 3.4))
     for method, runs in histories.items():
         evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
-        steps, values = _at_common_steps(evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"]))
+        steps, values = _at_common_steps(
+            method, evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"])
+        )
         mean, std = _draw_band(left, method, steps, values[0], **lines[method])
         _draw_band(right, method, steps, values[1], **lines[method])
         losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
@@ -212,11 +210,13 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
 
 
 def _at_common_steps(
-    histories: Iterable[Sequence[Mapping[str, Any]]], numbers: Callable[[Mapping[str, Any]], Sequence[float]]
+    name: str, histories: Iterable[Sequence[Mapping[str, Any]]], numbers: Callable[[Mapping[str, Any]], Sequence[float]]
 ) -> tuple[list[int], np.ndarray]:
     """The steps that all seeds have, and the numbers of their lines: `[quantities, seeds, steps]`."""
     by_step = [{line["step"]: numbers(line) for line in history} for history in histories]
     steps = sorted(set.intersection(*map(set, by_step)))
+    if not steps:
+        raise ValueError(f"{name}: no step that all seeds have")
     return steps, np.moveaxis(np.array([[of_seed[step] for step in steps] for of_seed in by_step]), -1, 0)
 
 
@@ -224,64 +224,38 @@ def _at_common_steps(
 
 
 @_picture(legend=2)
-def plot_growth(unit: str, results: Mapping[str, Mapping[int, Sequence[float]]]) -> Drawn:
-    """Final test accuracy against how much there was of something, with bars of one standard deviation.
+def plot_growth(
+    panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], level: Sequence[float] = ()
+) -> Drawn:
+    """Final test accuracy against how much there was of something, with bars of one standard deviation; a panel each.
 
     Args:
-        unit: what is counted: "training steps".
-        results: method → how much → accuracy in [0, 1] of each seed; all seeds for each amount.
-    """
-    rows, lines = [("name", unit.replace(" ", "_"), "accuracy_percent", "std", "seeds")], _lines(results, markers=True)
-    figure, ((axes,),) = _panels(1, 1, (5.5, 3.9))
-    for method, by_amount in results.items():
-        label = _with_seeds(method, len(next(iter(by_amount.values()))))
-        rows += [(method, *row) for row in _draw_growth(axes, label, by_amount, **lines[method])]
-    axes.set(ylabel="test accuracy (%)")
-    _amounts(axes, {row[1] for row in rows[1:]}, unit)
-    return figure, rows
-
-
-@_picture()
-def plot_effort(base: Sequence[float], panels: Mapping[str, Mapping[int, Sequence[float]]]) -> Drawn:
-    """Final test accuracy with φ against how much its meta-training had of something, a panel each.
-
-    Args:
-        base: accuracy in [0, 1] of each network without φ: a level line, or none if there are none.
-        panels: what is counted → how much → the same with φ; a line where all have as many runs.
+        panels: what is counted, "training steps" → method → how much → accuracy in [0, 1] of each run; a line joins the
+            points of as many runs each.
+        level: accuracies of Base, which has none of what is counted: a level line.
     """
     rows: list[tuple[Any, ...]] = [("name", "of", "amount", "accuracy_percent", "std", "runs")]
-    lines = _lines(("base", "metaperturb"))
-    if base:
-        level, spread = _mean_std(100 * np.array(base))
-        rows.append(("Base", "", "", level, spread, len(base)))
-    figure, (grid,) = _panels(1, len(panels), (3.8 * len(panels) + 0.6, 3.6), sharey=True)
-    for axes, (unit, by_amount) in zip(grid, panels.items(), strict=True):
-        counts = {len(of_amount) for of_amount in by_amount.values()}
-        line = lines["metaperturb"] | ({"linestyle": "none"} if len(counts) > 1 else {})  # of other seeds: no trend
-        drawn = _draw_growth(axes, "MetaPerturb", by_amount, **line)
-        for amount, mean, std, count in drawn:
-            above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-            text = axes.annotate(f"n = {count}", (amount, mean + (std if count > 1 else 0)), **above)
-            text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # the line may run through it
-        rows += [("MetaPerturb", unit, *row) for row in drawn]
-        if base:
-            axes.axhline(level, label="Base", **lines["base"])
-            axes.axhspan(level - spread, level + spread, color=COLORS["base"], alpha=0.2, linewidth=0)
-        _amounts(axes, by_amount, unit)
-        axes.margins(x=0.1)  # so that what stands above a point stays off the axis
+    width = 5.5 if len(panels) == 1 else 3.8 * len(panels) + 0.6
+    figure, (grid,) = _panels(1, len(panels), (width, 3.9), sharey=True)
+    for axes, (unit, results) in zip(grid, panels.items(), strict=True):
+        lines = _lines([*results, *["base"] * bool(level)], markers=True)
+        for method, by_amount in results.items():
+            found = [(n, *_mean_std(100 * np.array(by_amount[n])), len(by_amount[n])) for n in sorted(by_amount)]
+            amounts, mean, std, count = map(np.array, zip(*found, strict=True))
+            alike = len({*count}) == 1
+            line = POINTS | lines[method] | ({} if alike else {"linestyle": "none"})  # of other seeds: no trend
+            label = _with_seeds(method, int(count[0])) if alike else f"{name_of(method)} ({min(count)} to {max(count)} runs)"
+            axes.errorbar(amounts, mean, np.where(count > 1, std, np.nan), label=label, capsize=3, **line)
+            rows += [(method, unit, *row) for row in found]
+        if level:
+            mean, std = _mean_std(100 * np.array(level))
+            axes.axhline(mean, label=_with_seeds("base", len(level)), color=lines["base"]["color"])
+            axes.axhspan(mean - std, mean + std, color=lines["base"]["color"], alpha=0.2, linewidth=0)
+        _amounts(axes, {n for of_method in results.values() for n in of_method}, unit)
+    if level:
+        rows.append(("base", "", "", mean, std, len(level)))
     grid[0].set(ylabel="test accuracy (%)")
     return figure, rows
-
-
-def _draw_growth(
-    axes: Axes, label: str, by_amount: Mapping[int, Sequence[float]], **line: Any
-) -> list[tuple[int, float, float, int]]:
-    """Mean against the amount, a bar where there are several runs. Returns amounts, means and deviations, counts."""
-    found = [(n, *_mean_std(100 * np.array(by_amount[n])), len(by_amount[n])) for n in sorted(by_amount)]
-    amounts, mean, std, count = map(np.array, zip(*found, strict=True))
-    std = np.where(count > 1, std, np.nan)  # a band would taper to points of one run
-    axes.errorbar(amounts, mean, yerr=std, label=label, capsize=3, **POINTS | line)
-    return found
 
 
 def _amounts(axes: Axes, amounts: Iterable[int], unit: str) -> None:
