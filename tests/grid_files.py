@@ -11,6 +11,8 @@ from typing import Any
 from conftest import ROOT
 from tables.grid import Cell, Grid
 
+from metaperturb.weights import load_phi
+
 CONFIGS = ROOT / "configs"
 
 GRID = """
@@ -58,13 +60,15 @@ def write_grid(folder: Path, text: str = GRID, name: str = "small") -> Path:
 
 def write_record(folder: Path, cell: Cell, accuracy: float, **changes: Any) -> Path:
     """What a finished cell leaves, with the metrics NLL = 2 · accuracy and ECE = accuracy / 10."""
+    phi = cell.needs.get("phi")
+    card = load_phi(phi.file).card if phi and phi.file and phi.file.exists() else None
     record = {
         "program": "meta_test",
         "cell": {"table": "small", "row": cell.row, "column": cell.column, "needs": cell.need_ids},
         "seed": cell.seed,
         "target": {"train": 3, "test": 2, "fingerprints": [f"{cell.column} train", f"{cell.column} test"]},
         "metrics": {"accuracy": accuracy, "nll": 2 * accuracy, "ece": accuracy / 10, "samples": 1},
-        **{"init": None, "phi_card": None, "phi_digest": None, "config": dataclasses.asdict(cell.config)},
+        **{"init": None, "phi_card": card, "phi_digest": None, "config": dataclasses.asdict(cell.config)},
         **{"commit": "c0ffee", "code": "d16e57", "curve": []},
     } | changes
     folder.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def test_report_makes_the_page_again(page, tmp_path):
         selection.take_rows(grid, folder)
     else:
         take_recorded(grid, folder)
-    made = write_table(grid, folder, tmp_path / "runs")
+    made = write_table(grid, folder)
     for suffix in (".md", ".csv"):
         assert made.with_suffix(suffix).read_text() == page.with_suffix(suffix).read_text()
 

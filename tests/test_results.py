@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -80,7 +79,7 @@ def folder(grid, tmp_path) -> Path:
 
 
 def test_the_csv_has_every_number(grid, folder, tmp_path):
-    lines = read_csv(write_table(grid, folder, tmp_path / "runs"))
+    lines = read_csv(write_table(grid, folder))
     assert lines.keys() == ACCURACIES.keys()
     for place, values in ACCURACIES.items():
         line, present = lines[place], [100 * value for value in values if value is not None]
@@ -107,7 +106,7 @@ def test_the_csv_has_every_number(grid, folder, tmp_path):
 
 
 def test_the_page_has_ours_beside_the_papers(grid, folder, tmp_path):
-    page = write_table(grid, folder, tmp_path / "runs").read_text()
+    page = write_table(grid, folder).read_text()
     overview, details = tables(page)
     assert overview[0] == ["", "STL10", "CUB"]
     assert [line[0] for line in overview[1:]] == list(grid.rows)
@@ -126,7 +125,7 @@ def test_reduced_cells_are_marked_and_explained(tmp_path):
     text = GRID.replace("Dropout: {m", '"Drop | out": {m', 1).replace("rows: [Dropout,", 'rows: ["Drop | out",')
     grid = Grid(write_grid(tmp_path / "configs", text), "quick")
     fill(grid, tmp_path / "r" / "quick", {(row, "Birds"): [0.5] for row in grid.rows})
-    page = write_table(grid, tmp_path / "r" / "quick", tmp_path / "runs")
+    page = write_table(grid, tmp_path / "r" / "quick")
     text = page.read_text()
     overview, details = tables(text)
     assert [line[1] for line in overview[1:]] == [
@@ -159,7 +158,7 @@ def test_what_phi_and_pretraining_saw_of_the_source_is_said(grid, folder, tmp_pa
 
     def said(row: str, *part: int) -> str:
         write_record(folder, grid.cell(row, "CUB", 0), 0.4, **saw(*part))
-        return read_csv(write_table(grid, folder, tmp_path))[row, "CUB"]["departs_from_paper"]
+        return read_csv(write_table(grid, folder))[row, "CUB"]["departs_from_paper"]
 
     assert said("MetaPerturb", 40_000) == "phi: images: 100000 → 40000"
     assert said("MetaPerturb", 10_000, 20) == said("MetaPerturb", 100_000) == said("Base", 40_000) == ""
@@ -169,7 +168,7 @@ def test_what_phi_and_pretraining_saw_of_the_source_is_said(grid, folder, tmp_pa
 def test_versions_of_the_code_are_said(grid, folder, tmp_path, capsys):
     write_record(folder, grid.cell("Base", "CUB", 2), 0.3, code="0ther", commit="fade")
     write_record(folder, grid.cell("Base", "STL10", 1), 0.3, commit="beef")  # a commit that left the package alone
-    page = write_table(grid, folder, tmp_path / "runs")
+    page = write_table(grid, folder)
     assert "The cells come from 2 versions of the code" in page.read_text()
     assert "2 versions of the code: c0ffee (d16e57), fade (0ther)" in capsys.readouterr().err
     lines = read_csv(page)
@@ -177,22 +176,16 @@ def test_versions_of_the_code_are_said(grid, folder, tmp_path, capsys):
     assert lines["MetaPerturb", "CUB"]["code"] == lines["Base", "STL10"]["code"] == "c0ffee (d16e57)"
 
 
-def test_what_cells_started_from_is_kept_beside_them(grid, folder, tmp_path):
-    phi = grid.cell("MetaPerturb", "CUB", 0).needs["phi"]
-    made = tmp_path / "runs" / "needs" / phi.id / "result.json"
-    made.parent.mkdir(parents=True)
+def test_the_phi_behind_the_cells_is_that_of_their_records(grid, folder):
     hardware = {"device": "cpu", "cpu": "a processor", "cores": 2}
-    result = {"program": "meta_train", "config": {"steps": 750, "run_dir": str(made.parent)}, "hardware": hardware}
-    result |= {"metrics": {"train_loss": 2.5, "test_loss": 2.75}, "seconds": 1500, "processes": 2}
-    result |= {"source": {"images": 40000}}
-    made.write_text(json.dumps(result))
-    write_table(grid, folder, tmp_path / "runs")
-    shutil.rmtree(tmp_path / "runs")  # another machine
-    text = write_table(grid, folder, tmp_path / "runs").read_text()
-    assert tables(text)[-1][1] == [
-        *("phi", "40,000", "750", "2.00", "2.500", "2.750", "cpu, 2 processes (a processor, 2 cores)", f"`{phi.id}`"),
+    card = {"config": {"steps": 750}, "hardware": hardware, "seconds": 1500, "processes": 2}
+    card |= {"metrics": {"train_loss": 2.5, "test_loss": 2.75}, "source": {"images": 40000}}
+    cell = grid.cell("MetaPerturb", "CUB", 1)
+    write_record(folder, cell, 0.4, phi_card=card)
+    assert tables(write_table(grid, folder).read_text())[-1][1] == [
+        *("phi", "40,000", "750", "2.00", "2.500", "2.750", "cpu, 2 processes (a processor, 2 cores)"),
+        f"`{cell.needs['phi'].id}`",
     ]
-    assert str(tmp_path) not in (folder / "needs" / f"{phi.id}.json").read_text()
 
 
 def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_path):
@@ -201,15 +194,15 @@ def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_
     def trained_with(name: str, seed: int, card: dict) -> Grid:
         save_phi(MetaPerturb(), tmp_path / name, card)
         given = Grid(grid.path, grid.preset, Overrides(files={"phi": tmp_path / name}))
-        write_record(folder, given.cell("MetaPerturb", "CUB", seed), 0.4)
-        write_table(given, folder, tmp_path / "runs")
+        write_record(folder, given.cell("MetaPerturb", "CUB", seed), 0.4, phi_card=card)
+        write_table(given, folder)
         (tmp_path / name).unlink()
         return given
 
     def reported() -> tuple[str, list[str]]:
         report = Grid(grid.path, grid.preset)
         taken = take_recorded(report, folder)
-        return write_table(report, folder, tmp_path / "runs").read_text(), [need.name for need in taken]
+        return write_table(report, folder).read_text(), [need.name for need in taken]
 
     assert reported()[1] == []  # one that a run of the table makes
     for card, said in (({}, "of which nothing is recorded"), ({"config": {"tasks": 4}}, "phi: tasks: 2 → 4")):
@@ -218,7 +211,7 @@ def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_
         given = trained_with("own.pt", 1, card)
         page, taken = reported()
         assert taken == ["phi"] and said in page and read_csv(folder)["MetaPerturb", "CUB"]["seeds"] == "1"
-    assert page == write_table(given, folder, tmp_path / "runs").read_text()
+    assert page == write_table(given, folder).read_text()
     trained_with("another.pt", 2, {})
     assert reported()[1] == []  # which of the two is not for us to say
     (folder / "metaperturb--damaged.json").write_text("{}")
@@ -226,10 +219,10 @@ def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_
 
 
 def test_one_pass_has_columns_where_it_was_measured(grid, folder, tmp_path):
-    assert "one_pass_nll" not in read_csv(write_table(grid, folder, tmp_path / "runs"))["Base", "CUB"]
+    assert "one_pass_nll" not in read_csv(write_table(grid, folder))["Base", "CUB"]
     for seed, accuracy in enumerate((0.3, 0.34)):
         write_record(folder, grid.cell("Base", "CUB", seed), 0.5, one_pass={"accuracy": accuracy, "nll": 2, "ece": 0.1})
-    page = write_table(grid, folder, tmp_path / "runs")
+    page = write_table(grid, folder)
     base, other = (read_csv(page)[row, "CUB"] for row in ("Base", "MetaPerturb"))
     assert (base["one_pass_accuracy"], base["one_pass_nll"], base["accuracy"]) == ("32.0000", "2.0000", "50.0000")
     assert float(base["one_pass_accuracy_std"]) == pytest.approx(math.sqrt(8), abs=1e-4)
@@ -256,7 +249,8 @@ def diverge(results: Results, row: str, seed: int, column: str = "CUB", said: st
     """Makes what is kept of a cell that diverged; its file."""
     images = results.images.get(column, ["abc", "def"])
     cell = results.grid.cell(row, column, seed)
-    write_diverged(results, cell, images, Path("/home/me/run"), f"/home/me/run: {said}")
+    phi = str(cell.needs["phi"].file) if "phi" in cell.needs else None
+    write_diverged(results, cell, images, phi, Path("/home/me/run"), f"/home/me/run: {said}")
     return results.diverged_path(cell)
 
 
@@ -266,7 +260,7 @@ def test_what_diverged_is_said_beside_the_seeds_that_did_not(grid, folder, tmp_p
     for row, seed in (("Base", 1), ("Base", 2), ("Dropout", 0)):
         diverge(results, row, seed)
     diverge(results, "Base", 0, "STL10", "it finished later")
-    path = write_table(grid, folder, tmp_path / "runs")
+    path = write_table(grid, folder)
     page, lines = path.read_text(), read_csv(path)
     overview, details = tables(page)
     cells = {row[0]: row[2].partition("<br>")[0] for row in overview}
@@ -283,7 +277,7 @@ def test_a_table_in_which_all_diverged_has_a_page_and_says_the_setting(tmp_path)
     grid = Grid(write_grid(tmp_path / "configs"), "quick")
     folder = tmp_path / "results" / "small" / "quick"
     diverge(Results(grid, folder), "Dropout", grid.seeds[0], next(iter(grid.columns)))
-    page = write_table(grid, folder, tmp_path / "runs").read_text()
+    page = write_table(grid, folder).read_text()
     assert "diverges (1) (a)" in page and "reduced (a)" in page and "steps: " in page
 
 
@@ -322,7 +316,7 @@ def test_a_record_of_another_seed_row_phi_or_setting_is_not_taken(grid, folder):
 def test_records_of_other_settings_are_named_and_left_out(grid, folder, tmp_path, capsys):
     other = Grid(grid.path, overrides=Overrides(settings=("lr=0.1",))).cell("Base", "CUB", 2)
     path = write_record(folder, other, 0.99)
-    page = write_table(grid, folder, tmp_path / "runs")
+    page = write_table(grid, folder)
     assert f"not in the table: {path} (another row, setting or φ)" in capsys.readouterr().err
     assert read_csv(page)["Base", "CUB"]["seeds"] == "2"
 
@@ -386,7 +380,7 @@ def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_w
     values = dict(zip(rows, ([0.1, 0.5], [0.2, 0.3], [0.5, 0.7], [0.4, 0.4], [0.5, 0.3]), strict=True))
     fill(grid, tmp_path / "r", {(row, "CUB"): value for row, value in values.items()})
     fill(grid, tmp_path / "r", {(row, "STL10"): [0.5, 0.5 if row != rows[2] else None] for row in rows})
-    assert "sources' defaults" not in write_table(grid, tmp_path / "r", tmp_path / "runs").read_text()
+    assert "sources' defaults" not in write_table(grid, tmp_path / "r").read_text()
     chosen, evidence = tuning.choose(grid, Results(grid, tmp_path / "r"))
     assert chosen == {"CUB": {"dropout": {"dropout_prob": 0.3}, "mixup": {"mixup_alpha": 0.2}}}
     assert evidence["CUB"][rows[1]] == {"mean": 25.0, "std": pytest.approx(math.sqrt(50)), "seeds": 2}

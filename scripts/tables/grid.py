@@ -59,7 +59,6 @@ class Need:
     file: Path | None = None
     hint: str = ""
     sha256: str = ""
-    card: Mapping[str, Any] = field(default_factory=dict)  # what a given file says of its making
 
     def outcome(self, folder: Path) -> Path:
         """What a setting that refers to it becomes; `folder`: where the runs of needs are."""
@@ -316,7 +315,7 @@ def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
             card = load_json(run / "result.json")
     config = config_of(spec["program"], card) if "program" in spec else None
     id_ = name if name.endswith(f"_{content:.8}") else f"{name}-{content:.8}"
-    return Need(name, id_, config=config, file=path, card=card if config is not None else {})
+    return Need(name, id_, config=config, file=path)
 
 
 def config_of(program: str, card: Any) -> Any:

@@ -12,15 +12,9 @@ from tables.statistics import Summary
 NONE = "–"
 
 
-def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page.
-
-    Args:
-        grid: rows, columns and the paper's values.
-        results: of its cells.
-        needs: results of the runs that cells started from, by id.
-    """
-    entries = results.entries()
+def markdown(results: Results) -> str:
+    """The page."""
+    grid, entries = results.grid, results.entries()
     ways = dict.fromkeys(entry.differences for entry in entries if entry.differences)
     marks = {way: f" ({_letter(i)})" for i, way in enumerate(ways)}  # of departing from the paper's setting
     paper = "The second line is the paper's number. " if grid.paper else ""
@@ -30,13 +24,13 @@ def markdown(grid: Grid, results: Results, needs: Mapping[str, Mapping[str, Any]
         f"Preset `{grid.preset}`. Each cell is the accuracy in %: mean ± standard deviation (number of seeds). {paper}"
         f"A letter marks a setting that differs from {usual}.",
         _overview(grid, entries, marks),
-        "\n".join(_notes(grid, results, entries, marks)),
+        "\n".join(_notes(results, entries, marks)),
         "## In detail",
         "The difference to the baseline is the mean over the seeds that both have, with the 95 % interval of Student's "
         "t over these pairs. NLL is in nats.",
         _details(entries, marks),
     ]
-    if trained := _meta_trainings(needs):
+    if trained := _meta_trainings(results):
         parts += ["## The φ behind it", trained]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,10 +98,9 @@ def _measured_once(entries: Sequence[Entry]) -> bool:
     return any(entry.one_pass["accuracy"].n for entry in entries)
 
 
-def _notes(
-    grid: Grid, results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]
-) -> Iterable[str]:
+def _notes(results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> Iterable[str]:
     """What a reader must know so as not to compare what cannot be compared."""
+    grid = results.grid
     common = set.intersection(*(set(entry.differences) for entry in entries))
     if common:
         usual = "the paper" if grid.paper else "the preset `paper`"
@@ -157,17 +150,17 @@ def _notes(
         yield f"- {missing} of {len(results.cells)} cells have not run yet, or failed."
 
 
-def _meta_trainings(needs: Mapping[str, Mapping[str, Any]]) -> str:
+def _meta_trainings(results: Results) -> str:
     """Loss and time of each: what joint training saves over the lookahead, for one."""
     rows = []
-    for id_, result in needs.items():
+    for id_, (name, result) in results.phis().items():
         if not (result.get("source") and result.get("hardware")):
-            continue  # no meta-training, or a φ of which less is known
+            continue  # a φ of which less is known
         steps, m, hardware = result["config"]["steps"], result["metrics"] or {}, result["hardware"]
         processes = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
         rows.append(
             [
-                result["need"],
+                name,
                 f"{result['source']['images']:,}",
                 str(steps),
                 f"{result['seconds'] / steps:.2f}" if steps else NONE,

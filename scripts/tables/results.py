@@ -12,7 +12,8 @@ from metaperturb.errors import UserError
 from metaperturb.identity import INCIDENTAL, differences
 from metaperturb.provenance import code_digest, commit
 from metaperturb.runs import read_metrics, read_result
-from metaperturb.storage import load_json, save_json
+from metaperturb.storage import save_json
+from metaperturb.weights import load_phi
 from tables.grid import Cell, Grid, Need, config_of
 from tables.statistics import Difference, Summary, paired_difference, summarize
 
@@ -31,8 +32,19 @@ def write_record(cell: Mapping[str, Any], run_dir: Path, path: Path) -> None:
     save_json({"program": result["program"], "cell": cell, **result, "curve": curve(run_dir)}, path)
 
 
-def write_diverged(results: "Results", cell: Cell, images: Iterable[str], run_dir: Path, said: str) -> None:
-    """The record of a run that diverged: its last message in place of metrics; `images`: their fingerprints."""
+def write_diverged(
+    results: "Results", cell: Cell, images: Iterable[str], phi: str | None, run_dir: Path, said: str
+) -> None:
+    """The record of a run that diverged: its last message in place of metrics.
+
+    Args:
+        results: of the table.
+        cell: that diverged.
+        images: their fingerprints.
+        phi: file of the φ that it used, if any.
+        run_dir: of the run.
+        said: its last message.
+    """
     record = {
         "program": "meta_test",
         "cell": place_of(results.grid, cell),
@@ -40,7 +52,8 @@ def write_diverged(results: "Results", cell: Cell, images: Iterable[str], run_di
         "target": {"name": None, "train": None, "test": None, "fingerprints": [*images]},
         "metrics": None,
         "diverged": said.removeprefix(f"{run_dir}: ").replace(str(run_dir), run_dir.name),
-        **dict.fromkeys(("init", "sites", "phi_card", "phi_digest", "kernel", "seconds", "versions", "hardware")),
+        **dict.fromkeys(("init", "sites", "phi_digest", "kernel", "seconds", "versions", "hardware")),
+        "phi_card": shortened(load_phi(phi).card) if phi else None,
         "config": shortened(asdict(cell.config)),
         "commit": commit(),
         "code": code_digest(),
@@ -172,6 +185,15 @@ class Results:
     def diverged_path(self, cell: Cell) -> Path:
         return self.folder / DIVERGED / f"{cell.id}.json"
 
+    def phis(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
+        """Of each φ that cells start from, by its id: its name in the grid, and its card as far as records have it."""
+        found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        for place, cell in self.cells.items():
+            if need := cell.needs.get("phi"):
+                card = self.records.get(place, {}).get("phi_card")
+                found[need.id] = need.name, card or found.get(need.id, ("", {}))[1]
+        return found
+
     def strangers(self) -> list[str]:
         """Records in the folder that are of other rows or settings than this grid's."""
         ours = {self.path(cell).name for cell in self.cells.values()}
@@ -278,27 +300,15 @@ def take_recorded(grid: Grid, folder: Path) -> list[Need]:
     Raises:
         UserError: a record is damaged.
     """
-    started = {id_ for record in read_all(folder) for id_ in record["cell"]["needs"].values()}
+    cards: dict[str, Any] = {}
+    for record in read_all(folder):
+        for key, id_ in record["cell"]["needs"].items():
+            cards[id_] = record["phi_card"] if key == "phi" else {"config": (record["init"] or {}).get("run")}
     taken = []
     made = {name: spec["program"] for name, spec in grid.needs.items() if "program" in spec and name not in grid.given}
     for name, program in made.items():
-        ids = [id_ for id_ in started if re.fullmatch(rf"{re.escape(name)}(-[0-9a-f]{{8}})?", id_)]
+        ids = [id_ for id_ in cards if re.fullmatch(rf"{re.escape(name)}(-[0-9a-f]{{8}})?", id_)]
         if len(ids) == 1:
-            kept = folder / "needs" / f"{ids[0]}.json"
-            card = {key: value for key, value in load_json(kept).items() if key != "need"} if kept.exists() else {}
-            taken.append(Need(name, ids[0], config=config_of(program, card), file=Path(ids[0]), card=card))
+            taken.append(Need(name, ids[0], config=config_of(program, cards[ids[0]]), file=Path(ids[0])))
             grid.given[name] = taken[-1]
     return taken
-
-
-def keep_need_records(needs: Iterable[Need], runs: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Copy what is known of the runs that cells start from beside the cells' records: id → `result.json`."""
-    kept = {}
-    for need in needs:
-        path, made = folder / "needs" / f"{need.id}.json", runs / need.id / "result.json"
-        known = load_json(made) if need.program is not None and made.exists() else need.card
-        if not path.exists() and known:
-            save_json({"need": need.name, **shortened(known)}, path)
-        if path.exists():
-            kept[need.id] = load_json(path)
-    return kept

@@ -1,18 +1,26 @@
 """What the YAML file of a grid may hold: checked as a whole before anything is made of it.
 
-A check takes a place (`configs/table1.yaml: rows: Base`) and what stands there. It returns that, or raises `UserError`.
+A kind is a type; `[kind]`: a list; `{...: kind}`: lines of any names; `Keys`: of these; a function of place and value.
 """
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, read_yaml
 from metaperturb.errors import UserError
 
-Check = Callable[[str, Any], Any]
 PROGRAMS = {"meta_train": MetaTrainConfig, "meta_test": MetaTestConfig}
+EXPECTED = {str: "text", bool: "true or false", list: "a list of names", Mapping: "'name: value' lines"}
+
+
+class Keys(NamedTuple):
+    """Lines of these names; `others`: any, of a kind of their own."""
+
+    kinds: Mapping[str, Any]
+    required: Iterable[str] = ()
+    others: Any = None
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -22,7 +30,7 @@ def read_grid(path: Path) -> dict[str, Any]:
         UserError: unreadable; a part that is missing, unknown, of another type, or names what is not there.
     """
     empty = {key: {} for key in ("set", "needs", "rows", "candidates", "paper")} | {"baselines": []}
-    content = keys(GRID, required=GRID)(str(path), empty | read_yaml(path))
+    content = checked(str(path), empty | read_yaml(path), GRID)
     columns = content["columns"]
     for row, numbers in content["paper"].items():
         if len(numbers) != len(columns):
@@ -47,51 +55,31 @@ def check_known(what: str, names: Iterable[Any], known: Iterable[Any]) -> None:
             )
 
 
-# --- kinds of values
-
-
-def a(kind: type, description: str) -> Check:
-    def check(where: str, value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise UserError(f"{where}: expected {description}, got {value!r:.60}")
-        return value
-
-    return check
-
-
-text, truth, values = a(str, "text"), a(bool, "true or false"), a(list, "a list of values")
-
-
-def settings(where: str, value: Any) -> dict[str, Any]:
-    content = a(Mapping, "'name: value' lines")(where, {} if value is None else value)
-    for name in content:
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: {name!r} is no text; put names like this in quotes")
-    return dict(content)
-
-
-def named(each: Check) -> Check:
-    return lambda where, value: {name: each(f"{where}: {name}", v) for name, v in settings(where, value).items()}
-
-
-def keys(parts: Mapping[str, Check], required: Collection[str] = ()) -> Check:
-    def check(where: str, value: Any) -> dict[str, Any]:
-        content = settings(where, value)
-        check_known(f"{where}: key", content, parts)
-        if lacking := [key for key in required if key not in content]:
+def checked(where: str, value: Any, kind: Any) -> Any:
+    """The value at this place (`configs/table1.yaml: rows: Base`), which must be of this kind."""
+    if isinstance(kind, list):
+        return [checked(where, item, kind[0]) for item in checked(where, value, list)]
+    if isinstance(kind, dict):
+        kind = Keys({}, others=kind[...])
+    if isinstance(kind, Keys):
+        content = checked(where, {} if value is None else value, Mapping)
+        if wrong := [name for name in content if not isinstance(name, str) or not name]:
+            raise UserError(f"{where}: {wrong[0]!r} is no text; put names like this in quotes")
+        if kind.others is None:
+            check_known(f"{where}: key", content, kind.kinds)
+        if lacking := [key for key in kind.required if key not in content]:
             raise UserError(f"{where}: lacks {lacking[0]!r}")
-        return {key: parts[key](f"{where}: {key}", value) for key, value in content.items()}
+        return {key: checked(f"{where}: {key}", of, kind.kinds.get(key, kind.others)) for key, of in content.items()}
+    if not isinstance(kind, type):
+        return kind(where, value)
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: expected {EXPECTED[kind]}, got {value!r:.60}")
+    return value
 
-    return check
 
-
-def texts(where: str, value: Any) -> list[str]:
-    return [text(where, item) for item in a(list, "a list of names")(where, value)]
-
-
-def chosen(each: Check) -> Check:
+def chosen(each: Any) -> Any:
     """Names, or others in their place."""
-    return lambda where, value: (named(each) if isinstance(value, Mapping) else texts)(where, value)
+    return lambda where, value: checked(where, value, {...: each} if isinstance(value, Mapping) else [str])
 
 
 def seeds(where: str, value: Any) -> list[int]:
@@ -100,15 +88,13 @@ def seeds(where: str, value: Any) -> list[int]:
     raise UserError(f"{where}: expected a list of whole numbers, got {value!r}")
 
 
-def numbers(where: str, value: Any) -> list[str | None]:
+def number(where: str, value: Any) -> str | None:
     """What the paper reports: `66.78±0.59`, or null."""
-    found = a(list, "a list")(where, value)
-    for number in found:
-        try:
-            float(str(0 if number is None else number).partition("±")[0])
-        except ValueError:
-            raise UserError(f"{where}: expected numbers such as 66.78±0.59, got {number!r}") from None
-    return [None if number is None else str(number) for number in found]
+    try:
+        float(str(0 if value is None else value).partition("±")[0])
+    except ValueError:
+        raise UserError(f"{where}: expected numbers such as 66.78±0.59, got {value!r}") from None
+    return None if value is None else str(value)
 
 
 def program(where: str, value: Any) -> str:
@@ -118,26 +104,22 @@ def program(where: str, value: Any) -> str:
 
 
 def need(where: str, value: Any) -> dict[str, Any]:
-    of_file = "file" in settings(where, value)
-    return (keys(FILE, required=FILE) if of_file else keys(RUN, required=("program", "config")))(where, value)
+    file = dict.fromkeys(("file", "sha256", "hint"), str)
+    run = {"program": program, "config": str, "set": SETTINGS, "like": [str]}
+    of_file = isinstance(value, Mapping) and "file" in value
+    return checked(where, value, Keys(file, file) if of_file else Keys(run, ("program", "config")))
 
 
-def column(where: str, value: Any) -> dict[str, Any]:
-    content = settings(where, value)
-    return content | {key: check(f"{where}: {key}", content[key]) for key, check in COLUMN.items() if key in content}
-
-
-# --- the parts of a file
-
-FILE = dict.fromkeys(("file", "sha256", "hint"), text)
-RUN = {"program": program, "config": text, "set": settings, "like": texts}
-COLUMN = {"stands_for": text, "comparable": truth}  # beside its settings
+SETTINGS = {...: object}
+COLUMN = {"stands_for": str, "comparable": bool}  # beside its settings
+OF_COLUMN = Keys(COLUMN, others=object)
 PRESET = {
-    **{"set": settings, "seeds": seeds, "needs": named(settings), "columns": chosen(column)},
-    **{"rows": chosen(settings), "also": named(settings), "comparable": truth, "tuned": text},
+    **{"set": SETTINGS, "seeds": seeds, "needs": {...: SETTINGS}, "columns": chosen(OF_COLUMN)},
+    **{"rows": chosen(SETTINGS), "also": {...: SETTINGS}, "comparable": bool, "tuned": str},
 }
-GRID = {
-    **{"title": text, "config": text, "set": settings, "seeds": seeds, "needs": named(need), "columns": named(column)},
-    **{"rows": named(settings), "candidates": named(named(values)), "baselines": texts, "paper": named(numbers)},
-    "presets": named(keys(PRESET)),
+PARTS = {
+    **{"title": str, "config": str, "set": SETTINGS, "seeds": seeds, "needs": {...: need}, "columns": {...: OF_COLUMN}},
+    **{"rows": {...: SETTINGS}, "candidates": {...: {...: [object]}}, "baselines": [str], "paper": {...: [number]}},
+    "presets": {...: Keys(PRESET)},
 }
+GRID = Keys(PARTS, required=PARTS)

@@ -40,7 +40,7 @@ def select(arguments: argparse.Namespace) -> None:
     folder = results_folder(grid, arguments)
     if arguments.report and not arguments.sources:
         take_rows(grid, folder)
-        print(f"{write_table(grid, folder, arguments.runs)}: of the choice that is recorded", file=sys.stderr)
+        print(f"{write_table(grid, folder)}: of the choice that is recorded", file=sys.stderr)
         return
     sources = find_sources(arguments)
     phis = {name: load_phi(path) for name, path in sources.items()}
@@ -54,7 +54,7 @@ def select(arguments: argparse.Namespace) -> None:
         raise UserError(f"{grid.path}: eval_split must not be test: choosing on test images is cheating")
     if not run_grid(grid, arguments):
         return
-    page = write_table(grid, folder, arguments.runs)
+    page = write_table(grid, folder)
     accuracy = collect(grid, Results(grid, folder), [*sources])
     best = max((name for name in sources if "mean" in accuracy[name]), key=lambda name: accuracy[name]["mean"])
     selection = {"chosen": best, "evaluated": describe(grid), "accuracy": accuracy}

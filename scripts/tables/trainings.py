@@ -38,7 +38,6 @@ from tables.page import csv_text, markdown
 from tables.results import (
     DIVERGED,
     Results,
-    keep_need_records,
     place_of,
     take_recorded,
     write_diverged,
@@ -111,7 +110,7 @@ def make_table(arguments: argparse.Namespace) -> None:
             print(f"{need.name}: {need.id}, as of the records (--use {need.name}=… names another)", file=sys.stderr)
     if not run_grid(grid, arguments):
         return
-    page = write_table(grid, folder, arguments.runs)
+    page = write_table(grid, folder)
     print(page.read_text(encoding="utf-8"))
     print(f"table: {page}   numbers: {page.with_suffix('.csv')}", file=sys.stderr)
 
@@ -130,7 +129,7 @@ def results_folder(grid: Grid, arguments: argparse.Namespace) -> Path:
     return arguments.results / grid.name / name
 
 
-def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
+def write_table(grid: Grid, folder: Path) -> Path:
     """Markdown and CSV beside the folder of the records; the Markdown's path."""
     results = Results(grid, folder)
     if not results.records and not results.diverged:
@@ -139,10 +138,8 @@ def write_table(grid: Grid, folder: Path, runs: Path) -> Path:
         print(f"not in the table: {folder / name} (another row, setting or φ)", file=sys.stderr)
     if len(versions := results.code_versions()) > 1:
         print(f"the cells come from {len(versions)} versions of the code: {', '.join(versions)}", file=sys.stderr)
-    needs = {need.id: need for cell in results.cells.values() for need in cell.needs.values()}
-    kept = keep_need_records(needs.values(), runs / "needs", folder)
     page = folder.with_name(folder.name + ".md")
-    write_atomically(page, lambda file: file.write(markdown(grid, results, kept).encode()))
+    write_atomically(page, lambda file: file.write(markdown(results).encode()))
     write_atomically(page.with_suffix(".csv"), lambda file: file.write(csv_text(results).encode()))
     return page
 
@@ -352,5 +349,5 @@ def cell_job(results: Results, cell: Cell, runs: Path, images: Images) -> Job:
         record=record,
         finish=finish,
         needs=tuple(need.id for need in cell.needs.values() if need.file is None),
-        diverge=lambda said: write_diverged(results, cell, images(cell.config), run_dir, said),
+        diverge=lambda said: write_diverged(results, cell, images(cell.config), made.get("phi"), run_dir, said),
     )

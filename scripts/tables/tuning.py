@@ -34,7 +34,7 @@ def tune(arguments: argparse.Namespace) -> None:
     if not run_grid(grid, arguments):
         return
     folder = results_folder(grid, arguments)
-    page = write_table(grid, folder, arguments.runs)
+    page = write_table(grid, folder)
     chosen, accuracy = choose(grid, Results(grid, folder))
     path = folder.with_name(folder.name + ".json")
     save_json({"chosen": chosen, "accuracy": accuracy}, path)

@@ -244,7 +244,8 @@ def plot_growth(
             amounts, mean, std, count = map(np.array, zip(*found, strict=True))
             alike = len({*count}) == 1
             line = POINTS | lines[method] | ({} if alike else {"linestyle": "none"})  # of other seeds: no trend
-            label = _with_seeds(method, int(count[0])) if alike else f"{name_of(method)} ({min(count)} to {max(count)} runs)"
+            label = f"{name_of(method)} ({min(count)} to {max(count)} runs)"
+            label = _with_seeds(method, int(count[0])) if alike else label
             axes.errorbar(amounts, mean, np.where(count > 1, std, np.nan), label=label, capsize=3, **line)
             rows += [(method, unit, *row) for row in found]
         if level:
