@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from metaperturb.data.arrays import to_pixels
-from metaperturb.data.disk import Progress
+from metaperturb.data.disk import progress
 from metaperturb.data.files import Place
 from metaperturb.data.official import OFFICIAL
 from metaperturb.data.registry import open_plan
@@ -142,12 +142,12 @@ def make_zip(name: str, data_root: Path) -> Path:
 
     def write(file: BinaryIO) -> None:
         crcs = {}
-        with Progress(f"{path}", made.images, "images") as progress, zipfile.ZipFile(file, "w") as archive:
+        with progress(f"{path}", made.images, "images") as one_more, zipfile.ZipFile(file, "w") as archive:
             for member, content in made.members(path.parent):
                 archive.writestr(zipfile.ZipInfo(member), content)  # its date is 1980: the same zip every time
                 if not member.endswith(".txt"):
                     crcs[member] = zlib.crc32(content)
-                    progress.add()
+                    one_more()
             if len(crcs) != made.images:
                 raise UserError(
                     f"{path}: expected {made.images:,} images, found {len(crcs):,}; is the official data complete?"

@@ -185,11 +185,13 @@ def refused(capsys):
     return of
 
 
-def wait_for(condition, seconds: float = 600.0) -> None:
+def wait_for(condition, seconds: float = 600.0):
+    """What the condition gives, once that is true."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.01)
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -200,13 +202,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def children(pid: int) -> list[int]:
-    """The workers that a launcher has started; other children may be gone at any moment."""
+def children(pid: int, word: bytes = b"spawn_main") -> list[int]:
+    """Of a process those with this word in their command, such as a launcher's workers; any may be gone at once."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
             with contextlib.suppress(OSError):
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if word in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
 

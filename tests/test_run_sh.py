@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, class_pictures
-from image_files import write_folder, write_zip
+from image_files import tiny_imagenet, write_folder, write_zip
 
 from metaperturb.config import MetaTestConfig
 from metaperturb.identity import data_name
@@ -259,28 +259,16 @@ def test_demo(tmp_path):
 
 
 @pytest.fixture
-def tiny_imagenet(tmp_path) -> list[Path]:
-    """Two zips with the official layout, 10 classes of 4 images in each; the first has a validation image a class."""
-    parts = []
-    for part in (1, 2):
-        files = {}
-        for name, content in class_pictures(10, 8, "train", size=64).items():
-            _, label, file = name.split("/")
-            index = int(file.removesuffix(".png"))
-            if index % 2 == part - 1:
-                wnid = f"n{int(label[5:]):08}"
-                files[f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{index}.JPEG"] = content
-                if index == 0:
-                    files[f"tiny-imagenet-200/val/images/{wnid}.JPEG"] = content
-                    table = files.get("tiny-imagenet-200/val/val_annotations.txt", b"")
-                    files["tiny-imagenet-200/val/val_annotations.txt"] = table + f"{wnid}.JPEG\t{wnid}\t0\n".encode()
-        parts.append(write_zip(tmp_path / f"tiny.part{part}.zip", files))
-    return parts
+def parts(tmp_path) -> list[Path]:
+    """Two zips of Tiny ImageNet, 10 classes of 4 images in each; the first has a validation image a class."""
+    wnids = [f"n{label:08}" for label in range(10)]
+    files = tiny_imagenet(wnids, range(4), val=wnids), tiny_imagenet(wnids, range(4, 8))
+    return [write_zip(tmp_path / f"tiny.part{i}.zip", part) for i, part in enumerate(files)]
 
 
-def test_src_then_tgt(tmp_path, tiny_imagenet):
+def test_src_then_tgt(tmp_path, parts):
     environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "SRC_MODEL": "resnet8"}
-    source = {"SRC_PATHS": ",".join(map(str, tiny_imagenet)), "SRC_TASKS": "5", "SRC_STEPS": "2", "GPUS": "cpu,cpu"}
+    source = {"SRC_PATHS": ",".join(map(str, parts)), "SRC_TASKS": "5", "SRC_STEPS": "2", "GPUS": "cpu,cpu"}
     completed = run_sh("src", "batch_size=4", **environment, **source)
     assert completed.returncode == 0, completed.stderr
 
@@ -295,9 +283,9 @@ def test_src_then_tgt(tmp_path, tiny_imagenet):
 
 
 @pytest.mark.slow
-def test_pretrain_then_finetune(tmp_path, tiny_imagenet):
+def test_pretrain_then_finetune(tmp_path, parts):
     environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "TGT_MODEL": "resnet8"}
-    paths = ",".join(map(str, tiny_imagenet))
+    paths = ",".join(map(str, parts))
     completed = run_sh("pretrain", "cpu", "steps=2", "batch_size=4", SRC_PATHS=paths, **environment)
     assert completed.returncode == 0, completed.stderr
     pretrained = tmp_path / "runs" / "pretrain-tiny_imagenet-resnet8-seed0"

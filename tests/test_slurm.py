@@ -157,7 +157,7 @@ def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tm
     assert "submitted 7 as job " in table("a", "--slurm", "array=3")
     assert "7 are in the queue already" in table("a", "--slurm", "array=3")
     assert sum(" Dependency" in line for line in slurm.queue()) in (0, 2)  # MetaPerturb's, as long as there is no φ
-    (log,) = wait_for_one(tmp_path / "a" / "runs" / "small" / "six", "base--*--seed0--*/log.txt")
+    (log,) = wait_for(lambda: [*(tmp_path / "a" / "runs" / "small" / "six").glob("base--*--seed0--*/log.txt")])
     wait_for(lambda: "step" in log.read_text(), 600)
     (jobs,) = (tmp_path / "a" / "runs" / "slurm" / "small" / "six").glob("*/jobs.json")
     number = {line.partition("_")[0] for line in slurm.queue()}.pop()
@@ -177,11 +177,6 @@ def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tm
     }
     assert len(found["a"]) == 6 and len(found["b"]) == 2
     assert found["b"].items() <= found["a"].items()
-
-
-def wait_for_one(folder: Path, pattern: str) -> list[Path]:
-    wait_for(lambda: len([*folder.glob(pattern)]) == 1, 600)
-    return [*folder.glob(pattern)]
 
 
 def test_a_meta_training_on_two_nodes_goes_on_when_one_is_lost(slurm, tmp_path, source_settings):

@@ -1,7 +1,7 @@
 """Tiny ImageNet in its official layout, whole or in parts."""
 
 import numpy as np
-from image_files import expected_pixels, md5, picture, refused, served, write_folder, write_zip
+from image_files import expected_pixels, md5, picture, refused, served, tiny_imagenet, write_folder, write_zip
 
 from metaperturb.data import load, official
 
@@ -9,19 +9,8 @@ WNIDS = ("n02", "n01", "n10")
 
 
 def _layout(first: int, last: int, val: bool = True) -> dict[str, bytes]:
-    """Images `first … last - 1` of each class, as in the official archive."""
-    files = {"wnids.txt": "\n".join(WNIDS).encode(), "words.txt": b"n01\tcat"}
-    for c, wnid in enumerate(WNIDS):
-        files[f"train/{wnid}/{wnid}_boxes.txt"] = f"{wnid}_0.JPEG\t0\t0\t63\t63".encode()
-        for i in range(first, last):
-            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = picture(100 * c + i, (64, 64), "JPEG")
-    if val:
-        rows = [f"val_{i}.JPEG\t{WNIDS[i % 3]}\t0\t32\t44\t62\n" for i in range(12)]
-        files["val/val_annotations.txt"] = "".join(rows).encode()
-        for i in range(6):  # the other half is not here
-            files[f"val/images/val_{i}.JPEG"] = picture(900 + i, (64, 64), "JPEG")
-    files["test/images/test_0.JPEG"] = picture(5, (64, 64), "JPEG")
-    return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
+    """Images `first … last - 1` of each class; half of the validation images are here."""
+    return tiny_imagenet(WNIDS, range(first, last), 4 * WNIDS if val else (), there=6)
 
 
 def _load(root, *paths, split="train", **options):

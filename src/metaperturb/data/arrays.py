@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
-from metaperturb.data.disk import NOT_OURS, Progress, disk_errors, file_lock
+from metaperturb.data.disk import NOT_OURS, disk_errors, file_lock, progress
 from metaperturb.data.files import Place, is_passing, printable, read_file
 from metaperturb.errors import UserError
 from metaperturb.provenance import available_cores
@@ -379,11 +379,11 @@ def _decoded(
     count, kept, rows, left_out = len(plan.labels), [], [], []
     images = allocate((count, 3, image_size, image_size))
     with (
-        Progress(f"{name}: decode to {image_size} px", count, "images") as progress,
+        progress(f"{name}: decode to {image_size} px", count, "images") as one_more,
         contextlib.closing(_in_threads(decode, count)) as results,
     ):
         for i, found in enumerate(results):
-            progress.add()
+            one_more()
             if not isinstance(found, Exception):
                 images[len(kept)], row = found
                 kept.append(i)

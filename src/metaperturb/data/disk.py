@@ -5,7 +5,7 @@ import errno
 import fcntl
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -77,32 +77,30 @@ def file_lock(path: Path) -> Iterator[bool]:
         yield locked
 
 
-class Progress:
-    """A tqdm bar on a terminal; elsewhere (log files, CI) a plain line at the start, every 30 s and at the end."""
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+    """A tqdm bar on a terminal; elsewhere (log files, CI) a plain line at the start, every 30 s and at the end.
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
-        self._what, self._total, self._unit, self.done = what, total, unit, 0
-        self._start = self._last = time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit=unit, leave=False) if sys.stderr.isatty() else None
-        if self._bar is None:
-            self._say(f"{total:,} {unit}")
+    Yields:
+        what is to be called for each one that is done.
+    """
 
-    def _say(self, text: str) -> None:
-        print(f"{self._what}: {text}", file=sys.stderr, flush=True)
+    def say(text: str) -> None:
+        print(f"{what}: {text}", file=sys.stderr, flush=True)
 
-    def add(self, amount: int = 1) -> None:
-        self.done += amount
-        if self._bar is not None:
-            self._bar.update(amount)
-        elif time.monotonic() - self._last > 30:
-            self._last = time.monotonic()
-            self._say(f"{self.done:,} {self._unit} of {self._total:,}")
+    def add() -> None:
+        nonlocal done, told
+        done += 1
+        if bar is not None:
+            bar.update()
+        elif time.monotonic() - told > 30:
+            told = time.monotonic()
+            say(f"{done:,} {unit} of {total:,}")
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if kind is None:
-            self._say(f"{self.done:,} {self._unit} in {time.monotonic() - self._start:.1f} s")
+    done, start = 0, time.monotonic()
+    told, bar = start, tqdm(total=total, desc=what, unit=unit, leave=False) if sys.stderr.isatty() else None
+    if bar is None:
+        say(f"{total:,} {unit}")
+    with contextlib.nullcontext() if bar is None else bar:
+        yield add
+    say(f"{done:,} {unit} in {time.monotonic() - start:.1f} s")

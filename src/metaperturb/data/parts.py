@@ -17,15 +17,8 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
         UserError: as `load` and `holdout_split`, or a class has fewer images than `train_per_class`.
     """
     hold_out = config.eval_split == "holdout"
-    train, *rest = load(
-        config.target,
-        data_root=config.data_root,
-        paths=config.target_paths,
-        image_size=config.image_size,
-        download=config.download,
-        skip_unreadable=config.skip_unreadable,
-        splits=("train",) if hold_out else ("train", config.eval_split),
-    )
+    splits = ("train",) if hold_out else ("train", config.eval_split)
+    train, *rest = _load(config, config.target, config.target_paths, config.image_size, splits)
     if hold_out:
         kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
         train, rest = subset(train, kept, "rest"), [subset(train, held_out, "holdout")]
@@ -48,15 +41,15 @@ def load_source_images(config: MetaTrainConfig, image_size: int | None = None) -
     Raises:
         UserError: as `load` and `few_classes`.
     """
-    (source,) = load(
-        SOURCES[config.source],
-        data_root=config.data_root,
-        paths=config.source_paths,
-        image_size=image_size or config.image_sizes[0],
-        download=config.download,
-        skip_unreadable=config.skip_unreadable,
-        splits=("train",),
-    )
+    size = image_size or config.image_sizes[0]
+    (source,) = _load(config, SOURCES[config.source], config.source_paths, size, ("train",))
     if config.classes is None:
         return source
     return subset(source, few_classes(source.labels, config.classes), f"{config.classes}-classes")
+
+
+def _load(
+    config: MetaTestConfig | MetaTrainConfig, name: str, paths: list[str], size: int | None, splits: tuple
+) -> tuple[ImageArrays, ...]:
+    how = {key: getattr(config, key) for key in ("data_root", "download", "skip_unreadable")}
+    return load(name, paths=paths, image_size=size, splits=splits, **how)
