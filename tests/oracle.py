@@ -44,9 +44,18 @@ class OracleSite:
         channels: C.
         channel_norm: the channel count of the network's widest perturbed layer.
         size_norm: the input image size.
+        scale_free: whether the noise sees h divided by its root mean square: the batch's, or the running one.
     """
 
-    def __init__(self, weights: dict[str, np.ndarray], channels: int, channel_norm: int, size_norm: int) -> None:
+    def __init__(
+        self,
+        weights: dict[str, np.ndarray],
+        channels: int,
+        channel_norm: int,
+        size_norm: int,
+        scale_free: bool = False,
+    ) -> None:
+        self.scale_free, self.running_rms = scale_free, 1.0
         self.weights = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
         self.channel_norm, self.size_norm = channel_norm, size_norm
         self.running_mean = np.zeros((channels, 4))
@@ -56,6 +65,8 @@ class OracleSite:
 
     def noise_mean(self, h: np.ndarray) -> np.ndarray:
         w = self.weights
+        if self.scale_free:
+            h = h / (np.sqrt((h**2).mean()) if self.training else self.running_rms)
         hidden = np.maximum(equivariant_layer(h, w["self1"], w["all1"]), 0)
         return equivariant_layer(hidden, w["self2"], w["all2"])
 
@@ -96,6 +107,7 @@ class OracleSite:
             mean, var = self.batch_statistics(h)
             self.running_mean = (1 - MOMENTUM) * self.running_mean + MOMENTUM * mean
             self.running_var = (1 - MOMENTUM) * self.running_var + MOMENTUM * var
+            self.running_rms = (1 - MOMENTUM) * self.running_rms + MOMENTUM * np.sqrt((h**2).mean())
         if (self.training or self.clip_eval) and self.clip is not None and self.strength > 0:  # at 0: the identity
             out = np.minimum(out, self.clip)
         return out

@@ -716,6 +716,26 @@ def test_a_state_with_another_part_of_φ_is_refused(part):
     refused(f"saved with {part}=False, the network was attached with True", quiet(SMALL()).load_state_dict, state)
 
 
+def test_a_scale_free_phi_keeps_its_statistics_and_is_not_mistaken_for_another():
+    x = torch.randn(4, 3, 32, 32)
+    free, fresh = (attach(SMALL(), MetaPerturb(scale_free=True), 32, verbose=False) for _ in range(2))
+    free.train()(x)
+    fresh.load_state_dict(free.state_dict())
+    assert torch.equal(seeded(fresh.eval(), x), seeded(free.eval(), x))
+    assert torch.equal(seeded(copy.deepcopy(free), x), seeded(free, x))
+    refused(
+        "saved with scale_free=True, the network was attached with False",
+        quiet(SMALL()).load_state_dict,
+        free.state_dict(),
+    )
+    refused(
+        "saved with scale_free=False, the network was attached with True",
+        free.load_state_dict,
+        quiet(SMALL()).state_dict(),
+    )
+    assert not any("running_rms" in name for name in detach(free).state_dict())
+
+
 def test_loading_into_nothing():
     saved = quiet(SMALL()).state_dict()
     with torch.device("meta"):

@@ -32,8 +32,8 @@ def images(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def some_phi():
-    phi = MetaPerturb().requires_grad_(False)
+def some_phi(scale_free=False):
+    phi = MetaPerturb(scale_free).requires_grad_(False)
     phi.flat.copy_(0.3 * images(82, seed=1))
     return phi
 
@@ -105,8 +105,9 @@ def test_gradients_go_through_the_expectation(site):
 # --- statistics and reversal
 
 
-def test_statistics_are_the_averages_over_the_batches():
-    model = network()
+@pytest.mark.parametrize("scale_free", [False, True])
+def test_statistics_are_the_averages_over_the_batches(scale_free):
+    model = network(phi=some_phi(scale_free))
     direct, seen = copy.deepcopy(model), {}
     direct.metaperturb.deterministic = True
     for name, part in direct.named_modules():
@@ -129,13 +130,17 @@ def test_statistics_are_the_averages_over_the_batches():
             maps = [nn.functional.conv2d(x.flatten(0, 1)[:, None], kernels, padding=1).relu() for x in inputs]
             features = [m.mean(dim=(2, 3)).view(len(x), -1, 4) for m, x in zip(maps, inputs, strict=True)]
             mean, var = (torch.stack([of(f, dim=0) for f in features]).mean(dim=0) for of in (torch.mean, torch.var))
+            if scale_free:
+                rms = sum(x.square().mean().sqrt() for x in inputs) / len(inputs)
+                assert torch.allclose(part.running_rms, rms, rtol=1e-4)
         assert torch.allclose(part.running_mean, mean, rtol=1e-4, atol=1e-5)
         assert torch.allclose(part.running_var, var, rtol=1e-4, atol=1e-5)
         assert not part.training
 
 
-def test_the_way_there_and_back():
-    model, x = network(), images(4, 3, SIZE, SIZE)
+@pytest.mark.parametrize("scale_free", [False, True])
+def test_the_way_there_and_back(scale_free):
+    model, x = network(phi=some_phi(scale_free)), images(4, 3, SIZE, SIZE)
     before, drawn = state(model), draw(model, x)
     made = make_deterministic(model, batches())
     one_pass, kept = draw(made, x), state(made)
@@ -143,7 +148,7 @@ def test_the_way_there_and_back():
     file = io.BytesIO()
     torch.save(made.state_dict(), file)
     file.seek(0)
-    fresh = network()
+    fresh = network(phi=some_phi(scale_free))
     fresh.load_state_dict(torch.load(file))
     for copied in (made, fresh, copy.deepcopy(made)):
         assert torch.equal(draw(copied, x, 1), one_pass)

@@ -375,6 +375,7 @@ def test_port_in_use(here, refused):
         (["split_file=nowhere.json"], "split_file: nowhere.json does not exist"),
         (["threads=100000"], "threads: must be between 1 and 1024"),
         (["batch_size=1"], "batch_size: must be at least 2"),
+        (["noise=false", "scale_free=true"], "scale_free: is about the noise, and with noise=false there is none"),
         (["model=resnet8,resnet21"], "model: unknown 'resnet21' (near: resnet"),
         (["model=resnet8,,conv4"], "model=resnet8,,conv4: one of the names is empty"),
         (
@@ -634,7 +635,7 @@ def test_networks_and_image_sizes_are_spread_over_the_tasks(setting):
 
 @pytest.mark.slow
 def test_bits_of_several_networks_after_a_signal_and_with_other_processes(source_settings, tmp_path, monkeypatch):
-    settings = ["--set", *source_settings, *MIXED, "tasks=4", "steps=3", "checkpoint_every=100"]
+    settings = ["--set", *source_settings, *MIXED, "tasks=4", "steps=3", "scale_free=true", "checkpoint_every=100"]
     assert program.main([*settings, "gpus=cpu", f"run_dir={tmp_path / 'one'}"]) == 0
     joint_step = program.joint_step
 
@@ -650,7 +651,7 @@ def test_bits_of_several_networks_after_a_signal_and_with_other_processes(source
     assert torch.equal(phi_bits(tmp_path / "one"), phi_bits(tmp_path / "two"))
     assert logged(tmp_path / "one") == logged(tmp_path / "two")
     card = load_phi(tmp_path / "two" / "phi.pt").card["config"]
-    assert card["model"] == "resnet8,mobilenet_v3_small" and card["image_size"] == [16, 32]
+    assert card["model"] == "resnet8,mobilenet_v3_small" and card["scale_free"] and card["image_size"] == [16, 32]
 
 
 def test_lookahead_annealing_and_bfloat16_change_the_result(here, tmp_path):
@@ -710,7 +711,7 @@ def test_no_step_at_all_is_phi_as_it_is_drawn(source_settings, tmp_path):
     phi = load_phi(tmp_path / "src" / "phi.pt")
     values = phi_bits(tmp_path / "src")
     assert 0.007 < values.std() < 0.013 and values.abs().max() < 0.05
-    assert phi.card["config"]["steps"] == 0 and phi.card["metrics"] is None
+    assert phi.card["config"]["steps"] == 0 and not phi.scale_free and phi.card["metrics"] is None
     assert (tmp_path / "src" / "result.json").exists() and not (tmp_path / "src" / "curves.png").exists()
 
 

@@ -34,21 +34,21 @@ def kernel(request):
         yield request.param
 
 
-def make_phi(seed=0, spread=0.5):
+def make_phi(seed=0, spread=0.5, scale_free=False):
     """φ far from its initial weights, in float64: with N(0, 0.01²) most mistakes would hide below the tolerance."""
     generator = torch.Generator().manual_seed(seed)
-    phi = MetaPerturb().double()
+    phi = MetaPerturb(scale_free).double()
     with torch.no_grad():
         for p in phi.tensors():
             p.copy_(spread * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return phi
 
 
-def make_pair(channels=3, channel_norm=7, size_norm=11, seed=0):
+def make_pair(channels=3, channel_norm=7, size_norm=11, seed=0, scale_free=False):
     """A site and its oracle."""
-    phi = make_phi(seed)
+    phi, sizes = make_phi(seed, scale_free=scale_free), (channels, channel_norm, size_norm)
     weights = {name: p.detach().numpy() for name, p in phi.tensors()._asdict().items()}
-    return PerturbSite(phi, channels, channel_norm, size_norm), OracleSite(weights, channels, channel_norm, size_norm)
+    return PerturbSite(phi, *sizes), OracleSite(weights, *sizes, scale_free)
 
 
 def maps(*shape, seed=1, spread=1.0):
@@ -63,6 +63,8 @@ def assert_same(actual, expected):
 def assert_same_statistics(site, oracle):
     assert_same(site.running_mean, oracle.running_mean)
     assert_same(site.running_var, oracle.running_var)
+    if oracle.scale_free:
+        assert_same(site.running_rms, oracle.running_rms)
 
 
 # --- against the oracle
@@ -77,11 +79,12 @@ def test_noise_mean(shape):
     assert_same(site.phi.noise_mean(h), oracle.noise_mean(h.numpy()))
 
 
+@pytest.mark.parametrize("scale_free", [False, True])
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_whole_site_through_training_and_evaluation(shape):
-    site, oracle = make_pair(shape[1])
+def test_whole_site_through_training_and_evaluation(shape, scale_free):
+    site, oracle = make_pair(shape[1], scale_free=scale_free)
     for step in range(4):
-        h, noise = maps(*shape, seed=2 * step), maps(*shape, seed=2 * step + 1)
+        h, noise = maps(*shape, seed=2 * step, spread=7.0), maps(*shape, seed=2 * step + 1)
         assert_same(site.scale(h), oracle.scale(h.numpy()))
         assert_same(site(h, noise=noise), oracle.forward(h.numpy(), noise.numpy()))
         assert_same_statistics(site, oracle)
@@ -238,10 +241,10 @@ def test_on_a_gpu():
 # --- gradients
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training, scale_free", [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_gradients_of_phi_and_h_against_finite_differences(strength, training):
-    site, _ = make_pair(2)
+def test_gradients_of_phi_and_h_against_finite_differences(strength, training, scale_free):
+    site, _ = make_pair(2, scale_free=scale_free)
     for seed in range(2):
         site(maps(3, 2, 3, 3, seed=seed))
     site.strength = strength
@@ -347,6 +350,37 @@ def test_noise_differs_between_calls_and_sites_and_follows_the_seed(training, ke
     torch.testing.assert_close(sites[0](h, noise=noise), first[0])
 
 
+@pytest.mark.parametrize("paper", [True, False])
+def test_scale_free_noise_does_not_grow_with_the_map(paper):
+    """A map ten times as large is multiplied by the same factors; in evaluation, once the running size has followed."""
+    factors = {}
+    for scale_free, size in itertools.product((False, True), (1.0, 10.0)):
+        site = PerturbSite(make_phi(scale_free=scale_free), 3, gate=not paper)
+        site.attachment._write(site.attachment.current()._replace(paper=paper, clip=None))
+        h, noise = size * maps(4, 3, 5, 5), maps(4, 3, 5, 5, seed=5)
+        found = [site(h, noise=noise) / h]
+        for _ in range(160):
+            site(h)
+        found.append(site.eval()(h, noise=noise) / h)
+        found.append(site(h[:1], noise=noise[:1]) / h[:1])  # whatever else is in the batch
+        factors[scale_free, size] = torch.cat(found).detach()
+    torch.testing.assert_close(factors[True, 1.0], factors[True, 10.0], rtol=1e-6, atol=1e-6)
+    trained, evaluated, alone = factors[True, 1.0].split([4, 4, 1])
+    torch.testing.assert_close(evaluated, trained, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone, evaluated[:1], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(factors[False, 1.0], factors[False, 10.0], rtol=0.1)
+
+
+def test_scale_free_at_zero_and_in_half_precision():
+    site = PerturbSite(make_phi(scale_free=True).float(), 3)
+    assert torch.equal(site(torch.zeros(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
+    site(torch.full((64, 3, 32, 32), 600.0, dtype=torch.float16))  # whose squares are beyond half precision
+    assert site.running_rms == pytest.approx(0.9 * 0.9 + 0.1 * 600, rel=1e-5)
+    h = maps(2, 3, 4, 4)
+    size = h.square().mean().sqrt()
+    torch.testing.assert_close(make_phi(scale_free=True).noise_mean(h), make_phi().noise_mean(h / size))
+
+
 # --- statistics
 
 
@@ -365,9 +399,10 @@ def test_scale_in_training_differs_from_evaluation_and_converges_to_it():
     assert batch_scale.std() > 0  # a scale a channel
 
 
-def test_a_saved_site_evaluates_identically(tmp_path):
-    site = PerturbSite(make_phi().float(), 3, 7, 11)
-    h, noise = maps(3, 3, 4, 4).float(), maps(3, 3, 4, 4, seed=3).float()
+@pytest.mark.parametrize("scale_free", [False, True])
+def test_a_saved_site_evaluates_identically(tmp_path, scale_free):
+    site = PerturbSite(make_phi(scale_free=scale_free).float(), 3, 7, 11)
+    h, noise = maps(3, 3, 4, 4, spread=7.0).float(), maps(3, 3, 4, 4, seed=3).float()
     for _ in range(3):
         site(h)
     expected = site.eval()(h, noise=noise)

@@ -84,6 +84,7 @@ def test_the_card_comes_back(tmp_path):
     save_phi(make_phi(), tmp_path / "phi.pt", card=card)
     assert load_phi(tmp_path / "phi.pt").card == card
     save_phi(make_phi(), tmp_path / "bare.pt")
+    assert not load_phi(tmp_path / "bare.pt").scale_free
     assert load_phi(tmp_path / "bare.pt").card == {}
 
 
@@ -112,6 +113,18 @@ def test_save_phi_writes_what_load_phi_reads(tmp_path, monkeypatch):
     save_phi(make_phi().double(), "double.pt")
     assert load_phi("double.pt").flat.dtype == torch.float32
     assert_loads("double.pt")
+
+
+def test_a_scale_free_phi_stays_one(tmp_path):
+    """It is another φ than that of the same numbers, also for code that knows version 1 alone."""
+    plain, free = make_phi(), MetaPerturb(scale_free=True)
+    free.load_state_dict(plain.state_dict())
+    save_phi(free, tmp_path / "free.pt")
+    loaded = load_phi(tmp_path / "free.pt")
+    assert loaded.scale_free and torch.equal(loaded.flat, plain.flat) and "scale-free" in repr(loaded)
+    assert torch.load(tmp_path / "free.pt", weights_only=True)["version"] == 2
+    assert phi_digest(loaded) == phi_digest(free) != phi_digest(plain)
+    assert not load_phi("tiny_imagenet_resnet20").scale_free
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -181,7 +194,10 @@ BAD_STATES = {
         ["scale_affine", "finite"],
     ),
     "ours with no card": ({"format": "metaperturb-phi", "version": 1, "state": {}, "card": None}, ["card", "NoneType"]),
-    "of a later version": ({"format": "metaperturb-phi", "version": 2}, ["of version 2; this code reads version 1"]),
+    "of a later version": (
+        {"format": "metaperturb-phi", "version": 3},
+        ["of version 3; this code reads versions up to 2"],
+    ),
     "a module": (make_phi(), []),
     "a list": ([torch.zeros(3, 3)], ["no φ"]),
     "a tensor": (torch.zeros(82), ["no φ"]),

@@ -112,6 +112,7 @@ class MetaTrainConfig(CommonConfig):
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
     split_file: str = option("", "read the split from this file instead of drawing it", by_content=True, path=True)
     steps: int = option(750, "meta-training steps; 0: φ as it is drawn, the control", low=0)
+    scale_free: bool = option(False, "beyond the paper: the noise sees h divided by its root mean square")
     phi_lr: float | None = option(None, "learning rate of φ; null: lr, as in the paper", low=0.0)
     anneal: float = option(
         0.0, "strength rises linearly over this share of the steps; 0: full from the start", low=0, high=1

@@ -133,7 +133,8 @@ def _norms(model: nn.Module) -> list[nn.Module]:
 
 def _sites(model: nn.Module) -> list[PerturbSite]:
     """Those with statistics that matter."""
-    return [m for m in model.modules() if isinstance(m, PerturbSite) and m.attachment.paper and m.attachment.gate]
+    sites = (m for m in model.modules() if isinstance(m, PerturbSite) and m.attachment.paper)
+    return [site for site in sites if site.attachment.gate or site.phi.scale_free]
 
 
 def _changed(model: nn.Module, layer: nn.Module | None) -> Iterator[Tensor]:
@@ -144,7 +145,7 @@ def _changed(model: nn.Module, layer: nn.Module | None) -> Iterator[Tensor]:
     for norm in _norms(model):
         yield from (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     for site in _sites(model):
-        yield from (site.running_mean, site.running_var)
+        yield from site.buffers(recurse=False)
 
 
 def _restore(model: nn.Module, values: Tensor) -> None:
@@ -179,7 +180,8 @@ def _images(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
 def _gather(model: nn.Module, images: Iterable[Tensor]) -> None:
     """What `update_bn` of `torch.optim.swa_utils` does, for the sites, too, and with dropout in evaluation mode."""
     norms, sites = _norms(model), _sites(model)
-    sums = [(torch.zeros_like(site.running_mean), torch.zeros_like(site.running_var)) for site in sites]
+    running = [statistic for site in sites for statistic in site.buffers(recurse=False)]
+    sums = [torch.zeros_like(statistic) for statistic in running]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -187,20 +189,17 @@ def _gather(model: nn.Module, images: Iterable[Tensor]) -> None:
             norm.momentum = None  # a cumulative average
         set_mode([*norms, *sites], True)
         for number, x in enumerate(images, 1):
-            for site in sites:  # of which a batch then moves the statistics by its own, times the momentum
-                site.running_mean.zero_()
-                site.running_var.zero_()
+            for statistic in running:  # which a batch then moves by its own, times the momentum
+                statistic.zero_()
             try:
                 model(x)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"batch {number}: the network does not take images {_shape(x)} ({reason})") from error
-            for site, (mean, var) in zip(sites, sums, strict=True):
-                mean += site.running_mean / MOMENTUM
-                var += site.running_var / MOMENTUM
-        for site, (mean, var) in zip(sites, sums, strict=True):
-            site.running_mean.copy_(mean / number)
-            site.running_var.copy_(var / number)
+            for statistic, total in zip(running, sums, strict=True):
+                total += statistic / MOMENTUM
+        for statistic, total in zip(running, sums, strict=True):
+            statistic.copy_(total / number)
         if not all(torch.isfinite(module.running_var).all() for module in [*norms, *sites]):
             raise NotFinite("these batches give statistics that are not finite")
     finally:

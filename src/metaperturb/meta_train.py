@@ -158,7 +158,7 @@ class Task:
         self.train_batches = batches(split.train, "order_train")
         self.test_batches = batches(split.test, "order_test")
         seed_torch(config.seed, index, "init")
-        model = models.create(name, len(split.classes), image_size).to(images.device)
+        model = training.place(models.create(name, len(split.classes), image_size), images.device)
         ablation = {key: getattr(config, key) for key in training.ABLATION}
         self.model = attach(model, phi, image_size, **ablation, clip=config.clip, paper=True, verbose=False).train()
         self.batch_norms = batch_norms(self.model)
@@ -246,7 +246,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
         lambda: training.choose_precision(config.precision, group.device)
     )
     seed_torch(config.seed, 0, "phi")
-    phi = MetaPerturb().to(group.device)
+    phi = MetaPerturb(config.scale_free).to(group.device)
     phi_lr = config.lr if config.phi_lr is None else config.phi_lr
     phi_optimizer = torch.optim.Adam(phi.parameters(), lr=phi_lr, weight_decay=config.weight_decay, fused=True)
     computed = dataclasses.replace(config, precision=how["precision"])

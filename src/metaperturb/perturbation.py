@@ -12,6 +12,7 @@ a `PerturbSite` adds what belongs to one place in one network: running statistic
 import contextlib
 import contextvars
 import copy
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from metaperturb.errors import UserError
 from metaperturb.kernels import fused, fused_backend, plain
-from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, PHI_SHAPES, Phi, Settings
+from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, PHI_SHAPES, Phi, Settings
 
 CLIP = 100.0  # k of section 3.2
+FIRST_LAYER = 18  # of the 82 parameters: λ₁ and γ₁
+TINY = 1e-6  # a map of zeros is divided by this
 _draws_due = contextvars.ContextVar("draws_due", default=1)
 
 
@@ -49,6 +52,10 @@ class MetaPerturb(nn.Module):
     All start from N(0, 0.01²). They belong to φ alone: a site or network that uses φ does not list them among its own
     parameters, so `optimizer(model.parameters())` trains θ and leaves φ as it is.
 
+    Args:
+        scale_free: beyond the paper: μ is of h divided by its root mean square, so that z does not grow with the size
+            of the maps, which differs from network to network. It is a property of φ, to be given when it is made.
+
     Examples:
         >>> phi = MetaPerturb()
         >>> phi.flat.shape, phi.scale_kernels.shape
@@ -57,20 +64,33 @@ class MetaPerturb(nn.Module):
 
     self1, all1, self2, all2, scale_kernels, scale_affine = map(_part, Phi._fields)
 
-    def __init__(self) -> None:
+    def __init__(self, scale_free: bool = False) -> None:
         super().__init__()
+        self.scale_free = scale_free
         self.flat = nn.Parameter(torch.cat([0.01 * torch.randn(shape).flatten() for shape in PHI_SHAPES]))
 
     def noise_mean(self, h: Tensor) -> Tensor:
         """μ(h), the mean of the noise before softplus: `[B, C, H, W]` → `[B, C, H, W]`."""
-        return plain.noise_mean(h, self.tensors())
+        return plain.noise_mean(h, Phi.of(self.for_size(rms(h)) if self.scale_free else self.flat))
+
+    def for_size(self, size: Tensor) -> Tensor:
+        """φ `[82]` whose μ(h) is that of h / size: μ has no bias and a ReLU inside, so its first layer divides."""
+        return torch.cat([self.flat[:FIRST_LAYER] / size.clamp_min(TINY), self.flat[FIRST_LAYER:]])
 
     def tensors(self) -> Phi:
         """The views by name, which is how the plain operators take φ."""
         return Phi.of(self.flat)
 
     def extra_repr(self) -> str:
-        return f"{sum(p.numel() for p in self.parameters())} parameters"
+        return f"{sum(p.numel() for p in self.parameters())} parameters" + ", scale-free" * self.scale_free
+
+
+@torch.no_grad()
+def rms(h: Tensor) -> Tensor:
+    """Root mean square of a feature map, over all its dimensions: a scalar, without a gradient."""
+    dtype = torch.float32 if h.dtype in HALF_PRECISION else None
+    of_images = torch.linalg.vector_norm(h.detach(), dim=(1, 2, 3), dtype=dtype)  # one sum of all would lose digits
+    return torch.linalg.vector_norm(of_images) / math.sqrt(h.numel())
 
 
 class Usage(NamedTuple):
@@ -287,15 +307,20 @@ class PerturbSite(UsesPhi):
         strength, clip, paper, clip_eval: those of the `Attachment`, for all its sites.
         running_mean: `[C, 4]`, what evaluation computes the scale from.
         running_var: `[C, 4]`, likewise.
+        running_rms: of a scale-free φ: the root mean square of the map, a scalar, likewise; else None.
 
     In the paper's arithmetic and training mode the scale comes from the batch, and the running statistics follow it
     (momentum 0.1, unbiased variance); in evaluation mode it comes from the running statistics. A single image has no
     variance: in training it takes the running statistics, too, and leaves them. Noise is drawn in both modes from
     PyTorch's global generator of the device, or given by the caller.
 
+    The root mean square of a scale-free φ is that of the whole batch, all channels and pixels, so that images and
+    channels still differ, and predictions do not depend on the other images. No gradient flows through it.
+
     Raises:
         ValueError: a feature map of other shape, noise of other shape, or a strength or clip out of range.
-        UserError: gradients of single images under `torch.func.vmap`, in training.
+        UserError: gradients of single images under `torch.func.vmap`, in training; a state is loaded of which φ was
+            scale-free and this one is not, or the other way round.
 
     Examples:
         >>> site = PerturbSite(MetaPerturb(), channels=16, channel_norm=64, size_norm=32)
@@ -326,6 +351,7 @@ class PerturbSite(UsesPhi):
         like = {"device": phi.flat.device, "dtype": phi.flat.dtype}
         self.register_buffer("running_mean", torch.zeros(statistics, **like))
         self.register_buffer("running_var", torch.ones(statistics, **like))
+        self.register_buffer("running_rms", torch.ones((), **like) if phi.scale_free else None)
 
     @property
     def attachment(self) -> Attachment:
@@ -347,7 +373,7 @@ class PerturbSite(UsesPhi):
         ):
             return h
         self._check(h, noise)
-        flat, settings = self.phi.flat, self._settings(h, noise)
+        flat, settings = self._flat(h), self._settings(h, noise)
         backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
         draws, h = self._draws(h, backend) if noise is None and settings.noise and not settings.expected else (1, h)
         if backend is not None:
@@ -367,7 +393,7 @@ class PerturbSite(UsesPhi):
         if strength == 0.0 or (usage.deterministic and noise is None):
             return h
         self._check(h, noise)
-        flat = self.phi.flat
+        flat = self._flat(h)
         backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
         draws, h = self._draws(h, backend) if noise is None else (1, h)
         if backend is not None:
@@ -404,6 +430,17 @@ class PerturbSite(UsesPhi):
             expected=usage.deterministic and noise is None,
         )
 
+    def _flat(self, h: Tensor) -> Tensor:
+        """φ for this map: `[82]`. In training the running size of a scale-free one follows the map's."""
+        if not self.phi.scale_free:
+            return self.phi.flat
+        size = self.running_rms
+        if self._uses_batch(h):
+            size = rms(h).to(size.dtype)
+            with torch.no_grad():
+                self.running_rms.lerp_(size, MOMENTUM)
+        return self.phi.for_size(size)
+
     def _uses_batch(self, h: Tensor) -> bool:
         return self.training and h.shape[0] > 1
 
@@ -425,6 +462,12 @@ class PerturbSite(UsesPhi):
     def _track(self, mean: Tensor, var: Tensor) -> None:
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
         self.running_var.lerp_(var.to(self.running_var.dtype), MOMENTUM)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        saved, own = f"{prefix}running_rms" in state_dict, self.phi.scale_free
+        if f"{prefix}running_mean" in state_dict and saved != own:
+            raise UserError(f"this state was saved with scale_free={saved}, the network was attached with {own}")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _apply(self, fn, recurse: bool = True):
         self.phi._apply(fn)

@@ -63,7 +63,8 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", **places: A
     if state["data"] != [train.fingerprint, test.fingerprint]:
         raise UserError(f"{folder}: was trained or evaluated on other images than {train.name} and {test.name} are now")
     model = models.create(config.model, train.num_classes, train.image_size)
-    phi = MetaPerturb().requires_grad_(False) if config.method == "metaperturb" else None  # its values are in the state
+    scale_free = any(name.endswith(".running_rms") for name in state["model"])
+    phi = MetaPerturb(scale_free).requires_grad_(False) if config.method == "metaperturb" else None  # values: the state
     method = methods.create(config, phi)
     method.prepare(model, train)
     model.load_state_dict(state["model"])

@@ -21,10 +21,12 @@ def check_ablation(config: CommonConfig) -> None:
     """Refuse to run with nothing left of φ.
 
     Raises:
-        UserError: neither noise nor scale.
+        UserError: neither noise nor scale, or no noise that could be scale-free.
     """
     if not (config.noise or config.gate):
         raise UserError("noise, gate: with both false φ does nothing")
+    if not config.noise and getattr(config, "scale_free", False):
+        raise UserError("scale_free: is about the noise, and with noise=false there is none")
 
 
 def tell_other_ablation(config: CommonConfig, card: Mapping[str, Any]) -> None:

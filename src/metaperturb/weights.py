@@ -2,6 +2,7 @@
 
 Our format is a dict of plain values, loadable with `weights_only=True`:
 `{"format": "metaperturb-phi", "version": 1, "state": {name: tensor}, "card": {…}}`. The card says how φ came about.
+Version 2 adds `"scale_free": true`, and is written for such φ alone: what reads version 1 must not take it for another.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from metaperturb.kernels.plain import PHI_SHAPES
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import load_tensors, reason, save_tensors
 
-FORMAT, VERSION = "metaperturb-phi", 1
+FORMAT, VERSION = "metaperturb-phi", 2
 SHIPPED = Path(__file__).parent / "shipped"
 
 # The authors' names and ours. Theirs have singleton dimensions that ours lack; the values are the same.
@@ -47,14 +48,16 @@ def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] 
         plain_card = json.loads(json.dumps(dict(card or {})))  # whatever JSON can hold, weights_only=True can load
     except (TypeError, ValueError) as error:
         raise UserError(f"card: expected names and plain values ({reason(error)})") from error
-    content = {"format": FORMAT, "version": VERSION, "state": state, "card": plain_card}
+    content = {"format": FORMAT, "version": 1, "state": state, "card": plain_card}
+    if phi.scale_free:
+        content |= {"version": VERSION, "scale_free": True}
     save_tensors(content, Path(path).expanduser())
 
 
 def phi_digest(phi: MetaPerturb) -> str:
-    """Identifies φ by its 82 numbers, as a file changes with what its card says: 64 hex digits."""
+    """Identifies φ by its 82 numbers and what they mean, as a file changes with what its card says: 64 hex digits."""
     values = phi.flat.detach().cpu().numpy().astype("<f4")
-    return hashlib.sha256(values.tobytes()).hexdigest()
+    return hashlib.sha256(values.tobytes() + b"scale-free" * phi.scale_free).hexdigest()
 
 
 @torch.inference_mode(False)  # a φ made in it could not be trained with
@@ -70,18 +73,18 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     """
     path = find_phi(source)
     content = load_tensors(path)
-    card = {}
+    card, scale_free = {}, False
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        if content.get("version") != VERSION:
-            raise UserError(f"{path}: of version {content.get('version')!r}; this code reads version {VERSION}")
-        content, card = content.get("state"), content.get("card", {})
+        if content.get("version") not in (1, VERSION):
+            raise UserError(f"{path}: of version {content.get('version')!r}; this code reads versions up to {VERSION}")
+        content, card, scale_free = content.get("state"), content.get("card", {}), content.get("scale_free") is True
         if not isinstance(card, Mapping):
             raise UserError(f"{path}: its card is a {type(card).__name__}, expected names and values")
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
 
     with torch.random.fork_rng(devices=[]):  # what comes next draws the same with φ as without
-        phi = MetaPerturb()
+        phi = MetaPerturb(scale_free)
     state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
     expected = {"flat": tuple(phi.flat.shape)} if "flat" in state else PHI_SHAPES._asdict()  # the former: a state dict
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
