@@ -58,38 +58,16 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def source_settings(image_folder, tmp_path_factory) -> list[str]:
     """A meta-training of seconds: five tasks of two classes."""
-    cache = tmp_path_factory.mktemp("data")
-    return [
-        "source=folder",
-        f"source_paths={image_folder}",
-        f"data_root={cache}",
-        "image_size=12",
-        "model=resnet8",
-        "tasks=5",
-        "batch_size=4",
-        "log_every=2",
-        "checkpoint_every=2",
-    ]
+    images = f"source=folder source_paths={image_folder} data_root={tmp_path_factory.mktemp('data')} image_size=12"
+    return f"{images} model=resnet8 tasks=5 batch_size=4 log_every=2 checkpoint_every=2".split()
 
 
 @pytest.fixture(scope="session")
 def target_settings(image_folder, tmp_path_factory) -> list[str]:
     """A meta-test of seconds."""
-    return [
-        "target=folder",
-        f"target_path={image_folder}",
-        f"data_root={tmp_path_factory.mktemp('data')}",
-        "image_size=12",
-        "model=resnet8",
-        "batch_size=16",
-        "eval_every=4",
-        "eval_samples=2",
-        "final_samples=3",
-        "log_every=2",
-        "checkpoint_every=2",
-        "gpu=cpu",
-        "threads=1",
-    ]
+    images = f"target=folder target_path={image_folder} data_root={tmp_path_factory.mktemp('data')} image_size=12"
+    often = "eval_every=4 eval_samples=2 final_samples=3 log_every=2 checkpoint_every=2"
+    return f"{images} model=resnet8 batch_size=16 {often} gpu=cpu threads=1".split()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """`run.sh` end to end, on tiny settings."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, class_pictures
+from conftest import ROOT, class_pictures, result
 from image_files import tiny_imagenet, write_folder, write_zip
 
 from metaperturb.config import MetaTestConfig
@@ -153,52 +152,48 @@ def test_what_goes_to_slurm_keeps_its_words(project):
     assert told("src", "--status")[-1].endswith(" --status")
 
 
+def typed(line: str) -> tuple[list[str], dict[str, str]]:
+    """What is typed at a shell: the words behind ./run.sh, and the variables before it."""
+    before, _, behind = line.partition("./run.sh ")
+    return behind.split(), dict(word.split("=", 1) for word in before.split())
+
+
 @pytest.fixture
 def options(project):
     """The settings that a command of `run.sh` gives its program."""
     _, told = project
 
-    def of(*command: str, **environment: str) -> dict[str, str]:
-        line = told(*command, VENV="none", **environment)[-1]
-        return dict(word.split("=", 1) for word in line.partition(" --set ")[2].split())
+    def of(line: str, **environment: str) -> dict[str, str]:
+        command, variables = typed(line)
+        said = told(*command, VENV="none", **variables, **environment)[-1]
+        return dict(word.split("=", 1) for word in said.partition(" --set ")[2].split())
 
     return of
 
 
-@pytest.mark.parametrize(
-    "command, environment, given",
-    [
-        (["src"], {}, "seed=0 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0"),
-        (["src"], {"SRC_STEPS": "5"}, "seed=0 steps=5 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0"),
-        (
-            ["src"],
-            {"SRC_MODEL": "vgg9,conv6"},
-            "seed=0 model=vgg9,conv6 run_dir=src-tiny_imagenet-vgg9+conv6-disjoint-seed0",
-        ),
-        (["tgt", "0"], {"METHOD": "base"}, "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0"),
-        (["tgt", "0", "method=base"], {}, "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0"),
-        (
-            ["tgt", "0", "TGT_DATA=cub", "METHOD=base"],
-            {"INIT": "net.pt", "PHI": "unused"},
-            "target=cub method=base gpu=0 init=net.pt run_dir=tgt-cub-resnet20-base-seed0-ft",
-        ),
-        (
-            ["tgt", "cpu", "steps=3"],
-            {"SEED": "1", "TGT_STEPS": "9"},
-            "phi=tiny_imagenet_resnet20 gpu=cpu seed=1 steps=3 run_dir=tgt-s_cifar100-resnet20-metaperturb-seed1",
-        ),
-        (["tgt", "cpu"], {"PHI": "own", "TGT_RUN": "here"}, "phi=own gpu=cpu run_dir=here"),
-        (["pretrain", "1"], {"TGT_MODEL": "conv4"}, "gpu=1 model=conv4 run_dir=pretrain-tiny_imagenet-conv4-seed0"),
-        (
-            ["pretrain", "1"],
-            {"SRC_DATA": "embedded"},  # it has no test images
-            "gpu=1 target=embedded_source eval_split=holdout run_dir=pretrain-embedded-resnet20-seed0",
-        ),
-    ],
-)
-def test_only_what_is_set_is_passed_on(options, project, command, environment, given):
-    expected = dict(word.split("=") for word in given.split())
-    got = options(*command, RUNS="runs", **environment)
+GIVEN = {
+    "./run.sh src": "seed=0 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0",
+    "SRC_STEPS=5 ./run.sh src": "seed=0 steps=5 run_dir=src-tiny_imagenet-resnet20-disjoint-seed0",
+    "METHOD=base ./run.sh tgt 0": "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0",
+    "./run.sh tgt 0 method=base": "method=base gpu=0 run_dir=tgt-s_cifar100-resnet20-base-seed0",
+    "INIT=net.pt PHI=unused ./run.sh tgt 0 TGT_DATA=cub METHOD=base": (
+        "target=cub method=base gpu=0 init=net.pt run_dir=tgt-cub-resnet20-base-seed0-ft"
+    ),
+    "SEED=1 TGT_STEPS=9 ./run.sh tgt cpu steps=3": (
+        "phi=tiny_imagenet_resnet20 gpu=cpu seed=1 steps=3 run_dir=tgt-s_cifar100-resnet20-metaperturb-seed1"
+    ),
+    "PHI=own TGT_RUN=here ./run.sh tgt cpu": "phi=own gpu=cpu run_dir=here",
+    "TGT_MODEL=conv4 ./run.sh pretrain 1": "gpu=1 model=conv4 run_dir=pretrain-tiny_imagenet-conv4-seed0",
+    "SRC_DATA=embedded ./run.sh pretrain 1": (  # it has no test images
+        "gpu=1 target=embedded_source eval_split=holdout run_dir=pretrain-embedded-resnet20-seed0"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", GIVEN)
+def test_only_what_is_set_is_passed_on(options, project, line):
+    expected = dict(word.split("=") for word in GIVEN[line].split())
+    got = options(line, RUNS="runs")
     assert got.pop("data_root") == f"{project[0]}/data"
     assert got.pop("run_dir").removeprefix("runs/") == expected.pop("run_dir")
     assert got == expected
@@ -208,26 +203,26 @@ def test_edited_settings_take_effect(options, project):
     """Nothing overrules them, and the names of folders follow them."""
     src, tgt = (project[0] / "configs" / name for name in ("src.yaml", "tgt.yaml"))
     src.write_text(src.read_text().replace("split: disjoint", "split: paired  # as the authors").replace("750", "123"))
-    assert options("src", RUNS="r")["run_dir"] == "r/src-tiny_imagenet-resnet20-paired-seed0"
+    assert options("RUNS=r ./run.sh src")["run_dir"] == "r/src-tiny_imagenet-resnet20-paired-seed0"
     tgt.write_text(
         tgt.read_text().replace("method: metaperturb", "method: 'base'") + "data_root: /data\nrun_dir: own\n"
     )
-    assert options("tgt", "0") == {"gpu": "0"}
+    assert options("./run.sh tgt 0") == {"gpu": "0"}
     tgt.write_text("target: cub\nmodel: conv4\nmethod: metaperturb\nphi: mine.pt\nseed: 3\n")
-    given = options("tgt", "0", RUNS="r")
+    given = options("RUNS=r ./run.sh tgt 0")
     assert given["run_dir"] == "r/tgt-cub-conv4-metaperturb-seed3" and "phi" not in given
     src.write_text("source: embedded\nmodel: conv4\nsplit: disjoint\n")  # also where a line is missing
-    assert options("src", RUNS="r")["run_dir"] == "r/src-embedded-conv4-disjoint-seed"
+    assert options("RUNS=r ./run.sh src")["run_dir"] == "r/src-embedded-conv4-disjoint-seed"
 
 
 def test_the_phi_of_src_is_taken_where_it_is(options, tmp_path):
     phi = tmp_path / "src-tiny_imagenet-conv4-disjoint-seed2" / "phi.pt"
     phi.parent.mkdir()
     phi.touch()
-    settings = {"RUNS": str(tmp_path), "SRC_MODEL": "conv4"}
-    assert options("tgt", "0", "seed=2", **settings)["phi"] == str(phi)
-    assert options("tgt", "0", **settings)["phi"] == "tiny_imagenet_resnet20"
-    assert options("tgt", "0", SEED="2", SRC_RUN=str(phi.parent))["phi"] == str(phi)
+    variables = f"RUNS={tmp_path} SRC_MODEL=conv4"
+    assert options(f"{variables} ./run.sh tgt 0 seed=2")["phi"] == str(phi)
+    assert options(f"{variables} ./run.sh tgt 0")["phi"] == "tiny_imagenet_resnet20"
+    assert options(f"SEED=2 SRC_RUN={phi.parent} ./run.sh tgt 0")["phi"] == str(phi)
 
 
 @pytest.mark.parametrize("path", [".", "Birds.v1i.folder", "a/Birds.v2i.zip", "{}/x.tar.gz,b.tgz", "link", "../up"])
@@ -236,7 +231,7 @@ def test_folders_of_runs_have_the_names_of_the_images(options, tmp_path, monkeyp
     Path("link").symlink_to("elsewhere.v3.tar")
     path = path.format(tmp_path)
     name = data_name(MetaTestConfig(target="folder", target_path=path))
-    given = options("tgt", "0", TGT_DATA="folder", TGT_PATH=path, METHOD="base", RUNS="r")
+    given = options(f"TGT_DATA=folder TGT_PATH={path} METHOD=base RUNS=r ./run.sh tgt 0")
     assert given["run_dir"] == f"r/tgt-folder-{name}-resnet20-base-seed0"
 
 
@@ -253,8 +248,7 @@ def test_demo(tmp_path):
     assert all(line.startswith("| MetaPerturb, one pass | 1 | ") for line in one_pass)
     assert header == "| method | seeds | accuracy % | NLL | ECE % |"
     assert base.startswith("| Base | 1 | ") and metaperturb.startswith("| MetaPerturb, 2 draws | 1 | ")
-    result = json.loads((tmp_path / "demo" / "base-seed0" / "result.json").read_text())
-    assert f"| 1 | {100 * result['metrics']['accuracy']:.2f} | " in base
+    assert f"| 1 | {100 * result(tmp_path / 'demo' / 'base-seed0')['metrics']['accuracy']:.2f} | " in base
     assert (tmp_path / "demo" / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -277,9 +271,9 @@ def test_src_then_tgt(tmp_path, parts):
     completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", **environment, **target)
     assert completed.returncode == 0 and ", of ./run.sh src (PHI=" in completed.stderr, completed.stderr
     runs = tmp_path / "runs"
-    result = json.loads((runs / "tgt-folder-images-conv4-metaperturb-seed0" / "result.json").read_text())
-    assert result["config"]["phi"] == str(runs / "src-tiny_imagenet-resnet8-disjoint-seed0" / "phi.pt")
-    assert result["target"]["test"] == 6
+    found = result(runs / "tgt-folder-images-conv4-metaperturb-seed0")
+    assert found["config"]["phi"] == str(runs / "src-tiny_imagenet-resnet8-disjoint-seed0" / "phi.pt")
+    assert found["target"]["test"] == 6
 
 
 @pytest.mark.slow
@@ -289,9 +283,9 @@ def test_pretrain_then_finetune(tmp_path, parts):
     completed = run_sh("pretrain", "cpu", "steps=2", "batch_size=4", SRC_PATHS=paths, **environment)
     assert completed.returncode == 0, completed.stderr
     pretrained = tmp_path / "runs" / "pretrain-tiny_imagenet-resnet8-seed0"
-    result = json.loads((pretrained / "result.json").read_text())
-    assert result["config"]["method"] == "base" and result["init"] is None
-    assert (result["target"]["train"], result["target"]["test"]) == (80, 10)
+    found = result(pretrained)
+    assert found["config"]["method"] == "base" and found["init"] is None
+    assert (found["target"]["train"], found["target"]["test"]) == (80, 10)
 
     folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
     target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_STEPS": "2", "METHOD": "base", **environment}
@@ -299,30 +293,31 @@ def test_pretrain_then_finetune(tmp_path, parts):
         completed = run_sh("tgt", "cpu", "batch_size=4", **target, **more)
         assert completed.returncode == 0, completed.stderr
     scratch, finetuned = (
-        json.loads((tmp_path / "runs" / f"tgt-folder-images-resnet8-base-seed0{suffix}" / "result.json").read_text())
-        for suffix in ("", "-ft")
+        result(tmp_path / "runs" / f"tgt-folder-images-resnet8-base-seed0{suffix}") for suffix in ("", "-ft")
     )
     assert scratch["init"] is None and finetuned["init"]["from"] == str(pretrained)
     assert finetuned["init"]["run"]["target"] == "tiny_imagenet"
 
 
-@pytest.mark.parametrize(
-    "command, environment, message",
-    [
-        ("tgt 99", {"METHOD": "base"}, "gpu: no GPU 99 ("),
-        ("src", {"SRC_STEPS": "many"}, "SRC_STEPS: expected a whole number, got 'many'"),
-        ("src steps=many", {}, "steps: expected a whole number, got 'many'"),
-        ("tgt cpu stps=3", {}, "stps=3: unknown setting 'stps' (did you mean steps?)"),
-        ("src cub", {}, "cub: expected key=value"),
-        ("tgt cpu", {"TGT_DATA": "folder", "TGT_PATH": "/no,where"}, "TGT_PATH: /no,where: no such file or folder"),
-        ("tgt cpu", {"TGT_DATA": "folder"}, "TGT_PATH: must name one folder or archive, with train/<class>/ and"),
-        ("src", {"SRC_DATA": "folder", "SRC_PATHS": "a,b"}, "SRC_PATHS: must name one folder or archive, with"),
-        ("tgt cpu target_path=/nowhere", {"TGT_DATA": "folder"}, "target_path: /nowhere: no such file or folder"),
-        ("tgt cpu", {"TGT_RUN": f"/tmp/{'x' * 300}"}, f"TGT_RUN: /tmp/{'x' * 300}: File name too long"),
-        ("tgt cpu", {"TGT_RUN": __file__}, f"TGT_RUN: {__file__} cannot be written ("),
-    ],
-)
-def test_errors_name_what_was_typed(tmp_path, command, environment, message):
-    completed = run_sh(*command.split(), **{"RUNS": str(tmp_path), "PHI": "tiny_imagenet_resnet20", **environment})
-    assert completed.returncode == 1 and completed.stderr.startswith(f"error: {message}"), completed.stderr
+LONG = f"/tmp/{'x' * 300}"
+ERRORS = {
+    "METHOD=base ./run.sh tgt 99": "gpu: no GPU 99 (",
+    "SRC_STEPS=many ./run.sh src": "SRC_STEPS: expected a whole number, got 'many'",
+    "./run.sh src steps=many": "steps: expected a whole number, got 'many'",
+    "./run.sh tgt cpu stps=3": "stps=3: unknown setting 'stps' (did you mean steps?)",
+    "./run.sh src cub": "cub: expected key=value",
+    "TGT_DATA=folder TGT_PATH=/no,where ./run.sh tgt cpu": "TGT_PATH: /no,where: no such file or folder",
+    "TGT_DATA=folder ./run.sh tgt cpu": "TGT_PATH: must name one folder or archive, with train/<class>/ and",
+    "SRC_DATA=folder SRC_PATHS=a,b ./run.sh src": "SRC_PATHS: must name one folder or archive, with",
+    "TGT_DATA=folder ./run.sh tgt cpu target_path=/nowhere": "target_path: /nowhere: no such file or folder",
+    f"TGT_RUN={LONG} ./run.sh tgt cpu": f"TGT_RUN: {LONG}: File name too long",
+    f"TGT_RUN={__file__} ./run.sh tgt cpu": f"TGT_RUN: {__file__} cannot be written (",
+}
+
+
+@pytest.mark.parametrize("line", ERRORS)
+def test_errors_name_what_was_typed(tmp_path, line):
+    command, variables = typed(line)
+    completed = run_sh(*command, **{"RUNS": str(tmp_path), "PHI": "tiny_imagenet_resnet20", **variables})
+    assert completed.returncode == 1 and completed.stderr.startswith(f"error: {ERRORS[line]}"), completed.stderr
     assert completed.stderr.count("\n") == 1
