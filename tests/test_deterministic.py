@@ -181,6 +181,16 @@ def test_one_pass_is_as_sure_as_the_mean_over_draws():
     assert abs(best / ratio[0, 0] - 1) < 1e-3 and best > 1.1
 
 
+def test_under_autocast_the_scaled_classifier_is_used_at_once():
+    model, x = network(), images(4, 3, SIZE, SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = draw(model, x)
+        at_once = draw(make_deterministic(model, batches()), x)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            assert torch.equal(draw(model, x), at_once)
+        assert torch.equal(draw(make_stochastic(model), x), drawn)
+
+
 def test_a_classifier_that_cannot_be_scaled_stays():
     net = models.create("resnet8", 5, SIZE)
     torch.nn.utils.parametrizations.weight_norm(net.fc)

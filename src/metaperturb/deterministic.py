@@ -157,6 +157,7 @@ def _restore(model: nn.Module, values: Tensor) -> None:
         raise UserError("the batch norms or the classifier were exchanged or folded since make_deterministic")
     for tensor, value in zip(changed, values.split(sizes), strict=True):
         tensor.copy_(value.view(tensor.shape))
+    torch.clear_autocast_cache()
 
 
 def _images(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
@@ -230,6 +231,7 @@ def _cool(layer: nn.Module, logits: Tensor, drawn: Tensor) -> None:
         low, high = (middle, high) if below else (low, middle)
     for parameter in layer.parameters(recurse=False):
         parameter.mul_(2**low)
+    torch.clear_autocast_cache()  # of the weights as they were, in bfloat16
 
 
 def _check_images(x: Any, name: str) -> None:
