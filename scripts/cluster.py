@@ -22,11 +22,11 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tables.runner import SETTINGS, Job, last_line
+from tables.runner import SETTINGS, Job, last_line, run_jobs
 
 from metaperturb import identity
 from metaperturb.cli import STOPPING, argument_parser, pairs, run_program
@@ -60,16 +60,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "other option of sbatch",
     )  # fmt: skip
     parser.add_argument("--status", action="store_true", help="say what is done, running, waiting, failed; run nothing")
-
-
-def without_slurm(argv: Sequence[str]) -> list[str]:
-    """The same command line for one machine."""
-    kept, within = [], False
-    for word in argv:
-        within = word == "--slurm" or (within and not word.startswith("-"))
-        if not within:
-            kept.append(word)
-    return kept
 
 
 def parse_options(words: Sequence[str]) -> dict[str, str]:
@@ -160,7 +150,7 @@ def said_by_slurm(text: str) -> str:
 
 def submit(
     queue: Queue,
-    calls: Mapping[str, tuple[Callable[..., None], list[str]]],
+    calls: Mapping[str, tuple[Any, ...]],
     needs: Mapping[str, Sequence[str]],
     options: Mapping[str, str],
 ) -> None:
@@ -168,7 +158,7 @@ def submit(
 
     Args:
         queue: of what the jobs belong to.
-        calls: what a job is about → `one_cell` or `one_node`, and its arguments.
+        calls: what a job is about → `one_job` or `one_node`, and its arguments.
         needs: what it is about → those that must be done before it.
         options: of `parse_options`.
 
@@ -254,12 +244,17 @@ def release(queue: Queue) -> None:
 # --- on a node
 
 
-def one_cell(arguments: list[str]) -> None:
-    """A job of a table: these arguments of make_tables.py."""
+def one_job(job: Job, needs: Sequence[Path], device: str, retries: int) -> None:
+    """A job of a table, once what it needs is seen here."""
     end_when_asked()
-    import make_tables
 
-    sys.exit(make_tables.main(arguments))
+    def work() -> None:
+        for path in needs:
+            wait_for(path)
+        if failed := run_jobs([dataclasses.replace(job, needs=())], [device], 1, retries):
+            raise UserError(failed[job.id])
+
+    sys.exit(run_program(work, show_traceback=False))
 
 
 def one_node(arguments: list[str]) -> None:

@@ -42,9 +42,8 @@ def job(program: str, config: Path, run_dir: Path, settings: list[str]) -> Job:
 
 
 def run(out: Path, jobs: list[Job], device: str, at_once: int) -> None:
-    outcome = run_jobs(jobs, [device], at_once, retries=0)
-    if outcome.failed:
-        raise UserError("; ".join(f"{name}: {why}" for name, why in outcome.failed.items()))
+    if failed := run_jobs(jobs, [device], at_once, retries=0):
+        raise UserError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
 def main() -> int:

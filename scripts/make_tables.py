@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 import cluster
-from tables import selection, shipping, trainings, tuning
+from tables import choices, shipping, trainings
 
 COMMANDS = {
     "table": trainings.main,
-    "tune": tuning.main,
-    "select": selection.main,
+    "tune": choices.main_tune,
+    "select": choices.main_select,
     "ship": shipping.main,
     "src": cluster.main,
 }

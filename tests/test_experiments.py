@@ -25,7 +25,7 @@ from conftest import ROOT, alive, children, wait_for
 from grid_files import read_csv, tables, write_grid, write_record
 from tables.grid import Grid, Overrides
 from tables.runner import Job, run_jobs
-from tables.trainings import Images, grid_parser, parse, read_grid
+from tables.trainings import Images, grid_parser, read_grid
 from tables.trainings import make_table as run_experiment
 from test_run_sh import run_sh
 
@@ -72,12 +72,10 @@ def test_jobs_run_after_what_they_need_on_devices_in_turn(tmp_path):
             for i in "ab"
         ),
     ]
-    outcome = run_jobs(jobs, ["0", "1"], 3)
-    assert sorted(outcome.finished) == ["a", "b", "cell", "phi"] and not outcome.failed
+    assert run_jobs(jobs, ["0", "1"], 3) == {} and all(job.done for job in jobs)
     assert all(job.starts == 1 for job in jobs)
     assert {(jobs[i].run_dir / "device").read_text() for i in (2, 3)} == {"0", "1"}
-    again = run_jobs(jobs, ["0"], 1)
-    assert not again.finished and all(job.starts == 1 for job in jobs)
+    assert run_jobs(jobs, ["0"], 1) == {} and all(job.starts == 1 for job in jobs)
 
 
 def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
@@ -89,9 +87,9 @@ def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
         script(tmp_path, "diverged", "print('error: not finite', file=sys.stderr); sys.exit(3)"),
         script(tmp_path, "good"),
     ]
-    outcome = run_jobs(jobs, ["cpu"], 2, retries=1)
-    assert sorted(outcome.finished) == ["good", "killed"]
-    assert outcome.failed == {
+    failed = run_jobs(jobs, ["cpu"], 2, retries=1)
+    assert [job.id for job in jobs if job.done] == ["killed", "good"]
+    assert failed == {
         "phi": "no luck",
         "cell": "not run, because phi failed",
         "silent": "said nothing",
@@ -109,16 +107,14 @@ def test_what_diverged_is_kept(tmp_path, capsys):
     code = "print('error: not finite', file=sys.stderr); sys.exit(3)"
     kept = tmp_path / "kept"
     jobs = [script(tmp_path, "a", code, diverge=kept.write_text), script(tmp_path, "good")]
-    outcome = run_jobs(jobs, ["cpu"], 1)
-    assert (outcome.diverged, outcome.failed, outcome.finished) == ({"a": "not finite"}, {}, ["good"])
+    assert run_jobs(jobs, ["cpu"], 1) == {} and jobs[1].done
     assert kept.read_text() == "not finite" and "a: diverged: not finite" in capsys.readouterr().err
 
     def full(said: str) -> None:
         raise UserError("No space left on device")
 
     jobs = [script(tmp_path, "b", code, diverge=full), script(tmp_path, "other")]
-    outcome = run_jobs(jobs, ["cpu"], 1)
-    assert outcome.failed == {"b": "not finite; No space left on device"} and outcome.finished == ["other"]
+    assert run_jobs(jobs, ["cpu"], 1) == {"b": "not finite; No space left on device"} and jobs[1].done
 
 
 def test_a_training_that_cannot_start_end_or_leave_a_result_does_not_end_the_others(tmp_path):
@@ -136,12 +132,10 @@ def test_a_training_that_cannot_start_end_or_leave_a_result_does_not_end_the_oth
     ]
     jobs[0].run_dir.parent.mkdir()
     jobs[0].run_dir.write_text("a file")
-    outcome = run_jobs(jobs, ["cpu"], 2, retries=0)
-    assert outcome.finished == ["other"] and "cannot write (File exists)" in outcome.failed["blocked"]
-    assert outcome.failed.pop("blocked").startswith("cannot be started (")
-    assert "Permission denied" in outcome.failed.pop("denied")
-    expected = {"phi": "said nothing", "cell": "not run, because phi failed", "refused": "cannot be read"}
-    assert outcome.failed == expected
+    failed = run_jobs(jobs, ["cpu"], 2, retries=0)
+    assert jobs[-1].done and "cannot write (File exists)" in failed["blocked"]
+    assert failed.pop("blocked").startswith("cannot be started (") and "Permission denied" in failed.pop("denied")
+    assert failed == {"phi": "said nothing", "cell": "not run, because phi failed", "refused": "cannot be read"}
 
 
 # --- whole trainings
@@ -183,7 +177,7 @@ def parsed(*arguments, **options) -> Namespace:
     """The same command line, for what ends before anything runs: in this process."""
     parser = grid_parser("")
     parser.add_argument("grid", type=Path)
-    return parse(parser, "table", command(*arguments, **options)[3:])
+    return parser.parse_args(command(*arguments, **options)[3:])
 
 
 def start(*arguments, **options) -> subprocess.Popen:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from grid_files import tables
-from tables import selection
+from tables import choices
 from tables.grid import Grid
 from tables.results import take_recorded
 from tables.trainings import write_table
@@ -121,7 +121,7 @@ def test_report_makes_the_page_again(page, tmp_path):
     grid = Grid(ROOT / "configs" / f"{page.parent.name}.yaml", page.stem)
     if page.parent.name == "select":
         shutil.copy(page.with_suffix(".json"), tmp_path)
-        selection.take_rows(grid, folder)
+        choices.take_rows(grid, folder)
     else:
         take_recorded(grid, folder)
     made = write_table(grid, folder)

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from grid_files import GRID, fill, read_csv, tables, write_grid, write_record
 from image_files import refusal
-from tables import selection, tuning
+from tables import choices
 from tables.grid import Grid, Overrides
 from tables.results import Results, curve, read_record, take_recorded, write_diverged
 from tables.results import write_record as write_own_record
@@ -381,7 +381,7 @@ def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_w
     fill(grid, tmp_path / "r", {(row, "CUB"): value for row, value in values.items()})
     fill(grid, tmp_path / "r", {(row, "STL10"): [0.5, 0.5 if row != rows[2] else None] for row in rows})
     assert "sources' defaults" not in write_table(grid, tmp_path / "r").read_text()
-    chosen, evidence = tuning.choose(grid, Results(grid, tmp_path / "r"))
+    chosen, evidence = choices.best_settings(Results(grid, tmp_path / "r"))
     assert chosen == {"CUB": {"dropout": {"dropout_prob": 0.3}, "mixup": {"mixup_alpha": 0.2}}}
     assert evidence["CUB"][rows[1]] == {"mean": 25.0, "std": pytest.approx(math.sqrt(50)), "seeds": 2}
     said = capsys.readouterr().err
@@ -393,7 +393,7 @@ def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_w
 def test_without_a_complete_column_nothing_is_chosen(tmp_path):
     grid = Grid(write_grid(tmp_path, TUNE, "tune"))
     fill(grid, tmp_path / "r", {("mixup: mixup_alpha 0.2", "CUB"): [0.5, 0.5]})
-    assert "nothing was chosen" in refusal(tuning.choose, grid, Results(grid, tmp_path / "r"))
+    assert "nothing was chosen" in refusal(choices.best_settings, Results(grid, tmp_path / "r"))
 
 
 def arguments(tmp_path: Path, grid: Path, *more: str) -> Namespace:
@@ -413,10 +413,10 @@ def test_tuning_opens_no_test_image(tmp_path):
     ]:
         path = write_grid(tmp_path, TUNE.replace(old, new, 1), "tune")
         assert "eval_split must be holdout, so that tuning sees no test image" in refusal(
-            tuning.tune, arguments(tmp_path, path)
+            choices.tune, arguments(tmp_path, path)
         )
     assert "eval_split must be holdout" in refusal(
-        tuning.tune, arguments(tmp_path, write_grid(tmp_path, TUNE, "tune"), "--set", "eval_split=test")
+        choices.tune, arguments(tmp_path, write_grid(tmp_path, TUNE, "tune"), "--set", "eval_split=test")
     )
 
 
@@ -424,7 +424,7 @@ def test_what_tuning_writes_is_what_tables_take(tmp_path, capsys):
     grid = Grid(write_grid(tmp_path / "configs", TUNE, "tune"))
     values = {(row, column): [i / 10, i / 10] for column in grid.columns for i, row in enumerate(grid.rows)}
     fill(grid, tmp_path / "results" / "tune" / "paper", values)
-    tuning.tune(arguments(tmp_path, grid.path, "--report"))
+    choices.tune(arguments(tmp_path, grid.path, "--report"))
     assert "CUB: dropout: dropout_prob 0.3\n" in capsys.readouterr().out
     tuned = tmp_path / "results" / "tune" / "paper.json"
     assert json.loads(tuned.read_text())["accuracy"]["CUB"]["mixup: mixup_alpha 1.0"]["mean"] == 40.0
@@ -471,7 +471,7 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
     grid = selection_grid(tmp_path, sources)
     values = {"src-a": [0.4, 0.6], "src-b": [0.5, 0.7], "src-c": [0.6, 0.3], "Base": [0.9, 0.9]}
     fill(grid, tmp_path / "results" / "select" / "paper", {(row, "Validation"): v for row, v in values.items()})
-    selection.select(arguments(tmp_path, grid.path, "--report", "--sources", *map(str, sources)))
+    choices.select(arguments(tmp_path, grid.path, "--report", "--sources", *map(str, sources)))
     said = capsys.readouterr()
     assert (
         "src-c differs from src-a in more than the seed: steps: 750 → 100; other images" in said.err
@@ -498,7 +498,7 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
         diverge(Results(grid, results.folder), "src-c", seed, "Validation")
     named = ("--report", "--sources", *map(str, sources))
     assert "no choice was made there yet" in refused(tmp_path, "--report")
-    selection.select(arguments(tmp_path, grid.path, *named))
+    choices.select(arguments(tmp_path, grid.path, *named))
     said = capsys.readouterr().out
     assert "* src-a: 50.00 %" in said and "  src-b: 1 diverged\n  src-c: 2 diverged\n" in said
     page = results.folder.with_name("paper.md")
@@ -506,7 +506,7 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
     page.unlink()
     for folder in sources:  # what was chosen among is gone
         (folder / "phi.pt").rename(folder / "gone.pt")
-    selection.select(arguments(tmp_path, grid.path, "--report"))
+    choices.select(arguments(tmp_path, grid.path, "--report"))
     assert page.read_text() == text and "| src-c |" in text
     for folder in sources:
         (folder / "gone.pt").rename(folder / "phi.pt")
@@ -514,7 +514,7 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
         results.path(grid.cell("src-a", "Validation", seed)).unlink()
         diverge(Results(grid, results.folder), "src-a", seed, "Validation")
     assert "with each φ some trainings diverged; nothing was chosen" in refusal(
-        selection.select, arguments(tmp_path, grid.path, *named)
+        choices.select, arguments(tmp_path, grid.path, *named)
     )
 
 
@@ -525,7 +525,7 @@ def test_further_phi_do_not_rename_the_trainings_of_those_there(tmp_path, source
 
 
 def refused(tmp_path: Path, *more: str, text: str = SELECT) -> str:
-    return refusal(selection.select, arguments(tmp_path, write_grid(tmp_path / "configs", text, "select"), *more))
+    return refusal(choices.select, arguments(tmp_path, write_grid(tmp_path / "configs", text, "select"), *more))
 
 
 def test_what_selection_refuses(tmp_path, sources):

@@ -12,9 +12,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -66,16 +67,7 @@ class Job:
         return [sys.executable, "-m", f"metaperturb.{self.program}", *settings]
 
 
-@dataclass
-class Outcome:
-    """What became of the jobs that were not done before."""
-
-    finished: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # id → the last line it said
-    diverged: dict[str, str] = field(default_factory=dict)  # likewise; those that are kept as such
-
-
-def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries: int = 1) -> Outcome:
+def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries: int = 1) -> dict[str, str]:
     """Run the jobs that are not done, in their order as far as what they need allows.
 
     Args:
@@ -83,9 +75,13 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries:
         devices: of each a share of the jobs.
         at_once: how many run at a time.
         retries: how often a job that failed, unless it diverged, is tried again, after the others.
+
+    Returns:
+        of each that failed, the last line that it said.
     """
-    began, outcome, waiting = time.monotonic(), Outcome(), [job for job in jobs if not job.done]
-    done, tries = {job.id for job in jobs if job.done}, {job.id: retries for job in jobs}
+    began, waiting, failed = time.monotonic(), [job for job in jobs if not job.done], {}
+    done, tried = {job.id for job in jobs if job.done}, Counter()
+    before = len(done)
     running: dict[Future, Job] = {}
     processes: set[subprocess.Popen] = set()
     free: SimpleQueue[str] = SimpleQueue()  # a device for each of those at once
@@ -95,41 +91,38 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries:
     try:
         while waiting or running:
             for job in [*waiting]:
-                if lost := [need for need in job.needs if need in outcome.failed]:
+                if lost := [need for need in job.needs if need in failed]:
                     waiting.remove(job)
-                    _fail(outcome, job, f"not run, because {lost[0]} failed")
+                    failed[job.id] = f"not run, because {lost[0]} failed"
+                    print(f"{job.id}: failed: {failed[job.id]}", file=sys.stderr)
                 elif done.issuperset(job.needs):
                     waiting.remove(job)
                     running[pool.submit(_train, job, free, processes)] = job
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
-                job, (code, said) = running.pop(ended), ended.result()
-                if code == 0 and job.done:
+                job, (became, said) = running.pop(ended), ended.result()
+                if became == "done":
                     done.add(job.id)
-                    outcome.finished.append(job.id)
-                    left = (time.monotonic() - began) / len(outcome.finished) * (len(jobs) - len(done))
+                    left = (time.monotonic() - began) / (len(done) - before) * (len(jobs) - len(done))
                     so_far = f"{len(done)} of {len(jobs)} done" + f", about {clock(left)} left" * (left > 0)
                     print(f"{job.id}: {said} ({so_far})", file=sys.stderr, flush=True)
-                elif code == Diverged.exit_code and _kept(job, said, outcome):
-                    print(f"{job.id}: diverged: {said}", file=sys.stderr)
-                elif code not in (Diverged.exit_code, CANNOT_START) and tries[job.id] > 0:
-                    tries[job.id] -= 1
+                    continue
+                if became == "failed" and tried[job.id] < retries:
+                    tried[job.id] += 1
                     waiting.append(job)
-                    print(f"{job.id}: failed, will be tried again: {said}", file=sys.stderr)
-                elif job.id not in outcome.failed:
-                    _fail(outcome, job, said)
+                    became = "failed, will be tried again"
+                elif became != "diverged":
+                    failed[job.id], became = said, "failed"
+                print(f"{job.id}: {became}: {said}", file=sys.stderr)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
         pool.shutdown()
-    return outcome
+    return failed
 
 
-CANNOT_START = -1000  # in place of an exit code
-
-
-def _train(job: Job, free: SimpleQueue, processes: set[subprocess.Popen]) -> tuple[int, str]:
-    """One attempt: the exit code, and what was said last."""
+def _train(job: Job, free: SimpleQueue, processes: set[subprocess.Popen]) -> tuple[str, str]:
+    """One attempt: what became of it, and what was said last. What is `"hopeless"` need not be tried again."""
     device = free.get()
     try:
         save_yaml(dataclasses.asdict(job.config), job.run_dir / SETTINGS)
@@ -144,33 +137,21 @@ def _train(job: Job, free: SimpleQueue, processes: set[subprocess.Popen]) -> tup
             code = process.wait()
             processes.remove(process)
     except (UserError, OSError) as error:  # one that cannot start does not end the others
-        return CANNOT_START, f"cannot be started ({reason(error)})"
+        return "hopeless", f"cannot be started ({reason(error)})"
     finally:
         free.put(device)
+    said = last_line(log, said_before)
     try:
         if code == 0:
             job.finish()
-    except (UserError, OSError) as error:
-        return 1, str(error)
-    return code, last_line(log, said_before)
-
-
-def _kept(job: Job, said: str, outcome: Outcome) -> bool:
-    """Whether it is kept that the job diverged."""
-    if job.diverge is None:
-        return False
-    try:
-        job.diverge(said)
-    except (UserError, OSError) as error:
-        _fail(outcome, job, f"{said}; {error}")
-        return False
-    outcome.diverged[job.id] = said
-    return True
-
-
-def _fail(outcome: Outcome, job: Job, why: str) -> None:
-    outcome.failed[job.id] = why
-    print(f"{job.id}: failed: {why}", file=sys.stderr)
+            return "done" if job.done else "failed", said
+        if code == Diverged.exit_code:
+            if job.diverge is not None:
+                job.diverge(said)
+            return "hopeless" if job.diverge is None else "diverged", said
+    except (UserError, OSError) as error:  # of keeping what came out
+        return ("failed", str(error)) if code == 0 else ("hopeless", f"{said}; {error}")
+    return "failed", said
 
 
 def last_line(log: Path, begin: int = 0) -> str:

@@ -57,16 +57,8 @@ DATA_SETTINGS = (
 def main(argv: Sequence[str] | None = None) -> int:
     parser = grid_parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file of the table")
-    arguments = parse(parser, "table", argv)
-    return run_program(lambda: make_table(arguments), show_traceback=arguments.traceback)
-
-
-def parse(parser: argparse.ArgumentParser, command: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, and as `again` the command line of make_tables.py that does the same without Slurm."""
-    argv = sys.argv[2:] if argv is None else [*argv]
     arguments = parser.parse_intermixed_args(argv)  # options may stand before, between and behind files
-    arguments.again = [command, *cluster.without_slurm(argv)]
-    return arguments
+    return run_program(lambda: make_table(arguments), show_traceback=arguments.traceback)
 
 
 def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
@@ -96,7 +88,6 @@ def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
     parser.add_argument("--report", action="store_true", help="run nothing")
     cluster.add_options(parser)
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # the one cell or need that a job of Slurm is about
     if grid is not None:
         parser.add_argument("--grid", type=Path, default=ROOT / "configs" / grid, help="YAML file of the trainings")
     return parser
@@ -175,30 +166,26 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
     if arguments.slurm is not None:
-        options = cluster.parse_options(arguments.slurm)
+        options, records = cluster.parse_options(arguments.slurm), {job.id: job.record for job in jobs}
         check(results, todo, jobs, images)
-        on = ["--devices", "0"] if options.get("gpus") else []
-        calls = {job.id: (cluster.one_cell, [*arguments.again, *on, "--only", job.id]) for job in jobs if not job.done}
+        how = "0" if options.get("gpus") else arguments.devices, arguments.retries
+        calls = {job.id: (cluster.one_job, job, [records[need] for need in job.needs], *how) for job in jobs}
+        calls = {job.id: calls[job.id] for job in jobs if not job.done}
         cluster.submit(queue, calls, {job.id: job.needs for job in jobs}, options)
         return False
-    if arguments.only:
-        if arguments.only not in {job.id for job in jobs}:  # done meanwhile
-            return False
-        jobs, todo = only(arguments.only, jobs, todo)
     devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
+    check(results, todo, jobs, images)
     threads = max(cell.config.threads or available_cores() for cell in todo)
     at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads))
-    check(results, todo, jobs, images)
     head = f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}"
     print(head, file=sys.stderr)
-    outcome = run_jobs(jobs, devices, at_once, arguments.retries)
-    if outcome.failed:
+    if failed := run_jobs(jobs, devices, at_once, arguments.retries):
         logs = {job.id: job.run_dir / LOG for job in jobs}
-        lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in outcome.failed.items()]
+        lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in failed.items()]
         head = f"{len(lines)} runs failed; the same command tries them again, and --report makes the table"
         raise UserError("\n".join([f"{head}:", *lines]))
-    return not arguments.only
+    return True
 
 
 def chosen_cells(results: Results, arguments: argparse.Namespace) -> list[Cell]:
@@ -306,19 +293,6 @@ def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path, images: Image
     needs = {need.id: need for cell in cells for need in cell.needs.values() if need.file is None}
     own = (need_job(need, runs / "needs") for need in needs.values())
     return [*own, *(cell_job(results, cell, runs, images) for cell in cells)]
-
-
-def only(id_: str, jobs: Sequence[Job], cells: Sequence[Cell]) -> tuple[list[Job], list[Cell]]:
-    """The one job behind those that it needs, which are done, and a cell that it is about.
-
-    Raises:
-        UserError: they are not done.
-    """
-    by_id = {job.id: job for job in jobs}
-    for need in by_id[id_].needs:
-        cluster.wait_for(by_id[need].record)
-    cells = [cell for cell in cells if id_ in (cell.id, *cell.need_ids.values())]
-    return [*(by_id[need] for need in by_id[id_].needs), by_id[id_]], cells[:1]
 
 
 def need_job(need: Need, runs: Path) -> Job:

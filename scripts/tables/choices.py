@@ -1,0 +1,197 @@
+"""What is chosen by validation images, as the paper did (section 4.1): hyperparameters, and the best of several φ."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metaperturb.cli import run_program
+from metaperturb.errors import UserError
+from metaperturb.identity import data_name, differences
+from metaperturb.perturbation import MetaPerturb
+from metaperturb.storage import load_json, save_json
+from metaperturb.weights import load_phi, save_phi
+from tables.grid import Grid, config_of
+from tables.results import Results, read_all, take_recorded
+from tables.statistics import evidence
+from tables.trainings import grid_parser, read_grid, results_folder, run_grid, write_table
+
+Found = dict[str, dict[str, Any]]  # row → `evidence`
+TUNE = """Choose the regularizers' hyperparameters on held-out training images, as the paper did for its baselines.
+
+    ./run.sh tune                                   # all values of configs/tune.yaml on every data set of table 1
+    ./run.sh tune --preset quick --columns CUB
+
+Test images are never opened. Of each method the values with the best mean accuracy over seeds are written to
+results/tune/<preset>.json, with what all the others reached; `./run.sh table1 --tuned` that file uses them. Options are
+those of the tables (`./run.sh table1 --help`).
+"""
+SELECT = """Choose the best of several meta-trained φ on validation images, as the paper did (section 4.1).
+
+    SEED="0 1 2 3 4" ./run.sh src       # five meta-trainings
+    ./run.sh select                     # of all finished ones in runs/; or name them: ./run.sh select runs/src-…
+    ./run.sh select --report            # no training, no choice: the page of the choice that was made
+
+Each φ trains networks on s-CIFAR100, which are evaluated on images of CIFAR-100 that are in neither its training nor
+its test set. The best mean accuracy wins. The chosen φ is copied to --out, its card extended by the evidence, which
+also stands in results/select/. Further options are those of the tables (`./run.sh table1 --help`).
+"""
+
+
+def main_tune(argv: Sequence[str] | None = None) -> int:
+    arguments = grid_parser(TUNE, "tune.yaml").parse_args(argv)
+    return run_program(lambda: tune(arguments), show_traceback=arguments.traceback)
+
+
+def main_select(argv: Sequence[str] | None = None) -> int:
+    parser = grid_parser(SELECT, "select.yaml")
+    parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
+    parser.add_argument("--out", type=Path, help="where the chosen φ goes [<runs>/selected/phi.pt]")
+    arguments = parser.parse_intermixed_args(argv)
+    return run_program(lambda: select(arguments), show_traceback=arguments.traceback)
+
+
+def found_in(results: Results, column: str, rows: Iterable[str]) -> tuple[Found, list[str]]:
+    """What is known of the accuracy of each row, and those of which trainings are missing."""
+    found = {row: evidence(results.accuracies(row, column), results.lost(row, column)) for row in rows}
+    seeds = len(results.grid.seeds)
+    return found, [row for row, one in found.items() if one.get("seeds", seeds) < seeds]
+
+
+# --- hyperparameters
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    grid = read_grid(arguments)
+    if wrong := [cell.row for cell in grid.cells() if cell.config.eval_split != "holdout"]:
+        raise UserError(f"{grid.path}: {wrong[0]}: eval_split must be holdout, so that tuning sees no test image")
+    if not run_grid(grid, arguments):
+        return
+    folder = results_folder(grid, arguments)
+    page = write_table(grid, folder)
+    chosen, accuracy = best_settings(Results(grid, folder))
+    path = folder.with_name(folder.name + ".json")
+    save_json({"chosen": chosen, "accuracy": accuracy}, path)
+    for column, methods in chosen.items():
+        for method, settings in methods.items():
+            if settings:
+                print(f"{column}: {method}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
+    print(f"chosen: {path}   all values: {page}", file=sys.stderr)
+
+
+def best_settings(results: Results) -> tuple[dict[str, Any], dict[str, Found]]:
+    """Column → method → the best settings, and column → row → accuracy, of columns whose candidates have all run.
+
+    The first of equally good ones wins. A value at the edge of those tried is reported: the best may lie beyond it.
+
+    Raises:
+        UserError: no column is complete.
+    """
+    chosen: dict[str, Any] = {}
+    accuracy: dict[str, Found] = {}
+    rows = results.grid.rows
+    for column in results.grid.columns:
+        found, missing = found_in(results, column, rows)
+        if missing:
+            left = f"{len(missing)} of {len(rows)} candidates have not run yet"
+            print(f"{column}: {left}: nothing chosen", file=sys.stderr)
+            continue
+        accuracy[column], chosen[column] = found, {}
+        for method in dict.fromkeys(settings["method"] for settings in rows.values()):
+            tried = [row for row in rows if rows[row]["method"] == method and "mean" in found[row]]
+            if not tried:
+                print(f"{column}: {method}: all candidates diverged, nothing chosen", file=sys.stderr)
+                continue
+            best = rows[max(tried, key=lambda row: found[row]["mean"])]
+            chosen[column][method] = {key: value for key, value in best.items() if key != "method"}
+            for key, value in chosen[column][method].items():
+                values = sorted({rows[row][key] for row in tried})
+                if len(values) > 2 and value in (values[0], values[-1]):
+                    edge = f"{key} {value} is at the edge of the values tried {values}"
+                    print(f"{column}: {method}: {edge}", file=sys.stderr)
+    if not chosen:
+        raise UserError("nothing was chosen: no column has all its candidates yet")
+    return chosen, accuracy
+
+
+# --- the best of several φ
+
+
+def select(arguments: argparse.Namespace) -> None:
+    grid = read_grid(arguments)
+    folder = results_folder(grid, arguments)
+    if arguments.report and not arguments.sources:
+        take_rows(grid, folder)
+        print(f"{write_table(grid, folder)}: of the choice that is recorded", file=sys.stderr)
+        return
+    sources = find_sources(arguments)
+    phis = {name: load_phi(path) for name, path in sources.items()}
+    changed = other_settings(phis)
+    print(*changed, sep="\n", end="\n" * bool(changed), file=sys.stderr)
+    if changed and not arguments.sources:
+        raise UserError("these runs are no repetitions of one meta-training (above); name those to choose from")
+    for name, path in sources.items():
+        grid.add_phi(name, path)
+    config = grid.cells()[0].config
+    if any(cell.config.eval_split == "test" for cell in grid.cells()):
+        raise UserError(f"{grid.path}: eval_split must not be test: choosing on test images is cheating")
+    if not run_grid(grid, arguments):
+        return
+    page = write_table(grid, folder)
+    accuracy, missing = found_in(Results(grid, folder), next(iter(grid.columns)), sources)
+    if missing:  # the choice would not be among all
+        there = f"{accuracy[missing[0]]['seeds']} of {len(grid.seeds)} trainings are there"
+        raise UserError(f"{missing[0]}: {there}; nothing was chosen")
+    best = max(accuracy, key=lambda name: accuracy[name].get("mean", -1.0))
+    if "mean" not in accuracy[best]:
+        raise UserError("with each φ some trainings diverged; nothing was chosen")
+    seeds = ", ".join(map(str, grid.seeds))
+    of = f"{data_name(config)}, {config.eval_split} images, {config.model}, {config.steps} steps, seeds {seeds}"
+    selection = {"chosen": best, "evaluated": of, "accuracy": accuracy}
+    save_json(selection, folder.with_name(folder.name + ".json"))
+    out = arguments.out or arguments.runs / "selected" / "phi.pt"
+    save_phi(phis[best], out, {**phis[best].card, "selection": selection})
+    for name, found in accuracy.items():
+        text = f"{found['diverged']} diverged" if "diverged" in found else f"{found['mean']:.2f} %"
+        seeds = f" over {found['seeds']} seeds" if "seeds" in found else ""
+        print(f"{'*' if name == best else ' '} {name}: {text}{seeds}")
+    print(f"chosen: {out}   evidence: {page}", file=sys.stderr)
+
+
+def find_sources(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Name of a meta-training → its φ: of two or more that are finished and have names of their own."""
+    folders = arguments.sources or [path for path in sorted(arguments.runs.glob("src-*")) if (path / "phi.pt").exists()]
+    if len(folders) < 2:
+        raise UserError(f'needs two or more finished meta-trainings, found {len(folders)} (SEED="0 1 …" ./run.sh src)')
+    if no_run := [folder for folder in folders if not (folder / "phi.pt").is_file()]:
+        raise UserError(f"{no_run[0]}: no folder of a finished meta-training (it holds no phi.pt)")
+    sources = {folder.absolute().name: folder / "phi.pt" for folder in folders}
+    if len(sources) < len(folders):
+        raise UserError("two of the runs have the same folder name, by which the result would call both")
+    return sources
+
+
+def take_rows(grid: Grid, folder: Path) -> None:
+    """The rows of a choice that was made, from its records: the files of its φ may be gone."""
+    path = folder.with_name(folder.name + ".json")
+    if not path.is_file():
+        raise UserError(f"{path}: no choice was made there yet; name two or more meta-trainings to choose from")
+    started = {record["cell"]["row"]: record["cell"]["needs"] for record in read_all(folder)}
+    for row in load_json(path)["accuracy"]:
+        if row in started:
+            grid.add_row(row, started[row]["phi"])
+    take_recorded(grid, folder)
+
+
+def other_settings(phis: Mapping[str, MetaPerturb]) -> list[str]:
+    """What the runs differ in, beside their seed, a line each: a choice among other settings is tuning."""
+    made = {name: config_of("meta_train", phi.card) for name, phi in phis.items()}
+    lines = [f"{name}: nothing is recorded of its settings" for name, config in made.items() if config is None]
+    images = {name: (phi.card.get("source") or {}).get("fingerprint") for name, phi in phis.items()}
+    first, *others = [name for name, config in made.items() if config is not None] or [""]
+    for name in others:
+        changed = differences(vars(made[first]), made[name], without=["seed"])
+        if changed := changed + ["other images"] * (images[name] != images[first]):
+            lines.append(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}")
+    return lines
