@@ -317,7 +317,11 @@ def test_ablations_of_table_3_train_on_the_target_without_the_same_part():
         ("{method: dropout}", "{method: dropout, dropout_prob: 2}", "dropout_prob: must be at least 0 and below 1"),
         ("  FT: ", "  base: {method: base}\n  FT: ", "'Base' on 'STL10' and 'base' on 'STL10': the same settings"),
         ('"${phi}"', '"${psi}"', "need 'psi' is unknown; did you mean 'phi'?"),
-        ("{program: meta_train,", "{program: train,", "needs: phi: program: expected one of meta_train, meta_test"),
+        (
+            "{program: meta_train,",
+            "{program: train,",
+            "program 'train' is unknown; did you mean 'meta_train'?",
+        ),
         ("{program: meta_train,", "{", "needs: phi: lacks 'program'"),
         ("{program: meta_train,", "{file: phi.pt,", "needs: phi: key 'config' is unknown"),
         ("config: src.yaml, ", "config: source.yaml, ", "source.yaml: cannot read the settings"),

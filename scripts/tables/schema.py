@@ -97,17 +97,13 @@ def number(where: str, value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def program(where: str, value: Any) -> str:
-    if value not in (*PROGRAMS,):
-        raise UserError(f"{where}: expected one of {', '.join(PROGRAMS)}, got {value!r}")
-    return value
-
-
 def need(where: str, value: Any) -> dict[str, Any]:
     file = dict.fromkeys(("file", "sha256", "hint"), str)
-    run = {"program": program, "config": str, "set": SETTINGS, "like": [str]}
+    run = {"program": str, "config": str, "set": SETTINGS, "like": [str]}
     of_file = isinstance(value, Mapping) and "file" in value
-    return checked(where, value, Keys(file, file) if of_file else Keys(run, ("program", "config")))
+    content = checked(where, value, Keys(file, file) if of_file else Keys(run, ("program", "config")))
+    check_known(f"{where}: program", [] if of_file else [content["program"]], PROGRAMS)
+    return content
 
 
 SETTINGS = {...: object}
