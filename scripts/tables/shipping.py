@@ -57,13 +57,14 @@ def ship(name: str, source: Path | None, out: Path) -> None:
 def describe(name: str, card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     config, source, metrics, versions, machine = (card[key] for key in [*NEEDED][:5])
-    size, batch = config["image_size"], config["batch_size"]
-    size = " and ".join(map(str, size)) if isinstance(size, list) else size
+    sizes, batch = config["image_size"], config["batch_size"]
+    sizes = " and ".join(f"{size}×{size}" for size in (sizes if isinstance(sizes, list) else [sizes]))
     facts = {
         "source": f"{source['name']}: {source['images']:,} images of {source['classes']} classes at "
-        f"{size}×{size} pixels (fingerprint `{source['fingerprint'][:12]}`)",
+        f"{sizes} pixels (fingerprint `{source['fingerprint'][:12]}`)",
         "class split": f"{config['split']}, {config['tasks']} tasks, seed {card.get('split_seed', config['seed'])}",
-        "meta-training": f"{config['model']}, {config['steps']} steps, batches of {batch}, Adam {config['lr']:g}, "
+        "meta-training": f"{config['model']}, {'scale-free noise, ' * config.get('scale_free', False)}"
+        f"{config['steps']} steps, batches of {batch}, Adam {config['lr']:g}, "
         f"weight decay {config['weight_decay']:g}, {config['precision']}, annealing {config['anneal']:g}",
         "at its end": f"loss {metrics['train_loss']:.3f} on D_tr, {metrics['test_loss']:.3f} on D_te",
         "made by": f"commit `{card['commit']}`, torch {versions['torch']}, {machine['device']} "
