@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -55,11 +56,16 @@ def image_folder(tmp_path_factory) -> Path:
     return write_folder(path, class_pictures(10, 8, "train") | class_pictures(10, 5, "test"))
 
 
+def listed(settings: str) -> list[str]:
+    """Of a line, each setting; paths may hold spaces."""
+    return re.split(r" (?=\w+=)", settings)
+
+
 @pytest.fixture(scope="session")
 def source_settings(image_folder, tmp_path_factory) -> list[str]:
     """A meta-training of seconds: five tasks of two classes."""
     images = f"source=folder source_paths={image_folder} data_root={tmp_path_factory.mktemp('data')} image_size=12"
-    return f"{images} model=resnet8 tasks=5 batch_size=4 log_every=2 checkpoint_every=2".split()
+    return listed(f"{images} model=resnet8 tasks=5 batch_size=4 log_every=2 checkpoint_every=2")
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +73,7 @@ def target_settings(image_folder, tmp_path_factory) -> list[str]:
     """A meta-test of seconds."""
     images = f"target=folder target_path={image_folder} data_root={tmp_path_factory.mktemp('data')} image_size=12"
     often = "eval_every=4 eval_samples=2 final_samples=3 log_every=2 checkpoint_every=2"
-    return f"{images} model=resnet8 batch_size=16 {often} gpu=cpu threads=1".split()
+    return listed(f"{images} model=resnet8 batch_size=16 {often} gpu=cpu threads=1")
 
 
 @pytest.fixture(scope="session")
@@ -84,25 +90,20 @@ def phi_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory) -> dict[str, Path]:
     """Finished runs of networks that learned their ten classes, in seconds: for the analyses. Do not change them."""
-    import metaperturb.meta_test as program
-
     root = tmp_path_factory.mktemp("trained")
     files = class_pictures(10, 30, "train") | class_pictures(10, 20, "test")
     save_phi(MetaPerturb(), root / "phi.pt")
-    common = [
-        f"target_path={write_folder(root / 'images', files)}",
-        f"data_root={root}",
-        *("target=folder", "image_size=12", "model=resnet8", "batch_size=50", "steps=70", "lr=3e-3"),
-        *("eval_every=1000", "final_samples=5", "checkpoint_every=1000", "gpu=cpu", "threads=1"),
-    ]
+    data = f"target=folder target_path={write_folder(root / 'images', files)} data_root={root} image_size=12"
+    long = "steps=70 lr=3e-3 batch_size=50 eval_every=1000 final_samples=5 checkpoint_every=1000 gpu=cpu threads=1"
     own = {
-        "base": [],
-        "metaperturb": [f"phi={root / 'phi.pt'}"],
-        "adversarial": ["adversarial_eps=0.05", "adversarial_steps=2", "adversarial_step_size=0.03"],
+        "base": "",
+        "metaperturb": f"phi={root / 'phi.pt'}",
+        "adversarial": "adversarial_eps=0.05 adversarial_steps=2 adversarial_step_size=0.03",
     }
-    for method, settings in own.items():
-        assert program.main(["--set", *common, f"method={method}", *settings, f"run_dir={root / method}"]) == 0
-    return {method: root / method for method in own}
+    return {
+        method: train(root / method, [], data, "model=resnet8", long, f"method={method}", settings)
+        for method, settings in own.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,15 @@ def trained(trained_runs) -> dict:
     from metaperturb.trained import load_run
 
     return {method: load_run(folder) for method, folder in trained_runs.items()}
+
+
+def train(run_dir: Path, settings: list[str], *more: str) -> Path:
+    """A run of meta-testing that ends well, in this process; `more` may hold several settings each."""
+    import metaperturb.meta_test as program
+
+    own = [setting for text in more for setting in listed(text) if setting]
+    assert program.main(["--set", *settings, *own, f"run_dir={run_dir}"]) == 0
+    return run_dir
 
 
 def model_state(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import train
 from image_files import refusal, refused
 from torch import nn
 
-import metaperturb.meta_test as program
 from metaperturb import methods, models, plots
 from metaperturb.analyses import calibration, robustness, surface
 from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
@@ -23,10 +23,9 @@ from metaperturb.analyses.surface import Plane, filter_normalized_directions, lo
 from metaperturb.config import MetaTestConfig, load_config
 from metaperturb.data.arrays import from_memory
 from metaperturb.evaluation import expected_calibration_error
-from metaperturb.perturbation import MetaPerturb, PerturbSite
+from metaperturb.perturbation import PerturbSite
 from metaperturb.randomness import numpy_generator
 from metaperturb.trained import load_run
-from metaperturb.weights import save_phi
 
 SAMPLING = Sampling(counts=(1, 3, 6), batch_size=64)
 PLANE = Plane(reach=0.5, points=3, images=40, batch_size=20, draws=2)
@@ -280,17 +279,12 @@ def test_the_middle_is_the_network_itself(trained_runs, name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def perturbed(target_settings, tmp_path_factory):
-    """Runs of MetaPerturb with and without its parts, by a φ whose numbers are not small."""
-    folder, phi = tmp_path_factory.mktemp("runs"), MetaPerturb()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        phi.flat.normal_(0, 0.2)
-    save_phi(phi, folder / "phi.pt")
-    for name, changes in {"whole": (), "ungated": ("gate=false",), "noiseless": ("noise=false",)}.items():
-        settings = [*target_settings, f"phi={folder / 'phi.pt'}", *changes, "steps=4", f"run_dir={folder / name}"]
+def perturbed(target_settings, phi_file, tmp_path_factory):
+    """Runs of MetaPerturb with and without its parts."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, changes in {"whole": "", "ungated": "gate=false", "noiseless": "noise=false"}.items():
         with mock.patch.object(plots, "save_figure"):  # each would render its curves
-            assert program.main(["--set", *settings]) == 0
+            train(folder / name, target_settings, f"phi={phi_file} steps=4", changes)
     return folder
 
 

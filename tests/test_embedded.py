@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import python
 from image_files import refusal
 
 from metaperturb.data import embedded
@@ -86,3 +87,14 @@ def test_every_class_is_closed_under_mirroring(classes):
         distance, _ = draw(np.random.default_rng(0), u, v)
         np.testing.assert_allclose(distance, distance[:, :, ::-1], atol=1e-12)
         assert (distance < 0).any() and (distance > 0).any()
+
+
+@pytest.mark.slow
+def test_another_process_draws_the_same():
+    code = """
+        import zlib
+        from metaperturb.data.embedded import embedded_source, embedded_target
+        print([zlib.crc32(part[0]) for part in (embedded_source(3, 8), *embedded_target(3, 8))])
+    """
+    first, second = (python(code, PYTHONHASHSEED=seed).communicate()[0] for seed in "12")
+    assert first == second != ""

@@ -13,15 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import conftest
 import matplotlib
 import pytest
 import torch
+from conftest import result
 from matplotlib.figure import Figure
 from PIL import Image
 from tables.results import write_record
 
 import figures as scripts_figures
-import metaperturb.meta_test as program
 import metaperturb.meta_train as meta_training
 from metaperturb import plots
 from metaperturb.perturbation import MetaPerturb
@@ -59,13 +60,9 @@ def refused(said: str, *arguments) -> None:
     assert said in error, error
 
 
-def train(settings: list[str], *changes) -> None:
+def train(*arguments) -> Path:
     with undrawn():
-        assert program.main(["--set", *settings, *map(str, changes)]) == 0
-
-
-def result(run: Path) -> dict:
-    return json.loads((run / "result.json").read_text())
+        return conftest.train(*arguments)
 
 
 def left(run: Path, of: Path, accuracy: float, own: dict | None = None, **config) -> Path:
@@ -89,12 +86,12 @@ def runs(target_settings, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     save_phi(MetaPerturb(), folder / "phi.pt")
     for name, changes in {
-        "base-0": ["method=base"],
-        "base-1": ["method=base", "seed=1", "checkpoint_every=3", "kernel=plain"],  # what changes no result may differ
-        "meta": [f"phi={folder / 'phi.pt'}"],
-        "tuned": ["method=base", f"init={folder / 'base-0'}"],
+        "base-0": "method=base",
+        "base-1": "method=base seed=1 checkpoint_every=3 kernel=plain",  # what changes no result may differ
+        "meta": f"phi={folder / 'phi.pt'}",
+        "tuned": f"method=base init={folder / 'base-0'}",
     }.items():
-        train(target_settings, *changes, "steps=8", f"run_dir={folder / name}")
+        train(folder / name, target_settings, changes, "steps=8")
     return folder
 
 
@@ -399,13 +396,11 @@ def test_damaged_runs_are_named(runs, tmp_path):
 
 def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings, tmp_path):
     """As ./run.sh src and tgt make them. And every_figure draws what it can, the runs of each folder apart."""
-    settings = [*target_settings, "steps=8"]
     for seed in (0, 1):
         torch.manual_seed(seed)
         phi = tmp_path / f"src-seed{seed}" / "phi.pt"
         save_phi(MetaPerturb(), phi)
-        folder = tmp_path / "runs" / "own" / f"meta-{seed}"
-        train(settings, f"phi={phi}", f"seed={seed}", f"run_dir={folder}")
+        train(tmp_path / "runs" / "own" / f"meta-{seed}", target_settings, f"steps=8 phi={phi} seed={seed}")
     called = ["--call", "src-seed0=ours", "src-seed1=ours"]
     drawn("fig5", tmp_path / "runs", "--out", tmp_path / "fig5", *called)
     found = rows(tmp_path / "fig5" / "fig5-folder-12-px-resnet8-8-steps.csv")

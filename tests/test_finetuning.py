@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_line, model_state, result
+from conftest import error_line, model_state, result, train
 from image_files import refusal
 from torch import nn
 
@@ -224,18 +224,15 @@ def settings(target_settings, phi_file) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pretrained(target_settings, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("pretrained") / "pre"
-    assert program.main(["--set", *target_settings, "method=base", "steps=6", "seed=5", f"run_dir={run_dir}"]) == 0
-    return run_dir
+    return train(tmp_path_factory.mktemp("pretrained") / "pre", target_settings, "method=base steps=6 seed=5")
 
 
 @pytest.mark.parametrize("method", ["base", "metaperturb", "info_dropout", "manifold_mixup"])
 def test_every_method_begins_with_the_pretrained_weights(method, settings, pretrained, tmp_path):
     """With a learning rate of 0 they are still there at the end; the rest is what a run from scratch begins with."""
     common = [*settings, f"method={method}", "steps=1", "lr=0", "weight_decay=0"]
-    assert program.main(["--set", *common, f"init={pretrained}", f"run_dir={tmp_path / 'ft'}"]) == 0
-    assert program.main(["--set", *common, f"run_dir={tmp_path / 'scratch'}"]) == 0
-    ours, scratch, weights = (model_state(d) for d in (tmp_path / "ft", tmp_path / "scratch", pretrained))
+    runs = train(tmp_path / "ft", common, f"init={pretrained}"), train(tmp_path / "scratch", common), pretrained
+    ours, scratch, weights = map(model_state, runs)
     assert ours.keys() == scratch.keys()
     for key, value in ours.items():
         if "conv" in key and "regularizer" not in key:
@@ -247,24 +244,18 @@ def test_every_method_begins_with_the_pretrained_weights(method, settings, pretr
 
 @pytest.mark.parametrize("method", ["metaperturb", "info_dropout"])
 def test_a_run_pretrained_with_a_method(method, settings, tmp_path):
-    pre, ft = tmp_path / "pre", tmp_path / "ft"
-    assert program.main(["--set", *settings, f"method={method}", "steps=2", f"run_dir={pre}"]) == 0
-    common = [*settings, "method=base", "steps=1", "lr=0", "weight_decay=0", "init_batch_norm=keep"]
-    assert program.main(["--set", *common, f"init={pre}", f"run_dir={ft}"]) == 0
+    pre = train(tmp_path / "pre", settings, f"method={method} steps=2")
+    ft = train(tmp_path / "ft", settings, f"init={pre} method=base steps=1 lr=0 weight_decay=0 init_batch_norm=keep")
     ours, weights = model_state(ft), model_state(pre)
     assert any(".metaperturb." in key or ".regularizer." in key for key in weights)
     assert all(torch.equal(value, weights[key]) for key, value in ours.items() if "conv" in key or key == "bn1.weight")
 
 
 def test_the_result_says_where_it_began(settings, pretrained, tmp_path, capsys):
-    (tmp_path / "results").mkdir()
     init = {}
     for name, source in (("folder", pretrained), ("file", pretrained / "checkpoints" / "latest.pt")):
-        run_dir = tmp_path / name
-        changes = ["method=base", "steps=1", f"init={source}", f"run_dir={run_dir}"]
-        assert program.main(["--set", *settings, *changes]) == 0
+        init[name] = result(train(tmp_path / name, settings, f"method=base steps=1 init={source}"))["init"]
         assert capsys.readouterr().err.count(f"init: 7 tensors from {source}; the classifier fc starts fresh") == 1
-        init[name] = result(run_dir)["init"]
     assert init["folder"]["sha256"] == init["file"]["sha256"] and init["file"]["run"] is None
     run_of = init["folder"]["run"]
     assert (run_of["seed"], run_of["steps"], run_of["method"], run_of["data"]["train"]) == (5, 6, "base", 80)

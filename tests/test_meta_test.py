@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import model_state, result, run, start, wait_for
+from conftest import model_state, result, run, start, train, wait_for
 
 import metaperturb.meta_test as program
 from metaperturb import kernels, models
@@ -38,9 +38,7 @@ def settings(target_settings, phi_file) -> list[str]:
 @pytest.fixture(scope="module")
 def reference(settings, tmp_path_factory) -> Path:
     """An uninterrupted run."""
-    run_dir = tmp_path_factory.mktemp("reference") / "tgt"
-    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 0
-    return run_dir
+    return train(tmp_path_factory.mktemp("reference") / "tgt", settings)
 
 
 def test_run_folder_is_complete(reference):
@@ -100,8 +98,7 @@ def test_bits_after_sigkill_and_resume(reference, settings, tmp_path, samples, s
     resumed = run("meta_test", [*settings, f"run_dir={run_dir}"])
     assert resumed.returncode == 0 and "resuming after step" in resumed.stderr
     if samples != 3:
-        reference = tmp_path / "never"
-        assert program.main(["--set", *settings, f"run_dir={reference}"]) == 0
+        reference = train(tmp_path / "never", settings)
     check_equal(run_dir, reference)
 
 
@@ -115,24 +112,21 @@ def test_phi_is_frozen_and_saved_with_the_network(reference, phi_file):
 
 def test_some_images_of_each_class(target_settings, tmp_path):
     """The same ones, and all test images; of what is held out none is taken."""
-    settings = [*target_settings, "method=base", "steps=1", "train_per_class=3"]
-    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]) == 0
-    trained = load_run(tmp_path / "tgt")
+    trained = load_run(train(tmp_path / "tgt", target_settings, "method=base steps=1 train_per_class=3"))
     np.testing.assert_array_equal(np.bincount(trained.train.labels), 3)
     assert len(trained.test) == 50
     config = dataclasses.replace(trained.config, eval_split="holdout", holdout=0.5, train_per_class=4)
-    train, held_out = load_parts(config)
+    rest, held_out = load_parts(config)
     images = {image.tobytes() for image in held_out.images}
-    assert len(train) == 40 and len(images) == 40 and not images & {image.tobytes() for image in train.images}
+    assert len(rest) == 40 and len(images) == 40 and not images & {image.tobytes() for image in rest.images}
 
 
 def test_zero_strength_is_base_bit_for_bit(target_settings, phi_file, tmp_path, monkeypatch):
     """With c held at 0 the perturbed network learns exactly what the plain one learns."""
     common = [*target_settings, "steps=4", "lr_milestones=0.5"]
-    assert program.main(["--set", *common, "method=base", f"run_dir={tmp_path / 'base'}"]) == 0
+    base = model_state(train(tmp_path / "base", common, "method=base"))
     monkeypatch.setattr(program.training, "annealed_strength", lambda *_: 0.0)
-    assert program.main(["--set", *common, f"phi={phi_file}", f"run_dir={tmp_path / 'zero'}"]) == 0
-    base, zero = model_state(tmp_path / "base"), model_state(tmp_path / "zero")
+    zero = model_state(train(tmp_path / "zero", common, f"phi={phi_file}"))
     assert all(torch.equal(value, zero[key]) for key, value in base.items())
 
 
@@ -145,8 +139,7 @@ def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_pat
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", recording)
-    settings = [*target_settings, "steps=10", f"phi={phi_file}", f"run_dir={tmp_path / 'tgt'}"]
-    assert program.main(["--set", *settings]) == 0
+    train(tmp_path / "tgt", target_settings, f"steps=10 phi={phi_file}")
     assert seen == pytest.approx([1e-3] * 4 + [3e-4] * 3 + [9e-5] * 2 + [2.7e-5])
     strengths = [annealed_strength(i, 10_000, 0.4) for i in (0, 1999, 3999, 4000, 9999)]
     assert strengths == [1 / 4000, 0.5, 1.0, 1.0, 1.0]
@@ -230,8 +223,7 @@ def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines and not any("test_accuracy" in line for line in lines)
     assert "clip_eval=true may help" in error
-    clipped = tmp_path / "clipped"
-    assert program.main(["--set", *settings, *changes, "clip_eval=true", f"run_dir={clipped}"]) == 0
+    clipped = train(tmp_path / "clipped", settings, *changes, "clip_eval=true")
     assert load_run(clipped).model.metaperturb.clip_eval and math.isfinite(result(clipped)["metrics"]["nll"])
 
 
@@ -288,7 +280,7 @@ def test_another_kernel_on_resume_is_said(reference, unfinished, capsys):
 def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     changes = ["method=base", "recipe=mixup", "mixup_alpha=0.5", "dropblock_prob=0.5", "clip=3", "steps=1"]
     changes += ["init_batch_norm=keep", "holdout=0.5", "gpu=auto"]
-    assert program.main(["--set", *settings, *changes, f"run_dir={tmp_path / 'tgt'}"]) == 0
+    train(tmp_path / "tgt", settings, *changes)
     said = capsys.readouterr().err
     assert "method base does not use clip, phi, dropblock_prob\n" in said
     assert "init_batch_norm does nothing without init\n" in said
@@ -319,12 +311,11 @@ def test_what_lacks_its_settings_answers_for_no_others(reference, unfinished, re
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(settings, tmp_path):
-    assert program.main(["--set", *settings, "gpu=0", f"run_dir={tmp_path / 'tgt'}"]) == 0
+    train(tmp_path / "tgt", settings, "gpu=0")
 
 
 def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, capsys):
-    run_dir = tmp_path / "tgt"
-    assert program.main(["--set", *settings, f"run_dir={run_dir}", "precision=bfloat16"]) == 0
+    run_dir = train(tmp_path / "tgt", settings, "precision=bfloat16")
     half, full = (json.loads((folder / "metrics.jsonl").open().readline()) for folder in (run_dir, reference))
     assert half["train_loss"] != full["train_loss"]
     assert half["train_loss"] == pytest.approx(full["train_loss"], rel=0.05)
@@ -390,8 +381,7 @@ def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypa
 
 
 def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, tmp_path, capsys):
-    run_dir = tmp_path / "tgt"
-    assert program.main(["--set", *settings, f"run_dir={run_dir}", "eval=one_pass", "eval_every=2"]) == 0
+    run_dir = train(tmp_path / "tgt", settings, "eval=one_pass eval_every=2")
     ours, theirs = model_state(run_dir), model_state(reference)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
     results = [result(run_dir), result(reference)]
@@ -399,11 +389,11 @@ def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, setti
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     assert [line["test_samples"] for line in lines if "test_samples" in line] == [1, 1, 1, 3]
     trained = load_run(run_dir)
-    train, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
+    seen, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
     seed_torch(0, 0, "one_pass")
-    top, left, flip = draw(len(train), 4, torch.device("cpu"))
-    order = numpy_generator(0, 0, "one_pass").permutation(len(train))
-    moved = torch.nn.functional.pad(train[order], (4,) * 4, value=-1.0)
+    top, left, flip = draw(len(seen), 4, torch.device("cpu"))
+    order = numpy_generator(0, 0, "one_pass").permutation(len(seen))
+    moved = torch.nn.functional.pad(seen[order], (4,) * 4, value=-1.0)
     moved = torch.stack([x[:, i : i + 12, j : j + 12] for x, i, j in zip(moved, top, left, strict=True)])
     moved[flip] = moved[flip].flip(-1)
     logits = make_deterministic(trained.model, [moved])(test)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import model_state, result
+from conftest import model_state, result, train
 from torch import nn
 from torchvision.transforms.v2 import TrivialAugmentWide
 
@@ -197,8 +197,7 @@ def test_dropblock_rises_linearly_over_the_whole_training(target_settings, tmp_p
         return drop(h, p, size, training=training)
 
     monkeypatch.setattr(noise, "drop_block2d", recording)
-    settings = [*target_settings, "method=dropblock", "dropblock_prob=0.2", "steps=5", f"run_dir={tmp_path / 'tgt'}"]
-    assert program.main(["--set", *settings]) == 0
+    train(tmp_path / "tgt", target_settings, "method=dropblock dropblock_prob=0.2 steps=5")
     assert probabilities[::3] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2]) and len(probabilities) == 15
 
 
@@ -342,10 +341,8 @@ def test_trivial_augment_is_for_training_images(common, base_state, draws_itself
     """One call for each training image of each step, none for evaluation; where it changes nothing, that is Base."""
     calls = []
     monkeypatch.setattr(TrivialAugmentWide, "forward", lambda self, image: calls.append(image.dtype) or image)
-    settings = [*common, "method=trivial_augment", f"run_dir={tmp_path / 'tgt'}"]
-    assert program.main(["--set", *settings]) == 0
+    check_same(model_state(train(tmp_path / "tgt", common, "method=trivial_augment")), base_state)
     assert calls == [torch.uint8] * 4 * 16
-    check_same(model_state(tmp_path / "tgt"), base_state)
 
 
 # --- sites
@@ -418,28 +415,23 @@ def common(target_settings) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base_state(common, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("base") / "tgt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", lambda *_: WithDropout())
-        assert program.main(["--set", *common, "method=base", f"run_dir={run_dir}"]) == 0
-    return model_state(run_dir)
+        return model_state(train(tmp_path_factory.mktemp("base") / "tgt", common, "method=base"))
 
 
 @pytest.mark.parametrize("off", OFF)
 def test_a_method_that_is_off_is_base_bit_for_bit(off, common, base_state, draws_itself, tmp_path):
     """And draws nothing."""
-    run_dir, setting = tmp_path / "tgt", off.partition("=")[0]
-    (name,) = [name for name, regularizer in REGULARIZERS.items() if setting in regularizer.settings]
-    assert program.main(["--set", *common, f"method={name}", *off.split(), f"run_dir={run_dir}"]) == 0
-    check_same(model_state(run_dir), base_state)
+    (name,) = [name for name, method in REGULARIZERS.items() if off.partition("=")[0] in method.settings]
+    check_same(model_state(train(tmp_path / "tgt", common, f"method={name}", off)), base_state)
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_run_interrupt_resume(name, common, base_state, draws_itself, tmp_path, monkeypatch):
     """A run trains otherwise than Base, says what it was, and continues to the bit where it was cut."""
     settings = [*common, f"method={name}"]
-    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'whole'}"]) == 0
-    found = result(tmp_path / "whole")
+    found = result(train(tmp_path / "whole", settings))
     assert found["config"]["method"] == name and found["metrics"]["samples"] == 1
     defaults = dataclasses.asdict(MetaTestConfig())
     assert all(found["config"][key] == defaults[key] for key in REGULARIZERS[name].settings)
@@ -459,10 +451,9 @@ def test_run_interrupt_resume(name, common, base_state, draws_itself, tmp_path, 
         patch.setattr(program, "save_tensors", cut)
         assert program.main(["--set", *settings, f"run_dir={tmp_path / 'cut'}"]) == 130
     assert not (tmp_path / "cut" / "result.json").exists()
-    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'cut'}"]) == 0
-    assert model_state(tmp_path / "cut").keys() == whole.keys()
-    check_same(model_state(tmp_path / "cut"), whole)
-    assert result(tmp_path / "cut")["metrics"] == found["metrics"]
+    again = model_state(train(tmp_path / "cut", settings))
+    assert again.keys() == whole.keys() and result(tmp_path / "cut")["metrics"] == found["metrics"]
+    check_same(again, whole)
 
 
 @pytest.mark.parametrize(
@@ -585,31 +576,27 @@ def test_adversarial_training_attacks_the_loss_of_the_recipe():
 
 def test_a_recipe_as_a_run(common, base_state, draws_itself, tmp_path):
     """It trains, says what it was, and is read back."""
-    settings = [*common, "method=dropblock", "recipe=label_smoothing,trivial_augment,mixup"]
-    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'tgt'}"]) == 0
-    assert result(tmp_path / "tgt")["config"]["recipe"] == ["label_smoothing", "mixup", "trivial_augment"]
-    trained = model_state(tmp_path / "tgt")
+    run = train(tmp_path / "tgt", common, "method=dropblock recipe=label_smoothing,trivial_augment,mixup")
+    assert result(run)["config"]["recipe"] == ["label_smoothing", "mixup", "trivial_augment"]
+    trained = model_state(run)
     assert any(not torch.equal(value, trained[key]) for key, value in base_state.items())
-    assert not load_run(tmp_path / "tgt").stochastic
+    assert not load_run(run).stochastic
 
 
 def test_a_phi_that_learned_under_another_ablation_is_told(common, tmp_path, capsys):
     save_phi(MetaPerturb(), tmp_path / "phi.pt", card={"config": {"noise": True, "gate": False}})
     for gate, told in (("true", True), ("false", False)):
-        settings = [*common, f"phi={tmp_path / 'phi.pt'}", f"gate={gate}", f"run_dir={tmp_path / gate}"]
-        assert program.main(["--set", *settings]) == 0
+        train(tmp_path / gate, common, f"phi={tmp_path / 'phi.pt'} gate={gate}")
         line = "φ was meta-trained with gate=false, this run has gate=true"
         assert (line in capsys.readouterr().err.splitlines()) == told
 
 
 def test_ablations_as_runs(common, phi_file, tmp_path, capsys):
-    settings = [*common, f"phi={phi_file}"]
     for name, sites in {
         "sites=all": ["layer1.0", "layer2.0", "layer3.0"],
         "sites=before_pooling noise=false": ["layer1.0", "layer2.0", "layer3.0"],
         "sites=bottom gate=false": ["layer1.0"],
     }.items():
-        assert program.main(["--set", *settings, *name.split(), f"run_dir={tmp_path / name}"]) == 0
-        found = result(tmp_path / name)
+        found = result(train(tmp_path / name, common, f"phi={phi_file}", name))
         assert found["sites"] == sites and found["metrics"]["samples"] == (1 if "noise" in name else 3)
     assert "φ was meta-trained with" not in capsys.readouterr().err  # nothing is recorded of this φ

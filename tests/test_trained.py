@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import class_pictures
+from conftest import class_pictures, train
 from image_files import one_line, refusal, write_folder
 
-import metaperturb.meta_test as program
 from metaperturb.data.batches import DeviceImages
 from metaperturb.errors import UserError
 from metaperturb.evaluation import evaluate
@@ -29,9 +28,8 @@ def runs(target_settings, tmp_path_factory):
     torch.manual_seed(0)
     save_phi(MetaPerturb(), folder / "phi.pt")
     for method in ("base", "metaperturb", "info_dropout", "dropblock"):
-        settings = [f"method={method}", f"steps={STEPS}", f"run_dir={folder / method}"]
-        settings += [f"phi={folder / 'phi.pt'}"] if method == "metaperturb" else []
-        assert program.main(["--set", *target_settings, *settings]) == 0
+        phi = f"phi={folder / 'phi.pt'}" if method == "metaperturb" else ""
+        train(folder / method, target_settings, f"method={method} steps={STEPS}", phi)
     (folder / "phi.pt").unlink()  # a run is complete without it
     return folder
 
