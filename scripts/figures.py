@@ -249,21 +249,9 @@ def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     draw(arguments, "compare", plots.plot_comparison, results, title(runs[0]))
 
 
-def lengths(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Final accuracy against the length of training."""
-    growth(runs, "steps", "steps", "training steps", "lengths", title(runs[0], with_steps=False), arguments)
-
-
-def amount(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Final accuracy against the number of training images."""
-    name = title(runs[0], with_amount=False)
-    growth(runs, "train_per_class", "train_images", "training images", "amount", name, arguments)
-
-
-def growth(
-    runs: Sequence[Finished], setting: str, of: str, unit: str, kind: str, name: str, arguments: argparse.Namespace
-) -> None:
-    """Final accuracy against the number `of` runs, counted in `unit`, over the seeds that a method has for all."""
+def growth(runs: Sequence[Finished], arguments: argparse.Namespace, kind: str, setting: str, of: str) -> None:
+    """Final accuracy against the number `of` runs, which a setting gives, over the seeds that a method has for all."""
+    unit = {"steps": "training steps", "train_images": "training images"}[of]
     amounts = grouped(runs, operator.attrgetter(of))
     if len(amounts) < 2:
         raise NothingToShow(f"all runs have {getattr(runs[0], of)} {unit}; this picture needs several numbers of them")
@@ -280,7 +268,8 @@ def growth(
                 results.setdefault(method, {})[n] = accuracies
     if not results:
         raise UserError(f"no method has one seed for all numbers of {unit}")
-    draw(arguments, kind, plots.plot_growth, {unit: results}, name)
+    about = title(runs[0], with_steps=setting != "steps", with_amount=setting != "train_per_class")
+    draw(arguments, kind, plots.plot_growth, {unit: results}, about)
 
 
 EFFORT = {  # what φ's card says of its meta-training → what the picture calls it
@@ -357,11 +346,6 @@ def data_of(run: Finished) -> tuple[Any, ...]:
     return *run.result["target"]["fingerprints"], run.config["model"]
 
 
-def test_of(run: Finished) -> tuple[Any, ...]:
-    """Identifies what networks trained on different images are compared by."""
-    return run.result["target"]["fingerprints"][1], run.config["model"], run.steps
-
-
 class Figure(NamedTuple):
     """A figure's command, and what `./run.sh figures` draws with it.
 
@@ -386,8 +370,14 @@ FIGURES = {
     "fig7": Figure(figure7, has_scales, lambda run: run.config["model"], "network"),
     "fig8": Figure(figure8, has_network, analyses=(Plane,)),
     "compare": Figure(compare),
-    "lengths": Figure(lengths, alike=data_of, one="data set or network"),
-    "amount": Figure(amount, alike=test_of, one="test set, network or length"),
+    "lengths": Figure(
+        functools.partial(growth, kind="lengths", setting="steps", of="steps"), alike=data_of, one="data set or network"
+    ),
+    "amount": Figure(
+        functools.partial(growth, kind="amount", setting="train_per_class", of="train_images"),
+        alike=lambda run: (run.result["target"]["fingerprints"][1], run.config["model"], run.steps),
+        one="test set, network or length",
+    ),
     "effort": Figure(effort),
     "learning": Figure(
         learning, lambda run: not run.is_target, lambda run: run.result["source"]["fingerprint"], "source of images"

@@ -13,9 +13,10 @@ whether it ran at the paper's setting.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cluster
@@ -144,7 +145,11 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
     results = Results(grid, results_folder(grid, arguments))  # records that cannot be used are named now
     if arguments.report:
         return True
-    cells = chosen_cells(results, arguments)
+    cells = list(results.cells.values())
+    for name, known in (("row", grid.rows), ("column", grid.columns), ("seed", grid.seeds)):
+        wanted = getattr(arguments, f"{name}s")
+        check_known(f"--{name}s", wanted or (), known)
+        cells = [cell for cell in cells if wanted is None or getattr(cell, name) in wanted]
     todo = [cell for cell in cells if cell.place not in results.records and cell.place not in results.diverged]
     queue = cluster.Queue(arguments.runs / "slurm" / grid.name / results.folder.name)
     images = Images()
@@ -188,15 +193,6 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
     return True
 
 
-def chosen_cells(results: Results, arguments: argparse.Namespace) -> list[Cell]:
-    grid, chosen = results.grid, list(results.cells.values())
-    for name, known in (("row", grid.rows), ("column", grid.columns), ("seed", grid.seeds)):
-        wanted = getattr(arguments, f"{name}s")
-        check_known(f"--{name}s", wanted or (), known)
-        chosen = [cell for cell in chosen if wanted is None or getattr(cell, name) in wanted]
-    return chosen
-
-
 # --- before anything runs
 
 
@@ -229,23 +225,28 @@ def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job], images: 
         UserError: everything that is wrong, one line each.
     """
     wrong: list[str] = []
-    made = {job.id: job.record for job in jobs if job.done}  # of needs
 
-    def attempt(what: str, action: Callable[..., object], *arguments: object) -> None:
+    @contextlib.contextmanager
+    def attempt(what: str) -> Iterator[None]:
         try:
-            action(*arguments)
+            yield
         except UserError as error:
             wrong.append(f"  {what}: {error}")
 
     for cell in {cell.column: cell for cell in cells}.values():
-        attempt(f"column {cell.column}", check_images, results, cell, images)
+        with attempt(f"column {cell.column}"):
+            found = images(cell.config)
+            if found != results.images.get(cell.column, found):
+                other = f"these are other images than those of the cells in {results.folder}"
+                raise UserError(f"{other}; a column mixes no data")
+    made = {job.id: job.record for job in jobs if job.done}
     for key, need in {need.id: (key, need) for cell in cells for key, need in cell.needs.items()}.values():
-        if need.file is not None:
-            attempt(f"need {need.name}", check_file, need, load_phi if key == "phi" else read_weights)
-        elif need.id not in made or need.name in results.grid.overrides.paths:
-            attempt(f"need {need.name}", check_source, need, made.get(need.id), images)
+        if need.id not in made or need.name in results.grid.overrides.paths:
+            with attempt(f"need {need.name}"):
+                check_need(key, need, made.get(need.id), images)
     for cell in {(cell.config.model, image_size(cell.config)): cell for cell in reversed(cells)}.values():
-        attempt(f"row {cell.row}, column {cell.column}", check_network, cell.config)
+        with attempt(f"row {cell.row}, column {cell.column}"):
+            watch(small_network(cell.config), image_size(cell.config))
     if wrong:
         raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
     try:
@@ -256,33 +257,18 @@ def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job], images: 
         raise UserError(f"{results.folder}: cannot write ({reason(error)})") from error
 
 
-def check_file(need: Need, read: Callable[[Path], object]) -> None:
-    if not need.file.exists():
-        raise UserError(f"{need.file} does not exist ({need.hint})")
-    if need.sha256 and sha256(need.file) != need.sha256:
-        raise UserError(f"{need.file} is another file than the one meant (sha256 {need.sha256[:12]}…)")
-    read(need.file)
-
-
-def check_source(need: Need, made: Path | None, images: Images) -> None:
-    """Its images are there, and those that its run, where it is finished, was made from."""
-    found = images(need.config)
-    if made is None:
+def check_need(key: str, need: Need, made: Path | None, images: Images) -> None:
+    """A file is the one meant and can be read. The images of a run are there, and those that it was made from."""
+    if need.file is not None:
+        if not need.file.exists():
+            raise UserError(f"{need.file} does not exist ({need.hint})")
+        if need.sha256 and sha256(need.file) != need.sha256:
+            raise UserError(f"{need.file} is another file than the one meant (sha256 {need.sha256[:12]}…)")
+        (load_phi if key == "phi" else read_weights)(need.file)
         return
-    result, path = read_result(made), made
-    before = [result["source"]["fingerprint"]] if need.program == "meta_train" else result["target"]["fingerprints"]
-    if found != before:
-        raise UserError(f"{path.parent}: was made from other images than --path names; remove it or give other --runs")
-
-
-def check_images(results: Results, cell: Cell, images: Images) -> None:
-    found = images(cell.config)
-    if found != results.images.get(cell.column, found):
-        raise UserError(f"these are other images than those of the cells in {results.folder}; a column mixes no data")
-
-
-def check_network(config: MetaTestConfig) -> None:
-    watch(small_network(config), image_size(config))
+    found, result = images(need.config), read_result(made) if made else None
+    if result and found != ([result["source"]["fingerprint"]] if key == "phi" else result["target"]["fingerprints"]):
+        raise UserError(f"{made.parent}: was made from other images than --path names; remove it or give other --runs")
 
 
 # --- jobs
@@ -291,20 +277,12 @@ def check_network(config: MetaTestConfig) -> None:
 def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path, images: Images) -> list[Job]:
     """The runs of these cells, behind those of what they need."""
     needs = {need.id: need for cell in cells for need in cell.needs.values() if need.file is None}
-    own = (need_job(need, runs / "needs") for need in needs.values())
-    return [*own, *(cell_job(results, cell, runs, images) for cell in cells)]
-
-
-def need_job(need: Need, runs: Path) -> Job:
-    run_dir = runs / need.id
-    tasks = 2 * need.config.tasks if need.program == "meta_train" else 1  # of each step one of θ and one of φ
-    return Job(
-        id=need.id,
-        program=need.program,
-        config=dataclasses.replace(need.config, run_dir=str(run_dir)),
-        record=run_dir / "result.json",  # the run's own
-        weight=tasks,
-    )
+    jobs = [cell_job(results, cell, runs, images) for cell in cells]
+    for id_, need in reversed(needs.items()):
+        tasks = 2 * need.config.tasks if need.program == "meta_train" else 1  # of each step one of θ and one of φ
+        config = dataclasses.replace(need.config, run_dir=str(runs / "needs" / id_))
+        jobs.insert(0, Job(id_, need.program, config, runs / "needs" / id_ / "result.json", weight=tasks))
+    return jobs
 
 
 def cell_job(results: Results, cell: Cell, runs: Path, images: Images) -> Job:
