@@ -7,9 +7,8 @@
 // Images are independent and sums over images run in a fixed order: the result does not depend on the thread count.
 //
 // A plane is one channel of one image. A sheet is a plane, or several small ones side by side, with zeros around each: rows
-// of planes · (W + 1) values, a zero behind each plane's part, and a row of zeros above and below. A 3×3 convolution is then
-// a loop over consecutive values, nine loads at fixed offsets, without a special case, and its vectors are full however
-// small the planes are. What such a loop leaves between the planes is masked.
+// of whole vectors, with at least one zero behind each plane's part, and a row of zeros above and below. A 3×3 convolution
+// is then a loop over vectors, without a special case, whose vectors are nearly full however small the planes are.
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -25,7 +25,14 @@
 namespace {
 
 constexpr int TAPS = 9, FEATURES = 4, LANES = 16;
-constexpr int64_t SHEET = 512;  // values that a sheet of several planes has at most: enough for vectors, few enough for the cache
+constexpr int64_t SHEET = 1024;  // values that a sheet of several planes has at most: several of them fit into the cache
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;  // bytes
+#elif defined(__AVX2__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
 constexpr int SELF1 = 0, ALL1 = 9, SELF2 = 18, ALL2 = 27, SCALE_KERNELS = 36, SCALE_AFFINE = 72, PARAMETERS = 82;
 constexpr float TWO_PI_4 = 1.57079632679489662f;
 
@@ -51,7 +58,7 @@ struct Site {
     T *statistics;         // [2, C, 4]: the mean and variance that made the scale, likewise
     T *scale;              // [C], likewise
     uint8_t *signs;        // [signs_size]: bit k of a value says that the scale's kernel k was above 0 there; likewise
-    T *out;                // [draws · B, C, H, W], all images of a draw together; if `relative`, the factor of mean one that plain.py describes
+    T *out;                // [draws · B, C, H, W], all images of a draw together; if `relative`, plain.py's factor of mean one
     const T *grad_out;     // [B, C, H, W]
     T *grad_h;             // [B, C, H, W]; without h_gradient only its direct part, which costs nothing
     double *grad_phi;      // [82]
@@ -275,42 +282,81 @@ class Draw {
 
 // --- sheets
 
-// In whole vectors, the last of which may overlap the one before: calls of memcpy cost more than what such rows hold.
+template <typename T>
+struct Register {
+    typedef T Vector __attribute__((vector_size(REGISTER)));
+    using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Integer Integers __attribute__((vector_size(REGISTER)));
+    typedef uint8_t Bytes __attribute__((vector_size(REGISTER / sizeof(T))));
+    static constexpr int64_t width = REGISTER / sizeof(T);
+};
+
+template <typename T>
+using Vector = typename Register<T>::Vector;
+
+template <typename T>
+inline Vector<T> load(const T *from) {
+    Vector<T> x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+template <typename T>
+inline void store(T *to, Vector<T> x) {
+    std::memcpy(to, &x, sizeof x);
+}
+
+// In pieces of `step` values, the last of which may overlap the one before. The empty statement keeps compilers from making
+// a call of memmove of the loop, which costs more than what rows hold.
+template <int64_t step, typename T>
+inline void copy_pieces(const T *__restrict from, int64_t width, T *__restrict to) {
+    for (int64_t x = 0; x + step < width; x += step) {
+        std::memcpy(to + x, from + x, step * sizeof(T));
+        asm volatile("");
+    }
+    std::memcpy(to + width - step, from + width - step, step * sizeof(T));
+}
+
 template <typename T>
 inline void copy_row(const T *__restrict from, int64_t width, T *__restrict to) {
-    constexpr int64_t BYTES = 64, step = BYTES / sizeof(T);
-    if (width < step) {
+    if (width >= 16)
+        copy_pieces<16>(from, width, to);
+    else if (width >= 8)
+        copy_pieces<8>(from, width, to);
+    else if (width >= 4)
+        copy_pieces<4>(from, width, to);
+    else
         std::copy_n(from, width, to);
-        return;
-    }
-    for (int64_t x = 0; x + step < width; x += step) std::memcpy(to + x, from + x, BYTES);
-    std::memcpy(to + width - step, from + width - step, BYTES);
+}
+
+// Asks for what is read later, so that it is there by then.
+template <typename T>
+inline void prefetch(const T *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
 }
 
 template <typename T>
 struct Sheet {
     int64_t height, width, channels;
     int64_t planes, groups;      // planes side by side in a sheet, and sheets an image
-    int64_t pitch, row_size;     // values of a row, and that in whole vectors
-    int64_t first, count, size;  // where the first plane begins, what loops run over from there, values in all
+    int64_t span, pitch;         // of a row: values in the vectors that hold its planes, values from it to the next one
+    int64_t first, size;         // where the first row begins, values in all
 
-    explicit Sheet(const Site<T> &site) : height(site.height), width(site.width), channels(site.channels) {
-        planes = std::min(SHEET / std::max<int64_t>(1, height * (width + 1)), channels);
-        if (planes < 4) planes = 1;  // so few fill vectors little better, and cost more to put together
+    explicit Sheet(const Site<T> &site) : height(site.height), width(site.width), channels(site.channels), planes(1) {
+        const int64_t most = std::min(SHEET / std::max<int64_t>(1, height * (width + 1)), channels);
+        for (int64_t n = 2; n <= most; ++n)  // the more, the fewer sheets, as long as the vectors are as full
+            if (row(n) * planes * 32 <= row(planes) * n * 33) planes = n;
         groups = (channels + planes - 1) / planes;
         planes = (channels + groups - 1) / groups;  // even shares
-        pitch = planes * (width + 1);
-        row_size = whole_vectors(pitch);
-        first = pitch + 1;
-        count = whole_vectors(height * pitch - 1);
-        size = whole_vectors(first + count + row_size + 1);
-        for (int64_t c = 0; c < planes; ++c)
-            for (int64_t y = 0; y < height; ++y)
-                for (int64_t x = 0; x < width; ++x) places_.push_back(int32_t(first + y * pitch + c * (width + 1) + x));
-        inside_.assign(size, T(0));
-        inside_last_.assign(size, T(0));
-        for (int64_t i = 0; i < planes * pixels(); ++i) inside_[places_[i]] = T(1);
-        for (int64_t i = 0; i < planes_of(groups - 1) * pixels(); ++i) inside_last_[places_[i]] = T(1);
+        span = row(planes);
+        pitch = whole_vectors(planes * (width + 1));
+        first = LANES + pitch;  // what is left of a corner, too, can be loaded
+        size = first + (height + 1) * pitch + LANES;
+        for (int64_t group : {int64_t(0), groups - 1}) {
+            std::vector<T> &mask = group + 1 < groups ? inside_ : inside_last_;
+            mask.assign(span, T(0));
+            for (int64_t c = 0; c < planes_of(group); ++c) std::fill_n(&mask[c * (width + 1)], width, T(1));
+        }
     }
 
     int64_t pixels() const { return height * width; }
@@ -318,86 +364,55 @@ struct Sheet {
     // How many channels a sheet holds: all hold `planes`, but for the last.
     int64_t planes_of(int64_t group) const { return std::min(planes, channels - group * planes); }
 
-    // 1 where a sheet has values, 0 elsewhere, from `first`.
-    const T *inside(int64_t group) const { return (group + 1 < groups ? inside_ : inside_last_).data() + first; }
+    // Of each row, 1 where a sheet has values, 0 elsewhere.
+    const T *inside(int64_t group) const { return (group + 1 < groups ? inside_ : inside_last_).data(); }
+
+    // Whether rows of values [H, W] are vectors as they are.
+    bool whole() const { return span == width; }
 
     // From values [planes, H, W] into a sheet.
     void expand(int64_t group, const T *__restrict values, T *__restrict sheet) const {
-        if (planes == 1) {
-            for (int64_t y = 0; y < height; ++y) copy_row(values + y * width, width, sheet + first + y * pitch);
-            return;
-        }
-        const int32_t *__restrict place = places_.data();
-        for (int64_t i = 0, n = planes_of(group) * pixels(); i < n; ++i) sheet[place[i]] = values[i];
+        for (int64_t c = 0; c < planes_of(group); ++c)
+            for (int64_t y = 0; y < height; ++y) copy_row(values + (c * height + y) * width, width, sheet + place(c, y));
     }
 
     // And back.
     void compact(int64_t group, const T *__restrict sheet, T *__restrict values) const {
-        if (planes == 1) {
-            for (int64_t y = 0; y < height; ++y) copy_row(sheet + first + y * pitch, width, values + y * width);
-            return;
-        }
-        const int32_t *__restrict place = places_.data();
-        for (int64_t i = 0, n = planes_of(group) * pixels(); i < n; ++i) values[i] = sheet[place[i]];
+        for (int64_t c = 0; c < planes_of(group); ++c)
+            for (int64_t y = 0; y < height; ++y) copy_row(sheet + place(c, y), width, values + (c * height + y) * width);
     }
 
     void add_to(int64_t group, const T *__restrict sheet, T *__restrict values) const {
-        if (planes == 1) {
+        for (int64_t c = 0; c < planes_of(group); ++c)
             for (int64_t y = 0; y < height; ++y) {
-                const T *__restrict row = sheet + first + y * pitch;
-                T *__restrict target = values + y * width;
+                const T *__restrict row = sheet + place(c, y);
+                T *__restrict target = values + (c * height + y) * width;
 #pragma omp simd
                 for (int64_t x = 0; x < width; ++x) target[x] += row[x];
             }
-            return;
-        }
-        const int32_t *__restrict place = places_.data();
-        for (int64_t i = 0, n = planes_of(group) * pixels(); i < n; ++i) values[i] += sheet[place[i]];
+    }
+
+    void accumulate(const T *__restrict sheet, T *__restrict sum) const {
+        for (int64_t x = 0; x < span; x += Register<T>::width)
+            for (int64_t i = first + x, end = i + height * pitch; i < end; i += pitch)
+                store(sum + i, load(sum + i) + load(sheet + i));
     }
 
     // Replaces each plane of a sheet by `factor` times the sum of all.
     void share_sum(T *sheet, T factor) const {
-        if (planes == 1) {
-            for (int64_t i = 0; i < size; ++i) sheet[i] *= factor;
-            return;
-        }
-        const int32_t *place = places_.data();
-        for (int64_t i = 0; i < pixels(); ++i) {
-            T sum = 0;
-            for (int64_t c = 0; c < planes; ++c) sum += sheet[place[c * pixels() + i]];
-            sum *= factor;
-            for (int64_t c = 0; c < planes; ++c) sheet[place[c * pixels() + i]] = sum;
-        }
-    }
-
-    // One value a plane, everywhere in it; what is between planes is not for use.
-    void fill(int64_t group, const T *values, T *sheet) const {
-        if (planes == 1) {
-            std::fill_n(sheet + first, count, values[0]);
-            return;
-        }
-        std::fill_n(sheet + first, pitch, T(0));
-        for (int64_t c = 0; c < planes_of(group); ++c) std::fill_n(sheet + first + c * (width + 1), width, values[c]);
-        for (int64_t y = 1; y < height; ++y) std::copy_n(sheet + first, pitch, sheet + first + y * pitch);
-    }
-
-    // The sum of each plane. `row` has room for `row_size` values.
-    void sums(int64_t group, const T *__restrict sheet, T *__restrict row, T *values) const {
-        std::fill_n(row, row_size, T(0));
         for (int64_t y = 0; y < height; ++y) {
-            const T *__restrict next = sheet + first + y * pitch;
-#pragma omp simd
-            for (int64_t x = 0; x < row_size; ++x) row[x] += next[x];
-        }
-        for (int64_t c = 0; c < planes_of(group); ++c) {
-            T sum = 0;
-            for (int64_t x = 0; x < width; ++x) sum += row[c * (width + 1) + x];
-            values[c] = sum;
+            T *__restrict row = sheet + place(0, y);
+            for (int64_t c = 1; c < planes; ++c)
+                for (int64_t x = 0; x < width; ++x) row[x] += row[c * (width + 1) + x];
+            for (int64_t x = 0; x < width; ++x) row[x] *= factor;
+            for (int64_t c = 1; c < planes; ++c) std::copy_n(row, width, row + c * (width + 1));
         }
     }
 
    private:
-    std::vector<int32_t> places_;  // of each value [planes, H, W] its place in a sheet
+    int64_t row(int64_t n) const { return whole_vectors(n * (width + 1) - 1); }
+    int64_t place(int64_t c, int64_t y) const { return first + y * pitch + c * (width + 1); }
+
     std::vector<T> inside_, inside_last_;
 };
 
@@ -409,49 +424,87 @@ struct Kernel {
         for (int i = 0; i < TAPS; ++i) w[i] = factor * values[transposed ? TAPS - 1 - i : i];
     }
 
-    inline T at(const T *__restrict x, int64_t pitch) const {
-        const T *__restrict up = x - pitch, *__restrict down = x + pitch;
-        T sum = w[0] * up[-1];
-        sum += w[1] * up[0];
-        sum += w[2] * up[1];
-        sum += w[3] * x[-1];
-        sum += w[4] * x[0];
-        sum += w[5] * x[1];
-        sum += w[6] * down[-1];
-        sum += w[7] * down[0];
-        sum += w[8] * down[1];
-        return sum;
+    // Adds what it makes of vectors in `rows` rows, one below the other: what is loaded serves all of them.
+    template <int rows>
+    inline void apply(const T *x, int64_t pitch, Vector<T> (&sum)[rows]) const {
+#pragma GCC unroll 4
+        for (int from = -1; from <= rows; ++from) {
+            const T *row = x + from * pitch;
+            const Vector<T> left = load(row - 1), middle = load(row), right = load(row + 1);
+#pragma GCC unroll 2
+            for (int to = 0; to < rows; ++to) {
+                const int tap = 3 * (from - to + 1);
+                if (tap < 0 || tap > 6) continue;
+                sum[to] += w[tap] * left;
+                sum[to] += w[tap + 1] * middle;
+                sum[to] += w[tap + 2] * right;
+            }
+        }
     }
 };
 
-template <typename T>
-void convolve(const Sheet<T> &p, const Kernel<T> &kernel, const T *__restrict in, T *__restrict out) {
-    const T *__restrict x = in + p.first;
-    T *__restrict y = out + p.first;
-#pragma omp simd
-    for (int64_t i = 0; i < p.count; ++i) y[i] = kernel.at(x + i, p.pitch);
+// body(std::integral_constant<int, number of rows>, the first of them)
+template <typename Body>
+inline void two_rows_at_once(int64_t rows, Body body) {
+    int64_t y = 0;
+    for (; y + 1 < rows; y += 2) body(std::integral_constant<int, 2>{}, y);
+    if (y < rows) body(std::integral_constant<int, 1>{}, y);
 }
 
-// gradient[tap] += Σ of d · x shifted by the tap: what a 3×3 kernel gets when its output gets d.
+// out(kernel of `in`, plus `add` if there is one; x, y; their place in a sheet) for all vectors of a sheet.
+template <typename T, typename Out>
+inline void convolve(const Sheet<T> &p, const Kernel<T> kernel, const T *in, const T *add, Out out) {
+    for (int64_t x = 0; x < p.span; x += Register<T>::width)
+        two_rows_at_once(p.height, [&](auto rows, int64_t y) {
+            constexpr int count = decltype(rows)::value;
+            const int64_t at = p.first + y * p.pitch + x;
+            Vector<T> sum[count];
+            for (int r = 0; r < count; ++r) sum[r] = add ? load(add + at + r * p.pitch) : Vector<T>{};
+            kernel.apply(in + at, p.pitch, sum);
+            for (int r = 0; r < count; ++r) out(sum[r], x, y + r, at + r * p.pitch);
+        });
+}
+
 template <typename T>
-void correlate(const Sheet<T> &p, const T *__restrict d, const T *__restrict in, double *gradient) {
-    const T *__restrict g = d + p.first, *__restrict up = in + p.first - p.pitch, *__restrict middle = in + p.first,
-                     *__restrict down = in + p.first + p.pitch;
-    T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0, s8 = 0;  // nine sums at once: none waits for itself
-#pragma omp simd reduction(+ : s0, s1, s2, s3, s4, s5, s6, s7, s8)
-    for (int64_t i = 0; i < p.count; ++i) {
-        s0 += g[i] * up[i - 1];
-        s1 += g[i] * up[i];
-        s2 += g[i] * up[i + 1];
-        s3 += g[i] * middle[i - 1];
-        s4 += g[i] * middle[i];
-        s5 += g[i] * middle[i + 1];
-        s6 += g[i] * down[i - 1];
-        s7 += g[i] * down[i];
-        s8 += g[i] * down[i + 1];
+void convolve(const Sheet<T> &p, const Kernel<T> &kernel, const T *in, T *out) {
+    convolve(p, kernel, in, (const T *)nullptr, [&](Vector<T> value, int64_t, int64_t, int64_t at) { store(out + at, value); });
+}
+
+// gradient[tap] += Σ of d(x, y) · `in` shifted by the tap: what a 3×3 kernel gets when its output gets d, which is 0 between
+// planes. d gives vectors.
+template <typename T, typename Gradient>
+inline void correlate_with(const Sheet<T> &p, const T *in, double *gradient, Gradient d) {
+    Vector<T> sum[TAPS]{};
+    for (int64_t x = 0; x < p.span; x += Register<T>::width)
+        two_rows_at_once(p.height, [&](auto rows, int64_t y) {
+            constexpr int count = decltype(rows)::value;
+            const T *v = in + p.first + y * p.pitch + x;
+            Vector<T> incoming[count];
+            for (int r = 0; r < count; ++r) incoming[r] = d(x, y + r);
+#pragma GCC unroll 4
+            for (int from = -1; from <= count; ++from) {
+                const T *row = v + from * p.pitch;
+                const Vector<T> left = load(row - 1), middle = load(row), right = load(row + 1);
+#pragma GCC unroll 2
+                for (int to = 0; to < count; ++to) {
+                    const int tap = 3 * (from - to + 1);
+                    if (tap < 0 || tap > 6) continue;
+                    sum[tap] += incoming[to] * left;
+                    sum[tap + 1] += incoming[to] * middle;
+                    sum[tap + 2] += incoming[to] * right;
+                }
+            }
+        });
+    for (int tap = 0; tap < TAPS; ++tap) {
+        T total = T(0);
+        for (int64_t i = 0; i < Register<T>::width; ++i) total += sum[tap][i];
+        gradient[tap] += total;
     }
-    int tap = 0;
-    for (T sum : {s0, s1, s2, s3, s4, s5, s6, s7, s8}) gradient[tap++] += sum;
+}
+
+template <typename T>
+void correlate(const Sheet<T> &p, const T *d, const T *in, double *gradient) {
+    correlate_with(p, in, gradient, [&](int64_t x, int64_t y) { return load(d + p.first + y * p.pitch + x); });
 }
 
 // --- images
@@ -566,21 +619,19 @@ struct Workspace {
         std::fill_n(hidden_mean(), p.size, T(0));
         for (int64_t g = 0; g < p.groups; ++g) {
             p.expand(g, image + g * p.planes * p.pixels(), h(g * p.size));
-            accumulate(h(g * p.size), mean());
+            p.accumulate(h(g * p.size), mean());
         }
         p.share_sum(mean(), share);
         convolve(p, all, mean(), shared());
         for (int64_t g = 0; g < p.groups; ++g) {
-            const T *__restrict x = h(g * p.size) + p.first, *__restrict add = shared() + p.first,
-                                *__restrict inside = p.inside(g);
-            T *__restrict y = hidden(g * p.size) + p.first, *__restrict sum = hidden_mean() + p.first;
-#pragma omp simd
-            for (int64_t i = 0; i < p.count; ++i) {
-                const T outcome = relu(self.at(x + i, p.pitch) + add[i]);
-                const T value = inside[i] != T(0) ? outcome : T(0);
-                y[i] = value;
-                sum[i] += value;
-            }
+            const T *inside = p.inside(g);
+            T *out = hidden(g * p.size), *sum = hidden_mean();
+            convolve(p, self, h(g * p.size), shared(), [=](Vector<T> value, int64_t x, int64_t, int64_t at) {
+                const Vector<T> zero{};
+                value = (load(inside + x) != zero) & (value >= zero | value != value) ? value : zero;
+                store(out + at, value);
+                store(sum + at, load(sum + at) + value);
+            });
         }
         p.share_sum(hidden_mean(), share);
         convolve(p, all2, hidden_mean(), shared());
@@ -589,11 +640,11 @@ struct Workspace {
     // μ of a sheet's channels, [planes, H, W], after first_layer.
     void second_layer(const Site<T> &site, int64_t group, T *out) {
         const Kernel<T> self(site.phi + SELF2);
-        const T *__restrict x = hidden(group * p.size) + p.first, *__restrict add = shared() + p.first;
-        T *__restrict y = sheet() + p.first;
-#pragma omp simd
-        for (int64_t i = 0; i < p.count; ++i) y[i] = self.at(x + i, p.pitch) + add[i];
-        p.compact(group, sheet(), out);
+        T *const target = p.whole() ? out : sheet(p.first);
+        const int64_t pitch = p.whole() ? p.width : p.pitch;
+        convolve(p, self, hidden(group * p.size), shared(),
+                 [=](Vector<T> value, int64_t x, int64_t y, int64_t) { store(target + y * pitch + x, value); });
+        if (!p.whole()) p.compact(group, sheet(), out);
     }
 
     // The same, kept from the first draw on if there are several.
@@ -617,85 +668,59 @@ struct Workspace {
         return scale();
     }
 
-    void accumulate(const T *__restrict x, T *__restrict sum) const {
-#pragma omp simd
-        for (int64_t i = 0; i < p.size; ++i) sum[i] += x[i];
-    }
 };
 
 // --- the scale
 
 template <typename T>
-inline int32_t signs_of(T v0, T v1, T v2, T v3) {
-    return (v0 > T(0) ? 1 : 0) + (v1 > T(0) ? 2 : 0) + (v2 > T(0) ? 4 : 0) + (v3 > T(0) ? 8 : 0);
-}
-
-template <typename T>
 void compute_features(const Site<T> &site) {
+    using Bytes = typename Register<T>::Bytes;
     const Sheet<T> p(site);
     const T *weight = site.phi + SCALE_KERNELS;
-    const Kernel<T> k0(weight), k1(weight + TAPS), k2(weight + 2 * TAPS), k3(weight + 3 * TAPS);
+    const Kernel<T> kernels[FEATURES] = {Kernel<T>(weight), Kernel<T>(weight + TAPS), Kernel<T>(weight + 2 * TAPS),
+                                         Kernel<T>(weight + 3 * TAPS)};
 #pragma omp parallel num_threads(site.threads)
     {
-        Buffer<T> sheet(p.size), outcome0(p.size), outcome1(p.size), outcome2(p.size), outcome3(p.size), row(p.row_size),
-            sums(p.planes);
-        std::vector<int32_t> all_signs(p.count);
+        Buffer<T> sheet(p.size), sums(FEATURES * p.span);
         Image<T> h(site);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
             const T *image = h.read(site.h, b);
             for (int64_t group = 0; group < p.groups; ++group) {
-                const int64_t index = b * p.groups + group, channel = group * p.planes;
+                const int64_t channel = group * p.planes;
+                if (b + 1 < site.batch)
+                    prefetch(site.h + ((b + 1) * p.channels + channel) * p.pixels(), p.planes_of(group) * p.pixels());
                 p.expand(group, image + channel * p.pixels(), sheet());
-                const T *__restrict x = sheet() + p.first, *__restrict inside = p.inside(group);
-                T *feature = site.features + (b * site.channels + channel) * FEATURES;
-                int32_t *__restrict signs = all_signs.data();
-                if (p.planes == 1) {  // the sums stay in registers; loops that shared a function were ten times slower (GCC 12)
-                    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-                    for (int64_t i = 0; i < p.count; ++i) {
-                        const bool in = inside[i] != T(0);
-                        const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
-                        const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
-                        const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
-                        signs[i] = signs_of(v0, v1, v2, v3);
-                        s0 += v0;
-                        s1 += v1;
-                        s2 += v2;
-                        s3 += v3;
-                    }
-                    feature[0] = s0 / T(p.pixels());
-                    feature[1] = s1 / T(p.pixels());
-                    feature[2] = s2 / T(p.pixels());
-                    feature[3] = s3 / T(p.pixels());
-                } else {
-                    T *__restrict y0 = outcome0() + p.first, *__restrict y1 = outcome1() + p.first,
-                                  *__restrict y2 = outcome2() + p.first, *__restrict y3 = outcome3() + p.first;
-#pragma omp simd
-                    for (int64_t i = 0; i < p.count; ++i) {
-                        const bool in = inside[i] != T(0);
-                        const T o0 = relu(k0.at(x + i, p.pitch)), o1 = relu(k1.at(x + i, p.pitch));
-                        const T o2 = relu(k2.at(x + i, p.pitch)), o3 = relu(k3.at(x + i, p.pitch));
-                        const T v0 = in ? o0 : T(0), v1 = in ? o1 : T(0), v2 = in ? o2 : T(0), v3 = in ? o3 : T(0);
-                        signs[i] = signs_of(v0, v1, v2, v3);
-                        y0[i] = v0;
-                        y1[i] = v1;
-                        y2[i] = v2;
-                        y3[i] = v3;
-                    }
-                    int k = 0;
-                    for (const T *outcome : {outcome0(), outcome1(), outcome2(), outcome3()}) {
-                        p.sums(group, outcome, row(), sums());
-                        for (int64_t c = 0; c < p.planes_of(group); ++c)
-                            feature[c * FEATURES + k] = *sums(c) / T(p.pixels());
-                        ++k;
-                    }
+                uint8_t *kept = site.signs ? site.signs + (b * p.groups + group) * p.height * p.span : nullptr;
+                for (int64_t x = 0; x < p.span; x += Register<T>::width) {
+                    const Vector<T> zero{};
+                    Vector<T> total[FEATURES]{};
+                    two_rows_at_once(p.height, [&](auto rows, int64_t y) {
+                        constexpr int count = decltype(rows)::value;
+                        typename Register<T>::Integers signs[count]{};
+#pragma GCC unroll 4
+                        for (int k = 0; k < FEATURES; ++k) {
+                            Vector<T> value[count]{};
+                            kernels[k].apply(sheet(p.first + y * p.pitch + x), p.pitch, value);
+                            for (int r = 0; r < count; ++r) {
+                                total[k] += value[r] < zero ? zero : value[r];
+                                signs[r] |= (value[r] > zero) & (1 << k);
+                            }
+                        }
+                        for (int r = 0; r < count && kept; ++r) {
+                            const Bytes bytes = __builtin_convertvector(signs[r], Bytes);
+                            std::memcpy(kept + (y + r) * p.span + x, &bytes, sizeof bytes);
+                        }
+                    });
+                    for (int k = 0; k < FEATURES; ++k) store(sums(k * p.span + x), total[k]);
                 }
-                if (site.signs) {
-                    uint8_t *__restrict kept = site.signs + index * p.count;
-#pragma omp simd
-                    for (int64_t i = 0; i < p.count; ++i) kept[i] = uint8_t(signs[i]);
-                }
+                for (int64_t c = 0; c < p.planes_of(group); ++c)
+                    for (int k = 0; k < FEATURES; ++k) {
+                        const T *row = sums(k * p.span + c * (p.width + 1));
+                        T sum = T(0);
+                        for (int64_t x = 0; x < p.width; ++x) sum += row[x];
+                        site.features[(b * site.channels + channel + c) * FEATURES + k] = sum / T(p.pixels());
+                    }
             }
         }
     }
@@ -816,29 +841,30 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
     const int64_t pitch = p.width + 1, first = whole_vectors(pitch + 1), count = whole_vectors(p.height * pitch);
 #pragma omp parallel num_threads(site.threads)
     {
-        Buffer<T> sheet(p.size), d(p.size), shares(p.planes), total(count);
+        Buffer<T> sheet(p.size), shares(p.span), total(count);
         Image<T> h(site), of_grad_h(site);
-        std::vector<int32_t> wide_signs(p.count), plane(first + count + pitch + 1 + LANES);  // the signs of one, with zeros around
+        std::vector<typename Register<T>::Integer> wide(p.height * p.span);
+        std::vector<int32_t> plane(first + count + pitch + 1 + LANES);  // the signs of one, with zeros around
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
             const T *image = site.phi_gradient ? h.read(site.h, b) : nullptr;
             T *image_grad_h = site.h_gradient ? of_grad_h.read(site.grad_h, b) : nullptr;
             for (int64_t g = 0; g < p.groups; ++g) {
                 const int64_t channel = b * site.channels + g * p.planes;
-                const uint8_t *__restrict signs = site.signs + (b * p.groups + g) * p.count;
+                const uint8_t *__restrict signs = site.signs + (b * p.groups + g) * p.height * p.span;
                 if (site.phi_gradient) {
                     p.expand(g, image + g * p.planes * p.pixels(), sheet());
-                    int32_t *__restrict wide = wide_signs.data();
-#pragma omp simd
-                    for (int64_t i = 0; i < p.count; ++i) wide[i] = signs[i];
+                    std::copy_n(signs, wide.size(), wide.data());
                     for (int k = 0; k < FEATURES; ++k) {
+                        std::fill_n(shares(), p.span, T(0));
                         for (int64_t c = 0; c < p.planes_of(g); ++c)
-                            *shares(c) = T(grad_features[(channel + c) * FEATURES + k]) / T(p.pixels());
-                        p.fill(g, shares(), d());
-                        T *__restrict z = d() + p.first;
-#pragma omp simd
-                        for (int64_t i = 0; i < p.count; ++i) z[i] = wide[i] & 1 << k ? z[i] : T(0);
-                        correlate(p, d(), sheet(), &grad_phi[b * SCALE_AFFINE + SCALE_KERNELS + k * TAPS]);
+                            std::fill_n(shares(c * (p.width + 1)), p.width,
+                                        T(grad_features[(channel + c) * FEATURES + k]) / T(p.pixels()));
+                        double *gradient = &grad_phi[b * SCALE_AFFINE + SCALE_KERNELS + k * TAPS];
+                        correlate_with(p, sheet(), gradient, [&](int64_t x, int64_t y) {
+                            const auto above = load(&wide[y * p.span + x]) & (1 << k);
+                            return above != 0 ? load(shares(x)) : Vector<T>{};
+                        });
                     }
                 }
                 for (int64_t c = 0; c < p.planes_of(g) && site.h_gradient; ++c) {
@@ -852,7 +878,7 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
                             table[tap][entry] = sum;
                         }
                     for (int64_t y = 0; y < p.height; ++y) {
-                        const uint8_t *__restrict from = signs + y * p.pitch + c * pitch;
+                        const uint8_t *__restrict from = signs + y * p.span + c * pitch;
                         int32_t *__restrict to = plane.data() + first + y * pitch;
 #pragma omp simd
                         for (int64_t x = 0; x < p.width; ++x) to[x] = from[x];
@@ -950,6 +976,7 @@ void forward(const Site<T> &site) {
                 }
                 for (int64_t g = 0; w && g < w->p.groups; ++g) {
                     const int64_t first = g * w->p.planes, planes = w->p.planes_of(g);
+                    if (b + 1 < site.batch && !d) prefetch(site.h + ((b + 1) * site.channels + first) * pixels, planes * pixels);
                     const T *h = image_h + first * pixels;
                     T *out = image_out + first * pixels;
                     const T *mu = w->mu_of(site, g, d > 0), *noise = w->noise_of(site, index * site.channels + first, planes);
@@ -977,24 +1004,21 @@ void mu_backward(const Site<T> &site, Workspace<T> &w, Buffer<T> &grad_mu, T *im
     T *sum = w.sheet();
 
     std::fill_n(sum, p.size, T(0));
-    for (int64_t g = 0; g < p.groups; ++g) w.accumulate(grad_mu(g * p.size), sum);
+    for (int64_t g = 0; g < p.groups; ++g) p.accumulate(grad_mu(g * p.size), sum);
     if (grad_phi) correlate(p, sum, w.hidden_mean(), grad_phi + ALL2);
     p.share_sum(sum, T(1));
     convolve(p, all2, sum, w.shared());
 
     std::fill_n(sum, p.size, T(0));
     for (int64_t g = 0; g < p.groups; ++g) {
-        if (grad_phi) correlate(p, grad_mu(g * p.size), w.hidden(g * p.size), grad_phi + SELF2);
-        const T *__restrict x = grad_mu(g * p.size) + p.first, *__restrict add = w.shared() + p.first;
-        T *__restrict y = w.hidden(g * p.size) + p.first, *__restrict total = sum + p.first;
-#pragma omp simd
-        for (int64_t i = 0; i < p.count; ++i) {
-            const T through = self2.at(x + i, p.pitch) + add[i];
-            const T value = y[i] > T(0) ? through : T(0);  // `hidden` is 0 outside the planes, and so is this
-            y[i] = value;
-            total[i] += value;
-        }
-        if (grad_phi) correlate(p, w.hidden(g * p.size), w.h(g * p.size), grad_phi + SELF1);
+        T *hidden = w.hidden(g * p.size);
+        if (grad_phi) correlate(p, grad_mu(g * p.size), hidden, grad_phi + SELF2);
+        convolve(p, self2, grad_mu(g * p.size), w.shared(), [=](Vector<T> through, int64_t, int64_t, int64_t at) {
+            const Vector<T> zero{}, value = load(hidden + at) > zero ? through : zero;  // 0 outside the planes, as `hidden` is
+            store(hidden + at, value);
+            store(sum + at, load(sum + at) + value);
+        });
+        if (grad_phi) correlate(p, hidden, w.h(g * p.size), grad_phi + SELF1);
     }
     if (grad_phi) correlate(p, sum, w.mean(), grad_phi + ALL1);
     if (!site.h_gradient) return;
@@ -1002,11 +1026,15 @@ void mu_backward(const Site<T> &site, Workspace<T> &w, Buffer<T> &grad_mu, T *im
     convolve(p, all1, sum, w.shared());
 
     for (int64_t g = 0; g < p.groups; ++g) {
-        const T *__restrict x = w.hidden(g * p.size) + p.first, *__restrict add = w.shared() + p.first;
-        T *__restrict y = w.sheet() + p.first;
-#pragma omp simd
-        for (int64_t i = 0; i < p.count; ++i) y[i] = self1.at(x + i, p.pitch) + add[i];
-        p.add_to(g, w.sheet(), image_grad_h + g * p.planes * p.pixels());
+        T *grad_h = image_grad_h + g * p.planes * p.pixels(), *sheet = w.sheet();
+        convolve(p, self1, w.hidden(g * p.size), w.shared(), [=, &p](Vector<T> value, int64_t x, int64_t y, int64_t at) {
+            T *direct = grad_h + y * p.width + x;
+            if (p.whole())
+                store(direct, load(direct) + value);
+            else
+                store(sheet + at, value);
+        });
+        if (!p.whole()) p.add_to(g, sheet, grad_h);
     }
 }
 
@@ -1049,6 +1077,10 @@ void backward(const Site<T> &site) {
             }
             for (int64_t g = 0; w && g < w->p.groups; ++g) {
                 const int64_t first = g * w->p.planes, channel = image + first, planes = w->p.planes_of(g);
+                if (b + 1 < site.batch) {
+                    prefetch(site.h + (channel + channels) * pixels, planes * pixels);
+                    prefetch(site.grad_out + (channel + channels) * pixels, planes * pixels);
+                }
                 const T *h = image_h + first * pixels, *grad_out = image_grad_out + first * pixels;
                 T *grad_h = image_grad_h + first * pixels, *grad_s = (*grad_scale)();
                 w->second_layer(site, g, w->mu());
@@ -1103,7 +1135,7 @@ extern "C" {
 
 int64_t signs_size(const Site<float> *site) {
     const Sheet<float> p(*site);
-    return site->batch * p.groups * p.count;
+    return site->batch * p.groups * p.height * p.span;
 }
 
 int64_t site_size() { return sizeof(Site<float>); }  // lets the caller check that both sides agree on the structure
