@@ -325,6 +325,69 @@ def test_manifold_mixup_mixes_one_layer_by_hand():
         assert all(torch.equal(h, out) for h, out in received) and len(received) == 7 * 3
 
 
+# --- adversarial training
+
+
+def attacked(**options):
+    method, model = prepared("adversarial", **{f"adversarial_{name}": value for name, value in options.items()})
+    torch.manual_seed(0)
+    return method, model, torch.randint(0, 256, (16, 3, 12, 12)) / 127.5 - 1, torch.arange(16) % 10
+
+
+@pytest.mark.parametrize("eps", [1 / 255, 8 / 255, 0.3, 1.0])
+def test_examples_stay_in_the_ball_and_the_range(eps):
+    method, _, x, y = attacked(eps=eps, step_size=eps / 3)
+    before = x.clone()
+    adversarial, labels = method.batch(x, y)
+    assert labels is y and torch.equal(x, before) and not adversarial.requires_grad
+    assert (adversarial - x).abs().max() <= 2 * eps + 1e-6 and adversarial.abs().max() <= 1
+    assert (adversarial != x).float().mean() > 0.5
+
+
+def test_examples_by_hand():
+    """A linear network: every step adds step_size · sign(w_k − …) of a gradient worked out on paper."""
+    method, _, x, y = attacked(eps=0.1, steps=3, step_size=0.02)
+    linear = nn.Linear(3 * 12 * 12, 10)
+    method.prepare(nn.Sequential(nn.Flatten(), linear), None)
+    torch.manual_seed(2)
+    adversarial, _ = method.batch(x, y)
+    torch.manual_seed(2)
+    expected = (x + torch.empty_like(x).uniform_(-0.2, 0.2)).clamp(-1, 1)
+    for _ in range(3):
+        p = linear(expected.flatten(1)).detach().softmax(1)
+        gradient = (p - F.one_hot(y, 10)) @ linear.weight.detach()  # of the loss of each image
+        expected = expected + 0.04 * gradient.sign().view_as(x)
+        expected = torch.min(torch.max(expected, x - 0.2), x + 0.2).clamp(-1, 1)
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-6)
+
+
+def test_the_network_is_attacked_as_it_trains_and_left_as_it_was():
+    """By default in the original's seven steps of 2/255, within 8/255."""
+    method, model, x, y = attacked()
+    assert (method.eps, method.steps, method.step_size) == (2 * 8 / 255, 7, 2 * 2 / 255)  # of images in [-1, 1]
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    trained_on = []
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.register_forward_hook(lambda module, args, out: trained_on.append(out.detach().mean(dim=(0, 2, 3))))
+    method.batch(x, y)
+    assert len(trained_on) == 7
+    assert all(mean.abs().max() < 1e-4 for mean in trained_on)  # statistics of the batch: mean 0
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_examples_in_bfloat16():
+    method, model = prepared("adversarial", precision="bfloat16")
+    _, _, x, y = attacked()
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    adversarial, _ = method.batch(x, y)
+    assert {*seen} == {torch.bfloat16} and adversarial.dtype == torch.float32
+    assert (adversarial - x).abs().max() <= 2 * 8 / 255 + 1e-6
+    assert F.cross_entropy(model(adversarial), y) > F.cross_entropy(model(x), y)
+
+
 # --- TrivialAugment
 
 

@@ -124,6 +124,20 @@ def test_large_balls_leave_no_more_than_chance(trained, tmp_path, method):
         assert accuracy(trained[method], tmp_path, norm, eps, images=40, steps=6) <= 0.1
 
 
+def test_adversarial_training_makes_robust(trained):
+    """By an attack that neither training nor the analysis knows: the sign of one gradient at the image."""
+    found = {}
+    for name in ("base", "adversarial"):
+        run = trained[name]
+        x, y = torch.tensor(run.test.images) / 127.5 - 1, torch.tensor(run.test.labels)
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(run.model(x), y), x)
+        attacked = (x + 2 * 0.12 * gradient.sign()).clamp(-1, 1)
+        found[name] = (run.model(attacked).argmax(1) == y).float().mean().item()
+        assert run.result["metrics"]["accuracy"] > 0.85
+    assert found["adversarial"] > found["base"] + 0.15
+
+
 @pytest.mark.parametrize("norm", ORDERS)
 @pytest.mark.parametrize("eps", [1e-3, 0.3, 5.0])
 def test_images_stay_in_the_ball_and_the_range(trained, norm, eps):
