@@ -628,6 +628,7 @@ def test_networks_and_image_sizes_are_spread_over_the_tasks(setting):
     assert kinds == [("ResNet", 16), ("MobileNetV3", 16), ("ResNet", 32), ("MobileNetV3", 32), ("ResNet", 16)]
     assert [task.model.metaperturb.sites[0].size_norm for task in tasks] == [16, 16, 32, 32, 16]
     assert all(task.model.metaperturb.paper for task in tasks)
+    assert {norm.momentum for task in tasks for norm in task.batch_norms} == {0.1}  # of this MobileNetV3: 0.01
     _, _, (alone, *_) = setting(*MIXED, "model=resnet8", "image_size=16")
     for key, value in alone.model.state_dict().items():  # what a task draws does not depend on the others
         assert torch.equal(tasks[0].model.state_dict()[key], value)
