@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -193,6 +193,23 @@ def under_torchrun() -> bool:
     return True
 
 
+class _Job(NamedTuple):
+    """What `launch` was given."""
+
+    work: Callable[..., None]
+    arguments: tuple
+    devices: list[torch.device]
+    port: int
+    traceback: bool
+    timeout: timedelta
+
+    def meeting(self, local: int) -> dict[str, Any]:
+        """How the process of the machine's device number `local` meets others; NCCL would guess which GPU it has."""
+        backend = backend_for(self.devices)
+        device_id = self.devices[local] if backend == "nccl" else None
+        return {"backend": backend, "device_id": device_id, "timeout": self.timeout}
+
+
 def launch(
     work: Callable[..., None],
     arguments: tuple,
@@ -213,13 +230,14 @@ def launch(
     Raises:
         UserError: the first error of any process; all processes have ended by then.
     """
+    job = _Job(work, arguments, devices, port, traceback, timeout)
     if under_torchrun():
-        _run_as_torchrun_worker(work, arguments, devices, timeout)
+        _run_as_torchrun_worker(job)
     elif len(devices) == 1:
         make_current(devices[0])
         work(Group(0, 1, devices[0]), *arguments)
     else:
-        _spawn(work, arguments, devices, port, traceback, timeout)
+        _spawn(job)
 
 
 def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
@@ -254,27 +272,19 @@ def backend_for(devices: list[torch.device]) -> str:
     return "nccl" if own_gpu else "gloo"
 
 
-def _meeting(devices: list[torch.device], local: int) -> dict[str, Any]:
-    """How the process of the machine's device number `local` meets the others; NCCL would guess which GPU it has."""
-    backend = backend_for(devices)
-    return {"backend": backend, "device_id": devices[local] if backend == "nccl" else None}
-
-
-def _run_as_torchrun_worker(
-    work: Callable[..., None], arguments: tuple, devices: list[torch.device], timeout: timedelta
-) -> None:
+def _run_as_torchrun_worker(job: _Job) -> None:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    make_current(devices[local])
-    _check_address(size, devices)
+    make_current(job.devices[local])
+    _check_address(size, job.devices)
     try:
-        dist.init_process_group(**_meeting(devices, local), timeout=timeout)
+        dist.init_process_group(**job.meeting(local))
     except (RuntimeError, dist.DistError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"process {rank}: could not meet the others at {address} ({str(error).strip().splitlines()[0]})"
         ) from error
     try:
-        work(Group(rank, size, devices[local]), *arguments)
+        job.work(Group(rank, size, job.devices[local]), *job.arguments)
     except PeerLost as error:
         raise UserError(f"process {rank}: lost contact with another process ({error})") from error
     finally:
@@ -300,21 +310,14 @@ def _check_address(size: int, devices: list[torch.device]) -> None:
 # --- our own launcher: one machine
 
 
-def _spawn(
-    work: Callable[..., None],
-    arguments: tuple,
-    devices: list[torch.device],
-    port: int,
-    show_traceback: bool,
-    timeout: timedelta,
-) -> None:
+def _spawn(job: _Job) -> None:
+    devices = job.devices
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = dist.TCPStore("127.0.0.1", job.port, is_master=True, wait_for_workers=False, timeout=job.timeout)
     except (RuntimeError, dist.DistError) as error:
-        if _port_in_use(port):
-            raise UserError(f"port {port}: in use; choose another, or 0 for any free one") from error
-        raise UserError(f"port {port}: cannot be opened ({str(error).splitlines()[0]})") from error
-    given = (work, arguments, devices, store.port, os.getpid(), show_traceback, timeout)
+        why = str(error).splitlines()[0]
+        raise UserError(f"port {job.port}: cannot be opened; choose another, or 0 for any free one ({why})") from error
+    given = (job._replace(port=store.port), os.getpid())
     # Ctrl-C reaches the whole group, workers that still import, too; they ignore it, and the launcher passes it on.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     context = multiprocessing.spawn(_worker, given, nprocs=len(devices), join=False)
@@ -361,27 +364,18 @@ def _cause(
     return UserError(f"process {rank} ({devices[rank]}) {how}{hint}; all others were stopped; {RESUME}")
 
 
-def _worker(
-    rank: int,
-    work: Callable[..., None],
-    arguments: tuple,
-    devices: list[torch.device],
-    port: int,
-    launcher: int,
-    show_traceback: bool,
-    timeout: timedelta,
-) -> None:
+def _worker(rank: int, job: _Job, launcher: int) -> None:
     end_with(launcher)
     keep_freed_memory()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which os._exit below would leave behind
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=job.timeout)
     code, message = 0, None
     with unbreakable_output():
         try:
-            make_current(devices[rank])
-            place = {"store": store, "rank": rank, "world_size": len(devices)}
-            dist.init_process_group(**_meeting(devices, rank), **place, timeout=timeout)
-            work(Group(rank, len(devices), devices[rank]), *arguments)
+            make_current(job.devices[rank])
+            place = {"store": store, "rank": rank, "world_size": len(job.devices)}
+            dist.init_process_group(**job.meeting(rank), **place)
+            job.work(Group(rank, len(job.devices), job.devices[rank]), *job.arguments)
             dist.destroy_process_group()
         except PeerLost as error:
             code, message = EXIT_PEER_LOST, f"process {rank} lost contact with another process ({error})"
@@ -391,7 +385,7 @@ def _worker(
             code, message = error.exit_code, str(error)
         except Exception as error:
             code, message = EXIT_ERROR, f"process {rank}: {describe_unexpected(error)}"
-        if code and show_traceback:
+        if code and job.traceback:
             traceback.print_exc()
         if message:
             with contextlib.suppress(RuntimeError):
@@ -399,8 +393,3 @@ def _worker(
         sys.stdout.flush()
     # Not sys.exit: after a lost peer the process group's threads may never let the interpreter finish.
     os._exit(code)
-
-
-def _port_in_use(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
