@@ -35,8 +35,9 @@ from tables.finished import Finished, by_method, grouped, title
 from tables.grid import slug
 
 from metaperturb import plots
-from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
-from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure_robustness, robustness_curves
+from metaperturb.analyses.calibration import Sampling, measure_calibration
+from metaperturb.analyses.records import check_comparable
+from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure_robustness
 from metaperturb.analyses.scales import learned_scales
 from metaperturb.analyses.surface import Plane, loss_surface
 from metaperturb.cli import argument_parser, pairs, run_program
@@ -200,13 +201,13 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         network = trained[run.dir]
         calibrated[name].append(measure_calibration(network, sampling, kept(run, "calibration", sampling)))
         attacked[name].append(measure_robustness(network, attack, kept(run, "robustness", attack, without=NORMS)))
-    calibration = calibration_curves(calibrated)
-    for kind, curves, plot in (
-        ("calibration", calibration, plots.plot_reliability),
-        ("samples", calibration, plots.plot_samples),
-        ("robustness", robustness_curves(attacked), plots.plot_robustness),
+    for kind, results, plot in (
+        ("calibration", calibrated, plots.plot_reliability),
+        ("samples", calibrated, plots.plot_samples),
+        ("robustness", attacked, plots.plot_robustness),
     ):
-        draw(arguments, f"fig6 {kind}", plot, curves, title(runs[0]))
+        check_comparable(results)
+        draw(arguments, f"fig6 {kind}", plot, results, title(runs[0]))
 
 
 def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:

@@ -16,8 +16,9 @@ from torch import nn
 
 from metaperturb import methods, models, plots
 from metaperturb.analyses import calibration, robustness, surface
-from metaperturb.analyses.calibration import Sampling, calibration_curves, measure_calibration
-from metaperturb.analyses.robustness import Attack, check_attack, measure_robustness, robustness_curves
+from metaperturb.analyses.calibration import Sampling, measure_calibration
+from metaperturb.analyses.records import check_comparable
+from metaperturb.analyses.robustness import Attack, check_attack, measure_robustness
 from metaperturb.analyses.scales import _spread, learned_scales
 from metaperturb.analyses.surface import Plane, filter_normalized_directions, loss_surface
 from metaperturb.config import MetaTestConfig, load_config
@@ -131,19 +132,12 @@ def test_bad_settings(trained):
 
 
 def test_results_that_cannot_be_compared(trained, tmp_path):
-    for measure, settings, curves in (
-        (measure_calibration, SAMPLING, calibration_curves),
-        (measure_robustness, dataclasses.replace(ATTACK, linf=(0.0,), l2=(), l1=()), robustness_curves),
-    ):
-        if measure is measure_robustness:
-            pytest.importorskip("foolbox")
-        result = measure(trained["base"], settings, tmp_path / f"{measure.__name__}.json")
-        other, longer = copy.deepcopy(result), copy.deepcopy(result)
-        other["target"]["fingerprint"], longer["settings"]["seed"] = "0" * 8, 50
-        for wrong, said in ((other, "target.fingerprint: "), (longer, "settings.seed: 0 → 50")):
-            message = refusal(curves, {"base": [result], "mixup": [wrong]})
-            assert f"mixup and base cannot be compared: {said}" in message
-        assert "no results" in refusal(curves, {"base": []})
+    result = measure_calibration(trained["base"], SAMPLING, tmp_path / "result.json")
+    other, longer = copy.deepcopy(result), copy.deepcopy(result)
+    other["target"]["fingerprint"], longer["settings"]["seed"] = "0" * 8, 50
+    for wrong, said in ((other, "target.fingerprint: "), (longer, "settings.seed: 0 → 50")):
+        message = refusal(check_comparable, {"base": [result], "mixup": [wrong]})
+        assert f"mixup and base cannot be compared: {said}" in message
 
 
 # --- calibration
@@ -203,24 +197,28 @@ def test_calibration_of_real_runs_and_its_pictures(trained, tmp_path):
     other["counts"][-1]["ece"] = [0.5]
     other["reliability"].update(count=[0] * 14 + [100], confidence=[None] * 14 + [0.9], accuracy=[None] * 14 + [1.0])
     results["metaperturb"].append(other)
-    curves = calibration_curves(results)
-    assert curves["metaperturb"]["ece"] == [first["counts"][-1]["ece"][0], 0.5]
-    values, one = np.array(first["counts"][0]["accuracy"]), curves["metaperturb"]["counts"][0]
-    assert one["accuracy"] == pytest.approx([values.mean()] * 2)
-    assert one["accuracy_scatter"] == pytest.approx([values.std()] * 2)
-    bins, pooled = first["reliability"], curves["metaperturb"]["reliability"]
-    assert sum(pooled["count"]) == 300 and pooled["count"][-1] == bins["count"][-1] + 100
-    expected = ((bins["accuracy"][-1] or 0) * bins["count"][-1] + 100) / pooled["count"][-1]
-    assert pooled["accuracy"][-1] == pytest.approx(expected)
+    found = {}
     with mock.patch.object(plots, "save_figure"):  # test_figures.py renders them
         for plot, header, lines in (
             (plots.plot_reliability, "name,bin,count,confidence,accuracy", 30),
             (plots.plot_samples, "name,samples,accuracy,accuracy_scatter,ece,ece_scatter,nll,seconds,seeds", 4),
         ):
-            plot(curves, "drawn", tmp_path / "drawn")
-            found = (tmp_path / "drawn.csv").read_text().splitlines()
-            assert found[0] == header and len(found) == 1 + lines
-    plots.plot_samples({"base": curves["base"]}, "drawn", tmp_path / "alone")  # nothing to compare counts with
+            plot(results, "drawn", tmp_path / "drawn")
+            names, *rows = (line.split(",") for line in (tmp_path / "drawn.csv").read_text().splitlines())
+            assert ",".join(names) == header and len(rows) == lines
+            found |= {(names[1], *row[:2]): dict(zip(names, row, strict=True)) for row in rows}
+        plots.plot_samples({"base": results["base"]}, "drawn", tmp_path / "alone")  # nothing to compare counts with
+    values, one = np.array(first["counts"][0]["accuracy"]), found["samples", "metaperturb", "1"]
+    last = found["samples", "metaperturb", "6"]
+    assert float(last["ece"]) == pytest.approx((first["counts"][-1]["ece"][0] + 0.5) / 2) and last["seeds"] == "2"
+    assert float(one["accuracy"]) == pytest.approx(values.mean())
+    assert float(one["accuracy_scatter"]) == pytest.approx(values.std())
+    bins, pooled = first["reliability"], [found["bin", "metaperturb", f"{k}"] for k in range(1, 16)]
+    counts = [int(of["count"]) for of in pooled]
+    assert sum(counts) == 300 and counts[-1] == bins["count"][-1] + 100
+    expected = ((bins["accuracy"][-1] or 0) * bins["count"][-1] + 100) / counts[-1]
+    assert float(pooled[-1]["accuracy"]) == pytest.approx(expected)
+    assert all(of["accuracy"] == of["confidence"] == "" for of in pooled if of["count"] == "0")
 
 
 # --- loss surfaces

@@ -62,6 +62,7 @@ FEW = 10  # images: too few for an accuracy to be drawn
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
 
+Results = Mapping[str, Sequence[Mapping[str, Any]]]  # name in the picture → of each of its runs what was found
 # A figure, and the numbers in it as rows, of which the first is a header.
 Drawn = tuple[Figure, Sequence[Sequence[Any]]]
 
@@ -309,31 +310,36 @@ def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]]) -> Dra
 
 
 @_picture()
-def plot_robustness(curves: Mapping[str, Any]) -> Drawn:
+def plot_robustness(results: Results) -> Drawn:
     """Accuracy against the radius ε of the attack (figure 6 a-c), whose settings follow the title.
 
     A method with one seed has no band, but bars: the standard error that comes from the choice of images.
 
     Args:
-        curves: of `analyses.robustness.robustness_curves`.
+        results: name → of each seed what `analyses.robustness.measure_robustness` returned; the ε that all seeds of a
+            name have are drawn.
     """
-    of_norms = {
-        norm: {name: of[norm] for name, of in curves["curves"].items() if of[norm]["eps"]} for norm in NORM_LABELS
-    }
-    of_norms = {norm: of_names for norm, of_names in of_norms.items() if of_names}
-    rows, lines, attack = [], _lines(curves["curves"]), curves["settings"]
-    figure, (grid,) = _panels(1, len(of_norms), (4 * len(of_norms), 4.0), sharey=True)
-    bars = ""
-    for axes, (norm, of_names) in zip(grid, of_norms.items(), strict=True):
-        for name, found in of_names.items():
-            eps, accuracy = found["eps"], 100 * np.array(found["accuracy"])
+    panels: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
+    for name, runs in results.items():
+        by_place = [{(at["norm"], at["eps"]): at["accuracy"] for at in run["points"]} for run in runs]
+        places = sorted(set.intersection(*map(set, by_place)))
+        for norm, of_norm in itertools.groupby(places, key=lambda place: place[0]):
+            eps = [at for _, at in of_norm]
+            accuracies = 100 * np.array([[of_seed[norm, at] for at in eps] for of_seed in by_place])
+            panels.setdefault(norm, {})[name] = eps, accuracies
+    rows, lines, first = [], _lines(results), next(iter(results.values()))[0]
+    figure, (grid,) = _panels(1, len(panels), (4 * len(panels), 4.0), sharey=True)
+    attack, bars = first["settings"], ""
+    for axes, norm in zip(grid, [norm for norm in NORM_LABELS if norm in panels], strict=True):
+        for name, (eps, accuracy) in panels[norm].items():
             mean, std = _draw_band(axes, name, eps, accuracy, **lines[name], **POINTS)
             if len(accuracy) == 1:  # no band: what the choice of images does, the binomial's standard error
                 error = np.sqrt(mean * (100 - mean).clip(0) / attack["images"])
                 axes.errorbar(eps, mean, error, fmt="none", ecolor=lines[name]["color"], alpha=0.5, capsize=2)
                 bars = "; bars: one standard error, of these images"
             rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
-        axes.axhline(100 * curves["chance"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
+        chance = 100 / first["target"]["classes"]
+        axes.axhline(chance, color="0.5", linestyle=":", linewidth=1.2, label="chance")
         axes.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
         axes.set_xlim(left=0)
     grid[0].set(ylabel="accuracy under attack (%)")
@@ -343,59 +349,71 @@ def plot_robustness(curves: Mapping[str, Any]) -> Drawn:
 
 
 @_picture(legend=2)
-def plot_reliability(curves: Mapping[str, Any]) -> Drawn:
+def plot_reliability(results: Results) -> Drawn:
     """Accuracy against confidence, bin by bin, seeds pooled; below it the share of images in each bin (figure 6 d).
 
     Bins of a few images, whose accuracy is mere chance, are among the numbers but not in the picture.
 
     Args:
-        curves: of `analyses.calibration.calibration_curves`.
+        results: name → of each seed what `analyses.calibration.measure_calibration` returned.
     """
-    rows, lines = [("name", "bin", "count", "confidence", "accuracy")], _lines(curves)
+    rows, lines = [("name", "bin", "count", "confidence", "accuracy")], _lines(results)
     figure, ((upper,), (lower,)) = _panels(2, 1, (5, 5.6), sharex=True, height_ratios=(3, 1))
     upper.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1.2)
-    for name, of_name in curves.items():
-        bins, ece = of_name["reliability"], 100 * np.array(of_name["ece"])
-        full = [k for k, count in enumerate(bins["count"]) if count >= FEW]
-        confidence, accuracy = ([100 * bins[key][k] for k in full] for key in ("confidence", "accuracy"))
-        share = 100 * np.array(bins["count"]) / sum(bins["count"])
+    for name, runs in results.items():
+        counts, *means = (
+            np.array([run["reliability"][key] for run in runs], float) for key in ("count", "confidence", "accuracy")
+        )
+        count = counts.sum(axis=0)  # [bins]; an empty bin has means that are NaN
+        confidence, accuracy = (np.nansum(counts * mean, axis=0) / count.clip(1) for mean in means)
+        ece = 100 * np.array([np.mean(run["counts"][-1]["ece"]) for run in runs])
+        samples = runs[0]["counts"][-1]["samples"]
         spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
-        mean_of = f", {of_name['samples']} samples" if of_name["samples"] > 1 else ""
+        mean_of = f", {samples} samples" if samples > 1 else ""
         label = f"{name_of(name)}{mean_of}: ECE {ece.mean():.1f}{spread} %"
-        upper.plot(confidence, accuracy, label=label, clip_on=False, **lines[name], **POINTS)
-        lower.stairs(share, np.linspace(0, 100, len(share) + 1), linewidth=1.4, **lines[name])
-        columns = zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
-        rows += [(name, k, *row) for k, row in enumerate(columns, 1)]
+        full = count >= FEW
+        upper.plot(100 * confidence[full], 100 * accuracy[full], label=label, clip_on=False, **lines[name], **POINTS)
+        edges = np.linspace(0, 100, len(count) + 1)
+        lower.stairs(100 * count / count.sum(), edges, linewidth=1.4, **lines[name])
+        columns = zip(count.astype(int), confidence, accuracy, strict=True)
+        rows += [(name, k, n, *(both if n else (None, None))) for k, (n, *both) in enumerate(columns, 1)]
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     lower.set(ylabel="images (%)", xlabel=f"confidence (%); above, bins of fewer than {FEW} images are left out")
     return figure, rows
 
 
 @_picture()
-def plot_samples(curves: Mapping[str, Any]) -> Drawn:
+def plot_samples(results: Results) -> Drawn:
     """Accuracy, calibration error and time of a prediction against its Monte-Carlo samples: what samples buy.
 
     Whiskers are what the draws alone do to one network's prediction: the standard deviation over repetitions, where a
     count has several. A network without noise, which has one prediction, is a level line.
 
     Args:
-        curves: of `analyses.calibration.calibration_curves`.
+        results: name → of each seed what `analyses.calibration.measure_calibration` returned.
     """
     keys = ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
-    rows, lines = [("name", "samples", *keys, "seeds")], _lines(curves)
-    ticks = sorted({c["samples"] for of_name in curves.values() for c in of_name["counts"]})
+    rows, lines = [("name", "samples", *keys, "seeds")], _lines(results)
+    ticks = sorted({of["samples"] for runs in results.values() for of in runs[0]["counts"]})
     figure, (grid,) = _panels(1, 3, (12, 3.6))
-    for name, of_name in curves.items():
-        counts = of_name["counts"]
-        samples, noisy = [c["samples"] for c in counts], len(counts) > 1 or ticks == [1]
+    for name, runs in results.items():
+        samples = [of["samples"] for of in runs[0]["counts"]]
+        noisy = len(samples) > 1 or ticks == [1]
+        found = {
+            key: np.array([[np.mean(of[key]) for of in run["counts"]] for run in runs])  # [seeds, counts]
+            for key in ("accuracy", "ece", "nll", "seconds")
+        }
+        for key in ("accuracy", "ece"):
+            found[f"{key}_scatter"] = np.array([[np.std(of[key]) for of in run["counts"]] for run in runs])
         for axes, key, factor in zip(grid, ("accuracy", "ece", "seconds"), (100, 100, 1), strict=True):
-            values = factor * np.array([c[key] for c in counts]).T
+            values = factor * found[key]
             x, drawn = (samples, values) if noisy else ([1, ticks[-1]], values.repeat(2, axis=1))
             _draw_band(axes, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
             if noisy and key != "seconds":
-                scatter = [factor * np.mean(c[f"{key}_scatter"]) for c in counts]
+                scatter = factor * found[f"{key}_scatter"].mean(axis=0)
                 axes.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=lines[name]["color"], capsize=3)
-        rows += [(name, c["samples"], *(np.mean(c[key]) for key in keys), len(c["ece"])) for c in counts]
+        columns = zip(samples, *(found[key].mean(axis=0) for key in keys), strict=True)
+        rows += [(name, *column, len(runs)) for column in columns]
     for axes, label in zip(grid, ("accuracy (%)", "ECE (%)", "time for all test images (s)"), strict=True):
         axes.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
         axes.set_xticks(ticks, map(str, ticks), minor=False)

@@ -7,20 +7,19 @@ counts that do not divide the largest one, the last draws go unused.
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, pstdev
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaperturb.analyses.records import begun, check_comparable
+from metaperturb.analyses.records import begun
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
-from metaperturb.evaluation import ECE_BINS, metrics, reliability_bins
+from metaperturb.evaluation import metrics, reliability_bins
 from metaperturb.provenance import provenance
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import StepProgress
@@ -94,11 +93,16 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
     progress.close()
     each = median(seconds[1:] or seconds)  # the first one starts things up
     confidence, prediction = mean.exp().max(dim=1)
-    bins = bin_means(*(column.tolist() for column in reliability_bins(confidence, prediction == labels)))
+    count, *sums = (column.tolist() for column in reliability_bins(confidence, prediction == labels))
+    bins = [[total / n if n else None for total, n in zip(of, count, strict=True)] for of in sums]
     content = {
         **about,
         "counts": [{"samples": count, **_columns(examined[count]), "seconds": count * each} for count in counts],
-        "reliability": {"samples": counts[-1], **bins},
+        "reliability": {
+            "samples": counts[-1],
+            "count": [int(n) for n in count],
+            **dict(zip(("confidence", "accuracy"), bins, strict=True)),
+        },
         "seconds_per_sample": each,
         **provenance(images.device),
     }
@@ -120,50 +124,3 @@ def _sample(run: TrainedRun, images: DeviceImages, batch_size: int) -> Tensor:
 
 def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
-
-
-def bin_means(count: Sequence[float], confidence: Sequence[float], correct: Sequence[float]) -> dict[str, list]:
-    """Counts and means from sums over bins; None where a bin is empty."""
-    return {
-        "count": [int(n) for n in count],
-        "confidence": [c / n if n else None for n, c in zip(count, confidence, strict=True)],
-        "accuracy": [c / n if n else None for n, c in zip(count, correct, strict=True)],
-    }
-
-
-def calibration_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Numbers as `plots.plot_reliability` and `plots.plot_samples` draw them.
-
-    Args:
-        results: name in the picture → of each of its runs (seeds) what `measure_calibration` returned.
-
-    Returns:
-        name → `samples`, the largest count, with its `ece` `[seeds]` and `reliability` (bins pooled over seeds);
-        `counts`, each of `samples` and, `[seeds]` each, `accuracy`, `nll`, `ece` (means over repetitions),
-        `accuracy_scatter`, `ece_scatter` (standard deviations over repetitions, 0 of a single one), `seconds`.
-
-    Raises:
-        UserError: the results are of different images or settings.
-    """
-    check_comparable(results)
-    return {name: _curves(runs) for name, runs in results.items()}
-
-
-def _curves(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    counts = []
-    for of_runs in zip(*(run["counts"] for run in runs), strict=True):
-        means = {key: [sum(c[key]) / len(c[key]) for c in of_runs] for key in ("accuracy", "nll", "ece")}
-        scatter = {f"{key}_scatter": [pstdev(c[key]) for c in of_runs] for key in ("accuracy", "ece")}
-        seconds = [c["seconds"] for c in of_runs]
-        counts.append({"samples": of_runs[0]["samples"], **means, **scatter, "seconds": seconds})
-    bins = [run["reliability"] for run in runs]
-    sums = [
-        [sum(b["count"][k] * (1 if key == "count" else b[key][k] or 0) for b in bins) for k in range(ECE_BINS)]
-        for key in ("count", "confidence", "accuracy")
-    ]
-    return {
-        "samples": counts[-1]["samples"],
-        "ece": counts[-1]["ece"],
-        "reliability": bin_means(*sums),
-        "counts": counts,
-    }

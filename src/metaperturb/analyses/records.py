@@ -58,24 +58,21 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:12]
 
 
-def check_comparable(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """One of the results, where all are about the same images by the same settings.
+def check_comparable(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Refuse results that are not all about the same images by the same settings.
 
     Args:
         results: name in the picture → what the analysis wrote about each of its runs.
 
     Raises:
-        UserError: there are none, or two differ; the message names them.
+        UserError: two differ; the message names them.
     """
     pairs = [(name, result) for name, of_runs in results.items() for result in of_runs]
-    if not pairs:
-        raise UserError("no results to draw")
     first_name, first = pairs[0]
     for name, result in pairs[1:]:
         for key in ("analysis", "target", "settings"):
             if result[key] != first[key]:
                 raise UserError(f"{name} and {first_name} cannot be compared: {_change(key, first[key], result[key])}")
-    return first
 
 
 def _change(key: str, before: Any, after: Any) -> str:

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaperturb.analyses.records import begun, check_comparable
+from metaperturb.analyses.records import begun
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages
 from metaperturb.data.splits import shuffled
@@ -342,30 +342,3 @@ class _Victim:
         log_p = self.model.predict(x, self.samples)
         finite = ~log_p.isnan().any(dim=1)
         return (log_p.argmax(dim=1) == labels) & finite, finite
-
-
-def robustness_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Accuracies as `plots.plot_robustness` draws them.
-
-    Args:
-        results: name in the picture → of each of its runs (seeds) what `measure_robustness` returned.
-
-    Returns:
-        `settings` of the attack; `chance`, the accuracy of a guess; and `curves`: name → norm → `eps` `[E]` and
-        `accuracy` `[seeds][E]`, of the ε that all runs of the name have.
-
-    Raises:
-        UserError: the results are of different images or attacks, or not complete.
-    """
-    first = check_comparable(results)
-    curves = {name: {norm: _curve(name, norm, runs) for norm in NORMS} for name, runs in results.items()}
-    return {"settings": first["settings"], "chance": 1 / first["target"]["classes"], "curves": curves}
-
-
-def _curve(name: str, norm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    batches = max(len(point["correct"]) for run in runs for point in run["points"])
-    if any(len(point["correct"]) != batches for run in runs for point in run["points"]):
-        raise UserError(f"{name}: the attack is not complete; the same command continues it")
-    by_eps = [{point["eps"]: point["accuracy"] for point in run["points"] if point["norm"] == norm} for run in runs]
-    eps = sorted(set.intersection(*map(set, by_eps)))
-    return {"eps": eps, "accuracy": [[accuracy[e] for e in eps] for accuracy in by_eps]}
