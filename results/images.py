@@ -50,26 +50,23 @@ def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
 def _cub50(data_root: Path) -> Members:
     for split in ("train", "test"):
         with open_plan("cub", split, data_root=data_root) as plan:
-            for index, label in enumerate(plan.labels):
-                if label < CUB_CLASSES:
+            for picture in plan.pictures:
+                if picture.label < CUB_CLASSES:
                     try:
-                        pixels = to_pixels(plan.read(index), CUB_SIZE)[0].transpose(1, 2, 0)
+                        pixels = to_pixels(picture.read(), CUB_SIZE)[0].transpose(1, 2, 0)
                     except Exception as error:  # PIL raises nearly anything on broken images
-                        raise UserError(f"{plan.names[index]}: unreadable image ({error})") from error
-                    name = plan.names[index].rsplit("/", 1)[-1]
+                        raise UserError(f"{picture.name}: unreadable image ({error})") from error
+                    name = picture.name.rsplit("/", 1)[-1]
                     content = _encoded(np.ascontiguousarray(pixels), "JPEG", quality=JPEG_QUALITY)
-                    yield f"cub50/{split}/{plan.classes[label]}/{name}", content
+                    yield f"cub50/{split}/{plan.classes[picture.label]}/{name}", content
 
 
 def _s_cifar100(data_root: Path) -> Members:
     rows = [line.split() for line in S_CIFAR100.read_text().splitlines() if not line.startswith("#")]
     for source, parts in (("train", ("train", "val")), ("test", ("test",))):
         with open_plan("cifar100", source, data_root=data_root) as plan:
-            images = map(plan.read, range(len(plan.labels)))
-            found = {
-                (plan.classes[label], f"{zlib.crc32(pixels):08x}"): pixels
-                for label, pixels in zip(plan.labels, images, strict=True)
-            }
+            images = [(plan.classes[picture.label], picture.read()) for picture in plan.pictures]
+            found = {(name, f"{zlib.crc32(pixels):08x}"): pixels for name, pixels in images}
         for folder, *wanted in rows:
             part, class_name = folder.split("/")
             for number, crc in enumerate(wanted if part in parts else []):

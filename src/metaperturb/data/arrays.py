@@ -39,7 +39,7 @@ _BACKGROUND = "white"  # behind transparent images: what they are drawn for, mos
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS.split(), 2)}
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 Allocate = Callable[[tuple[int, ...]], np.ndarray]  # uint8, of a shape
 
 
@@ -92,26 +92,37 @@ class _Found:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image that is still to be decoded.
+
+    Attributes:
+        label: class index.
+        name: what error messages call it, `"cub50.zip: cub50/train/001.Auklet/1.jpg"`.
+        read: gives an encoded file's bytes, or decoded pixels (uint8 `[H, W, 3]` or `[H, W]`).
+        crc: CRC-32 of its content in hex, where that has been read through; of what is damaged, why.
+    """
+
+    label: int
+    name: str
+    read: Callable[[], bytes | np.ndarray]
+    crc: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a cache is built from.
 
     Attributes:
         where: what error messages call the whole, such as the archive's path.
         classes: class names.
-        labels: one class index an image, N of them.
-        names: what error messages call each of the N images, `"cub50.zip: cub50/train/001.Auklet/1.jpg"`.
-        read: image number → an encoded file's bytes, or decoded pixels (uint8 `[H, W, 3]` or `[H, W]`).
+        pictures: the images, in order.
         remarks: lines to say whenever these images are used.
-        crcs: CRC-32 of each image's content in hex, where they have been read through.
     """
 
     where: str
     classes: Sequence[str]
-    labels: Sequence[int]
-    names: Sequence[str]
-    read: Callable[[int], bytes | np.ndarray]
+    pictures: Sequence[Picture]
     remarks: Sequence[str] = ()
-    crcs: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,18 +133,15 @@ class Sample:
     member: str
     class_name: str
 
+    def read(self) -> bytes:
+        return read_file(self.place.files[self.member])
+
 
 def plan_from_samples(samples: Sequence[Sample], classes: Sequence[str], remarks: Sequence[str] = ()) -> Plan:
     """A plan for image files, in the order given; `classes` orders the labels."""
     index = {name: i for i, name in enumerate(classes)}
-    return Plan(
-        where=", ".join(dict.fromkeys(str(s.place.path) for s in samples)),
-        classes=classes,
-        labels=[index[s.class_name] for s in samples],
-        names=[printable(f"{s.place.path}: {s.member}") for s in samples],
-        read=lambda i: read_file(samples[i].place.files[samples[i].member]),
-        remarks=remarks,
-    )
+    pictures = [Picture(index[s.class_name], printable(f"{s.place.path}: {s.member}"), s.read) for s in samples]
+    return Plan(", ".join(dict.fromkeys(str(s.place.path) for s in samples)), classes, pictures, remarks)
 
 
 def to_pixels(content: bytes | np.ndarray, image_size: int) -> tuple[np.ndarray, bool]:
@@ -203,7 +211,7 @@ def cached(
     plan, lines = None, []
     if key is None:
         plan = _read_through(make_plan(), skip_unreadable)
-        key = _digest([*plan.classes, *map("{}:{}".format, plan.labels, plan.crcs)])
+        key = _digest([*plan.classes, *(f"{picture.label}:{picture.crc}" for picture in plan.pictures)])
         make_plan = lambda: plan  # noqa: E731
     key = _digest([json.dumps([_CACHE_FORMAT, name, split, image_size, key])])
     folder = Path(data_root).expanduser() / "cache" / f"{name}-{split}-{image_size}-{key[:12]}"
@@ -230,42 +238,35 @@ def _read_through(plan: Plan, skip_unreadable: bool) -> Plan:
         UserError: one cannot be read and is not to be skipped, or is the last of a class.
     """
 
-    def crc(i: int) -> str | OSError:
+    def read_through(picture: Picture) -> Picture | OSError:
         try:
-            return f"{zlib.crc32(plan.read(i)):08x}"
-        except ValueError as error:
-            return str(error)  # a property of the image, of which decoding will tell
+            return replace(picture, crc=f"{zlib.crc32(picture.read()):08x}")
+        except ValueError as error:  # a property of the image, of which decoding will tell
+            return replace(picture, crc=str(error))
         except OSError as error:
             return error
 
-    found = dict(enumerate(_in_threads(crc, len(plan.labels))))
-    failed = {i: error for i, error in found.items() if isinstance(error, OSError)}
+    found = [*zip(plan.pictures, _in_threads(read_through, plan.pictures), strict=True)]
+    readable = [after for _, after in found if isinstance(after, Picture)]
+    failed = [(before, error) for before, error in found if isinstance(error, OSError)]
     if not failed:
-        return replace(plan, crcs=list(found.values()))
-    first = min(failed)
-    why = f"{plan.names[first]}: cannot be read ({reason(failed[first])})"
+        return replace(plan, pictures=readable)
+    why = f"{failed[0][0].name}: cannot be read ({reason(failed[0][1])})"
     if not skip_unreadable:
         raise UserError(f"{why}; {_SKIP_HINT}")
-    keep = [i for i in found if i not in failed]
-    for label in sorted({plan.labels[i] for i in failed} - {plan.labels[i] for i in keep}):
+    for label in sorted({picture.label for picture, _ in failed} - {picture.label for picture in readable}):
         raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image ({why})")
-    return replace(
-        plan,
-        labels=[plan.labels[i] for i in keep],
-        names=[plan.names[i] for i in keep],
-        read=lambda i: plan.read(keep[i]),
-        remarks=[*plan.remarks, f"{len(failed)} files that cannot be read now left out (first: {why})"],
-        crcs=[found[i] for i in keep],
-    )
+    remark = f"{len(failed)} files that cannot be read now left out (first: {why})"
+    return replace(plan, pictures=readable, remarks=[*plan.remarks, remark])
 
 
-def _in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
-    """`work` on the numbers below `count`, in order; a thread takes 16 at a time, and at most 1,024 results wait."""
+def _in_threads(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """`work` on each, in order; a thread takes 16 at a time, and at most 1,024 results wait."""
     with ThreadPoolExecutor(min(8, available_cores())) as pool:
         try:
-            for start in range(0, count, 1024):
-                parts = [range(i, min(i + 16, count)) for i in range(start, min(start + 1024, count), 16)]
-                for done in pool.map(lambda numbers: [work(i) for i in numbers], parts):
+            for start in range(0, len(items), 1024):
+                parts = [items[i : i + 16] for i in range(start, min(start + 1024, len(items)), 16)]
+                for done in pool.map(lambda part: [*map(work, part)], parts):
                     yield from done
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -362,47 +363,47 @@ def _decoded(
         allocate: makes the array of images.
     """
 
-    def decode(i: int) -> tuple[np.ndarray, str] | Exception:
+    def decode(picture: Picture) -> tuple[np.ndarray, str] | Exception:
         """The pixels, and what the fingerprint has of the image."""
         try:
-            content = plan.read(i)
+            content = picture.read()
             crc = f"{zlib.crc32(content):08x}"
-            if plan.crcs is not None and crc != plan.crcs[i]:
+            if picture.crc not in (None, crc):
                 raise OSError(errno.ESTALE, "it changed a moment ago")
             pixels, mended = to_pixels(content, image_size)
-            return pixels, f"{plan.labels[i]}:{crc}{':mended' * mended}"
+            return pixels, f"{picture.label}:{crc}{':mended' * mended}"
         except MemoryError:
             raise
         except Exception as error:  # PIL raises nearly anything on broken images
             return error
 
-    count, kept, rows, left_out = len(plan.labels), [], [], []
+    count, kept, rows, left_out = len(plan.pictures), [], [], []
     images = allocate((count, 3, image_size, image_size))
     with (
         progress(f"{name}: decode to {image_size} px", count, "images") as one_more,
-        contextlib.closing(_in_threads(decode, count)) as results,
+        contextlib.closing(_in_threads(decode, plan.pictures)) as results,
     ):
-        for i, found in enumerate(results):
+        for picture, found in zip(plan.pictures, results, strict=True):
             one_more()
             if not isinstance(found, Exception):
                 images[len(kept)], row = found
-                kept.append(i)
+                kept.append(picture.label)
                 rows.append(row)
                 continue
             why = reason(found)
             if is_passing(found):  # of the system, not of the image: nothing to remember
-                raise UserError(f"{plan.names[i]}: cannot be read ({why}); try again") from found
+                raise UserError(f"{picture.name}: cannot be read ({why}); try again") from found
             if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
                 why = "not an image in a format that PIL knows"
-            left_out.append(f"{plan.names[i]}: unreadable image ({why})")
+            left_out.append(f"{picture.name}: unreadable image ({why})")
             if not skip_unreadable:
                 raise UserError(f"{left_out[0]}; {_SKIP_HINT}") from found
-    labels = np.asarray(plan.labels, dtype=np.int64)[kept]
-    for label in np.setdiff1d(plan.labels, labels):
+    for label in sorted({picture.label for picture in plan.pictures} - {*kept}):
         raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image; {_SKIP_HINT}")
     if isinstance(images, np.memmap):
         images.flush()
     fingerprint = _digest([*head, str(image_size), *plan.classes, *rows])
+    labels = np.array(kept, dtype=np.int64)
     arrays = ImageArrays(images[: len(kept)], labels, tuple(plan.classes), fingerprint, name)
     return _Found(arrays, left_out, plan.remarks)
 

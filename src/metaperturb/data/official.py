@@ -18,7 +18,7 @@ import numpy as np
 import torchvision.datasets as tv
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from metaperturb.data.arrays import Plan, Sample, plan_from_samples
+from metaperturb.data.arrays import Picture, Plan, Sample, plan_from_samples
 from metaperturb.data.disk import disk_errors, file_lock
 from metaperturb.data.files import Place
 from metaperturb.data.splits import CHOICE_SEED, few_per_class
@@ -108,13 +108,11 @@ class Official:
             data = self.pixels(where.parent, split)
         labels = np.asarray(data.targets if hasattr(data, "targets") else data.labels)
         chosen = few_per_class(labels, *self.few[split]) if split in self.few else np.arange(len(labels))
-        return Plan(
-            where=str(where),
-            classes=getattr(data, "classes", "0123456789"),  # SVHN names none
-            labels=labels[chosen].tolist(),
-            names=[f"{where}: image {i}" for i in chosen],
-            read=lambda i: np.asarray(data[chosen[i]][0]),
-        )
+        classes = getattr(data, "classes", "0123456789")  # SVHN names none
+        pictures = [
+            Picture(int(labels[i]), f"{where}: image {i}", lambda i=i: np.asarray(data[i][0])) for i in chosen.tolist()
+        ]
+        return Plan(str(where), classes, pictures)
 
 
 # --- Fetching -----------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def _opened(
 
 def _complete(plan: Plan, name: str, split: str) -> Plan:
     spec = DATA_SETS[name]
-    wanted, found = (spec.images[split], spec.num_classes), (len(plan.labels), len(plan.classes))
+    wanted, found = (spec.images[split], spec.num_classes), (len(plan.pictures), len(plan.classes))
     if found != wanted and name != IN_PARTS:
         raise UserError(
             f"{plan.where}: expected {wanted[0]} {split} images of {wanted[1]} classes for {spec.title}, "
