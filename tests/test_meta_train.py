@@ -468,7 +468,7 @@ def setting(source_settings, tmp_path):
         sources, splits, _ = program.load_tasks(config)
         images = {source.image_size: DeviceImages(source, torch.device("cpu")) for source in sources}
         program.seed_torch(config.seed, 0, "phi")
-        phi = MetaPerturb()
+        phi = MetaPerturb(config.scale_free)
         sizes = [size for _, size in config.networks]
         return config, phi, [program.Task(t, splits[t], images[sizes[t]], phi, config) for t in range(config.tasks)]
 
@@ -577,7 +577,7 @@ def test_lookahead_gradient_against_finite_differences(setting):
         assert torch.isclose(gradient[index], numeric, rtol=1e-4, atol=1e-8)
 
 
-ABLATIONS = ["noise=false", "gate=false", "sites=before_pooling", "sites=top", "sites=bottom"]
+ABLATIONS = ["noise=false", "gate=false", "scale_free=true", "sites=before_pooling", "sites=top", "sites=bottom"]
 USED = {"noise=false": slice(36, 82), "gate=false": slice(0, 36)}  # kernels of μ come first, then those of the scale
 
 
