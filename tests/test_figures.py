@@ -170,10 +170,10 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path):
     older = json.loads((folder / "meta--bugs.json").read_text())
     del older["curve"]
     (tmp_path / "older--bugs.json").write_text(json.dumps(older))
-    needed = "this picture needs the run's folder"
-    refused(f"older--bugs.json: is a record without its curve; {needed}", "fig5", tmp_path / "older--bugs.json")
+    refused("older--bugs.json: is a record without its curve; this picture", "fig5", tmp_path / "older--bugs.json")
     for figure in ("fig6", "fig7", "fig8"):
-        refused(f"meta--bugs.json: is a record of a run; {needed}", figure, folder / "meta--bugs.json")
+        needed = "is a record of a run; this picture needs the run's folder"
+        refused(f"meta--bugs.json: {needed}", figure, folder / "meta--bugs.json")
 
 
 def test_lengths_of_training_and_several_phi(runs, tmp_path):
@@ -382,8 +382,6 @@ def test_damaged_runs_are_named(runs, tmp_path):
     images = result(runs / "meta")["config"]["target_path"]
     for figure, change, said in (
         ("fig5", lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
-        ("fig5", replaced("metrics.jsonl", "test_nll", "nll"), "metrics.jsonl"),
-        ("fig5", replaced("metrics.jsonl", 'nll": ', 'nll": NaN, "x": '), "finite"),
         ("fig5", lambda run: (run / "result.json").write_text('{"program": "meta_test"}'), "is no result of a run"),
         ("fig7", broken_network("bn1.running_mean"), "holds values that are not finite"),
         ("fig8", broken_network("metaperturb.running_var"), "holds values that are not finite"),

@@ -354,7 +354,9 @@ def test_port_in_use(here, refused):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"port {port}: cannot be opened; choose another" in refused(program, [*here, f"port={port}", "gpus=cpu,cpu"])
+        assert f"port {port}: cannot be opened; choose another" in refused(
+            program, [*here, f"port={port}", "gpus=cpu,cpu"]
+        )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ training, but no network. A run of meta-training is a run folder.
 
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ DEFAULTS = vars(MetaTestConfig())
 OF_A_RUN = {*INCIDENTAL, "method", "phi"}
 OF_PHI = ("sites", "noise", "gate", "anneal", "clip", "clip_eval", "paper")  # how it is used
 OF_A_METHOD = {*OF_A_RUN, *OF_PHI, "recipe", "init", "init_batch_norm"}
-EVALUATION = ("step", "test_nll", "test_accuracy", "test_ece")  # the numbers of a curve that every evaluation has
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ class Finished:
     path: Path  # its folder, or the record's file
     result: Mapping[str, Any]
     phi: str = ""  # tells its φ apart, where runs have several
-    rank: int = 0  # the order of φ in pictures: first those that --call names, in the order given
 
     @property
     def dir(self) -> Path:
@@ -49,17 +46,11 @@ class Finished:
 
     @property
     def curve(self) -> Sequence[Mapping[str, Any]]:
-        """Its evaluations, as `results.curve` has them; refused where there are none or numbers are missing."""
-        recorded = self.path.is_file()
-        where = "curve" if recorded else "metrics.jsonl"
-        found = self.result.get("curve") if recorded else curve(self.path)
+        """Its evaluations, as `results.curve` has them; refused where there are none."""
+        found = self.result.get("curve") if self.path.is_file() else curve(self.path)
         if not found:
-            lacking = "is a record without its curve; this picture needs the run's folder"
-            raise UserError(f"{self.path}: {lacking if recorded else 'metrics.jsonl holds no evaluation'}")
-        for line in found:
-            numbers = [line.get(key) for key in EVALUATION]
-            if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-                raise UserError(f"{self.path}: {where}, step {numbers[0]}: values are missing or not finite")
+            lacking = "holds no evaluation" if self.path.is_dir() else "is a record without its curve"
+            raise UserError(f"{self.path}: {lacking}; this picture needs the metrics.jsonl of the run's folder")
         return found
 
     @property
@@ -193,11 +184,10 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> list
         raise UserError(f"--call {unknown[0]}: no run has a φ of this name ({', '.join(own) or 'none at all'})")
     if len(phis) < 2 and not called:
         return [*runs]
-    order, chosen = [*dict.fromkeys(called.values())], {"": ""}
+    chosen = {"": ""}
     for key, name in zip(phis, own, strict=True):
         chosen[key] = next((called[other] for other in called if other in known[key]), f"φ {name}")
-    ranks = {key: order.index(name) if name in order else len(order) for key, name in chosen.items()}
-    return [dataclasses.replace(run, phi=chosen[run.phi_key], rank=ranks[run.phi_key]) for run in runs]
+    return [dataclasses.replace(run, phi=chosen[run.phi_key]) for run in runs]
 
 
 def title(run: Finished, with_steps: bool = True, with_amount: bool = True) -> str:
@@ -207,13 +197,13 @@ def title(run: Finished, with_steps: bool = True, with_amount: bool = True) -> s
 
 
 def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Checked runs under the name of their method, in the order of `REGULARIZERS`, of several φ in that of `--call`."""
+    """Checked runs under the name of their method, in the order of `REGULARIZERS`."""
     check_settings(runs)
     methods = grouped(runs, lambda run: run.name)
     for name, same in methods.items():
         _check_seeds(same, f"runs of {name} with")
     order = [*REGULARIZERS]
-    place = {name: (one.config["init"] or "", order.index(one.method), one.rank) for name, (one, *_) in methods.items()}
+    place = {name: (one.config["init"] or "", order.index(one.method)) for name, (one, *_) in methods.items()}
     return {name: methods[name] for name in sorted(methods, key=lambda name: (*place[name], name))}
 
 
