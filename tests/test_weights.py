@@ -118,12 +118,16 @@ def test_save_phi_writes_what_load_phi_reads(tmp_path, monkeypatch):
 def test_a_scale_free_phi_stays_one(tmp_path):
     """It is another φ than that of the same numbers, also for code that knows version 1 alone."""
     plain, free = make_phi(), MetaPerturb(scale_free=True)
-    free.load_state_dict(plain.state_dict())
+    free.flat.data.copy_(plain.flat.data)
+    with pytest.raises(RuntimeError, match="scale_free"):
+        free.load_state_dict(plain.state_dict())
     save_phi(free, tmp_path / "free.pt")
     loaded = load_phi(tmp_path / "free.pt")
     assert loaded.scale_free and torch.equal(loaded.flat, plain.flat) and "scale-free" in repr(loaded)
     assert torch.load(tmp_path / "free.pt", weights_only=True)["version"] == 2
     assert phi_digest(loaded) == phi_digest(free) != phi_digest(plain)
+    torch.save(free.state_dict(), tmp_path / "bare.pt")
+    assert phi_digest(load_phi(tmp_path / "bare.pt")) == phi_digest(free)
     assert not load_phi("tiny_imagenet_resnet20").scale_free
 
 

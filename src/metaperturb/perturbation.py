@@ -67,6 +67,8 @@ class MetaPerturb(nn.Module):
     def __init__(self, scale_free: bool = False) -> None:
         super().__init__()
         self.scale_free = scale_free
+        if scale_free:
+            self.register_buffer("scale_free_mark", torch.ones(()))  # so that its state dict says so
         self.flat = nn.Parameter(torch.cat([0.01 * torch.randn(shape).flatten() for shape in PHI_SHAPES]))
 
     def noise_mean(self, h: Tensor) -> Tensor:

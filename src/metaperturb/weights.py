@@ -83,9 +83,10 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
 
+    state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
+    scale_free |= state.pop("scale_free_mark", None) is not None  # of a bare state dict
     with torch.random.fork_rng(devices=[]):  # what comes next draws the same with φ as without
         phi = MetaPerturb(scale_free)
-    state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
     expected = {"flat": tuple(phi.flat.shape)} if "flat" in state else PHI_SHAPES._asdict()  # the former: a state dict
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unknown:
