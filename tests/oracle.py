@@ -117,9 +117,9 @@ class OracleSite:
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
-    """Philox4x32-10 of Salmon et al. 2011, in Python integers: four words of 32 bits."""
+    """Philox4x32-7 of Salmon et al. 2011, in Python integers: four words of 32 bits."""
     c, k = list(counter), list(key)
-    for _ in range(10):
+    for _ in range(7):
         first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [second >> 32 ^ c[1] ^ k[0], second & 0xFFFFFFFF, first >> 32 ^ c[3] ^ k[1], first & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]

@@ -85,38 +85,32 @@ inline T relu(T x) {
     return x < T(0) ? T(0) : x;  // keeps a NaN
 }
 
-// e^x for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r.
+// P(x) · x with these coefficients of P, lowest first. They are minimax, to 4e-7 of what is approximated.
+template <int count>
+inline float polynomial(float x, const float (&coefficients)[count]) {
+    float p = coefficients[count - 1];
+#pragma GCC unroll 8
+    for (int i = count - 2; i >= 0; --i) p = p * x + coefficients[i];
+    return p * x;
+}
+
+// e^x for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2.
 inline float exp_negative(float x) {
     x = x < -87.0f ? -87.0f : x;
-    const float shift = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
-    const float n = (x * 1.44269504088896341f + shift) - shift;
+    const float shift = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, which the last bits then are
+    const float shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
     const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * as_float(uint32_t(int32_t(n) + 127) << 23);
+    const float p = 1.0f + polynomial(r, {0.9999997019767761f, 0.49999144673347473f, 0.16667640209197998f,
+                                          0.04189838841557503f, 0.008290229365229607f});
+    return p * as_float((as_bits(shifted) << 23) + 0x3f800000u);
 }
 
 inline double exp_negative(double x) { return std::exp(x); }
 
-// P(x) · x with P of degree 9 and these coefficients, lowest first.
-inline float polynomial(float x, const float (&coefficients)[10]) {
-    float p = coefficients[9];
-#pragma GCC unroll 9
-    for (int i = 8; i >= 0; --i) p = p * x + coefficients[i];
-    return p * x;
-}
-
-// log(1 + e) for 0 <= e <= 1, to 2e-7 of its value for small e too: a minimax polynomial, as dividing takes longer.
+// log(1 + e) for 0 <= e <= 1: a polynomial, as dividing takes longer.
 inline float log1p_unit(float e) {
-    return polynomial(e, {1.0f, -0.4999990165233612f, 0.3332996368408203f, -0.24954132735729218f, 0.19675937294960022f,
-                          -0.15305587649345398f, 0.10603645443916321f, -0.05695943906903267f, 0.019851412624120712f,
-                          -0.0032440139912068844f});
+    return polynomial(e, {0.9999998211860657f, -0.4999740421772003f, 0.33275479078292847f, -0.24495457112789154f,
+                          0.17745229601860046f, -0.10768155008554459f, 0.04408952221274376f, -0.008539178408682346f});
 }
 
 inline double log1p_unit(double e) { return std::log1p(e); }
@@ -127,9 +121,8 @@ inline float log_unit(float x) {
     const int32_t n = int32_t(bits) >> 23;
     const float t = as_float((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
     return float(n) * 0.693147180559945309f +
-           polynomial(t, {1.0f, -0.49999988079071045f, 0.33333325386047363f, -0.25001585483551025f, 0.2000196874141693f,
-                          -0.16609013080596924f, 0.14181837439537048f, -0.1324346512556076f, 0.1290464997291565f,
-                          -0.07621096074581146f});
+           polynomial(t, {0.9999999403953552f, -0.5000036358833313f, 0.33335059881210327f, -0.24969908595085144f,
+                          0.19900165498256683f, -0.17250829935073853f, 0.16222578287124634f, -0.1010689064860344f});
 }
 
 // z and its derivative by μ.
@@ -171,9 +164,8 @@ inline void normal_pair(uint32_t first, uint32_t second, float &n0, float &n1) {
     // The low 30 bits of the second word are an angle in [−π/4, π/4), the high two say which quarter.
     const float angle = (float(int32_t(second & 0x3fffffffu)) * 9.313225746154785e-10f - 0.5f) * TWO_PI_4;
     const float a2 = angle * angle;
-    const float sine =
-        angle * (1.0f + a2 * (-1.0f / 6 + a2 * (1.0f / 120 + a2 * (-1.0f / 5040 + a2 * (1.0f / 362880)))));
-    const float cosine = 1.0f + a2 * (-0.5f + a2 * (1.0f / 24 + a2 * (-1.0f / 720 + a2 * (1.0f / 40320))));
+    const float sine = angle + angle * polynomial(a2, {-0.16666651f, 0.00833198f, -0.00019496f});
+    const float cosine = 1.0f + polynomial(a2, {-0.49999896f, 0.04165629f, -0.00135978f});
     const bool swap = second & 0x40000000u;
     const float sign = second & 0x80000000u ? -radius : radius;
     n0 = sign * (swap ? sine : cosine);
@@ -211,7 +203,7 @@ inline Words product(Words a, uint64_t factor) {
 #endif
 }
 
-// Philox4x32-10 (Salmon et al. 2011). Counter (j, plane, 0, 0) gives the values j, q + j, 2q + j and 3q + j of a plane of
+// Philox4x32-7 (Salmon et al. 2011, who found seven rounds enough for BigCrush). Counter (j, plane, 0, 0) gives the values j, q + j, 2q + j and 3q + j of a plane of
 // n, q = ⌈n/4⌉. One loop runs over the counters of several planes, so that those of small ones fill vectors, too.
 template <typename T>
 class Draw {
@@ -238,8 +230,8 @@ class Draw {
         for (int64_t i = 0; i < counters; i += WORDS) {
             Words c0 = widen(&counter_[i]), c1 = widen(&plane_[i]) + first, c2{}, c3{};
             uint64_t k0 = uint32_t(seed), k1 = seed >> 32;
-#pragma GCC unroll 10
-            for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 7
+            for (int round = 0; round < 7; ++round) {
                 const Words a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);
                 c0 = (b >> 32) ^ c1 ^ k0;
                 c1 = b;
@@ -265,6 +257,7 @@ class Draw {
             n2[i] = T(m2);
             n3[i] = T(m3);
         }
+        if (planes == 1 && 4 * counters == pixels_) return normal_.data();  // in order as they are
         for (int64_t c = 0; c < planes; ++c)
             for (int k = 0; k < 4; ++k) {
                 const T *__restrict from = n0 + k * counters + c * quarter_;
