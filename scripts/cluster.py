@@ -354,12 +354,12 @@ def state_of(job: Job, task: Task | None, queue: Queue, submitted: set[str]) -> 
 
 def time_left(jobs: Sequence[Job], at_once: int) -> str:
     """By the pace of what has begun, if as many go on running as now."""
-    lines = [(job, newest(job.run_dir)) for job in jobs]
-    pace = {job.id: line["seconds"] / line["step"] / job.weight for job, line in lines if line["step"]}
-    if not pace:
+    lines = [(job.config.steps, newest(job.run_dir)) for job in jobs]
+    pace = [line["seconds"] / line["step"] if line["step"] else None for _, line in lines]
+    if not (known := [each for each in pace if each]):
         return "time left not known yet"
-    usual = statistics.median(pace.values())
-    seconds = sum(job.weight * max(0, job.config.steps - line["step"]) * pace.get(job.id, usual) for job, line in lines)
+    left = (max(0, steps - line["step"]) for steps, line in lines)
+    seconds = sum(steps * (own or statistics.median(known)) for steps, own in zip(left, pace, strict=True))
     return f"about {clock(seconds / at_once)} left, {at_once} at a time"
 
 

@@ -39,7 +39,6 @@ class Job:
         record: the JSON that says that it is done.
         finish: makes the record from the finished run folder.
         needs: ids of jobs that must be done before.
-        weight: what one of its steps takes beside those of other jobs: for the time left.
         diverge: called if the run diverged, with what it said last; keeps that.
     """
 
@@ -49,7 +48,6 @@ class Job:
     record: Path
     finish: Callable[[], None] = lambda: None
     needs: tuple[str, ...] = ()
-    weight: float = 1.0
     diverge: Callable[[str], None] | None = None
 
     @property

@@ -279,9 +279,8 @@ def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path, images: Image
     needs = {need.id: need for cell in cells for need in cell.needs.values() if need.file is None}
     jobs = [cell_job(results, cell, runs, images) for cell in cells]
     for id_, need in reversed(needs.items()):
-        tasks = 2 * need.config.tasks if need.program == "meta_train" else 1  # of each step one of θ and one of φ
         config = dataclasses.replace(need.config, run_dir=str(runs / "needs" / id_))
-        jobs.insert(0, Job(id_, need.program, config, runs / "needs" / id_ / "result.json", weight=tasks))
+        jobs.insert(0, Job(id_, need.program, config, runs / "needs" / id_ / "result.json"))
     return jobs
 
 
