@@ -317,7 +317,9 @@ class PerturbSite(UsesPhi):
     PyTorch's global generator of the device, or given by the caller.
 
     The root mean square of a scale-free φ is that of the whole batch, all channels and pixels, so that images and
-    channels still differ, and predictions do not depend on the other images. No gradient flows through it.
+    channels still differ, and predictions do not depend on the other images. No gradient flows through it. In
+    evaluation an image far from those of training still gets larger noise from site to site: only a bound
+    (`clip_eval`) keeps it finite.
 
     Raises:
         ValueError: a feature map of other shape, noise of other shape, or a strength or clip out of range.
