@@ -5,7 +5,7 @@
     ./run.sh bench --smoke                    # seconds: tiny sizes, which test the program and measure nothing
 
 Parts: `start` (imports), `steps` (θ-steps in float32, bfloat16 and channels-last, meta-steps, joint steps of tasks),
-`evaluation` (a Monte-Carlo sample, a deterministic pass, `predict`), `memory`, `site` (one site alone).
+`evaluation` (Monte-Carlo samples, a deterministic pass, `predict`), `memory`, `site` (one site alone).
 The table is printed, in Markdown; a whole run goes into results/benchmark/, a JSON for each kind of processor.
 
 Variants take turns within one run, after a warm-up, and every round begins with another one. A time is the median of
@@ -63,7 +63,7 @@ BARS = (
     Bar("θ-step, float32, plain operators", "steps", "perturbed, plain operators", "plain, float32"),
     Bar("meta-step of a task / two plain θ-steps", "steps", "meta-step", "two plain steps", 1.15, 1.3),
     Bar("joint step of ten tasks / two plain θ-steps each", "joint", "joint step", "two plain steps a task", 1.2),
-    Bar("evaluation: a Monte-Carlo sample / a plain pass", "evaluation", "Monte-Carlo sample", "plain pass", 1.15, 1.2),
+    Bar("evaluation: 10 Monte-Carlo samples / 10 plain passes", "samples", "10 samples", "10 plain passes", 1.15, 1.2),
     Bar(
         "evaluation: a deterministic pass / a plain pass", "evaluation", "deterministic pass", "plain pass", 1.15, 1.15
     ),

@@ -21,6 +21,7 @@ from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.data.splits import TaskSplit
 from metaperturb.deterministic import make_deterministic, predict
 from metaperturb.distributed import Group
+from metaperturb.draws import log_prediction
 from metaperturb.meta_train import Task, joint_step
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 
@@ -159,7 +160,7 @@ def steps(bench: Bench) -> Groups:
 
 
 def evaluation(bench: Bench) -> Groups:
-    """A pass over a batch as `evaluate` makes it: plain, a Monte-Carlo sample, deterministic; and `predict`."""
+    """A pass over a batch as `evaluate` makes it, plain and deterministic; its Monte-Carlo samples; and `predict`."""
     x = normalize(bench.images(bench.eval_batch).take(torch.arange(bench.eval_batch, device=bench.device))[0])
     few, phi = x[: max(2, bench.eval_batch // 10)], make_phi(bench.device).requires_grad_(False)
     plain, perturbed, deterministic = (
@@ -168,14 +169,18 @@ def evaluation(bench: Bench) -> Groups:
     for model in (perturbed, deterministic):
         attach(model, phi, bench.image_size, paper=True, verbose=False)
     make_deterministic(deterministic, [x])
-    networks = {"plain pass": plain, "Monte-Carlo sample": perturbed, "deterministic pass": deterministic}
 
     def passes(model: torch.nn.Module, images: Tensor, count: int = 1) -> Callable[[], object]:
         return torch.no_grad()(lambda: [model(images).log_softmax(dim=1) for _ in range(count)])
 
-    once = {name: passes(model, x) for name, model in networks.items()}
+    once = {"plain pass": passes(plain, x), "deterministic pass": passes(deterministic, x)}
+    samples = {"10 plain passes": passes(plain, x, 10), "10 samples": lambda: log_prediction(perturbed, x, samples=10)}
     draws = {"20 plain passes": passes(plain, few, 20), "predict": lambda: predict(perturbed, few, samples=20)}
-    return {"evaluation": bench.time(once), "predict": bench.time(draws, share=0.25)}
+    return {
+        "evaluation": bench.time(once),
+        "samples": bench.time(samples, share=0.25),
+        "predict": bench.time(draws, share=0.25),
+    }
 
 
 def memory(bench: Bench) -> Groups:
