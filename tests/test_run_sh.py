@@ -64,8 +64,9 @@ echo "$0 $*" >>"$LOG"
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """`run.sh`, requirements and settings in a folder of their own, with a Python that writes down what it is told."""
+    monkeypatch.delenv("VENV", raising=False)
     folder = tmp_path / "project"
     (folder / "tests").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt", "tests/requirements.txt"):
