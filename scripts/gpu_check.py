@@ -4,10 +4,10 @@
     ./run.sh gpu-check --only kernels,steps
     ./run.sh gpu-check --rehearse               # on the CPU: tiny sizes, which test this program and measure nothing
 
-Parts, in the order of their value: `kernels` (the trial that precedes their first use), `steps` (a θ-step with φ over
-one without it: with Triton, with torch.compile of the plain operators, with neither), `meta_train` (10 tasks, 750
-steps), `meta_test` (10,000 steps at 32 px), `nccl` (meta-training on all GPUs, where there are several) and `tests`
-(those that need a GPU).
+Parts, in the order of their value: `kernels` (the trial that precedes their first use, and equality with the plain
+operators at a network's sizes), `steps` (a θ-step with φ over one without it: with Triton, with torch.compile of the
+plain operators, with neither), `meta_train` (φ's gradient beside the CPU's, and 10 tasks, 750 steps), `meta_test`
+(10,000 steps at 32 px), `nccl` (one GPU, and meta-training on all) and `tests` (those that need a GPU).
 
 Each part runs in a process of its own and has a share of the time that is left. One that fails, crashes or uses up its
 time is recorded, with what it found until then, and the next goes on. The record, results/gpu/<GPU>.json, is written
@@ -31,14 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from bench import parts
 from bench.parts import Bench, Learner, make_phi
 from bench.timing import ratio
 
 from metaperturb.cli import PARENT, argument_parser, run_program
-from metaperturb.distributed import parse_devices
+from metaperturb.data import batches
+from metaperturb.distributed import Group, parse_devices
 from metaperturb.errors import UserError
-from metaperturb.kernels import Unavailable, cpp, kernel_name, trial, use_kernel
+from metaperturb.kernels import Unavailable, cpp, fused, kernel_name, trial, use_kernel
+from metaperturb.meta_train import METRICS, joint_step
 from metaperturb.provenance import provenance
 from metaperturb.runs import read_metrics
 from metaperturb.storage import load_json, save_json
@@ -47,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BAR = 1.3  # Triton has to be this much faster than torch.compile of the plain operators
 GRACE = 8.0  # seconds in which a part that is asked to end may write what it has
 TEST_FILES = ("fused", "triton", "perturbation", "batches", "meta_train", "meta_test")
+SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))  # of ResNet20's sites
 TINY = ("model=resnet8", "steps=3", "batch_size=8", "image_size=16")  # of a rehearsal
 
 
@@ -64,7 +68,7 @@ class Part:
         save_json(self.found, self.path)
 
     def run(self, program: str, *settings: str) -> None:
-        """A program of the package: keeps its result.."""
+        """A program of the package: keeps its result."""
         config = ROOT / "configs" / ("src.yaml" if program == "meta_train" else "tgt.yaml")
         settings = (*settings, *(TINY if self.rehearse else ()), f"run_dir={self.path.with_suffix('')}")
         command = [sys.executable, "-m", f"metaperturb.{program}", "--config", str(config), "--set", *settings]
@@ -83,7 +87,7 @@ def about(part: Part) -> None:
 
 
 def kernels(part: Part) -> None:
-    """The trial that precedes their first use; that they equal the plain operators at a network's sizes is a test."""
+    """The trial that precedes their first use, and the relative errors at a network's sizes."""
     backend = cpp
     if not part.rehearse:
         from metaperturb.kernels import triton_site as backend
@@ -91,6 +95,14 @@ def kernels(part: Part) -> None:
         trial.check(backend.__name__, part.device)
     except Unavailable as unavailable:
         raise UserError(str(unavailable)) from None
+    errors = {}
+    for shape in [(4, 4, 4, 4)] if part.rehearse else SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            key = f"{shape} {str(dtype).removeprefix('torch.')}"
+            errors[key] = float(f"{trial.error_of(backend, part.device, dtype, shape):.2g}")
+            part.keep(errors=errors)
+            if not errors[key] < trial.tolerated(dtype):
+                raise UserError(f"the kernels differ from the plain operators: {key}, relative error {errors[key]}")
 
 
 def steps(part: Part) -> None:
@@ -128,9 +140,38 @@ def steps(part: Part) -> None:
 
 
 def meta_train(part: Part) -> None:
-    """A whole meta-training."""
+    """φ's gradients of two joint steps beside those on the CPU, from the same draws; then a whole meta-training."""
+    here, cpu = gradients(part, part.device), gradients(part, torch.device("cpu"))
+    part.keep(phi_gradient_error=[((a - b).norm() / b.norm()).item() for a, b in zip(here, cpu, strict=True)])
     gpu = "cpu" if part.rehearse else "0"
     part.run("meta_train", "source=embedded", "tasks=10", "steps=750", f"gpus={gpu}", "checkpoint_every=1000")
+
+
+def gradients(part: Part, device: torch.device) -> list[torch.Tensor]:
+    """φ's gradient in each of two joint steps of two tasks, `[82]`; all is drawn by the CPU's generator."""
+    cpu, original = torch.device("cpu"), (fused.draw_seed, batches.draw_codes, batches.draw)
+    bench = Bench(device, threads=1, rounds=1, **(parts.SMOKE if part.rehearse else {"tasks": 2}))
+
+    def draw_codes(batch: int, padding: int, device: torch.device) -> torch.Tensor:
+        return original[1](batch, padding, cpu).to(device)
+
+    def draw(batch: int, padding: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        codes, span = draw_codes(batch, padding, device), 2 * padding + 1
+        return codes // (2 * span), codes // 2 % span, codes % 2 == 1
+
+    fused.draw_seed = lambda device: original[0](cpu).to(device)
+    batches.draw_codes, batches.draw = draw_codes, draw
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        images, phi = bench.images(), make_phi(cpu).to(device)
+        tasks = [Learner(bench, images, phi, index=i).task for i in range(bench.tasks)]
+        optimizer = torch.optim.Adam(phi.parameters(), lr=1e-3)
+        group, config = Group(0, 1, device), tasks[0].config
+        tables = [joint_step(i, tasks, phi, optimizer, group, config)[0].cpu() for i in range(2)]
+        return [table[:, : -len(METRICS)].mean(dim=0) for table in tables]
+    finally:
+        fused.draw_seed, batches.draw_codes, batches.draw = original
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def meta_test(part: Part) -> None:
@@ -141,7 +182,14 @@ def meta_test(part: Part) -> None:
 
 
 def nccl(part: Part) -> None:
-    """A short meta-training on all GPUs, which exchange φ's gradient by NCCL; a single one has nobody to talk to."""
+    """The collective of meta-training on one GPU; then a short meta-training on all of this machine."""
+    backend = "gloo" if part.rehearse else "nccl"
+    identity = {} if part.rehearse else {"device_id": part.device}
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **identity)
+    received = torch.zeros(82, device=part.device)
+    dist.all_gather_into_tensor(received, torch.arange(82.0, device=part.device))
+    dist.destroy_process_group()
+    part.keep(backend=backend, one=received.tolist() == [*range(82)])
     gpus = ["cpu"] * 2 if part.rehearse else [str(i) for i in range(torch.cuda.device_count())]
     tasks = 2 * len(gpus) + 1  # not as many on each
     if len(gpus) > 1:

@@ -319,6 +319,7 @@ def test_the_rehearsal_comes_to_its_end(tmp_path, capfd):
         "ratios"
     ].keys()
     assert [found[name]["last"]["step"] for name in ("meta_train", "meta_test", "nccl")] == [3, 3, 3]
-    assert found["meta_train"]["processes"] == 1 and found["nccl"]["processes"] == 2
+    assert found["meta_train"]["phi_gradient_error"] == [0.0, 0.0] and found["kernels"]["errors"]
+    assert found["meta_train"]["processes"] == 1 and found["nccl"]["processes"] == 2 and found["nccl"]["one"]
     assert found["tests"]["counts"] == {"skipped": 2}
     assert capfd.readouterr().out.strip() == "A rehearsal: nothing here is a measurement."
