@@ -21,7 +21,7 @@ def check(parts: tuple[str, ...], path, page: str) -> None:
     assert content["versions"]["torch"] == torch.__version__ and content["command"].startswith("./run.sh bench --smoke")
     assert content["processor"].startswith(content["hardware"]["cpu"])
     assert (content["settings"]["threads"], content["settings"]["rounds"]) == (1, 2)
-    assert {*content["groups"]} - {"joint", "predict"} == {*parts}
+    assert {*content["groups"]} - {"joint", "samples", "predict"} == {*parts}
     for group in content["groups"].values():
         for timing in group["timings"].values():
             assert timing["n"] == len(timing["rounds"]) and min(timing["rounds"]) == timing["min"] > 0
