@@ -191,14 +191,26 @@ def test_under_autocast_the_scaled_classifier_is_used_at_once():
         assert torch.equal(draw(make_stochastic(model), x), drawn)
 
 
-def test_a_classifier_that_cannot_be_scaled_stays():
+def test_a_classifier_that_cannot_be_scaled_stays(capsys):
     net = models.create("resnet8", 5, SIZE)
     torch.nn.utils.parametrizations.weight_norm(net.fc)
     model = network(net=net)
     before = state(model)
     make_deterministic(model, batches())
+    assert "no classifier to scale" in capsys.readouterr().err
     assert all(torch.equal(value, before[key]) for key, value in state(model).items() if key.startswith("fc."))
     assert same(state(make_stochastic(model)), before)
+
+
+def test_draws_that_overflow_leave_the_network_as_it_was():
+    model = network()
+    model.metaperturb.sites[0].register_forward_hook(
+        lambda site, _, out: out if site.attachment.deterministic else out * torch.inf
+    )
+    before = state(model)
+    with pytest.raises(UserError, match="outputs are not finite"):
+        make_deterministic(model, batches())
+    assert same(state(model), before)
 
 
 def test_nothing_but_batch_norm_and_sites_is_in_training_mode():

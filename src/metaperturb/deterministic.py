@@ -10,6 +10,7 @@ Examples:
     >>> probabilities = model(images).softmax(dim=1)
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -71,6 +72,8 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
             _gather(model, chain(first, images))
         if layer:
             _cool(layer, torch.cat([model(x) for x in first]), torch.cat(drawn))
+        elif first:
+            print("metaperturb: no classifier to scale; one pass may be surer of itself than draws", file=sys.stderr)
     except BaseException:
         make_stochastic(model)
         raise
@@ -225,6 +228,8 @@ def _cool(layer: nn.Module, logits: Tensor, drawn: Tensor) -> None:
     """
     logits = logits.double()
     mean, low, high = (drawn * logits).sum(), -4.0, 4.0  # of log2(1 / T)
+    if not torch.isfinite(mean):
+        raise NotFinite("for these batches the network's outputs are not finite")
     for _ in range(30):
         middle = (low + high) / 2
         below = ((logits * 2**middle).softmax(dim=1) * logits).sum() < mean
