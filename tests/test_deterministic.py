@@ -191,15 +191,33 @@ def test_under_autocast_the_scaled_classifier_is_used_at_once():
         assert torch.equal(draw(make_stochastic(model), x), drawn)
 
 
-def test_a_classifier_that_cannot_be_scaled_stays(capsys):
-    net = models.create("resnet8", 5, SIZE)
+def weight_norm(net):
     torch.nn.utils.parametrizations.weight_norm(net.fc)
+
+
+def norm_behind(net):
+    net.fc = nn.Sequential(net.fc, nn.BatchNorm1d(5))
+
+
+@pytest.mark.parametrize("change", [weight_norm, norm_behind])
+def test_a_classifier_that_cannot_be_scaled_stays(change, capsys):
+    net = models.create("resnet8", 5, SIZE)
+    change(net)
     model = network(net=net)
-    before = state(model)
+    before, parameters = state(model), [p.clone() for p in model.parameters()]
     make_deterministic(model, batches())
     assert "no classifier to scale" in capsys.readouterr().err
-    assert all(torch.equal(value, before[key]) for key, value in state(model).items() if key.startswith("fc."))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
     assert same(state(make_stochastic(model)), before)
+
+
+def test_statistics_in_bfloat16_are_averages_of_however_many_batches():
+    found = []
+    for count in (2, 300):
+        model = network("resnet8").bfloat16()
+        make_deterministic(model, [images(2, 3, SIZE, SIZE).bfloat16()] * count)
+        found.append(model.metaperturb.sites[0].running_var.float())
+    assert torch.allclose(*found, rtol=0.05)
 
 
 def test_draws_that_overflow_leave_the_network_as_it_was():

@@ -271,6 +271,7 @@ NETWORKS = {
         False,
     ),
     "statistics of the batch": (untracked, ["one"], False),
+    "means of the batch": (lambda: Custom(lambda net, x: net.one(x - 0.5 * x.mean(dim=0))), ["one"], False),
 }
 
 
@@ -300,6 +301,23 @@ def test_draws_share_what_comes_before_the_first_site_where_the_network_allows(n
         p = model(x.repeat(4, 1, 1, 1)).softmax(dim=1).view(4, count, -1)
     assert torch.allclose(found.exp(), p.mean(dim=0), atol=1e-5)
     assert p.std(dim=0).max() > 1e-5
+
+
+def test_what_was_found_holds_for_the_network_as_it_was_then():
+    model = attach(models.create("resnet8", 3, 8), MetaPerturb(), 8, verbose=False).eval()
+    fc, x = model.fc, torch.randn(2, 3, 8, 8)
+    model.fc = nn.Linear(fc.in_features, 3)
+    nn.init.zeros_(model.fc.weight)
+    assert not draws.bears_draws(model, x)  # all outputs are equal, which says nothing
+    nn.init.normal_(model.fc.weight)
+    assert draws.bears_draws(model, x)
+    for name, value in (("strength", 0.0), ("deterministic", True)):
+        before = getattr(model.metaperturb, name)
+        setattr(model.metaperturb, name, value)
+        assert draws.log_prediction(model, x, 3).shape == (2, 3)
+        setattr(model.metaperturb, name, before)
+    model.compile(backend="eager")
+    assert draws.log_prediction(model, x, 3).shape == (2, 3)
 
 
 def test_many_draws_of_many_images_go_in_parts(monkeypatch):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metaperturb.draws import log_prediction
 from metaperturb.dry_run import classifier_name
 from metaperturb.errors import NotFinite, UserError
-from metaperturb.kernels.plain import MOMENTUM
+from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM
 from metaperturb.modes import batch_norms, eval_mode, set_mode
 from metaperturb.perturbation import Attachment, PerturbSite
 
@@ -70,9 +70,8 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
     try:
         if first:
             _gather(model, chain(first, images))
-        if layer:
-            _cool(layer, torch.cat([model(x) for x in first]), torch.cat(drawn))
-        elif first:
+        cooled = layer is not None and _cool(model, layer, first, torch.cat(drawn))
+        if first and not cooled:
             print("metaperturb: no classifier to scale; one pass may be surer of itself than draws", file=sys.stderr)
     except BaseException:
         make_stochastic(model)
@@ -112,7 +111,7 @@ def predict(model: nn.Module, x: Tensor, samples: int = 20) -> Tensor:
     if samples < 1:
         raise UserError(f"samples must be at least 1, got {samples}")
     _check_images(x, "x")
-    if not any(a.noise and a.strength and not a.deterministic for a in _attachments(model)):
+    if not any(attachment.draws for attachment in _attachments(model)):
         samples = 1
     with eval_mode(model):
         return log_prediction(model, x, samples).exp()
@@ -185,7 +184,7 @@ def _gather(model: nn.Module, images: Iterable[Tensor]) -> None:
     """What `update_bn` of `torch.optim.swa_utils` does, for the sites, too, and with dropout in evaluation mode."""
     norms, sites = _norms(model), _sites(model)
     running = [statistic for site in sites for statistic in site.buffers(recurse=False)]
-    sums = [torch.zeros_like(statistic) for statistic in running]
+    sums = [torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) for v in running]  # not in bfloat16
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -221,12 +220,13 @@ def _classifier(model: nn.Module, x: Tensor) -> nn.Module | None:
     return layer if "weight" in layer._parameters else None  # not one that weight norm computes
 
 
-def _cool(layer: nn.Module, logits: Tensor, drawn: Tensor) -> None:
-    """Divide a classifier by the temperature T with the smallest cross-entropy of softmax(`logits` / T) with `drawn`.
+def _cool(model: nn.Module, layer: nn.Module, images: list[Tensor], drawn: Tensor) -> bool:
+    """Divide a classifier by the temperature T with the smallest cross-entropy of softmax(logits / T) with `drawn`.
 
-    Cross-entropy is convex in 1 / T. At its minimum both give the logits the same mean.
+    Cross-entropy is convex in 1 / T. At its minimum both give the logits the same mean. Returns whether that divides
+    the logits, too. Where it does not (a second head, shared weights, a batch norm behind), the classifier stays.
     """
-    logits = logits.double()
+    logits = torch.cat([model(x) for x in images]).double()
     mean, low, high = (drawn * logits).sum(), -4.0, 4.0  # of log2(1 / T)
     if not torch.isfinite(mean):
         raise NotFinite("for these batches the network's outputs are not finite")
@@ -234,9 +234,21 @@ def _cool(layer: nn.Module, logits: Tensor, drawn: Tensor) -> None:
         middle = (low + high) / 2
         below = ((logits * 2**middle).softmax(dim=1) * logits).sum() < mean
         low, high = (middle, high) if below else (low, middle)
-    for parameter in layer.parameters(recurse=False):
+    parameters = list(layer.parameters(recurse=False))
+    before = [parameter.clone() for parameter in parameters]
+    for parameter in parameters:
         parameter.mul_(2**low)
     torch.clear_autocast_cache()  # of the weights as they were, in bfloat16
+    found = model(images[0])
+    tolerance = 0.05 if found.dtype in HALF_PRECISION else 0.01
+    expected = logits[: len(found)] * 2**low
+    found, expected = (v - v.mean(dim=1, keepdim=True) for v in (found.double(), expected))  # log_softmax shifts them
+    if (found - expected).abs().max() <= tolerance * expected.abs().max():
+        return True
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.copy_(value)
+    torch.clear_autocast_cache()
+    return False
 
 
 def _check_images(x: Any, name: str) -> None:

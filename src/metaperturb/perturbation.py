@@ -161,6 +161,12 @@ class Attachment(UsesPhi):
     def phi(self) -> MetaPerturb:
         return self._phi[0]
 
+    @property
+    def draws(self) -> bool:
+        """Whether the sites draw noise, as they are now."""
+        usage = self.current()
+        return usage.noise and usage.strength > 0 and not usage.deterministic
+
     def current(self) -> Usage:
         """What the buffer says; a GPU is waited for only where something has changed the buffer."""
         buffer = self.usage
