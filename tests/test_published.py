@@ -163,3 +163,34 @@ def test_the_page_of_one_pass_says_what_its_records_say():
             assert f"| {' | '.join(cells)} | {len(values)} |" in page
             rows += 1
     assert rows >= 4
+
+
+PAGES_OF_RUNS = {  # page → its rows: what the records are called, and which of their numbers
+    "one_pass": {
+        "Base": ("base", "metrics"),
+        "control, 100 draws": ("control", "metrics"),
+        "control, one pass": ("control", "one_pass"),
+        "shipped φ, 100 draws": ("shipped", "metrics"),
+        "shipped φ, one pass": ("shipped", "one_pass"),
+    },
+    "imagenet": {
+        "Base": ("base", "metrics"),
+        "φ, 20 draws": ("metaperturb", "metrics"),
+        "φ, one pass": ("metaperturb", "one_pass"),
+        "label smoothing": ("label_smoothing", "metrics"),
+        "mixup": ("mixup", "metrics"),
+    },
+}
+
+
+@pytest.mark.parametrize("page", PAGES_OF_RUNS)
+def test_pages_of_single_runs_have_the_numbers_of_their_records(page):
+    text = (ROOT / "results" / f"{page}.md").read_text()
+    for row, (name, part) in PAGES_OF_RUNS[page].items():
+        paths = sorted((ROOT / "results" / page).glob(f"{name}-seed*.json"))
+        found = [json.loads(path.read_text())[part] for path in paths]
+        cells = [row]
+        for metric, factor, digits in (("accuracy", 100, 2), ("nll", 1, 2), ("ece", 100, 1)):
+            values = [factor * numbers[metric] for numbers in found]
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+        assert f"| {' | '.join([*cells, str(len(found))])} |" in text
