@@ -181,6 +181,20 @@ def test_one_pass_is_as_sure_as_the_mean_over_draws():
     assert abs(best / ratio[0, 0] - 1) < 1e-3 and best > 1.1
 
 
+def test_the_network_may_be_wrapped_or_unwrapped_in_between():
+    model, x = network(), images(4, 3, SIZE, SIZE)
+    before, wrapped = state(model), torch.optim.swa_utils.AveragedModel(model)
+    for there, back in ((model, nn.DataParallel(model)), (torch.compile(model, backend="eager"), model)):
+        drawn = draw(model, x)
+        assert make_deterministic(there, batches()) is there
+        assert torch.equal(draw(model, x, 1), draw(model, x))
+        assert make_stochastic(back) is back
+        assert same(state(model), before) and torch.equal(draw(model, x), drawn)
+    weight = wrapped.module.fc.weight.clone()
+    make_stochastic(make_deterministic(wrapped.eval(), batches()).module)
+    assert torch.equal(wrapped.module.fc.weight, weight)
+
+
 def test_under_autocast_the_scaled_classifier_is_used_at_once():
     model, x = network(), images(4, 3, SIZE, SIZE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -341,7 +355,16 @@ def test_one_pass_where_nothing_is_drawn():
     assert torch.allclose(predict(model, x, samples=20), expected, atol=1e-7) and calls == [4]
     make_stochastic(model).metaperturb.strength = 0.0
     predict(model, x)
-    assert calls == [4, 4]
+    module.log_prediction(model, x, samples=20)
+    assert calls == [4, 4, 4]
+
+
+def test_images_are_converted_to_the_precision_of_the_network():
+    model, x = network().double(), images(4, 3, SIZE, SIZE)
+    expected = draw(model, x.double()).softmax(dim=1)
+    torch.manual_seed(0)
+    assert torch.allclose(predict(model, x, samples=1), expected.float())
+    make_deterministic(model, batches())
 
 
 def test_what_cannot_be_predicted():

@@ -28,9 +28,13 @@ from metaperturb.kernels.backend import Unavailable
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 OLD_DRIVER = """
+    #include <dlfcn.h>
     int cuInit(unsigned flags) { return 0; }
     int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
-    int cuGetProcAddress_v2(const char *name, void **found, int version, long flags, void *status) { return 500; }
+    int cuGetProcAddress(const char *name, void **found, int version, long flags, void *status) {
+        return (*found = dlsym(dlopen("libcuda.so.1", RTLD_LAZY), name)) ? 0 : 500;
+    }
+    int cuGetProcAddress_v2() __attribute__((alias("cuGetProcAddress")));
     int nvmlInit(void) { return 0; }
     int nvmlDeviceGetCount_v2(int *count) { *count = 1; return 0; }
 """

@@ -24,6 +24,7 @@ from metaperturb.errors import NotFinite, UserError
 from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM
 from metaperturb.modes import batch_norms, eval_mode, set_mode
 from metaperturb.perturbation import Attachment, PerturbSite
+from metaperturb.sites import unwrapped
 
 FITTED = 512  # images, the first ones, on which the temperature is fitted
 
@@ -34,11 +35,11 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
 
     Args:
         model: a network with φ, in evaluation mode.
-        batches: training images `[B, C, H, W]`, or tuples that begin with them, augmented as in training. The running
-            statistics of batch norm and of the sites become the average over these batches. Weight and bias of the
-            classifier are divided by the temperature that brings one pass closest to the mean over 20 draws, in
-            cross-entropy on the first 512 images. A network without batch norm needs no batches; then nothing of
-            this is done.
+        batches: training images `[B, C, H, W]`, or tuples that begin with them, augmented as in training, and
+            moved as those of `predict`. The running statistics of batch norm and of the sites become the average over
+            these batches. Weight and bias of the classifier are divided by the temperature that brings one pass
+            closest to the mean over 20 draws, in cross-entropy on the first 512 images. A network without batch norm
+            needs no batches; then nothing of this is done.
 
     The mode is in the state dict of the network, together with the statistics and the classifier from before.
 
@@ -51,6 +52,7 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
         >>> loader = torch.utils.data.DataLoader(training_images, batch_size=128, shuffle=True)
         >>> make_deterministic(model.eval(), loader)(images).softmax(dim=1)
     """
+    wrapper, model = model, unwrapped(model)
     attachments = _attachments(model)
     if any(attachment.deterministic for attachment in attachments):
         raise UserError("this network is deterministic already (make_stochastic(model) reverses it)")
@@ -76,7 +78,7 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
     except BaseException:
         make_stochastic(model)
         raise
-    return model
+    return wrapper
 
 
 @torch.no_grad()
@@ -86,11 +88,11 @@ def make_stochastic(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the network has no sites or is not deterministic, or its batch norms are others now.
     """
-    attachments = _attachments(model)
+    attachments = _attachments(network := unwrapped(model))
     if not all(attachment.deterministic for attachment in attachments):
         raise UserError("this network is not deterministic (make_deterministic(model, batches) makes it so)")
     if attachments[0].before is not None:
-        _restore(model, attachments[0].before)
+        _restore(network, attachments[0].before)
         attachments[0].before = None
     _switch(attachments, False)
     return model
@@ -102,7 +104,7 @@ def predict(model: nn.Module, x: Tensor, samples: int = 20) -> Tensor:
 
     Args:
         model: a network with φ that returns logits `[B, K]`. Each of its modules has its own mode again afterwards.
-        x: the images.
+        x: the images. They go to the device, and floating-point ones to the precision, of the network's parameters.
         samples: draws. A network that draws nothing needs one pass and gets one.
 
     Raises:
@@ -111,10 +113,9 @@ def predict(model: nn.Module, x: Tensor, samples: int = 20) -> Tensor:
     if samples < 1:
         raise UserError(f"samples must be at least 1, got {samples}")
     _check_images(x, "x")
-    if not any(attachment.draws for attachment in _attachments(model)):
-        samples = 1
+    _attachments(model)
     with eval_mode(model):
-        return log_prediction(model, x, samples).exp()
+        return log_prediction(model, _moved(x, model), samples).exp()
 
 
 def _attachments(model: nn.Module) -> list[Attachment]:
@@ -177,7 +178,7 @@ def _images(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
         if size is not None and x.shape[1:] != size:
             raise UserError(f"{name} holds images {_shape(x)} after others of {list(size)}")
         size = x.shape[1:]
-        yield x.to(site.running_mean.device)
+        yield _moved(x, model)
 
 
 def _gather(model: nn.Module, images: Iterable[Tensor]) -> None:
@@ -249,6 +250,11 @@ def _cool(model: nn.Module, layer: nn.Module, images: list[Tensor], drawn: Tenso
         parameter.copy_(value)
     torch.clear_autocast_cache()
     return False
+
+
+def _moved(x: Tensor, model: nn.Module) -> Tensor:
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
 
 
 def _check_images(x: Any, name: str) -> None:

@@ -33,15 +33,19 @@ def log_prediction(
 ) -> Tensor:
     """Log of the mean of softmax over `samples` draws: `[B, K]` in float32, of images `[B, C, H, W]`.
 
-    The network has to be in evaluation mode. One without sites gets all images at once, and one draw after the other.
-    Calls `tell` with the share of the work that is done, after each pass.
+    The network has to be in evaluation mode. One whose sites draw nothing needs one pass and gets one; one without
+    sites gets all images at once, and one draw after the other. Calls `tell` with the share of the work that is done,
+    after each pass.
 
     Raises:
         UserError: the network returns no logits `[B, K]`.
     """
     draws, images = 1, len(x)
     shared = False
-    if samples > 1 and any(isinstance(module, PerturbSite) for module in model.modules()):
+    sites = [module for module in model.modules() if isinstance(module, PerturbSite)]
+    if sites and not any(site.attachment.draws for site in sites):
+        samples = 1
+    if samples > 1 and sites:
         fits = max(1, PIXELS.get(x.device.type, PIXELS_ELSEWHERE) // (x.shape[2] * x.shape[3]))
         draws, shared = max(1, fits // images), bears_draws(model, x)
         if shared:

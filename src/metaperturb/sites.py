@@ -116,7 +116,7 @@ def find_sites(
             runs the module of a site several times a pass.
     """
     kind = type(model).__name__
-    if isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+    if unwrapped(model) is not model:
         raise UserError(f"{kind} wraps a network; attach to that one, before it is wrapped")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise UserError(f"{kind}: model.compile() has been called, which wraps it; attach before that")
@@ -131,6 +131,13 @@ def find_sites(
                 f"image_size: expected the side of the images in pixels or (height, width), got {image_size!r}"
             )
     return _Finder(model, watch(model, image_size, example)).find(names)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside a wrapper of DistributedDataParallel, `torch.compile` and the like."""
+    while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
