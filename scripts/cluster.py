@@ -63,11 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_options(words: Sequence[str]) -> dict[str, str]:
-    """What `--slurm` was given.
-
-    Raises:
-        UserError: no `key=value`, or a number that is none.
-    """
+    """What `--slurm` was given."""
     options = pairs("--slurm", words, "KEY=VALUE")
     for key in ("gpus", "nodes", "array"):
         if not re.fullmatch(r"\d+-\d+|\d+" if key == "nodes" else r"\d+", options.get(key, "1")):
@@ -88,11 +84,7 @@ class Task(NamedTuple):
 
 
 class Queue:
-    """What was submitted for one table or meta-training.
-
-    Args:
-        folder: of its submissions, a folder each with the jobs' logs.
-    """
+    """What was submitted for one table or meta-training: a folder of submissions, each with the jobs' logs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
@@ -124,11 +116,7 @@ class Queue:
 
 
 def slurm(program: str, *arguments: str) -> str:
-    """What a program of Slurm prints.
-
-    Raises:
-        UserError: it is not there, or refuses.
-    """
+    """What a program of Slurm prints; a `UserError` says that it is not there, or refuses."""
     try:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
@@ -149,21 +137,11 @@ def said_by_slurm(text: str) -> str:
 
 
 def submit(
-    queue: Queue,
-    calls: Mapping[str, tuple[Any, ...]],
-    needs: Mapping[str, Sequence[str]],
-    options: Mapping[str, str],
+    queue: Queue, calls: Mapping[str, tuple[Any, ...]], needs: Mapping[str, Sequence[str]], options: Mapping[str, str]
 ) -> None:
-    """Submit what is not in the queue as one job array, and say so.
+    """Submit what is not in the queue as one job array, and say so; or refuse, with nothing submitted.
 
-    Args:
-        queue: of what the jobs belong to.
-        calls: what a job is about → `one_job` or `one_node`, and its arguments.
-        needs: what it is about → those that must be done before it.
-        options: of `parse_options`.
-
-    Raises:
-        UserError: Slurm or submitit is not here, or refuses; nothing is submitted then.
+    Of what a job is about, `calls` has `one_job` or `one_node` with its arguments, `needs` what must be done before it.
     """
     folder = queue.folder / f"metaperturb-{queue.folder.name}-{secrets.token_hex(4)}"
     executor = make_executor(folder, options)
@@ -217,11 +195,7 @@ def make_executor(folder: Path, options: Mapping[str, str]):
 
 
 def release(queue: Queue) -> None:
-    """Tell Slurm what those wait for that are held, and let them begin.
-
-    Raises:
-        UserError: Slurm refuses; they are cancelled then.
-    """
+    """Tell Slurm what those wait for that are held, and let them begin; where it refuses, they are cancelled."""
     tasks, waiting = queue.tasks(), defaultdict(list)
     held = {job: task.id.partition("_")[::2] for job, task in tasks.items() if task.reason == "JobHeldUser"}
     for job, needs in (item for jobs in queue.submissions().values() for item in jobs.items()):
@@ -258,11 +232,7 @@ def one_job(job: Job, needs: Sequence[Path], device: str, retries: int) -> None:
 
 
 def one_node(arguments: list[str]) -> None:
-    """A node's share of a meta-training: torchrun with these arguments, the nodes meeting on the first of them.
-
-    Args:
-        arguments: how many nodes there must be, and torchrun's own.
-    """
+    """A node's share of a meta-training: how many nodes there must be, and torchrun's arguments."""
     end_when_asked()
     least, *arguments = arguments
     number = os.environ["SLURM_JOB_ID"]
@@ -291,11 +261,7 @@ def end_when_asked() -> None:
 
 
 def wait_for(path: Path) -> None:
-    """Until a file that another node has written is seen on this one.
-
-    Raises:
-        UserError: it is not within a minute.
-    """
+    """Until a file that another node has written is seen on this one, at most a minute."""
     end = time.monotonic() + SHARED_FOLDER_SECONDS
     while not path.exists():
         if time.monotonic() > end:
@@ -307,14 +273,7 @@ def wait_for(path: Path) -> None:
 
 
 def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequence[str]) -> None:
-    """A line for each job that is not done, and one for all.
-
-    Args:
-        title: of the last line.
-        queue: what was submitted of them, if anything was.
-        jobs: those not done, and what they need.
-        finished: ids of others that are done.
-    """
+    """A line for each job that is not done, and one for all, which counts the ids in `finished` as well."""
     tasks = queue.tasks()
     submitted = {job for submission in queue.submissions().values() for job in submission}
     states = {job.id: state_of(job, tasks.get(job.id), queue, submitted) for job in jobs}
@@ -334,7 +293,7 @@ def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequenc
 
 def state_of(job: Job, task: Task | None, queue: Queue, submitted: set[str]) -> tuple[str, str]:
     """Whether it is done, running, waiting, failed or to do, and what there is to say of that."""
-    step = newest(job.run_dir)["step"]
+    step = newest(job)["step"]
     begun = f" (step {step} of {job.config.steps})" if step else ""
     if job.done:
         return "done", ""
@@ -354,7 +313,7 @@ def state_of(job: Job, task: Task | None, queue: Queue, submitted: set[str]) -> 
 
 def time_left(jobs: Sequence[Job], at_once: int) -> str:
     """By the pace of what has begun, if as many go on running as now."""
-    lines = [(job.config.steps, newest(job.run_dir)) for job in jobs]
+    lines = [(job.config.steps, newest(job)) for job in jobs]
     pace = [line["seconds"] / line["step"] if line["step"] else None for _, line in lines]
     if not (known := [each for each in pace if each]):
         return "time left not known yet"
@@ -363,10 +322,9 @@ def time_left(jobs: Sequence[Job], at_once: int) -> str:
     return f"about {clock(seconds / at_once)} left, {at_once} at a time"
 
 
-def newest(run_dir: Path) -> dict:
-    """The newest line of a run's metrics; before the first, that of step 0."""
-    lines = read_metrics(run_dir)
-    return lines[-1] if lines else {"step": 0}
+def newest(job: Job) -> dict[str, Any]:
+    """The newest line of its metrics; before the first, that of step 0."""
+    return [{"step": 0}, *read_metrics(job.run_dir)][-1]
 
 
 # --- ./run.sh src --slurm

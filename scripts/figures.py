@@ -20,6 +20,7 @@ there. --set changes their settings: fig6 --set steps=50 images=1000 linf=0,2/25
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import operator
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tables import finished
-from tables.finished import Finished, by_method, grouped, title
+from tables.finished import Finished, by_method, grouped
 from tables.grid import slug
 
 from metaperturb import plots
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def figures(arguments: argparse.Namespace) -> None:
     everything = arguments.figure == "figures"
-    chosen = FIGURES if everything else {name: FIGURES[name] for name in FIGURES if name == arguments.figure}
-    arguments.analyses = read_settings([cls for figure in chosen.values() for cls in figure.analyses], arguments.set)
+    chosen = [figure for name, figure in FIGURES.items() if everything or name == arguments.figure]
+    arguments.analyses = read_settings([cls for figure in chosen for cls in figure.analyses], arguments.set)
     arguments.where, arguments.drawn = "", set()  # see `draw`
     if arguments.figure == "phi":
         every_number(arguments)
@@ -82,11 +83,13 @@ def figures(arguments: argparse.Namespace) -> None:
     found = finished.find_runs(arguments.sources or [arguments.runs])
     sources = [run for run in found if not run.is_target]
     targets = [run for run in found if run.is_target and run.method in (arguments.methods or [run.method])]
+    if everything or chosen[0].draw is not learning:
+        finished.tell_phis_apart(targets, called)
     if everything:
-        every_figure([*finished.tell_phis_apart(targets, called), *sources], arguments)
+        every_figure([*targets, *sources], arguments)
         return
-    figure = FIGURES[arguments.figure]
-    runs = sources if figure.draw is learning else finished.tell_phis_apart(targets, called)
+    (figure,) = chosen
+    runs = sources if figure.draw is learning else targets
     if not runs:
         what = "meta-training (./run.sh src)" if figure.draw is learning else "these methods (./run.sh tgt, table1, …)"
         raise UserError(f"no finished run of {what} there")
@@ -122,11 +125,7 @@ class NothingToShow(UserError):
 
 
 def draw(arguments: argparse.Namespace, kind: str, plot: Callable[..., None], content: Any, title: str) -> None:
-    """Draw `content` into a file named after kind and title (of several folders of runs, it tells which).
-
-    Raises:
-        UserError: this command has drawn one there already.
-    """
+    """Draw `content` into a file named after kind and title, and after the folder where runs are of several."""
     path = arguments.out / (slug(f"{kind} {title}") + (f"-{arguments.where}" if arguments.where else ""))
     if path in arguments.drawn:
         raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
@@ -161,11 +160,9 @@ def read_settings(classes: Sequence[type], texts: Sequence[str]) -> dict[type, A
     """Analysis → its settings, by `key=value` texts, which are checked; a key may belong to several."""
     known = {cls: {field.name for field in dataclasses.fields(cls)} for cls in classes}
     keys = sorted(set().union(*known.values()))
+    expected = f"expected KEY=VALUE, the key one of {', '.join(keys)}" if keys else "this figure has no settings"
     for text in texts:
         if text.partition("=")[0] not in keys:
-            expected = (
-                f"expected KEY=VALUE, the key one of {', '.join(keys)}" if keys else "this figure has no settings"
-            )
             raise UserError(f"--set {text}: {expected}")
     return {cls: load_config(cls, None, [t for t in texts if t.partition("=")[0] in known[cls]]) for cls in classes}
 
@@ -182,10 +179,10 @@ def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = (
 def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Convergence."""
     histories = {
-        method: [[{**line, "seed": run.config["seed"]} for line in run.curve] for run in same]
+        method: [[{**line, "seed": run.seed} for line in run.curve] for run in same]
         for method, same in by_method(runs).items()
     }
-    draw(arguments, "fig5", plots.plot_convergence, histories, title(runs[0]))
+    draw(arguments, "fig5", plots.plot_convergence, histories, runs[0].title())
 
 
 def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -207,7 +204,7 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         ("robustness", attacked, plots.plot_robustness),
     ):
         check_comparable(results)
-        draw(arguments, f"fig6 {kind}", plot, results, title(runs[0]))
+        draw(arguments, f"fig6 {kind}", plot, results, runs[0].title())
 
 
 def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -215,7 +212,7 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     perturbed = [run for run in runs if run.method == "metaperturb"]
     if not perturbed:
         raise UserError(f"{runs[0].dir}: method {runs[0].method} has no scales s, nor has any other run here")
-    steps_differ = len(grouped(perturbed, lambda run: run.steps)) > 1
+    steps_differ = len({run.steps for run in perturbed}) > 1
     by_data: dict[str, list[list[dict]]] = {}
     for same in grouped(perturbed, lambda run: (data_of(run), run.steps)).values():
         for name, of_name in by_method(same).items():
@@ -224,30 +221,29 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
             if name in by_data:
                 raise UserError(f"{of_name[0].dir}: is about other images than another run about {name}")
             for run in of_name:
-                own = {"run": run.dir.name, "seed": run.config["seed"]}
+                own = {"run": run.dir.name, "seed": run.seed}
                 by_data.setdefault(name, []).append([at | own for at in learned_scales(loaded(run, arguments))])
     networks = [[(at["site"], at["channels"]) for at in scales] for same in by_data.values() for scales in same]
     if any(sites != networks[0] for sites in networks):
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
     names = dict.fromkeys(run.data for run in perturbed)
     names = ", ".join(names) if len(names) < 4 else f"{len(names)} data sets"
-    draw(arguments, "fig7 scales", plots.plot_scales, by_data, f"{names}, {perturbed[0].config['model']}")
+    draw(arguments, "fig7 scales", plots.plot_scales, by_data, f"{names}, {perturbed[0].model}")
 
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss surfaces, of each method its first seed."""
-    plane = arguments.analyses[Plane]
-    surfaces: dict[str, dict] = {}
+    plane, surfaces = arguments.analyses[Plane], {}
     for method, same in by_method(runs).items():
-        run = min(same, key=lambda run: run.config["seed"])
+        run = min(same, key=lambda run: run.seed)
         surfaces[method] = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
-    draw(arguments, "fig8", plots.plot_surfaces, surfaces, title(runs[0]))
+    draw(arguments, "fig8", plots.plot_surfaces, surfaces, runs[0].title())
 
 
 def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Final accuracy, loss and calibration of methods."""
     results = {name: [run.result["metrics"] for run in same] for name, same in by_method(runs).items()}
-    draw(arguments, "compare", plots.plot_comparison, results, title(runs[0]))
+    draw(arguments, "compare", plots.plot_comparison, results, runs[0].title())
 
 
 def growth(runs: Sequence[Finished], arguments: argparse.Namespace, kind: str, setting: str, of: str) -> None:
@@ -261,15 +257,15 @@ def growth(runs: Sequence[Finished], arguments: argparse.Namespace, kind: str, s
     results: dict[str, dict[int, list[float]]] = {}
     for method in dict.fromkeys(name for methods in by_amount.values() for name in methods):
         found = {n: methods[method] for n, methods in by_amount.items() if method in methods}
-        common = set.intersection(*({run.config["seed"] for run in same} for same in found.values()))
+        common = set.intersection(*({run.seed for run in same} for same in found.values()))
         for n, same in found.items():
-            if left_out := sorted(run.config["seed"] for run in same if run.config["seed"] not in common):
+            if left_out := sorted({run.seed for run in same} - common):
                 print(f"{method}, {n} {unit}: left out, as others lack them: seeds {left_out}", file=sys.stderr)
-            if accuracies := [run.accuracy for run in same if run.config["seed"] in common]:
+            if accuracies := [run.accuracy for run in same if run.seed in common]:
                 results.setdefault(method, {})[n] = accuracies
     if not results:
         raise UserError(f"no method has one seed for all numbers of {unit}")
-    about = title(runs[0], with_steps=setting != "steps", with_amount=setting != "train_per_class")
+    about = runs[0].title(with_steps=setting != "steps", with_amount=setting != "train_per_class")
     draw(arguments, kind, plots.plot_growth, {unit: results}, about)
 
 
@@ -281,32 +277,14 @@ EFFORT = {  # what φ's card says of its meta-training → what the picture call
 
 
 def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Final accuracy with φ against what φ was meta-trained with."""
-    runs = [dataclasses.replace(run, phi="") for run in runs if run.method in ("base", "metaperturb")]
-    panels, left_out = effort_panels(runs)
-    if not panels:
-        raise NothingToShow(
-            "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
-        )
-    finished.check_settings(runs)
-    for method, same in grouped(runs, lambda run: run.method).items():
-        if len(names := [*grouped(same, lambda run: run.name)]) > 1:
-            raise UserError(f"this picture shows one use of {method}, but the runs are of {' and of '.join(names[:2])}")
-        for (_, seed), twice in grouped(same, lambda run: (run.phi_key, run.config["seed"])).items():
-            if len(twice) > 1:
-                raise UserError(f"{twice[1].path}: there are two runs of {method} with seed {seed} and the same φ")
-    for run in left_out:
-        print(f"{run.path}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
-    base = [run.accuracy for run in runs if run.method == "base"]
-    draw(arguments, "effort", functools.partial(plots.plot_growth, level=base), panels, title(runs[0]))
+    """Final accuracy with φ against what φ was meta-trained with.
 
-
-def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[str, dict[int, list[float]]]], list[Finished]]:
-    """For each of `EFFORT` of which φ have several, method → number → accuracies; and the runs of φ that are in none.
-
-    A panel holds the runs whose φ differ in nothing else, seeds aside; those of several seeds are averaged. Where this
-    leaves several panels of one number, the one with most values is shown.
+    A panel has the runs whose φ differ in one of `EFFORT` and nothing else, seeds aside; those of several seeds are
+    averaged. Where this leaves several panels of one number, the one with most values is shown.
     """
+    runs = [copy.copy(run) for run in runs if run.method in ("base", "metaperturb")]
+    for run in runs:
+        run.phi = ""
     trained = [(run, made) for run in runs if (made := finished.meta_training(run)) is not None]
     panels, shown = {}, set()
     for key, label in EFFORT.items():
@@ -317,13 +295,29 @@ def effort_panels(runs: Sequence[Finished]) -> tuple[dict[str, dict[str, dict[in
             of_number = {number: [run.accuracy for run, _ in same] for number, same in sorted(widest.items())}
             panels[label] = {"metaperturb": of_number}
             shown |= {run.path for same in widest.values() for run, _ in same}
-    return panels, [run for run, _ in trained if run.path not in shown]
+    if not panels:
+        raise NothingToShow(
+            "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
+        )
+    finished.check_settings(runs)
+    for method, same in grouped(runs, lambda run: run.method).items():
+        if len(names := [*grouped(same, lambda run: run.name)]) > 1:
+            raise UserError(f"this picture shows one use of {method}, but the runs are of {' and of '.join(names[:2])}")
+        for twice in grouped(same, lambda run: (run.phi_key, run.seed)).values():
+            if len(twice) > 1:
+                seed = f"seed {twice[1].seed} and the same φ"
+                raise UserError(f"{twice[1].path}: there are two runs of {method} with {seed}")
+    for run, _ in trained:
+        if run.path not in shown:
+            print(f"{run.path}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
+    base = [run.accuracy for run in runs if run.method == "base"]
+    draw(arguments, "effort", functools.partial(plots.plot_growth, level=base), panels, runs[0].title())
 
 
 def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss, accuracy and the size of φ's parts during meta-training, of several settings and seeds."""
     histories = {name: [read_metrics(run.dir) for run in same] for name, same in finished.by_making(runs).items()}
-    name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.config["model"] for run in runs)])
+    name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.model for run in runs)])
     draw(arguments, "learning", plots.plot_learning, histories, name)
 
 
@@ -338,13 +332,9 @@ def every_number(arguments: argparse.Namespace) -> None:
         draw(arguments, "phi", plots.plot_phi, values, name)
 
 
-def has_scales(run: Finished) -> bool:
-    return run.has_network and run.method == "metaperturb" and run.config["gate"]
-
-
 def data_of(run: Finished) -> tuple[Any, ...]:
     """Identifies the images and the network of a run."""
-    return *run.result["target"]["fingerprints"], run.config["model"]
+    return *run.images, run.model
 
 
 class Figure(NamedTuple):
@@ -365,19 +355,22 @@ class Figure(NamedTuple):
 
 
 has_network = operator.attrgetter("has_network")
+LENGTHS = functools.partial(growth, kind="lengths", setting="steps", of="steps")
+AMOUNT = functools.partial(growth, kind="amount", setting="train_per_class", of="train_images")
 FIGURES = {
     "fig5": Figure(figure5, has_network),
     "fig6": Figure(figure6, has_network, analyses=(Attack, Sampling)),
-    "fig7": Figure(figure7, has_scales, lambda run: run.config["model"], "network"),
+    "fig7": Figure(
+        figure7,
+        lambda run: run.has_network and run.method == "metaperturb" and run.config["gate"],
+        operator.attrgetter("model"),
+        "network",
+    ),
     "fig8": Figure(figure8, has_network, analyses=(Plane,)),
     "compare": Figure(compare),
-    "lengths": Figure(
-        functools.partial(growth, kind="lengths", setting="steps", of="steps"), alike=data_of, one="data set or network"
-    ),
+    "lengths": Figure(LENGTHS, alike=data_of, one="data set or network"),
     "amount": Figure(
-        functools.partial(growth, kind="amount", setting="train_per_class", of="train_images"),
-        alike=lambda run: (run.result["target"]["fingerprints"][1], run.config["model"], run.steps),
-        one="test set, network or length",
+        AMOUNT, alike=lambda run: (run.images[1], run.model, run.steps), one="test set, network or length"
     ),
     "effort": Figure(effort),
     "learning": Figure(

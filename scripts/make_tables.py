@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 
 import cluster
-from tables import choices, shipping, trainings
+from tables import choices, trainings
 
 COMMANDS = {
     "table": trainings.main,
     "tune": choices.main_tune,
     "select": choices.main_select,
-    "ship": shipping.main,
+    "ship": choices.main_ship,
     "src": cluster.main,
 }
 

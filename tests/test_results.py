@@ -14,9 +14,17 @@ from grid_files import GRID, fill, read_csv, tables, write_grid, write_record
 from image_files import refusal
 from tables import choices
 from tables.grid import Grid, Overrides
-from tables.results import Results, curve, read_record, take_recorded, write_diverged
+from tables.results import (
+    Results,
+    curve,
+    paired_difference,
+    read_record,
+    summarize,
+    t_quantile,
+    take_recorded,
+    write_diverged,
+)
 from tables.results import write_record as write_own_record
-from tables.statistics import paired_difference, summarize, t_quantile
 from tables.trainings import grid_parser, write_table
 
 from metaperturb.perturbation import MetaPerturb

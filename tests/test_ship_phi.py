@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_files import refusal
-from tables import shipping
+from tables import choices
 
 from metaperturb import load_phi, weights
 from metaperturb.identity import tell_phi
@@ -44,7 +44,7 @@ def phi(tmp_path) -> Path:
 
 
 def ship(*arguments: object) -> int:
-    return shipping.main([*map(str, arguments)])
+    return choices.main_ship([*map(str, arguments)])
 
 
 def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):

@@ -1,4 +1,4 @@
-"""What is chosen by validation images, as the paper did (section 4.1): hyperparameters, and the best of several φ."""
+"""What is chosen by validation images, as the paper did (section 4.1), and the φ that goes into the package."""
 
 import argparse
 import sys
@@ -6,18 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metaperturb.cli import run_program
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.errors import UserError
 from metaperturb.identity import data_name, differences
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.storage import load_json, save_json
-from metaperturb.weights import load_phi, save_phi
+from metaperturb.storage import load_json, save_json, write_atomically
+from metaperturb.weights import SHIPPED, load_phi, save_phi
 from tables.grid import Grid, config_of
-from tables.results import Results, read_all, take_recorded
-from tables.statistics import evidence
+from tables.page import listed
+from tables.results import Results, read_record, record_files, shortened, summarize, take_recorded
 from tables.trainings import grid_parser, read_grid, results_folder, run_grid, write_table
 
-Found = dict[str, dict[str, Any]]  # row → `evidence`
+Found = dict[str, dict[str, Any]]  # row → mean and deviation of accuracy, or how many seeds diverged
 TUNE = """Choose the regularizers' hyperparameters on held-out training images, as the paper did for its baselines.
 
     ./run.sh tune                                   # all values of configs/tune.yaml on every data set of table 1
@@ -37,6 +37,19 @@ Each φ trains networks on s-CIFAR100, which are evaluated on images of CIFAR-10
 its test set. The best mean accuracy wins. The chosen φ is copied to --out, its card extended by the evidence, which
 also stands in results/select/. Further options are those of the tables (`./run.sh table1 --help`).
 """
+SHIP = """Put a meta-trained φ into the package.
+
+    ./run.sh ship tiny_imagenet_resnet20 runs/selected/phi.pt     # into src/metaperturb/shipped
+    ./run.sh ship tiny_imagenet_resnet20                          # its page again
+
+The file keeps what its card says of source, settings, seed, code and selection, without this machine's folders. The
+Markdown file beside it says the same to people.
+"""
+# What the card of a φ must say of the meta-training, if it is to be shipped.
+NEEDED = {
+    **dict.fromkeys(("config", "source", "metrics", "versions", "hardware"), dict),
+    **{"commit": str, "seconds": (int, float)},
+}
 
 
 def main_tune(argv: Sequence[str] | None = None) -> int:
@@ -52,9 +65,23 @@ def main_select(argv: Sequence[str] | None = None) -> int:
     return run_program(lambda: select(arguments), show_traceback=arguments.traceback)
 
 
+def main_ship(argv: Sequence[str] | None = None) -> int:
+    parser = argument_parser(SHIP)
+    parser.add_argument("name", help="what load_phi will know it by")
+    parser.add_argument("phi", type=Path, nargs="?", help="phi.pt of a meta-training or of ./run.sh select")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the shipped φ")
+    arguments = parser.parse_args(argv)
+    work = lambda: ship(arguments.name, arguments.phi, arguments.out)  # noqa: E731
+    return run_program(work, show_traceback=arguments.traceback, resumes=False)
+
+
 def found_in(results: Results, column: str, rows: Iterable[str]) -> tuple[Found, list[str]]:
     """What is known of the accuracy of each row, and those of which trainings are missing."""
-    found = {row: evidence(results.accuracies(row, column), results.lost(row, column)) for row in rows}
+    found: Found = {}
+    for row in rows:
+        summary, diverged = summarize([*results.accuracies(row, column).values()]), results.lost(row, column)
+        known = {"mean": summary.mean, "std": summary.std, "seeds": summary.n}
+        found[row] = {"diverged": diverged} if diverged else known  # which rules it out
     seeds = len(results.grid.seeds)
     return found, [row for row, one in found.items() if one.get("seeds", seeds) < seeds]
 
@@ -76,7 +103,7 @@ def tune(arguments: argparse.Namespace) -> None:
     for column, methods in chosen.items():
         for method, settings in methods.items():
             if settings:
-                print(f"{column}: {method}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
+                print(f"{column}: {method}: {listed(settings)}")
     print(f"chosen: {path}   all values: {page}", file=sys.stderr)
 
 
@@ -84,9 +111,6 @@ def best_settings(results: Results) -> tuple[dict[str, Any], dict[str, Found]]:
     """Column → method → the best settings, and column → row → accuracy, of columns whose candidates have all run.
 
     The first of equally good ones wins. A value at the edge of those tried is reported: the best may lie beyond it.
-
-    Raises:
-        UserError: no column is complete.
     """
     chosen: dict[str, Any] = {}
     accuracy: dict[str, Found] = {}
@@ -152,10 +176,9 @@ def select(arguments: argparse.Namespace) -> None:
     save_json(selection, folder.with_name(folder.name + ".json"))
     out = arguments.out or arguments.runs / "selected" / "phi.pt"
     save_phi(phis[best], out, {**phis[best].card, "selection": selection})
-    for name, found in accuracy.items():
-        text = f"{found['diverged']} diverged" if "diverged" in found else f"{found['mean']:.2f} %"
-        seeds = f" over {found['seeds']} seeds" if "seeds" in found else ""
-        print(f"{'*' if name == best else ' '} {name}: {text}{seeds}")
+    for name, one in accuracy.items():
+        text = f"{one['mean']:.2f} % over {one['seeds']} seeds" if "mean" in one else f"{one['diverged']} diverged"
+        print(f"{'*' if name == best else ' '} {name}: {text}")
     print(f"chosen: {out}   evidence: {page}", file=sys.stderr)
 
 
@@ -177,7 +200,8 @@ def take_rows(grid: Grid, folder: Path) -> None:
     path = folder.with_name(folder.name + ".json")
     if not path.is_file():
         raise UserError(f"{path}: no choice was made there yet; name two or more meta-trainings to choose from")
-    started = {record["cell"]["row"]: record["cell"]["needs"] for record in read_all(folder)}
+    cells = [record["cell"] for record in map(read_record, record_files(folder))]
+    started = {cell["row"]: cell["needs"] for cell in cells}
     for row in load_json(path)["accuracy"]:
         if row in started:
             grid.add_row(row, started[row]["phi"])
@@ -195,3 +219,53 @@ def other_settings(phis: Mapping[str, MetaPerturb]) -> list[str]:
         if changed := changed + ["other images"] * (images[name] != images[first]):
             lines.append(f"{name} differs from {first} in more than the seed: {'; '.join(changed)}")
     return lines
+
+
+# --- φ in the package
+
+
+def ship(name: str, source: Path | None, out: Path) -> None:
+    if not name.isidentifier():
+        raise UserError(f"{name}: a name has letters, digits and underscores only, and does not begin with a digit")
+    path = out / f"{name}.pt"
+    if source is None and not path.exists():
+        raise UserError(f"{path}: no such φ yet; name the file to ship")
+    phi = load_phi(source or path)
+    if isinstance(config := phi.card.get("config"), Mapping) and config.get("steps") == 0:
+        raise UserError(f"{source or path}: was not meta-trained (0 steps)")
+    if missing := [key for key, kind in NEEDED.items() if not isinstance(phi.card.get(key), kind)]:
+        raise UserError(f"{source or path}: its card does not say how it was meta-trained: no {', '.join(missing)}")
+    text = describe(name, phi.card)
+    if source is not None:
+        save_phi(phi, path, shortened(phi.card))
+    write_atomically(path.with_suffix(".md"), lambda file: file.write(text.encode()))
+    print(f"{path}: shipped, described in {path.with_suffix('.md')}", file=sys.stderr)
+
+
+def describe(name: str, card: Mapping[str, Any]) -> str:
+    """The card as Markdown."""
+    config, source, metrics, versions, machine = (card[key] for key in [*NEEDED][:5])
+    sizes = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]]
+    facts = {
+        "source": f"{source['name']}: {source['images']:,} images of {source['classes']} classes at "
+        f"{' and '.join(f'{size}×{size}' for size in sizes)} pixels (fingerprint `{source['fingerprint'][:12]}`)",
+        "class split": f"{config['split']}, {config['tasks']} tasks, seed {card.get('split_seed', config['seed'])}",
+        "meta-training": f"{config['model']}, {'scale-free noise, ' * config.get('scale_free', False)}"
+        f"{config['steps']} steps, batches of {config['batch_size']}, Adam {config['lr']:g}, "
+        f"weight decay {config['weight_decay']:g}, {config['precision']}, annealing {config['anneal']:g}",
+        "at its end": f"loss {metrics['train_loss']:.3f} on D_tr, {metrics['test_loss']:.3f} on D_te",
+        "made by": f"commit `{card['commit']}`, torch {versions['torch']}, {machine['device']} "
+        f"({machine['cpu']}), {card['seconds']:.0f} s",
+    }
+    if selection := card.get("selection"):
+        ranked = sorted(selection["accuracy"].items(), key=lambda item: -item[1].get("mean", -1.0))
+        found = [
+            f"{run} {one['mean']:.2f} % ({one['seeds']})" if "mean" in one else f"{run} diverged" for run, one in ranked
+        ]
+        facts["selection"] = (
+            f"{selection['chosen']}, the best of {len(found)} meta-trainings by accuracy (seeds) on "
+            f"{selection['evaluated']}: {', '.join(found)}"
+        )
+    facts["tested"] = "the tables under [results](../../../results/README.md)"
+    lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `./run.sh ship`.', ""]
+    return "\n".join([*lines, *(f"- **{what}**: {text}" for what, text in facts.items())]) + "\n"

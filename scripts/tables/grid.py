@@ -24,21 +24,24 @@ its columns) where the data differ so much that a difference between the numbers
 """
 
 import dataclasses
+import difflib
+import functools
 import hashlib
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from metaperturb.config import MetaTestConfig, from_record, load_config, read_yaml
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, from_record, load_config, read_yaml
 from metaperturb.errors import UserError
 from metaperturb.identity import INCIDENTAL, differences, fingerprint, image_size
 from metaperturb.storage import load_json
 from metaperturb.weights import find_phi, load_phi, phi_digest
-from tables.schema import COLUMN, PROGRAMS, check_known, read_grid
 
+PROGRAMS = {"meta_train": MetaTrainConfig, "meta_test": MetaTestConfig}
+_settings_in = functools.cache(read_yaml)
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 VERSUS = "versus"  # of a row: what it is compared with
 # Settings that --set cannot give to cells, and how they are given.
@@ -46,6 +49,114 @@ GIVEN_OTHERWISE = {
     **{"seed": "--seeds", "gpu": "--devices", "run_dir": "--runs", "data_root": "--data-root"},
     **{"phi": "--use", "init": "--use"},
 }
+
+
+# --- the file
+
+
+class Column(NamedTuple):
+    settings: Mapping[str, Any]
+    stands_for: str | None
+    comparable: bool | None
+
+
+def check_known(what: str, names: Iterable[Any], known: Iterable[Any]) -> None:
+    """Refuse a name that is not among those that are known, and say which may be meant."""
+    known = [*known]
+    for name in names:
+        if name not in known:
+            texts = [str(one) for one in known]
+            near = difflib.get_close_matches(str(name), texts, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(texts)})"
+            raise UserError(f"{what} {name!r} is unknown{hint}")
+
+
+def checked(where: str, value: Any, kind: Any) -> Any:
+    """The value at this place (`configs/table1.yaml: rows: Base`), which must be of this kind.
+
+    That is a type; `[kind]`: a list; `{name: kind, "name?": one that may be left out, ...: any other}`; or a function
+    of place and value.
+    """
+    if isinstance(kind, list):
+        return [checked(where, item, kind[0]) for item in checked(where, value, list)]
+    if isinstance(kind, dict):
+        kinds = {str(name).rstrip("?"): of for name, of in kind.items()}
+        content = checked(where, {} if value is None else value, Mapping)
+        if wrong := [name for name in content if not isinstance(name, str) or not name]:
+            raise UserError(f"{where}: {wrong[0]!r} is no text; put names like this in quotes")
+        check_known(f"{where}: key", content if ... not in kind else (), kinds)
+        if lacking := [name for name in kind if name in kinds and name not in content]:
+            raise UserError(f"{where}: lacks {lacking[0]!r}")
+        return {name: checked(f"{where}: {name}", of, kinds.get(name, kind.get(...))) for name, of in content.items()}
+    if not isinstance(kind, type):
+        return kind(where, value)
+    if not isinstance(value, kind):
+        expected = {str: "text", bool: "true or false", list: "a list of names", Mapping: "'name: value' lines"}[kind]
+        raise UserError(f"{where}: expected {expected}, got {value!r:.60}")
+    return value
+
+
+def chosen(each: Any) -> Any:
+    """Names, or others in their place."""
+    return lambda where, value: checked(where, value, {...: each} if isinstance(value, Mapping) else [str])
+
+
+def seeds(where: str, value: Any) -> list[int]:
+    if isinstance(value, list) and value and all(type(seed) is int and seed >= 0 for seed in value):
+        return list(dict.fromkeys(value))
+    raise UserError(f"{where}: expected a list of whole numbers, got {value!r}")
+
+
+def number(where: str, value: Any) -> str | None:
+    """What the paper reports: `66.78±0.59`, or null."""
+    try:
+        float(str(0 if value is None else value).partition("±")[0])
+    except ValueError:
+        raise UserError(f"{where}: expected numbers such as 66.78±0.59, got {value!r}") from None
+    return None if value is None else str(value)
+
+
+def need(where: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping) and "file" in value:
+        return checked(where, value, dict.fromkeys(("file", "sha256", "hint"), str))
+    content = checked(where, value, {"program": str, "config": str, "set?": SETTINGS, "like?": [str]})
+    check_known(f"{where}: program", [content["program"]], PROGRAMS)
+    return content
+
+
+def column(where: str, value: Any) -> Column:
+    settings = checked(where, value, {"stands_for?": str, "comparable?": bool, ...: object})
+    return Column(settings, settings.pop("stands_for", None), settings.pop("comparable", None))
+
+
+SETTINGS = {...: object}
+PRESET = {
+    **{"set?": SETTINGS, "seeds?": seeds, "needs?": {...: SETTINGS}, "columns?": chosen(column)},
+    **{"rows?": chosen(SETTINGS), "also?": {...: SETTINGS}, "comparable?": bool, "tuned?": str},
+}
+GRID = {
+    **{"title": str, "config": str, "set": SETTINGS, "seeds": seeds, "needs": {...: need}, "columns": {...: column}},
+    **{"rows": {...: SETTINGS}, "candidates": {...: {...: [object]}}, "baselines": [str], "paper": {...: [number]}},
+    "presets": {...: PRESET},
+}
+
+
+def read_grid(path: Path) -> dict[str, Any]:
+    """The content, checked, with every part that a grid may leave out filled in."""
+    empty = {key: {} for key in ("set", "needs", "rows", "candidates", "paper")} | {"baselines": []}
+    content = checked(str(path), empty | read_yaml(path), GRID)
+    columns = content["columns"]
+    for row, numbers in content["paper"].items():
+        if len(numbers) != len(columns):
+            raise UserError(f"{path}: paper: {row}: has {len(numbers)} values for {len(columns)} columns")
+    for preset in (content, *content["presets"].values()):
+        own = preset.get("columns", {})
+        stand_ins = [some.stands_for for some in own.values()] if isinstance(own, Mapping) else []
+        check_known(f"{path}: stands_for: column", filter(None, stand_ins), columns)
+    return content
+
+
+# --- the trainings
 
 
 @dataclass(frozen=True)
@@ -89,13 +200,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Column:
-    settings: Mapping[str, Any]
-    stands_for: str
-    comparable: bool
-
-
-@dataclass(frozen=True)
 class Overrides:
     """What the command line changes: `steps=100` for cells, `phi.steps=100` for the need `phi`."""
 
@@ -107,73 +211,48 @@ class Overrides:
 
 
 class Grid:
-    """One preset of a table.
-
-    Args:
-        path: the YAML file.
-        preset: one of its presets.
-        overrides: of the command line.
-
-    Raises:
-        UserError: anything wrong with the file, an unknown preset, setting or name.
-    """
+    """One preset of a table; a `UserError` names what is wrong with its file or the overrides of the command line."""
 
     def __init__(self, path: Path, preset: str = "paper", overrides: Overrides = Overrides()) -> None:
         self.path, self.name, self.preset, self.overrides = path, path.stem, preset, overrides
         content = read_grid(path)
         check_known(f"{path}: preset", [preset], content["presets"])
         chosen = content["presets"][preset]
-        self.title = content["title"]
-        base = path.parent / content["config"]
-        load_config(MetaTestConfig, str(base))
-        self._base_settings = read_yaml(base)
+        self.title, self.needs, self.baselines = content["title"], content["needs"], content["baselines"]
+        self._base = path.parent / content["config"]
+        load_config(MetaTestConfig, str(self._base))
         self.seeds: list[int] = chosen.get("seeds", content["seeds"])
         self.settings = {**content["set"], **chosen.get("set", {})}
-        self.baselines: list[str] = content["baselines"]
         self.tunes = bool(content["candidates"])  # what hyperparameters to take is what it asks
         rows = content["rows"] | candidate_rows(content["candidates"])
-        picked = self._pick("row", rows, chosen.get("rows")) | chosen.get("also", {})
-        self._versus = {name: row[VERSUS] for name, row in picked.items() if VERSUS in row}
-        rows, self.rows = (
-            {name: {key: v for key, v in row.items() if key != VERSUS} for name, row in some.items()}
-            for some in (rows, picked)
-        )
+        self.rows = self._pick("row", rows, chosen.get("rows")) | chosen.get("also", {})
         columns = self._pick("column", content["columns"], chosen.get("columns"))
         comparable = chosen.get("comparable", True)
         self.columns = {
-            name: Column(_settings_of(value), value.get("stands_for", name), value.get("comparable", comparable))
-            for name, value in columns.items()
+            name: Column(own, stands_for or name, comparable if said is None else said)
+            for name, (own, stands_for, said) in columns.items()
         }
         self.paper = {row: dict(zip(content["columns"], of, strict=True)) for row, of in content["paper"].items()}
-        check_known(f"{path}: paper: row", self.paper, rows | self.rows)
-        check_known(f"{path}: baselines: row", self.baselines, rows | self.rows)
-        check_known(f"{path}: {VERSUS}: row", self._versus.values(), rows | self.rows)
+        versus = [row[VERSUS] for row in self.rows.values() if VERSUS in row]
+        for what, names in (("paper", self.paper), ("baselines", self.baselines), (VERSUS, versus)):
+            check_known(f"{path}: {what}: row", names, rows | self.rows)
         self._of_paper = content["columns"], rows, content["set"]
-        self.needs = content["needs"]
-        files = {spec["config"]: path.parent / spec["config"] for spec in self.needs.values() if "config" in spec}
-        self._of_programs = {name: read_yaml(file) for name, file in files.items()}
         self._preset_needs = chosen.get("needs", {})
         check_known(f"{path}: presets: {preset}: need", self._preset_needs, self.needs)
-        tuned = overrides.tuned or (path.parent.parent / chosen["tuned"] if "tuned" in chosen else None)
-        self.tuned_path = tuned
-        self.tuned = read_tuned(tuned, self.columns) if tuned else {}
-        self.untuned = [column for column in self.columns if tuned and column not in self.tuned]
+        self.tuned_path = overrides.tuned or (path.parent.parent / chosen["tuned"] if "tuned" in chosen else None)
+        self.tuned = read_tuned(self.tuned_path, self.columns) if self.tuned_path else {}
+        self.untuned = [column for column in self.columns if self.tuned_path and column not in self.tuned]
         self._apply_command_line()
 
     def cells(self) -> list[Cell]:
-        """All of them, seed by seed, so that a table that is interrupted has every row.
-
-        Raises:
-            UserError: a setting that is unknown or wrong, or two cells that would share their files.
-        """
+        """All of them, seed by seed, so that a table that is interrupted has every row."""
         order = [(row, column, seed) for seed in self.seeds for column in self.columns for row in self.rows]
-        cells = [self.cell(*place) for place in order]
         first: dict[str, Cell] = {}
-        for cell in cells:
+        for cell in (self.cell(*place) for place in order):
             if (other := first.setdefault(cell.id, cell)) is not cell:
                 what = " and ".join(f"{c.row!r} on {c.column!r}" for c in (other, cell))
                 raise UserError(f"{self.path}: {what}: the same settings under names that make the same file name")
-        return cells
+        return [*first.values()]
 
     def add_phi(self, row: str, path: Path) -> None:
         """A further row: MetaPerturb with the φ in a file."""
@@ -186,13 +265,12 @@ class Grid:
     def add_row(self, row: str, name: str) -> None:
         """A further row: MetaPerturb with the φ that `add_phi` called so when it had the file."""
         self.needs = {**self.needs, name: {"program": "meta_train", "config": "src.yaml"}}
-        self._of_programs.setdefault("src.yaml", read_yaml(self.path.parent / "src.yaml"))
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
 
     def baseline(self, row: str) -> str | None:
         """The row that `row` is compared with: the one it names, else the nearest baseline above it, itself none."""
-        if row in self._versus or row in self.baselines:
-            return self._versus.get(row)
+        if VERSUS in self.rows[row] or row in self.baselines:
+            return self.rows[row].get(VERSUS)
         above = itertools.takewhile(lambda name: name != row, self.rows)
         return next((name for name in reversed([*above]) if name in self.baselines), None)
 
@@ -239,7 +317,8 @@ class Grid:
         """A cell's configuration, in which ids stand for needs, and setting → need; `used`: see `_need`."""
         references = {key: REFERENCE.fullmatch(value) for key, value in settings.items() if isinstance(value, str)}
         needs = {key: self._need(match[1], settings, used) for key, match in references.items() if match}
-        values = {**self._base_settings, **settings, **{key: need.id for key, need in needs.items()}}
+        values = {**_settings_in(self._base), **settings, **{key: need.id for key, need in needs.items()}}
+        values.pop(VERSUS, None)
         texts = self._cell_texts if used else ()
         config = load_config(MetaTestConfig, None, texts, values, f"{self.path}: {place}")
         return dataclasses.replace(config, data_root=self.overrides.data_root), needs
@@ -254,7 +333,7 @@ class Grid:
             file = Path(self.overrides.data_root).expanduser() / spec["file"]
             return Need(name, f"{name}-{spec['sha256'][:8]}", file=file, hint=spec["hint"], sha256=spec["sha256"])
         like = {key: settings[key] for key in spec.get("like", []) if key in settings}
-        values = {**self._of_programs[spec["config"]], **spec.get("set", {}), **like}
+        values = {**_settings_in(self.path.parent / spec["config"]), **spec.get("set", {}), **like}
         if used:
             values |= self._preset_needs.get(name, {})
             texts = self._need_texts.get(name, [])
@@ -268,15 +347,14 @@ class Grid:
     def _differences(self, row: str, column: str, config: MetaTestConfig, needs: Mapping[str, Need]) -> Iterable[str]:
         """How a cell departs from the paper's setting of the cell that it is, or stands for."""
         columns, rows, shared = self._of_paper
-        standard = _settings_of(columns.get(self.columns[column].stands_for, {}))
-        settings = {**shared, **standard, **rows.get(row, self.rows[row])}
+        standard = columns.get(self.columns[column].stands_for)
+        settings = {**shared, **(standard.settings if standard else {}), **rows.get(row, self.rows[row])}
         settings |= self._tuned_values(column, settings)
         paper, paper_needs = self._resolve(settings, f"{row}, {column}", used=False)
         paper, ours = (dataclasses.replace(some, image_size=image_size(some)) for some in (paper, config))
-        both = needs.keys() & paper_needs.keys()  # compared setting by setting
-        yield from differences(vars(paper), ours, without=INCIDENTAL | both)
-        for key in (key for key in needs if key in both):
-            need, theirs = needs[key], paper_needs[key]
+        both = [key for key in needs if key in paper_needs]  # compared setting by setting
+        yield from differences(vars(paper), ours, without=INCIDENTAL.union(both))
+        for need, theirs in ((needs[key], paper_needs[key]) for key in both):
             if need.config is not None:
                 changed = differences(vars(theirs.config), need.config, without=INCIDENTAL)
                 yield from (f"{theirs.name}: {change}" for change in changed)
@@ -284,46 +362,36 @@ class Grid:
                 yield f"{theirs.name}: {need.file.name}, of which nothing is recorded"
 
     def _pick(self, kind: str, known: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
-        if isinstance(chosen, Mapping):
-            return dict(chosen)
-        if chosen is None:
-            return dict(known)
+        if chosen is None or isinstance(chosen, Mapping):
+            return dict(known if chosen is None else chosen)
         check_known(f"{self.path}: presets: {self.preset}: {kind}", chosen, known)
         return {name: known[name] for name in known if name in chosen}
 
 
-def _settings_of(column: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in column.items() if key not in COLUMN}
-
-
 def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
     """A file, run folder or shipped φ that the command line gives in place of a run; identified by its content."""
-    run = path if path.is_dir() else None
-    if run is not None and not (run / "result.json").is_file():
-        raise UserError(f"--use {name}={path}: no such file or finished run")
-    card: Any = {}  # what the file says of its making, to hold it to the paper's setting
-    if spec.get("program") == "meta_train":
-        path = find_phi(path) if run is None else run / "phi.pt"
+    is_run, program, card = path.is_dir(), spec.get("program"), None  # card: of its making, to hold it to the paper's
+    absent = UserError(f"--use {name}={path}: no such file or finished run")
+    if is_run and not (path / "result.json").is_file():
+        raise absent
+    if program == "meta_train":
+        path = path / "phi.pt" if is_run else find_phi(path)
         phi = load_phi(path)
         card, content = phi.card, phi_digest(phi)
     else:
-        file = path if run is None else run / "checkpoints" / "latest.pt"
+        file = path / "checkpoints" / "latest.pt" if is_run else path
         if not file.is_file():
-            raise UserError(f"--use {name}={path}: no such file or finished run")
+            raise absent
         content = sha256(file)
-        if run is not None and "program" in spec:
-            card = load_json(run / "result.json")
-    config = config_of(spec["program"], card) if "program" in spec else None
+        card = load_json(path / "result.json") if is_run else None
     id_ = name if name.endswith(f"_{content:.8}") else f"{name}-{content:.8}"
-    return Need(name, id_, config=config, file=path)
+    return Need(name, id_, config=config_of(program, card) if program else None, file=path)
 
 
 def config_of(program: str, card: Any) -> Any:
     """The settings in what is recorded of a run; None where there are none."""
     settings = card.get("config") if isinstance(card, Mapping) else None
-    if not isinstance(settings, Mapping) or not settings:
-        return None
-    return from_record(PROGRAMS[program], settings)
+    return from_record(PROGRAMS[program], settings) if settings and isinstance(settings, Mapping) else None
 
 
 def sha256(path: Path) -> str:

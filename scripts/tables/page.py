@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tables.grid import Grid
-from tables.results import METRICS, Entry, Results, images_of
-from tables.statistics import Summary
+from tables.results import Entry, Results, Summary, images_of, versions
 
 NONE = "–"
 
@@ -24,7 +23,7 @@ def markdown(results: Results) -> str:
         f"Preset `{grid.preset}`. Each cell is the accuracy in %: mean ± standard deviation (number of seeds). {paper}"
         f"A letter marks a setting that differs from {usual}.",
         _overview(grid, entries, marks),
-        "\n".join(_notes(results, entries, marks)),
+        "\n".join(f"-{note}" for note in _notes(results, entries, marks)),
         "## In detail",
         "The difference to the baseline is the mean over the seeds that both have, with the 95 % interval of Student's "
         "t over these pairs. NLL is in nats.",
@@ -47,13 +46,13 @@ def csv_text(results: Results) -> str:
 
 
 def _csv_line(entry: Entry) -> dict[str, Any]:
-    d = entry.difference
+    mean, low, high, pairs = entry.difference or (None,) * 4
     return {
-        **{"row": entry.row, "column": entry.column, "seeds": entry.metrics["accuracy"].n},
+        **{"row": entry.row, "column": entry.column, "seeds": len(entry.records)},
         **_numbers("", entry.metrics),
         **{"paper": entry.paper, "ours_minus_paper": _number(entry.gap), "baseline": entry.versus},
-        **{"difference": d and _number(d.mean), "low_95": d and _number(d.low), "high_95": d and _number(d.high)},
-        **{"pairs": d and d.n, "setting": "reduced" if entry.differences else "paper"},
+        **{"difference": _number(mean), "low_95": _number(low), "high_95": _number(high), "pairs": pairs},
+        "setting": "reduced" if entry.differences else "paper",
         **{"departs_from_paper": "; ".join(entry.differences), "code": "; ".join(entry.code)},
         "diverged": entry.diverged,
     }
@@ -65,14 +64,13 @@ def _numbers(prefix: str, metrics: Mapping[str, Summary]) -> dict[str, str]:
 
 
 def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
-    by_place = {(entry.row, entry.column): entry for entry in entries}
+    found = {}
+    for entry in entries:
+        ours = f"{entry.metrics['accuracy']} ({entry.seeds})" if entry.records else f"diverges ({entry.diverged})"
+        found[entry.row, entry.column] = ours + marks.get(entry.differences, "")
 
     def text(row: str, column: str) -> str:
-        ours = NONE
-        if (entry := by_place.get((row, column))) is not None:
-            accuracy = entry.metrics["accuracy"]
-            ours = f"{accuracy} ({entry.seeds})" if accuracy.n else f"diverges ({entry.diverged})"
-            ours += marks.get(entry.differences, "")
+        ours = found.get((row, column), NONE)
         return f"{ours}<br>{_paper(grid.paper_value(row, column))}" if grid.paper else ours
 
     rows = [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows]
@@ -85,7 +83,7 @@ def _details(entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> 
     head += ["one pass: accuracy %", "one pass: NLL", "one pass: ECE %"] if once else []
     rows = []
     for entry in entries:
-        (accuracy, nll, ece), one_pass = ([str(of[key]) for key in METRICS] for of in (entry.metrics, entry.one_pass))
+        (accuracy, nll, ece), one_pass = (map(str, of.values()) for of in (entry.metrics, entry.one_pass))
         gap = NONE if entry.gap is None else f"{entry.gap:+.2f}"
         versus = f"{entry.difference} to {entry.versus}, n = {entry.difference.n}" if entry.difference else NONE
         setting = f"reduced{marks[entry.differences]}" if entry.differences else "paper"
@@ -100,75 +98,84 @@ def _measured_once(entries: Sequence[Entry]) -> bool:
 
 def _notes(results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> Iterable[str]:
     """What a reader must know so as not to compare what cannot be compared."""
-    grid = results.grid
+    grid, records = results.grid, results.records
     common = set.intersection(*(set(entry.differences) for entry in entries))
     if common:
         usual = "the paper" if grid.paper else "the preset `paper`"
-        yield f"- All cells differ from {usual} in: {'; '.join(c for c in entries[0].differences if c in common)}"
+        yield f" All cells differ from {usual} in: {'; '.join(c for c in entries[0].differences if c in common)}"
     for differences, mark in marks.items():
         own = [change for change in differences if change not in common]
-        yield f"-{mark} {'; '.join(own) or 'differs in nothing else'}"
+        yield f"{mark} {'; '.join(own) or 'differs in nothing else'}"
     if grid.tuned_path is not None:
-        chosen: dict[str, list[str]] = {}  # values → columns
-        for column, methods in grid.tuned.items():
-            values = (f"{name} {', '.join(f'{k} {v}' for k, v in own.items())}" for name, own in methods.items() if own)
-            chosen.setdefault("; ".join(values), []).append(column)
-        for values, columns in chosen.items():
-            yield f"- Hyperparameters tuned on held-out training images of {', '.join(columns)}: {values}"
+        values = (
+            (column, "; ".join(f"{name} {listed(own)}" for name, own in methods.items() if own))
+            for column, methods in grid.tuned.items()
+        )
+        for chosen, columns in _by_text(values).items():
+            yield f" Hyperparameters tuned on held-out training images of {columns}: {chosen}"
         if grid.untuned:
-            yield f"- Hyperparameters on {', '.join(grid.untuned)} are the defaults of their sources, not tuned."
+            yield f" Hyperparameters on {', '.join(grid.untuned)} are the defaults of their sources, not tuned."
     elif not grid.tunes:
         yield (
-            "- Hyperparameters of the regularizers are the defaults of their sources, unless this page names another "
+            " Hyperparameters of the regularizers are the defaults of their sources, unless this page names another "
             "value. They were not tuned for these data."
         )
-    with_paper = [name for name in grid.columns if any(grid.paper_value(row, name) for row in grid.rows)]
-    for name in with_paper:
-        column = grid.columns[name]
+    others = []
+    for name, column in grid.columns.items():
+        if not any(grid.paper_value(row, name) for row in grid.rows):
+            continue
         if column.stands_for != name:
             how = "" if column.comparable else " Its images differ, so no difference to the paper is given."
-            yield f"- `{name}` stands in for the paper's {column.stands_for}.{how}"
-    own = [name for name in with_paper if grid.columns[name].stands_for == name]
-    if others := [name for name in own if not grid.columns[name].comparable]:
-        yield f"- {', '.join(others)}: the images differ from the paper's, so its numbers are not comparable to ours."
-    by_images: dict[str, dict[str, None]] = {}
-    for (_, column, _), record in results.records.items():
-        by_images.setdefault(images_of(record), {})[column] = None
-    for images, columns in by_images.items():
-        yield f"- {', '.join(columns)}: {images}."
-    versions = results.code_versions()
-    if len(versions) > 1:
-        yield f"- The cells come from {len(versions)} versions of the code. The CSV names the version of each."
-    elif versions:
-        yield f"- Code: {versions[0]}."
-    if taken := sum("taken_from" in record["cell"] for record in results.records.values()):
+            yield f" `{name}` stands in for the paper's {column.stands_for}.{how}"
+        elif not column.comparable:
+            others.append(name)
+    if others:
+        yield f" {', '.join(others)}: the images differ from the paper's, so its numbers are not comparable to ours."
+    for images, columns in _by_text((place[1], images_of(record)) for place, record in records.items()).items():
+        yield f" {columns}: {images}."
+    code = versions(results.kept())
+    if len(code) > 1:
+        yield f" The cells come from {len(code)} versions of the code. The CSV names the version of each."
+    elif code:
+        yield f" Code: {code[0]}."
+    if taken := sum("taken_from" in record["cell"] for record in records.values()):
         were = "was" if taken == 1 else "were"
-        yield f"- {taken} of these trainings {were} run for another table or preset. The records say for which."
+        yield f" {taken} of these trainings {were} run for another table or preset. The records say for which."
     for (row, column, seed), record in results.diverged.items():
-        yield f"- {row} on {column}, seed {seed}, diverged: {record['diverged']}."
-    if missing := len(results.cells) - len(results.records) - len(results.diverged):
-        yield f"- {missing} of {len(results.cells)} cells have not run yet, or failed."
+        yield f" {row} on {column}, seed {seed}, diverged: {record['diverged']}."
+    if missing := len(results.cells) - len(records) - len(results.diverged):
+        yield f" {missing} of {len(results.cells)} cells have not run yet, or failed."
+
+
+def _by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Name and what is said of it → what is said, and of which names."""
+    found: dict[str, dict[str, None]] = {}
+    for name, text in pairs:
+        found.setdefault(text, {})[name] = None
+    return {text: ", ".join(names) for text, names in found.items()}
+
+
+def listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def _meta_trainings(results: Results) -> str:
     """Loss and time of each: what joint training saves over the lookahead, for one."""
+    cards: dict[tuple[str, str], Any] = {}  # of each φ, by its name in the grid and its id, as far as records have it
+    for place, cell in results.cells.items():
+        if need := cell.needs.get("phi"):
+            key = need.name, need.id
+            cards[key] = results.records.get(place, {}).get("phi_card") or cards.get(key, {})
     rows = []
-    for id_, (name, result) in results.phis().items():
-        if not (result.get("source") and result.get("hardware")):
+    for (name, id_), card in cards.items():
+        if not (card.get("source") and card.get("hardware")):
             continue  # a φ of which less is known
-        steps, m, hardware = result["config"]["steps"], result["metrics"] or {}, result["hardware"]
-        processes = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
-        rows.append(
-            [
-                name,
-                f"{result['source']['images']:,}",
-                str(steps),
-                f"{result['seconds'] / steps:.2f}" if steps else NONE,
-                *(f"{m[key]:.3f}" if key in m else NONE for key in ("train_loss", "test_loss")),
-                f"{hardware['device']}, {processes} ({hardware['cpu']}, {hardware['cores']} cores)",
-                f"`{id_}`",
-            ]
-        )
+        steps, m, hardware = card["config"]["steps"], card["metrics"] or {}, card["hardware"]
+        pace = f"{card['seconds'] / steps:.2f}" if steps else NONE
+        losses = [f"{m[key]:.3f}" if key in m else NONE for key in ("train_loss", "test_loss")]
+        processes = f"{card['processes']} process{'es' * (card['processes'] > 1)}"
+        machine = f"{hardware['device']}, {processes} ({hardware['cpu']}, {hardware['cores']} cores)"
+        rows.append([name, f"{card['source']['images']:,}", str(steps), pace, *losses, machine, f"`{id_}`"])
     head = ["φ", "images", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"]
     return markdown_table(head, rows) if rows else ""
 

@@ -1,11 +1,14 @@
-"""One JSON a cell under `results/`: writing it, and reading back those that belong to a grid."""
+"""One JSON a cell under `results/`: writing it, reading back those that belong to a grid, and what seeds say."""
 
+import math
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from metaperturb.data import DATA_SETS
 from metaperturb.errors import UserError
@@ -15,9 +18,9 @@ from metaperturb.runs import read_metrics, read_result
 from metaperturb.storage import save_json
 from metaperturb.weights import load_phi
 from tables.grid import Cell, Grid, Need, config_of
-from tables.statistics import Difference, Summary, paired_difference, summarize
 
 METRICS = {"accuracy": 100, "nll": 1, "ece": 100}  # as runs have them → what they are multiplied with to be read
+LEVEL = 0.95  # of the intervals
 CLASSES, IMAGES_A_CLASS = 200, 500  # of Tiny ImageNet's training set
 DIVERGED = "diverged"  # folder beside the records, for those cells that have none because they diverged
 PATHS = ("run_dir", "data_root", "target_path", "phi", "init", "from", "split_file", "source_paths")
@@ -35,16 +38,7 @@ def write_record(cell: Mapping[str, Any], run_dir: Path, path: Path) -> None:
 def write_diverged(
     results: "Results", cell: Cell, images: Iterable[str], phi: str | None, run_dir: Path, said: str
 ) -> None:
-    """The record of a run that diverged: its last message in place of metrics.
-
-    Args:
-        results: of the table.
-        cell: that diverged.
-        images: their fingerprints.
-        phi: file of the φ that it used, if any.
-        run_dir: of the run.
-        said: its last message.
-    """
+    """The record of a run that diverged: its last message in place of metrics; `images`: their fingerprints."""
     record = {
         "program": "meta_test",
         "cell": place_of(results.grid, cell),
@@ -75,12 +69,8 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_all(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records in a folder, and those of trainings that diverged."""
-    yield from map(read_record, record_files(folder))
-
-
 def record_files(folder: Path) -> list[Path]:
+    """The records in a folder, and those of trainings that diverged."""
     return sorted([*folder.glob("*--*.json"), *folder.glob(f"{DIVERGED}/*--*.json")])
 
 
@@ -95,7 +85,7 @@ def curve(run_dir: Path) -> list[dict[str, Any]]:
             tested = {key: value for key, value in line.items() if key == "step" or key.startswith("test_")}
             weights = [steps for _, steps in trained]
             for key in ("train_loss", "train_accuracy") if sum(weights) else ():
-                tested[key] = round(fmean((line[key] for line, _ in trained), weights), 6)
+                tested[key] = round(statistics.fmean((line[key] for line, _ in trained), weights), 6)
             found.append(tested)
             trained = []
     return found
@@ -121,37 +111,72 @@ def shortened(value: Any, key: str = "") -> Any:
     return value
 
 
+# --- statistics
+
+
+class Summary(NamedTuple):
+    """Values over seeds. `std` is the unbiased sample standard deviation; None for a single seed, `mean` for none."""
+
+    mean: float | None
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "")
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences over `n` seeds that both have; `low` and `high` bound it, None for a single pair."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low is not None else "")
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """
+    >>> str(summarize([1.0, 2.0, 3.0]))
+    '2.00 ± 1.00'
+    """
+    mean = statistics.fmean(values) if values else None
+    return Summary(mean, statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Student's t interval of mean(ours − baseline) over the seeds that both have; None if they share none.
+
+    Pairing takes out what seeds have in common: initial weights and the order of the data.
+    """
+    seeds = sorted(ours.keys() & baseline.keys())
+    mean, std, n = summarize([ours[seed] - baseline[seed] for seed in seeds])
+    if std is None:
+        return Difference(mean, None, None, n) if seeds else None
+    half = t_quantile((1 + LEVEL) / 2, n - 1) * std / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half, n)
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """The value that Student's t with `freedom` degrees of freedom stays below with `probability` in [0.5, 1).
+
+    With t = √f · tan θ the density of θ is proportional to (cos θ)^(f − 1), which is summed here.
+    """
+    edges = np.linspace(0, np.pi / 2, 1_000_001)
+    below = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
+    theta = np.interp(2 * probability - 1, np.concatenate([[0.0], below]) / below[-1], edges)
+    return math.sqrt(freedom) * math.tan(theta)
+
+
 # --- the records of a grid
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a table says of one row and column."""
-
-    row: str
-    column: str
-    metrics: Mapping[str, Summary]  # of accuracy (%), NLL (nats), ECE (%)
-    one_pass: Mapping[str, Summary]  # the same of deterministic predictions, of no seeds where none was measured
-    versus: str | None  # the baseline's row
-    difference: Difference | None  # of accuracy, to the baseline
-    paper: str | None
-    gap: float | None  # our mean accuracy − the paper's
-    differences: tuple[str, ...]  # from the paper's setting
-    code: tuple[str, ...]  # versions of the code that made the cells, "commit (digest)"
-    diverged: int  # seeds that did, and have no part in the metrics
-
-    @property
-    def seeds(self) -> str:
-        n = self.metrics["accuracy"].n
-        return f"{n}; {self.diverged} diverged" if self.diverged else f"{n}"
-
-
 class Results:
-    """The records of a grid's cells.
-
-    Args:
-        grid: what is asked for.
-        folder: where its JSONs are.
+    """The records of a grid's cells in a folder.
 
     Raises:
         UserError: a record that is damaged or holds other settings than its name says, or a column whose cells were
@@ -185,67 +210,32 @@ class Results:
     def diverged_path(self, cell: Cell) -> Path:
         return self.folder / DIVERGED / f"{cell.id}.json"
 
-    def phis(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
-        """Of each φ that cells start from, by its id: its name in the grid, and its card as far as records have it."""
-        found: dict[str, tuple[str, Mapping[str, Any]]] = {}
-        for place, cell in self.cells.items():
-            if need := cell.needs.get("phi"):
-                card = self.records.get(place, {}).get("phi_card")
-                found[need.id] = need.name, card or found.get(need.id, ("", {}))[1]
-        return found
-
     def strangers(self) -> list[str]:
         """Records in the folder that are of other rows or settings than this grid's."""
         ours = {self.path(cell).name for cell in self.cells.values()}
         return [str(path.relative_to(self.folder)) for path in record_files(self.folder) if path.name not in ours]
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list["Entry"]:
         """Of every row and column that has a result, row by row, then of those of which seeds only diverged."""
-        places = [(row, column) for row in self.grid.rows for column in self.grid.columns]
-        entries = [entry for place in places if (entry := self._entry(*place))]
-        return sorted(entries, key=lambda entry: entry.metrics["accuracy"].n == 0)
+        entries = [Entry(self, row, column) for row in self.grid.rows for column in self.grid.columns]
+        known = [entry for entry in entries if entry.records or entry.diverged]
+        return sorted(known, key=lambda entry: not entry.records)
 
     def lost(self, row: str, column: str) -> int:
         """How many seeds diverged."""
         return sum(place[:2] == (row, column) for place in self.diverged)
 
+    def of(self, row: str, column: str) -> dict[int, dict[str, Any]]:
+        """Seed → record."""
+        places = {seed: (row, column, seed) for seed in self.grid.seeds}
+        return {seed: self.records[place] for seed, place in places.items() if place in self.records}
+
     def accuracies(self, row: str, column: str) -> dict[int, float]:
         """Seed → accuracy in %."""
-        return {seed: 100 * record["metrics"]["accuracy"] for seed, record in self._of(row, column).items()}
+        return {seed: 100 * record["metrics"]["accuracy"] for seed, record in self.of(row, column).items()}
 
-    def code_versions(self) -> list[str]:
-        return _versions([*self.records.values(), *self.diverged.values()])
-
-    def made_by_other_code(self, digest: str) -> int:
-        """How many records are of another version of the package than this one."""
-        return sum(record["code"] != digest for record in [*self.records.values(), *self.diverged.values()])
-
-    def _of(self, row: str, column: str) -> dict[int, dict[str, Any]]:
-        """Seed → record."""
-        found = {seed: self.records.get((row, column, seed)) for seed in self.grid.seeds}
-        return {seed: record for seed, record in found.items() if record is not None}
-
-    def _entry(self, row: str, column: str) -> Entry | None:
-        records, diverged = self._of(row, column), self.lost(row, column)
-        if not records and not diverged:
-            return None
-        one_pass = _summaries([record["one_pass"] for record in records.values() if record.get("one_pass")])
-        metrics = _summaries([record["metrics"] for record in records.values()])
-        versus = self.grid.baseline(row) if records else None
-        difference = versus and paired_difference(self.accuracies(row, column), self.accuracies(versus, column))
-        settings = self._differences(row, column, records)
-        paper = self.grid.paper_value(row, column)
-        shorter = any(change.startswith(("steps:", "batch_size:")) for change in settings)
-        comparable = records and paper is not None and self.grid.columns[column].comparable and not shorter
-        gap = metrics["accuracy"].mean - float(paper.partition("±")[0]) if comparable else None
-        code = tuple(_versions(records.values()))
-        return Entry(row, column, metrics, one_pass, versus, difference, paper, gap, settings, code, diverged)
-
-    def _differences(self, row: str, column: str, records: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
-        """From the paper's setting: those of the settings, and which part of Tiny ImageNet cells started from."""
-        cells = {seed: self.cells[row, column, seed] for seed in self.grid.seeds}  # of one setting
-        parts = [text for seed, record in records.items() for text in _part_of_source(cells[seed], record)]
-        return tuple(dict.fromkeys([*cells[self.grid.seeds[0]].differences, *parts]))
+    def kept(self) -> list[dict[str, Any]]:
+        return [*self.records.values(), *self.diverged.values()]
 
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
         record = read_record(path)
@@ -257,6 +247,40 @@ class Results:
         if wrong:
             raise UserError(f"{path}: holds other settings than its name says ({'; '.join(wrong)}); remove it")
         return record
+
+
+class Entry:
+    """What a table says of one row and column.
+
+    Attributes:
+        metrics: `Summary` of accuracy (%), NLL (nats), ECE (%); `one_pass`: the same of deterministic predictions.
+        versus, difference: the baseline's row, and that of accuracy to it.
+        paper, gap: the paper's number, and our mean accuracy less that.
+        differences: from the paper's setting: those of settings, and which part of Tiny ImageNet cells started from.
+        code: the versions that made the cells.
+        diverged: how many seeds did, which have no part in the metrics.
+    """
+
+    def __init__(self, results: Results, row: str, column: str) -> None:
+        grid, self.row, self.column = results.grid, row, column
+        self.records, self.diverged = results.of(row, column), results.lost(row, column)
+        self.metrics = _summaries([record["metrics"] for record in self.records.values()])
+        self.one_pass = _summaries([record["one_pass"] for record in self.records.values() if record.get("one_pass")])
+        self.versus = grid.baseline(row) if self.records else None
+        accuracies = (results.accuracies(some, column) for some in (row, self.versus) if self.versus)
+        self.difference = paired_difference(*accuracies) if self.versus else None
+        cells = {seed: results.cells[row, column, seed] for seed in grid.seeds}  # of one setting
+        parts = [text for seed, record in self.records.items() for text in _part_of_source(cells[seed], record)]
+        self.differences = tuple(dict.fromkeys([*cells[grid.seeds[0]].differences, *parts]))
+        self.paper = grid.paper_value(row, column)
+        shorter = any(change.startswith(("steps:", "batch_size:")) for change in self.differences)
+        comparable = self.records and self.paper is not None and grid.columns[column].comparable and not shorter
+        self.gap = self.metrics["accuracy"].mean - float(self.paper.partition("±")[0]) if comparable else None
+        self.code = versions(self.records.values())
+
+    @property
+    def seeds(self) -> str:
+        return f"{len(self.records)}; {self.diverged} diverged" if self.diverged else f"{len(self.records)}"
 
 
 def _summaries(metrics: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
@@ -275,17 +299,13 @@ def _part_of_source(cell: Cell, record: Mapping[str, Any]) -> Iterator[str]:
             yield f"{need.name}: images: {all_} → {images}"
 
 
-def _versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
+def versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """`"commit (digest)"` of each version of the package; commits between which it did not change count as one."""
     found: dict[str, str] = {}
     for record in records:
-        found.setdefault(
-            record["code"] or record["commit"], f"{record['commit'] or 'no commit'} ({record['code'] or 'no digest'})"
-        )
+        commit, code = record["commit"], record["code"]
+        found.setdefault(code or commit, f"{commit or 'no commit'} ({code or 'no digest'})")
     return sorted(found.values())
-
-
-# --- what cells start from
 
 
 def take_recorded(grid: Grid, folder: Path) -> list[Need]:
@@ -293,15 +313,9 @@ def take_recorded(grid: Grid, folder: Path) -> list[Need]:
 
     The φ or network that was given for those trainings may be gone. What was kept of its making is enough for a page.
     Nothing is taken where records started from several, or from one that a run of the table made.
-
-    Returns:
-        the needs that were taken.
-
-    Raises:
-        UserError: a record is damaged.
     """
     cards: dict[str, Any] = {}
-    for record in read_all(folder):
+    for record in map(read_record, record_files(folder)):
         for key, id_ in record["cell"]["needs"].items():
             cards[id_] = record["phi_card"] if key == "phi" else {"config": (record["init"] or {}).get("run")}
     taken = []

@@ -4,7 +4,6 @@ A job is done when its record, one JSON, exists. Each job is one of the two trai
 start it. It resumes in its run folder by itself, and refuses a folder in which another process is at work.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -30,25 +29,15 @@ LOG, SETTINGS = "log.txt", "settings.yaml"  # what a job says, and what it is gi
 
 @dataclass(frozen=True)
 class Job:
-    """One training run.
-
-    Attributes:
-        id: unique.
-        program: `"meta_train"` or `"meta_test"`.
-        config: its settings but for the device.
-        record: the JSON that says that it is done.
-        finish: makes the record from the finished run folder.
-        needs: ids of jobs that must be done before.
-        diverge: called if the run diverged, with what it said last; keeps that.
-    """
+    """One training run."""
 
     id: str
-    program: str
-    config: Any
-    record: Path
-    finish: Callable[[], None] = lambda: None
-    needs: tuple[str, ...] = ()
-    diverge: Callable[[str], None] | None = None
+    program: str  # "meta_train" or "meta_test"
+    config: Any  # its settings but for the device
+    record: Path  # the JSON that says that it is done
+    finish: Callable[[], None] = lambda: None  # makes the record from the finished run folder
+    needs: tuple[str, ...] = ()  # ids of jobs that must be done before
+    diverge: Callable[[str], None] | None = None  # keeps what a run that diverged said last
 
     @property
     def run_dir(self) -> Path:
@@ -66,16 +55,10 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries: int = 1) -> dict[str, str]:
-    """Run the jobs that are not done, in their order as far as what they need allows.
+    """Run the jobs that are not done, `at_once` at a time, in their order as far as what they need allows.
 
-    Args:
-        jobs: those that others need among them.
-        devices: of each a share of the jobs.
-        at_once: how many run at a time.
-        retries: how often a job that failed, unless it diverged, is tried again, after the others.
-
-    Returns:
-        of each that failed, the last line that it said.
+    One that failed, unless it diverged, is tried again, after the others. Returns of each that failed in the end the
+    last line that it said.
     """
     began, waiting, failed = time.monotonic(), [job for job in jobs if not job.done], {}
     done, tried = {job.id for job in jobs if job.done}, Counter()
@@ -133,7 +116,7 @@ def _train(job: Job, free: SimpleQueue, processes: set[subprocess.Popen]) -> tup
             streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
             processes.add(process := subprocess.Popen(command, **streams, env=environment))
             code = process.wait()
-            processes.remove(process)
+        processes.remove(process)
     except (UserError, OSError) as error:  # one that cannot start does not end the others
         return "hopeless", f"cannot be started ({reason(error)})"
     finally:
@@ -154,8 +137,6 @@ def _train(job: Job, free: SimpleQueue, processes: set[subprocess.Popen]) -> tup
 
 def last_line(log: Path, begin: int = 0) -> str:
     """What a program said last behind the first `begin` bytes of its log."""
-    said = ""
-    with contextlib.suppress(OSError):
-        said = log.read_bytes()[begin:].decode(errors="replace").strip()
+    said = log.read_bytes()[begin:].decode(errors="replace").strip() if log.exists() else ""
     lines = [line for line in said.splitlines() if not line.startswith(("srun: ", "submitit "))]
     return lines[-1].strip().removeprefix("error: ") if lines else "said nothing"

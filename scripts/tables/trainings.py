@@ -32,20 +32,12 @@ from metaperturb.finetuning import read_weights
 from metaperturb.identity import digest, image_size, small_network
 from metaperturb.provenance import available_cores, code_digest
 from metaperturb.runs import read_result
-from metaperturb.storage import reason, write_atomically
+from metaperturb.storage import write_atomically
 from metaperturb.weights import load_phi
-from tables.grid import Cell, Grid, Need, Overrides, sha256
+from tables.grid import Cell, Grid, Need, Overrides, check_known, sha256
 from tables.page import csv_text, markdown
-from tables.results import (
-    DIVERGED,
-    Results,
-    place_of,
-    take_recorded,
-    write_diverged,
-    write_record,
-)
+from tables.results import DIVERGED, Results, place_of, take_recorded, versions, write_diverged, write_record
 from tables.runner import LOG, Job, run_jobs
-from tables.schema import check_known
 
 ROOT = Path(__file__).resolve().parents[2]
 # What decides which images a run loads.
@@ -128,8 +120,8 @@ def write_table(grid: Grid, folder: Path) -> Path:
         raise UserError(f"{folder}: no finished cell of this table yet")
     for name in results.strangers():
         print(f"not in the table: {folder / name} (another row, setting or φ)", file=sys.stderr)
-    if len(versions := results.code_versions()) > 1:
-        print(f"the cells come from {len(versions)} versions of the code: {', '.join(versions)}", file=sys.stderr)
+    if len(code := versions(results.kept())) > 1:
+        print(f"the cells come from {len(code)} versions of the code: {', '.join(code)}", file=sys.stderr)
     page = folder.with_name(folder.name + ".md")
     write_atomically(page, lambda file: file.write(markdown(results).encode()))
     write_atomically(page.with_suffix(".csv"), lambda file: file.write(csv_text(results).encode()))
@@ -137,11 +129,7 @@ def write_table(grid: Grid, folder: Path) -> Path:
 
 
 def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
-    """Train what is asked for and not there yet, here or on a cluster; returns whether all of it is there now.
-
-    Raises:
-        UserError: data or files are missing (before anything runs), or cells failed (after all others ran).
-    """
+    """Train what is asked for and not there yet, here or on a cluster; returns whether all of it is there now."""
     results = Results(grid, results_folder(grid, arguments))  # records that cannot be used are named now
     if arguments.report:
         return True
@@ -163,7 +151,8 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
         print(f"{len(diverged)} cells diverged before: {', '.join(diverged)}; {where}", file=sys.stderr)
     if not todo:
         return True
-    if old := results.made_by_other_code(code_digest()):
+    code = code_digest()
+    if old := sum(record["code"] != code for record in results.kept()):
         where = f"to make them anew, remove their JSONs in {results.folder}"
         print(f"{old} finished cells were made by another version of the code and are kept; {where}", file=sys.stderr)
     if untuned := [column for column in grid.untuned if any(cell.column == column for cell in todo)]:
@@ -213,16 +202,8 @@ class Images:
 def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job], images: Images) -> None:
     """Find now what would stop a run in hours: missing files or data, other images, networks that do not run.
 
-    Data are fetched and decoded here once, so that several runs do not do it at the same time.
-
-    Args:
-        results: of the table.
-        cells: that are to run.
-        jobs: among them the runs of their needs.
-        images: of all runs.
-
-    Raises:
-        UserError: everything that is wrong, one line each.
+    Data are fetched and decoded here once, so that several runs do not do it at the same time. `jobs` are those of
+    `cells` and of their needs. All that is wrong is said, a line each.
     """
     wrong: list[str] = []
 
@@ -249,12 +230,8 @@ def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job], images: 
             watch(small_network(cell.config), image_size(cell.config))
     if wrong:
         raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
-    try:
-        results.folder.mkdir(parents=True, exist_ok=True)
-        (results.folder / ".writable").touch()
-        (results.folder / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{results.folder}: cannot write ({reason(error)})") from error
+    write_atomically(results.folder / ".writable", lambda file: None)
+    (results.folder / ".writable").unlink()
 
 
 def check_need(key: str, need: Need, made: Path | None, images: Images) -> None:
@@ -277,11 +254,12 @@ def check_need(key: str, need: Need, made: Path | None, images: Images) -> None:
 def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path, images: Images) -> list[Job]:
     """The runs of these cells, behind those of what they need."""
     needs = {need.id: need for cell in cells for need in cell.needs.values() if need.file is None}
-    jobs = [cell_job(results, cell, runs, images) for cell in cells]
-    for id_, need in reversed(needs.items()):
-        config = dataclasses.replace(need.config, run_dir=str(runs / "needs" / id_))
-        jobs.insert(0, Job(id_, need.program, config, runs / "needs" / id_ / "result.json"))
-    return jobs
+    jobs = []
+    for id_, need in needs.items():
+        run_dir = runs / "needs" / id_
+        config = dataclasses.replace(need.config, run_dir=str(run_dir))
+        jobs.append(Job(id_, need.program, config, run_dir / "result.json"))
+    return jobs + [cell_job(results, cell, runs, images) for cell in cells]
 
 
 def cell_job(results: Results, cell: Cell, runs: Path, images: Images) -> Job:
