@@ -25,9 +25,9 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from metaperturb.data.arrays import to_pixels
-from metaperturb.data.disk import progress
 from metaperturb.data.files import Place
 from metaperturb.data.official import OFFICIAL
 from metaperturb.data.registry import open_plan
@@ -51,21 +51,21 @@ def _cub50(data_root: Path) -> Members:
     for split in ("train", "test"):
         with open_plan("cub", split, data_root=data_root) as plan:
             for picture in plan.pictures:
-                if picture.label < CUB_CLASSES:
+                if picture.class_name in plan.classes[:CUB_CLASSES]:
                     try:
                         pixels = to_pixels(picture.read(), CUB_SIZE)[0].transpose(1, 2, 0)
                     except Exception as error:  # PIL raises nearly anything on broken images
                         raise UserError(f"{picture.name}: unreadable image ({error})") from error
                     name = picture.name.rsplit("/", 1)[-1]
                     content = _encoded(np.ascontiguousarray(pixels), "JPEG", quality=JPEG_QUALITY)
-                    yield f"cub50/{split}/{plan.classes[picture.label]}/{name}", content
+                    yield f"cub50/{split}/{picture.class_name}/{name}", content
 
 
 def _s_cifar100(data_root: Path) -> Members:
     rows = [line.split() for line in S_CIFAR100.read_text().splitlines() if not line.startswith("#")]
     for source, parts in (("train", ("train", "val")), ("test", ("test",))):
         with open_plan("cifar100", source, data_root=data_root) as plan:
-            images = [(plan.classes[picture.label], picture.read()) for picture in plan.pictures]
+            images = [(picture.class_name, picture.read()) for picture in plan.pictures]
             found = {(name, f"{zlib.crc32(pixels):08x}"): pixels for name, pixels in images}
         for folder, *wanted in rows:
             part, class_name = folder.split("/")
@@ -78,7 +78,7 @@ def _s_cifar100(data_root: Path) -> Members:
 def _tiny_imagenet(data_root: Path, part: int) -> Members:
     numbers = range(part * IMAGES_A_PART, (part + 1) * IMAGES_A_PART)
     with ExitStack() as stack:
-        (path,) = OFFICIAL["tiny_imagenet"].places("Tiny ImageNet", data_root, True, "train")
+        (path,) = OFFICIAL["tiny_imagenet"].places(data_root, True, "train")
         archive = Place(path, stack)
         top = "" if archive.path.is_dir() else "tiny-imagenet-200/"
         names = [re.fullmatch(rf"{top}train/\w+/images/\w+_(\d+)\.JPEG", member) for member in archive.files]
@@ -139,12 +139,11 @@ def make_zip(name: str, data_root: Path) -> Path:
 
     def write(file: BinaryIO) -> None:
         crcs = {}
-        with progress(f"{path}", made.images, "images") as one_more, zipfile.ZipFile(file, "w") as archive:
-            for member, content in made.members(path.parent):
+        with zipfile.ZipFile(file, "w") as archive:
+            for member, content in tqdm(made.members(path.parent), str(path), made.images, unit=" images"):
                 archive.writestr(zipfile.ZipInfo(member), content)  # its date is 1980: the same zip every time
                 if not member.endswith(".txt"):
                     crcs[member] = zlib.crc32(content)
-                    one_more()
             if len(crcs) != made.images:
                 raise UserError(
                     f"{path}: expected {made.images:,} images, found {len(crcs):,}; is the official data complete?"

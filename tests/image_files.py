@@ -57,13 +57,10 @@ class Link(NamedTuple):
     hard: bool = False
 
 
-def write_zip(path: Path, files: dict[str, bytes | Link]) -> Path:
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            info = zipfile.ZipInfo(name)
-            if isinstance(content, Link):
-                info.external_attr, content = 0o120777 << 16, content.target
-            archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
     return path
 
 

@@ -5,21 +5,18 @@ import os
 import re
 import resource
 import tarfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from image_files import Link, md5, picture, refusal, served, write_folder, write_tar, write_zip
+from image_files import Link, md5, picture, refusal, refused, served, write_folder, write_tar, write_zip
 
 from metaperturb.data import files as module
 from metaperturb.data import official
-from metaperturb.data.files import Place, read_file
+from metaperturb.data.files import Place
 
 FILES = {"top/a/2.png": picture(2), "top/a/10.png": picture(10), "top/b/1.txt": b"hello" * 1000}
-DEEP = "/".join(["top", "a", *"123456789", "x.png"])
-LONG = "x" * 300
 
 
 @pytest.fixture
@@ -35,16 +32,16 @@ def contents(place: Place) -> dict[str, bytes]:
 
 def test_all_forms_hold_the_same_files(tmp_path, place):
     noise = ["__MACOSX/top/a/._2.png", "top/.DS_Store", "top/a/Thumbs.db", ".git/config", "top/a/@eaDir/2.png/S.jpg"]
-    wanted = {**FILES, DEEP: b"deep"}
+    wanted = {**FILES, "top/a/1/2/3/4/5/6/7/8/9/x.png": b"deep", "top/a/\n.png": b"odd"}
     forms = [(write_zip, "x.zip"), (write_tar, "x.tar"), (write_tar, "x.tar.gz"), (write_folder, "x")]
     forms.append((write_zip, "y.tar"))  # the content decides, not the name
     for write, name in forms:
         found = place(write(tmp_path / name, {**wanted, **dict.fromkeys(noise, b"?")}))
         assert list(found.files) == sorted(wanted) and contents(found) == wanted
         assert found.folders >= {"top", "top/a", "top/b"} and found.root(("a",)) == "top/"
-        hidden = found.left_out["hidden or of the system"]
-        assert {"top/.DS_Store", "top/a/Thumbs.db", "top/a/@eaDir"} <= set(hidden)
-    assert list(place(write_zip(tmp_path / "z.zip", {"train\\cat\\1.png": b"1"})).files) == ["train/cat/1.png"]
+    for files in ({"train\\cat\\1.png": b"1"}, {"./train//cat/./1.png": b"1"}, {"/train/cat/1.png": b"1"}):
+        assert list(place(write_zip(tmp_path / "z.zip", files)).files) == ["train/cat/1.png"]
+    assert list(place(write_tar(tmp_path / "z.tar", files)).files) == ["train/cat/1.png"]  # of `tar -P`
 
 
 def test_an_archive_is_unpacked_once_and_removed(tmp_path, monkeypatch):
@@ -55,22 +52,6 @@ def test_an_archive_is_unpacked_once_and_removed(tmp_path, monkeypatch):
         assert not list((tmp_path / "tmp").iterdir())  # before somebody asks for a file
         assert contents(found) == FILES and len(list((tmp_path / "tmp").iterdir())) == 1
     assert not list((tmp_path / "tmp").iterdir())
-
-
-@pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_odd_names(tmp_path, place, write):
-    """Nothing is written outside; `tar -P` and `./` change nothing; what no file can be called spoils itself alone."""
-    climbing = {"../evil.png": b"1", "top/../../evil.png": b"3"}
-    inside = tmp_path / "deep" / "deeper"
-    inside.mkdir(parents=True)
-    odd = {"./top//c/./1.png": b"5", "/top/d/2.png": b"6", "top/a/\n.png": b"7"}
-    found = place(write(inside / "x", {**FILES, **climbing, **odd, f"top/{LONG}.png": b"8", "top/a": b"9"}))
-    assert set(found.files) == {*FILES, "top/c/1.png", "top/d/2.png", "top/a/\n.png", f"top/{LONG}.png", "top/a"}
-    assert {name: found.read(name) for name in FILES} == FILES
-    assert sorted(found.left_out["named outside the archive"]) == sorted(climbing)
-    for name in (f"top/{LONG}.png", "top/a"):
-        assert isinstance(found.files[name], ValueError)
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [inside / "x"]
 
 
 def test_links(tmp_path, place):
@@ -86,27 +67,27 @@ def test_links(tmp_path, place):
     }
     again = dict.fromkeys(("top/b/3.png", "top/b/4.png", "top/c/2.png"), FILES["top/a/2.png"])
     wanted = {**FILES, **again, "top/c/10.png": FILES["top/a/10.png"]}
-    archived = {**links, **FILES}  # before what they lead to
-    zipped = write_zip(tmp_path / "x.zip", archived | {"top/b/4.png": Link("../a/2.png")})
-    for path in (write_folder(tmp_path / "x", {**FILES, **links}), write_tar(tmp_path / "x.tar", archived), zipped):
-        found = place(path)
+    for write in (write_folder, write_tar):
+        found = place(write(tmp_path / write.__name__, {**FILES, **links}))
         assert set(found.files) == {*wanted, "top/broken.png", "top/circle.png"}
         assert {name: found.read(name) for name in wanted} == wanted
-        assert sorted(found.left_out["link to a folder above it"]) == ["top/a/up", "top/b/self", "top/c/up"]
-        assert "top/broken.png: cannot be read (a link that leads nowhere)" in refusal(found.read, "top/broken.png")
-        assert "cannot be read (" in refusal(found.read, "top/circle.png")
+        for name in ("top/broken.png", "top/circle.png"):
+            assert f"{name}: cannot be read (" in refusal(found.read, name)
 
 
-@pytest.mark.parametrize("write", [write_tar, write_zip])
-@pytest.mark.parametrize("target", ["/etc/hostname", "../../../../../../../etc/hostname"])
-def test_links_of_an_archive_stay_within_it(tmp_path, place, target, write):
-    found = place(write(tmp_path / "x", {"top/out": Link(target), **FILES}))
-    with pytest.raises(ValueError, match="leads nowhere"):
-        read_file(found.files["top/out"])
-    way = {"top/way": Link(str(tmp_path)), "top/way/evil": Link("../a/2.png")}
-    found = place(write(tmp_path / "y", {**way, **FILES, "top/way/x.png": b"x"}))
-    assert found.read("top/way/x.png") == b"x"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+EVIL = [{"top/out": Link("/etc/hostname")}, {"top/out": Link("../../../../../etc/hostname")}]
+EVIL += [{"../evil.png": b"1"}, {"top/../../evil.png": b"1"}, {"way": Link("."), "way/../../evil.png": b"1"}]
+
+
+@pytest.mark.parametrize("files", EVIL)
+def test_nothing_of_an_archive_is_outside_of_it(tmp_path, place, files):
+    inside = tmp_path / "deep" / "deeper"
+    inside.mkdir(parents=True)
+    says = r"not a zip or tar file that can be read \(.* is a link to|outside the destination"
+    refused(says, lambda: place(write_tar(inside / "x.tar", {**FILES, **files})).files)
+    if all(isinstance(content, bytes) for content in files.values()):  # a zip's links are files
+        assert place(write_zip(inside / "x.zip", files)).files
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} <= {"x.tar", "x.zip"}
 
 
 def test_what_is_no_archive_or_no_whole_one(tmp_path, place):
@@ -126,6 +107,7 @@ def test_what_is_no_archive_or_no_whole_one(tmp_path, place):
     cut = [("x.zip", lambda whole: whole[: len(whole) // 2 + 7]), ("x.tar.gz", lambda whole: whole[: len(whole) // 2])]
     cut += [("x.tar", lambda whole, end=end: whole[:end]) for end in (starts[9], starts[9] + 100, starts[9] + 700)]
     cut += [("x.tar", lambda whole: whole[: starts[9]] + b"?" * 512 + whole[starts[9] + 512 :]), ("x.tar.gz", flipped)]
+    cut.append(("x.zip", flipped))
     cut += [(name, lambda _: b"<html>Please log in</html>") for name in ("x.zip", "x.tar")] + [("x.zip", lambda _: b"")]
     for name, damage in cut:
         message = damaged(name, damage)
@@ -136,22 +118,12 @@ def test_what_is_no_archive_or_no_whole_one(tmp_path, place):
     assert "pipe: neither a folder nor a zip or tar file" in refusal(place, tmp_path / "pipe")
 
 
-def test_damaged_or_oversized_member_spoils_only_itself(tmp_path, place, monkeypatch):
+def test_what_is_missing_or_too_large(tmp_path, place, monkeypatch):
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 2**20)
     path = write_zip(tmp_path / "x.zip", {**FILES, "top/bomb": b"\0" * 2**21})
-    info = zipfile.ZipFile(path).getinfo("top/b/1.txt")
-    raw = bytearray(path.read_bytes())
-    raw[info.header_offset + 45] ^= 0xFF
-    path.write_bytes(raw)
-    found = place(path)
-    assert list(found.files) == sorted([*FILES, "top/bomb"])
-    assert found.read("top/a/2.png") == FILES["top/a/2.png"]
-    for name, says in (("top/b/1.txt", "cannot be read"), ("top/bomb", "larger than 1 MiB"), ("none", "is missing")):
-        message = refusal(found.read, name)
+    for name, says in (("top/bomb", "larger than 1 MiB"), ("none", "is missing")):
+        message = refusal(place(path).read, name)
         assert message.startswith(f"{path}: {name}") and says in message
-    large = write_folder(tmp_path / "x", {"bomb": b"\0" * 2**21})
-    with pytest.raises(ValueError, match="larger than 1 MiB"):
-        read_file(place(large).files["bomb"])
 
 
 def test_no_room_to_unpack(tmp_path, place):
@@ -211,4 +183,4 @@ def test_disk_full_while_downloading(tmp_path, download, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", full)
-    assert "the disk is full" in refusal(download[0]) and not (tmp_path / "root/set.zip").exists()
+    assert "No space left on device" in refusal(download[0]) and not (tmp_path / "root/set.zip").exists()

@@ -56,8 +56,10 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def hold(path: Path) -> IO | None:
+def hold(path: Path, wait: bool = False) -> IO | None:
     """A lock that is held until it is closed, or this process is gone; None: another process holds it.
+
+    With `wait` it is waited for, and never None.
 
     Where the file system has no locks, that is said, and nothing keeps others away.
 
@@ -70,7 +72,7 @@ def hold(path: Path) -> IO | None:
     except OSError as error:
         raise UserError(f"{path}: cannot write ({reason(error)})") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         lock.close()
         return None

@@ -1,8 +1,7 @@
 """Decoded images as memory-mapped arrays, built once and shared by all processes.
 
-A data set is described by a `Plan` (which images, which labels, how to read them). `cached` decodes the images to RGB,
-resizes them to a square, and keeps them under `<data_root>/cache` as plain `.npy` files, under a name that follows
-from their content.
+A data set is described by a `Plan` (which images, which classes, how to read them). `cached` decodes the images to RGB,
+resizes them to a square, and keeps them under `<data_root>/cache`, under a name that follows from their content.
 """
 
 import contextlib
@@ -10,37 +9,35 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
-import secrets
 import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
+from tqdm import tqdm
 
-from metaperturb.data.disk import NOT_OURS, disk_errors, file_lock, progress
-from metaperturb.data.files import Place, is_passing, printable, read_file
+from metaperturb.data.files import Place, printable, read_file
 from metaperturb.errors import UserError
 from metaperturb.provenance import available_cores
-from metaperturb.storage import reason
+from metaperturb.storage import hold, reason, write_atomically
 
 # Part of every cache key: raise it when what is written for the same input changes.
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # of another user, or read-only
 _SKIP_HINT = "repair or remove it, or set skip_unreadable=true to leave such files out"
 _BACKGROUND = "white"  # behind transparent images: what they are drawn for, mostly
 # EXIF orientation → what undoes it.
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS.split(), 2)}
-
-S, T = TypeVar("S"), TypeVar("T")
-Allocate = Callable[[tuple[int, ...]], np.ndarray]  # uint8, of a shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +61,10 @@ class ImageArrays:
     name: str
 
     def __post_init__(self) -> None:
-        for field in ("images", "labels"):
-            array = getattr(self, field).view()  # the caller may still write to his
+        for name in ("images", "labels"):
+            array = getattr(self, name).view()  # the caller may still write to his
             array.flags.writeable = False
-            object.__setattr__(self, field, array)
+            object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,38 +80,27 @@ class ImageArrays:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a cache holds: the arrays, of each image left out why, and what to say."""
-
-    arrays: ImageArrays
-    left_out: list[str]
-    remarks: Sequence[str]
-
-
-@dataclass(frozen=True)
 class Picture:
     """An image that is still to be decoded.
 
     Attributes:
-        label: class index.
+        class_name: its class.
         name: what error messages call it, `"cub50.zip: cub50/train/001.Auklet/1.jpg"`.
         read: gives an encoded file's bytes, or decoded pixels (uint8 `[H, W, 3]` or `[H, W]`).
-        crc: CRC-32 of its content in hex, where that has been read through; of what is damaged, why.
     """
 
-    label: int
+    class_name: str
     name: str
     read: Callable[[], bytes | np.ndarray]
-    crc: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What a cache is built from.
 
     Attributes:
         where: what error messages call the whole, such as the archive's path.
-        classes: class names.
+        classes: class names, in the order of the labels.
         pictures: the images, in order.
         remarks: lines to say whenever these images are used.
     """
@@ -122,26 +108,12 @@ class Plan:
     where: str
     classes: Sequence[str]
     pictures: Sequence[Picture]
-    remarks: Sequence[str] = ()
+    remarks: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image file: the place that holds it, its name there, its class name."""
-
-    place: Place
-    member: str
-    class_name: str
-
-    def read(self) -> bytes:
-        return read_file(self.place.files[self.member])
-
-
-def plan_from_samples(samples: Sequence[Sample], classes: Sequence[str], remarks: Sequence[str] = ()) -> Plan:
-    """A plan for image files, in the order given; `classes` orders the labels."""
-    index = {name: i for i, name in enumerate(classes)}
-    pictures = [Picture(index[s.class_name], printable(f"{s.place.path}: {s.member}"), s.read) for s in samples]
-    return Plan(", ".join(dict.fromkeys(str(s.place.path) for s in samples)), classes, pictures, remarks)
+def file_picture(place: Place, member: str, class_name: str) -> Picture:
+    """One of the files of a place."""
+    return Picture(class_name, printable(f"{place.path}: {member}"), partial(read_file, place.files[member]))
 
 
 def to_pixels(content: bytes | np.ndarray, image_size: int) -> tuple[np.ndarray, bool]:
@@ -195,7 +167,7 @@ def cached(
     done without: the images are decoded into memory, which is said aloud.
 
     Args:
-        data_root: holds `cache/<name>-<split>-<image_size>-<key>/{images.npy,labels.npy,meta.json}`.
+        data_root: holds `cache/<name>-<split>-<image_size>-<key>/{images.bin,meta.json}`.
         name: data set.
         split: `"train"`, `"val"` or `"test"`.
         image_size: height = width in pixels.
@@ -208,204 +180,164 @@ def cached(
     """
     if not isinstance(image_size, int) or not 1 <= image_size <= 4096:
         raise UserError(f"image_size {image_size!r}: must be a whole number of pixels from 1 to 4096")
-    plan, lines = None, []
     if key is None:
-        plan = _read_through(make_plan(), skip_unreadable)
-        key = _digest([*plan.classes, *(f"{picture.label}:{picture.crc}" for picture in plan.pictures)])
-        make_plan = lambda: plan  # noqa: E731
-    key = _digest([json.dumps([_CACHE_FORMAT, name, split, image_size, key])])
-    folder = Path(data_root).expanduser() / "cache" / f"{name}-{split}-{image_size}-{key[:12]}"
-    decode = partial(_decoded, f"{name}-{split}", [name, split], image_size, skip_unreadable)
+        plan = make_plan()
+        make_plan, key = lambda: plan, _key_of(plan)
+    key = _digest([json.dumps([_CACHE_FORMAT, name, split, image_size, key, skip_unreadable])])
+    cache = _Cache(Path(data_root).expanduser(), name, split, image_size, key, skip_unreadable)
     try:
-        found = _open(folder, key) or _built(folder, key, make_plan, decode)
+        arrays, remarks = cache.open() or cache.build(make_plan)
     except OSError as error:
-        found = decode(make_plan(), partial(np.empty, dtype=np.uint8))
-        kept = f"{folder.parent}: cannot be used ({reason(error)}), so the images are decoded for this run alone"
-        lines.append(f"{kept}; a data root of your own keeps them")
-    if found.left_out:
-        if not skip_unreadable:
-            raise UserError(f"{found.left_out[0]}; {_SKIP_HINT}")
-        lines.append(f"{name}-{split}: {len(found.left_out)} unreadable files left out (first: {found.left_out[0]})")
-    for line in [*lines, *(found if plan is None else plan).remarks]:
+        if error.errno not in _NOT_OURS:
+            cannot = f"cannot write the image cache ({reason(error)})"
+            raise UserError(f"{cache.folder}: {cannot}; free some space or set another data root") from error
+        arrays, remarks = cache.decode(make_plan(), partial(np.empty, dtype=np.uint8))
+        cannot = f"cannot be used ({reason(error)}), so the images are decoded for this run alone"
+        remarks = [f"{cache.folder.parent}: {cannot}; a data root of your own keeps them", *remarks]
+    for line in remarks:
         print(line, file=sys.stderr)
-    return found.arrays
+    return arrays
 
 
-def _read_through(plan: Plan, skip_unreadable: bool) -> Plan:
-    """The images that can be read now, with the CRC-32 of each: it tells them from others, and decoding takes longer.
+def _key_of(plan: Plan) -> str:
+    """From the CRC-32 of each image, which tells it from others; decoding takes longer."""
 
-    Raises:
-        UserError: one cannot be read and is not to be skipped, or is the last of a class.
-    """
-
-    def read_through(picture: Picture) -> Picture | OSError:
+    def read_through(picture: Picture) -> str:
         try:
-            return replace(picture, crc=f"{zlib.crc32(picture.read()):08x}")
+            return f"{picture.class_name}:{zlib.crc32(picture.read()):08x}"
         except ValueError as error:  # a property of the image, of which decoding will tell
-            return replace(picture, crc=str(error))
+            return f"{picture.name}: {error}"
         except OSError as error:
-            return error
+            raise UserError(f"{picture.name}: cannot be read ({reason(error)})") from error
 
-    found = [*zip(plan.pictures, _in_threads(read_through, plan.pictures), strict=True)]
-    readable = [after for _, after in found if isinstance(after, Picture)]
-    failed = [(before, error) for before, error in found if isinstance(error, OSError)]
-    if not failed:
-        return replace(plan, pictures=readable)
-    why = f"{failed[0][0].name}: cannot be read ({reason(failed[0][1])})"
-    if not skip_unreadable:
-        raise UserError(f"{why}; {_SKIP_HINT}")
-    for label in sorted({picture.label for picture, _ in failed} - {picture.label for picture in readable}):
-        raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image ({why})")
-    remark = f"{len(failed)} files that cannot be read now left out (first: {why})"
-    return replace(plan, pictures=readable, remarks=[*plan.remarks, remark])
+    return _digest([*plan.classes, *_in_threads(read_through, plan.pictures), *plan.remarks])
 
 
-def _in_threads(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """`work` on each, in order; a thread takes 16 at a time, and at most 1,024 results wait."""
+def _in_threads(work: Callable[[Picture], Any], pictures: Sequence[Picture]) -> Iterator[Any]:
+    """`work` on each, in order; at most 1,024 results wait."""
     with ThreadPoolExecutor(min(8, available_cores())) as pool:
-        try:
-            for start in range(0, len(items), 1024):
-                parts = [items[i : i + 16] for i in range(start, min(start + 1024, len(items)), 16)]
-                for done in pool.map(lambda part: [*map(work, part)], parts):
-                    yield from done
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for start in range(0, len(pictures), 1024):
+            yield from pool.map(work, pictures[start : start + 1024])
 
 
 def _digest(rows: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _open(folder: Path, key: str) -> _Found | None:
-    """What a finished cache holds; `None` if there is none, or a damaged one (said on stderr).
-
-    Raises:
-        PermissionError: it is another user's.
-    """
-    if not folder.exists():
-        return None
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / "labels.npy", allow_pickle=False)
-        count, size = meta["count"], meta["image_size"]
-        if (images.dtype, images.shape) != (np.uint8, (count, 3, size, size)) or meta["key"] != key:
-            raise ValueError("images.npy and meta.json belong to other data")
-        if (labels.dtype, labels.shape) != (np.int64, (count,)) or _crc(images, labels) != meta["crc"]:
-            raise ValueError("its bytes do not match their checksum")
-        arrays = ImageArrays(images, labels, tuple(meta["classes"]), meta["fingerprint"], meta["name"])
-        return _Found(arrays, list(meta["left_out"]), list(meta["remarks"]))
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        print(f"{folder}: damaged cache ({error}), built again", file=sys.stderr)
-        return None
+_Found = tuple[ImageArrays, list[str]]  # and what to say of them
 
 
-def _built(folder: Path, key: str, make_plan: Callable[[], Plan], decode: Callable[[Plan, Allocate], _Found]) -> _Found:
-    """Builds the cache, unless another process has, in a folder that takes its name when all is there."""
-    with file_lock(folder.with_name(f".{folder.name}.lock")) as locked:
-        if locked:
-            if found := _open(folder, key):  # another process built it while this one waited
-                return found
-            # Only the holder of the lock builds, so whatever temporary folder there is belongs to a killed one.
-            for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        plan = make_plan()
-        temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
+class _Cache:
+    """Where the arrays of one split are kept: pixel after pixel in one file; the other one is there when all is."""
+
+    def __init__(
+        self, data_root: Path, name: str, split: str, image_size: int, key: str, skip_unreadable: bool
+    ) -> None:
+        self.name, self.key, self.skip_unreadable = f"{name}-{split}", key, skip_unreadable
+        self.head, self.shape = [name, split, str(image_size)], (3, image_size, image_size)
+        self.folder = data_root / "cache" / f"{self.name}-{image_size}-{key[:12]}"
+        self.images, self.meta = self.folder / "images.bin", self.folder / "meta.json"
+
+    def open(self) -> _Found | None:
+        """What a finished cache holds; `None` if there is none, or a damaged one (said on stderr).
+
+        Raises:
+            PermissionError: it is another user's.
+        """
         try:
-            with disk_errors(folder, "write the image cache", but=NOT_OURS):
-                temporary.mkdir(parents=True)
-                made = decode(plan, partial(_create, temporary / "images.npy"))
-                arrays = made.arrays
-                if made.left_out:  # the file has room for these, too
-                    np.save(temporary / "kept.npy", arrays.images)
-                    (temporary / "kept.npy").rename(temporary / "images.npy")
-                np.save(temporary / "labels.npy", arrays.labels)
-                meta = {field: getattr(arrays, field) for field in ("name", "image_size", "classes", "fingerprint")}
-                meta |= {"key": key, "count": len(arrays), "left_out": made.left_out, "remarks": list(made.remarks)}
-                meta["crc"] = _crc(arrays.images, arrays.labels)
-                (temporary / "meta.json").write_text(json.dumps(meta))
-                if folder.exists() and (locked or _open(folder, key) is None):
-                    shutil.rmtree(folder)  # it is damaged; those who still have it mapped keep their view of it
-                with contextlib.suppress(OSError) if folder.exists() else contextlib.nullcontext():
-                    temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if (found := _open(folder, key)) is None:
-            raise UserError(f"{folder}: was removed while it was built; start again")
-        return found
+            meta = json.loads(self.meta.read_text())
+            labels = np.array(meta["labels"], dtype=np.int64)
+            images = np.memmap(self.images, np.uint8, "r", shape=(len(labels), *self.shape))
+            if meta["key"] != self.key or _crc(images, labels) != meta["crc"]:
+                raise ValueError("its bytes do not match their checksum")
+            arrays = ImageArrays(images, labels, tuple(meta["classes"]), meta["fingerprint"], self.name)
+            return arrays, [*meta["remarks"]]
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{self.folder}: damaged cache ({error}), built again", file=sys.stderr)
+            return None
+
+    def build(self, make_plan: Callable[[], Plan]) -> _Found:
+        """Decodes the images into a new cache, unless another process has meanwhile.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with hold(self.folder.with_name(f".{self.folder.name}.lock"), wait=True):
+            if found := self.open():
+                return found
+            plan = make_plan()
+            try:
+                arrays, remarks = self.decode(plan, self._allocate)
+                meta = {"key": self.key, "labels": arrays.labels.tolist(), "classes": arrays.classes}
+                meta |= {"fingerprint": arrays.fingerprint, "crc": _crc(arrays.images, arrays.labels)}
+                content = json.dumps({**meta, "remarks": remarks})
+                write_atomically(self.meta, lambda file: file.write(content.encode()))
+            except BaseException:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+            return arrays, remarks
+
+    def _allocate(self, shape: tuple[int, ...]) -> np.memmap:
+        self.folder.mkdir(exist_ok=True)
+        self.images.unlink(missing_ok=True)  # it is damaged; those who still have it mapped keep their view of it
+        with self.images.open("wb") as file:
+            # A memory map on a full disk ends in SIGBUS: claim the space now, where it is an ordinary error.
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+        return np.memmap(self.images, np.uint8, "r+", shape=shape)
+
+    def decode(self, plan: Plan, allocate: Callable[[tuple[int, ...]], np.ndarray]) -> _Found:
+        """A plan's images as arrays, for which `allocate` makes room."""
+        index = {name: label for label, name in enumerate(plan.classes)}
+
+        def decode(picture: Picture) -> tuple[np.ndarray, str] | Exception:
+            """The pixels, and what the fingerprint has of the image."""
+            try:
+                content = picture.read()
+                pixels, mended = to_pixels(content, self.shape[-1])
+                return pixels, f"{index[picture.class_name]}:{zlib.crc32(content):08x}{':mended' * mended}"
+            except MemoryError:
+                raise
+            except Exception as error:  # PIL raises nearly anything on broken images
+                return error
+
+        images, labels, rows, left_out = allocate((len(plan.pictures), *self.shape)), [], [], []
+        what, pause = f"{self.name}: decode to {self.shape[-1]} px", 0.1 if sys.stderr.isatty() else 30
+        # Closed at once when an image stops it: the threads of a generator that waits for collection may block others.
+        with contextlib.closing(_in_threads(decode, plan.pictures)) as results:
+            done = tqdm(results, what, len(plan.pictures), unit=" images", mininterval=pause)
+            for picture, found in zip(plan.pictures, done, strict=True):
+                if not isinstance(found, Exception):
+                    images[len(labels)], row = found
+                    labels.append(index[picture.class_name])
+                    rows.append(row)
+                    continue
+                why = reason(found)
+                if isinstance(found, OSError) and found.errno is not None:  # of the system, not of the image
+                    raise UserError(f"{picture.name}: cannot be read ({why})") from found
+                if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
+                    why = "not an image in a format that PIL knows"
+                left_out.append(f"{picture.name}: unreadable image ({why})")
+                if not self.skip_unreadable:
+                    raise UserError(f"{left_out[0]}; {_SKIP_HINT}") from found
+        for name in sorted({picture.class_name for picture in plan.pictures} - {plan.classes[i] for i in labels}):
+            raise UserError(f"{plan.where}: class {name} has no readable image; {_SKIP_HINT}")
+        remarks = [f"{self.name}: {len(left_out)} unreadable files left out (first: {left_out[0]})"] if left_out else []
+        fingerprint = _digest([*self.head, *plan.classes, *rows])
+        labels = np.array(labels, dtype=np.int64)
+        arrays = ImageArrays(images[: len(labels)], labels, tuple(plan.classes), fingerprint, self.name)
+        return arrays, [*remarks, *plan.remarks]
 
 
 def _crc(images: np.ndarray, labels: np.ndarray) -> int:
     """Gigabytes a second, and training reads all of it anyway."""
     return zlib.crc32(labels, zlib.crc32(images))
-
-
-def _create(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    # A memory map on a full disk ends in SIGBUS: claim the space now, where it is an ordinary error.
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
-
-
-def _decoded(
-    name: str, head: list[str], image_size: int, skip_unreadable: bool, plan: Plan, allocate: Allocate
-) -> _Found:
-    """A plan's images as arrays.
-
-    Args:
-        name: of the arrays.
-        head: what the fingerprint begins with.
-        image_size, skip_unreadable: see `cached`.
-        plan: the images.
-        allocate: makes the array of images.
-    """
-
-    def decode(picture: Picture) -> tuple[np.ndarray, str] | Exception:
-        """The pixels, and what the fingerprint has of the image."""
-        try:
-            content = picture.read()
-            crc = f"{zlib.crc32(content):08x}"
-            if picture.crc not in (None, crc):
-                raise OSError(errno.ESTALE, "it changed a moment ago")
-            pixels, mended = to_pixels(content, image_size)
-            return pixels, f"{picture.label}:{crc}{':mended' * mended}"
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL raises nearly anything on broken images
-            return error
-
-    count, kept, rows, left_out = len(plan.pictures), [], [], []
-    images = allocate((count, 3, image_size, image_size))
-    with (
-        progress(f"{name}: decode to {image_size} px", count, "images") as one_more,
-        contextlib.closing(_in_threads(decode, plan.pictures)) as results,
-    ):
-        for picture, found in zip(plan.pictures, results, strict=True):
-            one_more()
-            if not isinstance(found, Exception):
-                images[len(kept)], row = found
-                kept.append(picture.label)
-                rows.append(row)
-                continue
-            why = reason(found)
-            if is_passing(found):  # of the system, not of the image: nothing to remember
-                raise UserError(f"{picture.name}: cannot be read ({why}); try again") from found
-            if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
-                why = "not an image in a format that PIL knows"
-            left_out.append(f"{picture.name}: unreadable image ({why})")
-            if not skip_unreadable:
-                raise UserError(f"{left_out[0]}; {_SKIP_HINT}") from found
-    for label in sorted({picture.label for picture in plan.pictures} - {*kept}):
-        raise UserError(f"{plan.where}: class {plan.classes[label]} has no readable image; {_SKIP_HINT}")
-    if isinstance(images, np.memmap):
-        images.flush()
-    fingerprint = _digest([*head, str(image_size), *plan.classes, *rows])
-    labels = np.array(kept, dtype=np.int64)
-    arrays = ImageArrays(images[: len(kept)], labels, tuple(plan.classes), fingerprint, name)
-    return _Found(arrays, left_out, plan.remarks)
 
 
 def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:

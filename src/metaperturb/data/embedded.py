@@ -14,7 +14,7 @@ class, so neither color nor background gives a class away. (Figures are lighter 
 contrast of either sign, a small CNN trained on the target's few images stayed near chance on its test set.)
 Every class is closed under mirroring left to right, so images may be flipped.
 
-Images depend on the arguments alone. All arithmetic is in float64 and rounded to 8 bits at the end, so that a last
+Images depend on their size alone. All arithmetic is in float64 and rounded to 8 bits at the end, so that a last
 digit that differs between processors or numpy versions hardly ever reaches a pixel.
 """
 
@@ -29,53 +29,31 @@ Images = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # uint8 [N, 3, S, S], i
 Drawing = tuple[np.ndarray, np.ndarray]  # distance to the outline (< 0 inside) and blend of two colors, [n, D, D]
 Draw = Callable[[Generator, np.ndarray, np.ndarray], Drawing]  # of the figure's own coordinates u, v [n, D, D]
 
-SOURCE_PER_CLASS = 120
-TARGET_TRAIN_PER_CLASS = 25
-TARGET_TEST_PER_CLASS = 63
-
 _SUPERSAMPLING = 2  # figures are drawn on a grid finer by this factor, then averaged
 
 
-def embedded_source(seed: int = 0, image_size: int = 32) -> Images:
-    """The source family: 40 classes of shape × fill, 120 images each, ordered by class.
+def embedded(part: str, image_size: int = 32) -> Images:
+    """The images of `"source"`, or of the `"train"` or `"test"` split of the target, ordered by class.
 
     Args:
-        seed: any non-negative integer; equal seeds give equal images.
+        part: one of the three; 120, 25 and 63 images a class.
         image_size: side S in pixels, at least 8.
 
     Returns:
-        images uint8 `[4800, 3, S, S]`, labels int64 `[4800]`, the 40 class names.
+        images uint8 `[N, 3, S, S]`, labels int64 `[N]`, the class names.
 
     Example:
-        >>> images, labels, classes = embedded_source(seed=0)
+        >>> images, labels, classes = embedded("source")
         >>> images.shape, classes[labels[0]]
         ((4800, 3, 32, 32), 'plain disk')
     """
-    return _collect(_SOURCE_CLASSES, SOURCE_PER_CLASS, (seed, 0), image_size)
-
-
-def embedded_target(seed: int = 0, image_size: int = 32) -> tuple[Images, Images]:
-    """The target family: 16 classes of bugs, as a small training set and a test set, each ordered by class.
-
-    Args:
-        seed: any non-negative integer; equal seeds give equal images.
-        image_size: side S in pixels, at least 8.
-
-    Returns:
-        `(images, labels, classes)` twice: 400 training images (25 a class), 1,008 test images (63 a class).
-    """
-    train = _collect(_TARGET_CLASSES, TARGET_TRAIN_PER_CLASS, (seed, 1), image_size)
-    test = _collect(_TARGET_CLASSES, TARGET_TEST_PER_CLASS, (seed, 2), image_size)
-    return train, test
-
-
-def _collect(classes: dict[str, Draw], per_class: int, stream: tuple[int, int], image_size: int) -> Images:
-    """Draws every class from a random stream of its own, so that a class does not depend on its neighbours."""
     if image_size < 8:
         raise UserError(f"embedded data: image_size is {image_size}; the figures need at least 8 pixels")
+    parts = {"source": (_SOURCE_CLASSES, 120), "train": (_TARGET_CLASSES, 25), "test": (_TARGET_CLASSES, 63)}
+    classes, per_class = parts[part]
     images = np.empty((len(classes) * per_class, 3, image_size, image_size), np.uint8)
-    for i, draw in enumerate(classes.values()):
-        rng = Generator(PCG64(SeedSequence([*stream, i])))
+    for i, draw in enumerate(classes.values()):  # each from a random stream of its own
+        rng = Generator(PCG64(SeedSequence([0, list(parts).index(part), i])))
         images[i * per_class : (i + 1) * per_class] = _photograph(rng, draw, per_class, image_size)
     return images, np.repeat(np.arange(len(classes)), per_class), tuple(classes)
 

@@ -6,10 +6,10 @@ called `valid/` or `validation/`.
 """
 
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import pairwise
 
-from metaperturb.data.arrays import Plan, Sample, plan_from_samples
+from metaperturb.data.arrays import Plan, file_picture
 from metaperturb.data.files import Place, printable
 from metaperturb.errors import UserError
 
@@ -34,48 +34,41 @@ def folder_plan(place: Place, split: str) -> Plan:
         found = sorted({name.split("/")[0] for name in [*place.files, *place.folders]})
         top = f"at its top: {_some(found)}" if found else "it is empty"
         raise UserError(f"{place.path}: holds no train/<class>/ folders with images; {top}")
-    classes = sorted({s.class_name for s in _samples(place, root, "train")[0]})
-    samples, remarks = _samples(place, root, split)
-    for name in sorted({s.class_name for s in samples} - set(classes)):
+    classes = sorted({picture.class_name for picture in _split(place, root, "train").pictures})
+    plan = _split(place, root, split)
+    for name in sorted({picture.class_name for picture in plan.pictures}.difference(classes)):
         alike = [c for c in classes if c.casefold() == name.casefold()]
         hint = f", which has {alike[0]}" if alike else ""
         raise UserError(f"{place.path}: class {name} is in {root}{split}/ but not in {root}train/{hint}")
+    plan.classes = classes
     for first, second in pairwise(sorted(classes, key=lambda c: (c.casefold(), c))):
         if first.casefold() == second.casefold():
-            remarks.append(f"{place.path}: two classes differ only in case: {first} and {second}; are they one?")
-    return plan_from_samples(samples, classes, remarks)
+            plan.remarks.append(f"{place.path}: two classes differ only in case: {first} and {second}; are they one?")
+    return plan
 
 
-def _samples(place: Place, root: str, split: str) -> tuple[list[Sample], list[str]]:
+def _split(place: Place, root: str, split: str) -> Plan:
     """The images of a split, and what to say of the rest that lies there."""
     found = {split: name for split, names in SPLITS.items() for name in names[::-1] if root + name in place.folders}
     if split not in found:
         other = f"; eval_split=val evaluates on its {found['val']}/" if split == "test" and "val" in found else ""
         raise UserError(f"{place.path}: no folder {root}{split}/; expected train/<class>/ and test/<class>/{other}")
     prefix = f"{root}{found[split]}/"
-    depth, samples, left_out = prefix.count("/"), [], defaultdict(list)
-    for name in place.files:
-        parts = name.split("/")
-        if not name.startswith(prefix):
-            continue
-        if len(parts) == depth + 1:
-            left_out["of no class"].append(name)
-        elif name.lower().endswith(_DOCUMENTS):
-            left_out["not an image"].append(name)
-        else:
-            samples.append(Sample(place, name, _normal(parts[depth])))
-    listed = {_normal(name.split("/")[depth]) for name in place.folders if name.startswith(prefix)}
-    for name in sorted(listed - {s.class_name for s in samples}):
+    inside = [name.removeprefix(prefix) for name in place.files if name.startswith(prefix)]
+    strays = [name for name in inside if "/" not in name]
+    notes = [name for name in inside if "/" in name and f"/{name}".lower().endswith(_DOCUMENTS)]
+    images = sorted({*inside}.difference(strays, notes), key=lambda name: (_class(name), _normal(name)))
+    listed = {_class(name.removeprefix(prefix)) for name in place.folders if name.startswith(prefix)}
+    for name in sorted(listed.difference(map(_class, images))):
         raise UserError(f"{place.path}: {prefix}{name}: class folder without images; remove it or fill it")
-    if not samples:
+    if not images:
         raise UserError(f"{place.path}: {prefix} holds no <class>/ folders with images")
-    for why, names in place.left_out.items():
-        left_out[why] += [name for name in names if name.startswith(prefix) or why == "named outside the archive"]
-    counted = [f"{why}: {_some(names)}" for why, names in left_out.items() if names]
+    _refuse_groups(f"{place.path}: {prefix}", prefix, [name.split("/") for name in images])
+    left_out = {"of no class": strays, "not an image": notes}
+    counted = [f"{why}: {_some([prefix + name for name in names])}" for why, names in left_out.items() if names]
     remarks = [f"{place.path}: left out: {'; '.join(counted)}"] if counted else []
-    if groups := _groups(place, samples, prefix):
-        remarks.append(f"{place.path}: taken for one class each, though they hold only folders: {_some(groups)}")
-    return sorted(samples, key=lambda s: (s.class_name, _normal(s.member))), remarks
+    pictures = [file_picture(place, prefix + name, _class(name)) for name in images]
+    return Plan(str(place.path), [], pictures, remarks)
 
 
 def _some(names: list[str]) -> str:
@@ -87,24 +80,21 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _groups(place: Place, samples: list[Sample], prefix: str) -> list[str]:
-    """Class folders that may be groups of classes: no images of their own, but several folders.
+def _class(name: str) -> str:
+    return _normal(name.split("/")[0])
 
-    Raises:
-        UserError: no class folder has images of its own, and one holds folders whose names occur in no other:
-            `<group>/<class>/…` was taken for classes.
-    """
-    paths = [sample.member[len(prefix) :].split("/") for sample in samples]
-    own = {path[0] for path in paths if len(path) == 2}
-    inner = {(path[0], path[1]) for path in paths if len(path) > 2}
-    count, folders = Counter(name for _, name in inner), Counter(group for group, _ in inner)
-    shared = {group for group, name in inner if count[name] > 1}
-    doubtful = sorted(group for group, number in folders.items() if number > 1 and group not in own)
-    groups = [group for group in doubtful if group not in shared]
-    if groups and not own:
-        some = ", ".join(sorted(name for group, name in inner if group == groups[0])[:3])
-        raise UserError(
-            f"{place.path}: {prefix}{groups[0]}/ holds no images but folders of them ({some}, …): if they are classes, "
-            f"move them up to {prefix}; if {groups[0]} is one class, move its images up to it"
-        )
-    return [f"{prefix}{name}/" for name in doubtful]
+
+def _refuse_groups(where: str, prefix: str, paths: list[list[str]]) -> None:
+    """`<group>/<class>/…` would be taken for classes: no class has images of its own, and one holds several folders
+    whose names occur in no other."""
+    if any(len(path) == 2 for path in paths):
+        return
+    inner = sorted({(path[0], path[1]) for path in paths})
+    count = Counter(name for _, name in inner)
+    for group in dict.fromkeys(group for group, _ in inner):
+        names = [name for of, name in inner if of == group]
+        if len(names) > 1 and all(count[name] == 1 for name in names):
+            raise UserError(
+                f"{where}{group}/ holds no images but folders of them ({', '.join(names[:3])}, …): if they are "
+                f"classes, move them up to {prefix}; if {group} is one class, move its images up to it"
+            )

@@ -18,12 +18,11 @@ import numpy as np
 import torchvision.datasets as tv
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from metaperturb.data.arrays import Picture, Plan, Sample, plan_from_samples
-from metaperturb.data.disk import disk_errors, file_lock
+from metaperturb.data.arrays import Picture, Plan, file_picture
 from metaperturb.data.files import Place
 from metaperturb.data.splits import CHOICE_SEED, few_per_class
 from metaperturb.errors import UserError
-from metaperturb.storage import reason
+from metaperturb.storage import hold, reason
 
 _CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 _DOGS = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
@@ -42,6 +41,7 @@ FILES: dict[str, dict[str, str]] = {
     "images.tar": {_DOGS + "images.tar": "1bb1f2a596ae7057f99d7d75860002ef"},
     "lists.tar": {_DOGS + "lists.tar": "edbb9f16854ec66506b5f09b583e0656"},
     "tiny-imagenet-200.zip": {"http://cs231n.stanford.edu/tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de"},
+    "stanford_cars": {},  # the official site is gone
 }
 # Where torchvision unpacks archives that do not hold the folder itself.
 _INSIDE = {"FashionMNIST": "FashionMNIST/raw", "dtd": "dtd"}
@@ -52,6 +52,11 @@ _UNPACKED = {
     "tiny-imagenet-200.zip": ("tiny-imagenet-200", "tiny-imagenet-200"),
 }
 _DAMAGED = "incomplete or damaged; delete it and start again"
+_CARS = (
+    "Stanford Cars can no longer be downloaded from its authors: put there by hand cars_train/*.jpg and "
+    "cars_test/*.jpg (cars_train.tgz, cars_test.tgz), devkit/cars_train_annos.mat and devkit/cars_meta.mat "
+    "(car_devkit.tgz), cars_test_annos_withlabels.mat"
+)
 TIMEOUT = 60  # seconds; torchvision sets none and would wait for ever
 
 
@@ -64,8 +69,6 @@ class Official:
         plan: the images of a split: of (the places `at`, split). Or
         pixels: of (root, split), a torchvision data set that returns images as PIL's.
         few: of `pixels`, split → how many of each class, after how many of its fixed order; all by default.
-        find: of its root: what is `at`, where no download can be had.
-        matlab: whether labels are MATLAB files.
         home: folder under the data root that is its root, where no other is named.
         itself: what is named is the archive or folder (for several, all of them), not a root that holds it.
     """
@@ -74,21 +77,15 @@ class Official:
     plan: Callable[[list[Place], str], Plan] | None = None
     pixels: Callable[[Path, str], Any] | None = None
     few: dict[str, tuple[int, int]] = field(default_factory=dict)
-    find: Callable[[Path], Path] | None = None
-    matlab: bool = False
     home: str = ""
     itself: bool = False
 
-    def places(self, title: str, root: Path, fetch: bool, split: str) -> list[Path]:
+    def places(self, root: Path, fetch: bool, split: str) -> list[Path]:
         """Where its files are; what is absent is fetched.
 
         Raises:
-            UserError: it cannot be had, or read without a package that is missing; for messages, `title` is its name.
+            UserError: it cannot be had.
         """
-        if self.matlab:
-            _loadmat(title)
-        if self.find:
-            return [self.find(root)]
         found = []
         for name in (name.format(split=split) for name in self.at):
             shows, folder = _UNPACKED.get(name, ("", ""))
@@ -104,13 +101,14 @@ class Official:
 
     def pixel_plan(self, where: Path, split: str) -> Plan:
         """The plan of `pixels`."""
-        with _torchvision_errors(where, _DAMAGED):
+        with _reading(where, _DAMAGED):
             data = self.pixels(where.parent, split)
         labels = np.asarray(data.targets if hasattr(data, "targets") else data.labels)
         chosen = few_per_class(labels, *self.few[split]) if split in self.few else np.arange(len(labels))
         classes = getattr(data, "classes", "0123456789")  # SVHN names none
         pictures = [
-            Picture(int(labels[i]), f"{where}: image {i}", lambda i=i: np.asarray(data[i][0])) for i in chosen.tolist()
+            Picture(classes[labels[i]], f"{where}: image {i}", lambda i=i: np.asarray(data[i][0]))
+            for i in chosen.tolist()
         ]
         return Plan(str(where), classes, pictures)
 
@@ -119,13 +117,16 @@ class Official:
 
 
 @contextlib.contextmanager
-def _torchvision_errors(place: Path, advice: str) -> Iterator[None]:
-    """torchvision's many errors on absent, damaged or unreachable data as one line."""
+def _reading(place: Path, advice: str) -> Iterator[None]:
+    """The many errors of torchvision and scipy on absent, damaged or unreachable data as one line."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except (UserError, MemoryError):
         raise
+    except ImportError as error:  # of scipy: labels are MATLAB files
+        install = f"{sys.executable} -m pip install {error.name}"
+        raise UserError(f"{place}: reading its labels needs another package; {install}") from error
     except Exception as error:  # URLError, RuntimeError, EOFError, AssertionError, scipy's own: there is no end of them
         raise UserError(f"{place}: {advice} ({reason(error)})") from error
 
@@ -140,7 +141,9 @@ def _fetched(place: Path, fetch: bool) -> Path:
     root, files = place.parent, {url.rsplit("/", 1)[-1]: (url, md5) for url, md5 in FILES[place.name].items()}
     if place.exists():
         return place
-    with file_lock(root / f".{place.name}.lock"):
+    if not files:
+        raise UserError(f"{place}: no such folder; {_CARS}")
+    with hold(root / f".{place.name}.lock", wait=True):
         if place.exists():
             return place
         offered = [name for name in files if (root / name).is_file()]
@@ -148,33 +151,29 @@ def _fetched(place: Path, fetch: bool) -> Path:
         if len(files) > 1:
             url = url.rsplit("/", 1)[0]
         if not fetch and len(offered) < len(files):
-            raise UserError(
-                f"{place}: no such file or folder; fetch {needed} from {url} to {root}/ or allow the download"
-            )
+            allow = f"fetch {needed} from {url} to {root}/ or allow the download"
+            raise UserError(f"{place}: no such file or folder; {allow}")
+        what = "unpacking" if len(offered) == len(files) else f"download from {url}"
+        if what != "unpacking":
+            print(f"{place}: {what}", file=sys.stderr)
         temporary, old_timeout = root / f".{place.name}.tmp", socket.getdefaulttimeout()
         folder = temporary / _INSIDE.get(place.name, "")
+        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: this process holds the lock
         try:
-            with disk_errors(root, "store the data set"):
-                shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: this process holds the lock
+            advice = f"{what} failed; fetch {needed} by other means to {root}/"
+            with _reading(place, advice), quiet:  # its bar fills a log file
                 folder.mkdir(parents=True)
-                for name in offered:
-                    md5 = files[name][1]
-                    if not check_integrity(root / name, md5):
-                        raise UserError(
-                            f"{root / name}: wrong MD5, expected {md5}; delete it or fetch it again from {url}"
-                        )
-                    (folder / name).symlink_to((root / name).resolve())
                 socket.setdefaulttimeout(TIMEOUT)
-                what = "unpacking" if len(offered) == len(files) else f"download from {url}"
-                advice = f"{what} failed; fetch {needed} by other means to {root}/"
-                quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-                if what != "unpacking":
-                    print(f"{place}: {what}", file=sys.stderr)
-                with _torchvision_errors(place, advice), quiet:  # its bar fills a log file
-                    for name, (address, md5) in files.items():
-                        download_url(address, folder, name, md5)
-                        if name != place.name:
-                            extract_archive(folder / name, folder, remove_finished=True)
+                for name, (address, md5) in files.items():
+                    if name in offered:
+                        if not check_integrity(root / name, md5):
+                            again = f"delete it or fetch it again from {url}"
+                            raise UserError(f"{root / name}: wrong MD5, expected {md5}; {again}")
+                        (folder / name).symlink_to((root / name).resolve())
+                    download_url(address, folder, name, md5)
+                    if name != place.name:
+                        extract_archive(folder / name, folder, remove_finished=True)
                 (temporary / place.name).rename(place)
         finally:
             socket.setdefaulttimeout(old_timeout)
@@ -182,34 +181,24 @@ def _fetched(place: Path, fetch: bool) -> Path:
     return place
 
 
-def _loadmat(title: str) -> Callable[..., dict[str, Any]]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise UserError(
-            f"{title}: its labels are MATLAB files; {sys.executable} -m pip install scipy reads them"
-        ) from error
-    return loadmat
-
-
 # --- Image files --------------------------------------------------------------------------------------------
 
 
 def _listed(place: Place, rows: Iterable[tuple[str, str]], classes: Sequence[str]) -> Plan:
     """A plan for (member, class name) rows that an official list names."""
-    samples = [Sample(place, member, class_name) for member, class_name in rows]
-    for sample in samples:
-        if sample.member not in place.files:
-            raise UserError(f"{place.path}: {sample.member} is listed but missing; delete this and fetch it again")
-    return plan_from_samples(samples, classes)
+    rows = list(rows)
+    for member, _ in rows:
+        if member not in place.files:
+            raise UserError(f"{place.path}: {member} is listed but missing; delete this and fetch it again")
+    return Plan(str(place.path), classes, [file_picture(place, *row) for row in rows])
 
 
-def _of_torchvision(kind: type, **parts: Sequence[str]) -> Callable[[list[Place], str], Plan]:
+def _of_torchvision(kind: type, advice: str = _DAMAGED, **parts: Sequence[str]) -> Callable[[list[Place], str], Plan]:
     """The plan of a torchvision data set of files; `parts`: what it calls what makes up a split, if not just so."""
 
     def plan(places: list[Place], split: str) -> Plan:
         (place,) = places
-        with _torchvision_errors(place.path, _DAMAGED):  # with `loader=str` it yields (path, label)
+        with _reading(place.path, advice):  # with `loader=str` it yields (path, label)
             found = [kind(place.path.parent, split=part, loader=str) for part in parts.get(split, [split])]
             rows = [part[i] for part in found for i in range(len(part))]
         classes = found[0].classes
@@ -217,20 +206,6 @@ def _of_torchvision(kind: type, **parts: Sequence[str]) -> Callable[[list[Place]
         return _listed(place, members, classes)
 
     return plan
-
-
-def _find_cars(root: Path) -> Path:
-    """Only by hand: the official site is gone."""
-    folder = root / "stanford_cars"
-    files = ["cars_train", "cars_test", "devkit/cars_train_annos.mat", "devkit/cars_meta.mat"]
-    files.append("cars_test_annos_withlabels.mat")
-    if missing := [file for file in files if not (folder / file).exists()]:
-        raise UserError(
-            f"{folder}: {', '.join(missing)} missing; Stanford Cars can no longer be downloaded from its authors: "
-            "put there by hand cars_train/*.jpg and cars_test/*.jpg (cars_train.tgz, cars_test.tgz), "
-            "devkit/cars_train_annos.mat and devkit/cars_meta.mat (car_devkit.tgz), cars_test_annos_withlabels.mat"
-        )
-    return folder
 
 
 def _cub(places: list[Place], split: str) -> Plan:
@@ -263,12 +238,12 @@ def _dogs(places: list[Place], split: str) -> Plan:
     images, lists = places
     table = f"{split}_list.mat"
     content = lists.read(table)
-    try:
-        mat = _loadmat("Stanford Dogs")(io.BytesIO(content))
+    with _reading(lists.path, f"{table}: not a Stanford Dogs list"):
+        from scipy.io import loadmat
+
+        mat = loadmat(io.BytesIO(content))
         files = [str(entry.item()) for entry in mat["file_list"].ravel()]
         labels = [int(label) - 1 for label in mat["labels"].ravel()]  # MATLAB counts from 1
-    except Exception as error:  # scipy raises nearly anything on broken files
-        raise UserError(f"{lists.path}: {table}: not a Stanford Dogs list ({reason(error)})") from error
     # "n02085620-Chihuahua/n02085620_10074.jpg": the folder is the class.
     name = {label: file.split("/")[0] for file, label in zip(files, labels, strict=True)}
     rows = [(f"Images/{file}", name[label]) for file, label in zip(files, labels, strict=True)]
@@ -281,48 +256,37 @@ def _tiny_imagenet(places: list[Place], split: str) -> Plan:
     train/<class>/images/*.JPEG; the validation images, of which val/val_annotations.txt gives the classes, are its
     test images, as the official ones have no public labels.
     """
-    samples: list[Sample] = []
-    rows: list[tuple[Place, str, int, list[str]]] = []  # of the validation images: where, and [file, wnid, …]
+    images: dict[str, list[tuple[str, Place, str]]] = {"train": [], "test": []}  # class, place and member of each
+    tables: list[tuple[Place, str]] = []
     classes: set[str] = set()
     for place in places:
         root = place.root(("train",)) or ""
         image = re.compile(rf"{re.escape(root)}train/([^/]+)/images/[^/]+")  # beside images/ lies <wnid>_boxes.txt
-        found = [Sample(place, match[0], match[1]) for match in map(image.fullmatch, place.files) if match]
+        found = [(match[1], place, match[0]) for match in map(image.fullmatch, place.files) if match]
         if not found:
             raise UserError(f"{place.path}: not Tiny ImageNet: no tiny-imagenet-200/train/<class>/images/*.JPEG inside")
-        samples += found
-        classes |= {
-            name.split("/")[-1] for name in place.folders if re.fullmatch(rf"{re.escape(root)}train/[^/]+", name)
-        }
+        images["train"] += found
+        classes |= {name.split("/")[-1] for name in place.folders if name.rpartition("/")[0] == f"{root}train"}
         if (table := f"{root}val/val_annotations.txt") in place.files:
-            lines = place.read(table).decode("utf-8", "replace").splitlines()
-            rows += [(place, table, number, line.split("\t")) for number, line in enumerate(lines, 1)]
-    for name in sorted(classes - {s.class_name for s in samples}):
+            tables.append((place, table))
+    for name in sorted(classes.difference(name for name, _, _ in images["train"])):
         raise UserError(f"{places[0].path}: train/{name}: class folder without images")
-    if split == "train":
-        return plan_from_samples(_union(samples), sorted(classes))
-    tested = []
-    for place, table, number, fields in rows:
-        if len(fields) < 2 or fields[1] not in classes:
-            raise UserError(f"{place.path}: {table}, line {number}: not '<file> <tab> <class of train/>'")
-        if (name := f"{table.removesuffix('val_annotations.txt')}images/{fields[0]}") in place.files:
-            tested.append(Sample(place, name, fields[1]))
-    if not tested:
+    for place, table in tables if split == "test" else ():
+        for number, line in enumerate(place.read(table).decode("utf-8", "replace").splitlines(), 1):
+            file, class_name, *_ = *line.split("\t"), ""
+            if class_name not in classes:
+                raise UserError(f"{place.path}: {table}, line {number}: not '<file> <tab> <class of train/>'")
+            if (member := f"{table.removesuffix('val_annotations.txt')}images/{file}") in place.files:
+                images["test"].append((class_name, place, member))
+    if not images[split]:
         raise UserError(f"{places[0].path}: no labelled validation images (val/val_annotations.txt, val/images/)")
-    return plan_from_samples(_union(tested), sorted(classes))
-
-
-def _union(samples: Sequence[Sample]) -> list[Sample]:
-    """Each image once, by class and file name; the same name with other content is an error."""
-    unique: dict[tuple[str, str], Sample] = {}
-    for sample in samples:
-        other = unique.setdefault((sample.class_name, sample.member.rsplit("/", 1)[-1]), sample)
-        if other is not sample and other.place.read(other.member) != sample.place.read(sample.member):
-            raise UserError(
-                f"{sample.place.path}: {sample.member} differs from the one in {other.place.path}; "
-                "give only one of the two"
-            )
-    return [unique[key] for key in sorted(unique)]
+    unique: dict[tuple[str, str], tuple[Place, str]] = {}
+    for class_name, place, member in images[split]:
+        other, name = unique.setdefault((class_name, member.rsplit("/", 1)[-1]), (place, member))
+        if other is not place and other.read(name) != place.read(member):
+            raise UserError(f"{place.path}: {member} differs from the one in {other.path}; give only one of the two")
+    pictures = [file_picture(*unique[key], key[0]) for key in sorted(unique)]
+    return Plan(", ".join(str(place.path) for place in places), sorted(classes), pictures)
 
 
 def _cifar100(root: Path, split: str) -> tv.CIFAR100:
@@ -334,13 +298,13 @@ OFFICIAL = {
     # 50 training images a class; 25 others a class to validate on.
     "s_cifar100": Official(["cifar-100-python"], pixels=_cifar100, few={"train": (50, 0), "val": (25, 50)}),
     "cifar100": Official(["cifar-100-python"], pixels=_cifar100),
-    "dogs": Official(["images.tar", "lists.tar"], _dogs, matlab=True, home="stanford_dogs"),
-    "cars": Official([], _of_torchvision(tv.StanfordCars), find=_find_cars, matlab=True),
+    "dogs": Official(["images.tar", "lists.tar"], _dogs, home="stanford_dogs"),
+    "cars": Official(["stanford_cars"], _of_torchvision(tv.StanfordCars, f"incomplete; {_CARS}")),
     # The variants; of the images, the whole: their bottom 20 rows name the photographer, as in torchvision.
     "aircraft": Official(["fgvc-aircraft-2013b"], _of_torchvision(tv.FGVCAircraft, train=["trainval"])),
     "cub": Official(["CUB_200_2011"], _cub, itself=True),
     "small_svhn": Official(
-        ["{split}_32x32.mat"], pixels=lambda root, split: tv.SVHN(root, split), few={"train": (500, 0)}, matlab=True
+        ["{split}_32x32.mat"], pixels=lambda root, split: tv.SVHN(root, split), few={"train": (500, 0)}
     ),
     "fashion_mnist": Official(["FashionMNIST"], pixels=lambda root, split: tv.FashionMNIST(root, split == "train")),
     # Partition 1 of 10; its train and val parts together are the training set.

@@ -59,7 +59,10 @@ def load(
     if spec.how == "drawn":
         if paths:
             raise UserError(f"{name}: its images are drawn, so it takes no path (got {paths[0]})")
-        return tuple(_drawn(name, size)[split] for split in splits)
+        from metaperturb.data.embedded import embedded
+
+        parts = ["source"] if name == "embedded_source" else splits
+        return tuple(from_memory(f"embedded-{part}", *embedded(part, size)) for part in parts)
     with ExitStack() as stack:
         key, plan = _opened(name, paths, data_root, download, stack)
         # All splits are looked through before the images of the first are decoded, which may take minutes.
@@ -89,15 +92,6 @@ def open_plan(name: str, split: str, *, data_root: Path) -> Iterator[Plan]:
         yield _opened(name, (), Path(data_root).expanduser(), True, stack)[1](split)
 
 
-def _drawn(name: str, image_size: int) -> dict[str, ImageArrays]:
-    from metaperturb.data.embedded import embedded_source, embedded_target
-
-    if name == "embedded_source":
-        return {"train": from_memory("embedded-source", *embedded_source(image_size=image_size))}
-    train, test = embedded_target(image_size=image_size)
-    return {"train": from_memory("embedded-train", *train), "test": from_memory("embedded-test", *test)}
-
-
 def _opened(
     name: str, paths: Sequence[str | Path], data_root: Path, download: bool, stack: ExitStack
 ) -> tuple[Callable[[str], str | None], Callable[[str], Plan]]:
@@ -115,7 +109,7 @@ def _opened(
     for path in paths:
         if not path.exists():  # nothing is downloaded to it: the name may be misspelt
             raise UserError(f"{name}: {path}: no such file or folder")
-    places = partial(official.places, spec.title, paths[0] if paths else data_root / official.home, download)
+    places = partial(official.places, paths[0] if paths else data_root / official.home, download)
     if official.pixels:
         return official.key, lambda split: _complete(official.pixel_plan(*places(split), split), name, split)
     opened = [Place(path, stack) for path in (paths if paths and official.itself else places("train"))]

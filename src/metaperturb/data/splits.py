@@ -2,7 +2,7 @@
 held out of it, some of each class, some of its classes."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,27 +63,18 @@ def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> lis
         >>> len(tasks), len(tasks[0].classes), len(tasks[0].train), len(tasks[0].test)
         (10, 2, 10, 10)
     """
-    if kind not in KINDS:
-        raise UserError(f"unknown class split {kind!r}; known: {', '.join(KINDS)}")
-    if not isinstance(num_tasks, (int, np.integer)) or num_tasks < 1:
-        raise UserError(f"num_tasks {num_tasks!r}: must be a whole number, at least 1")
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise UserError(f"seed {seed!r} of the class split: must be a whole number, not negative")
     if kind == "paired" and num_tasks % 2:
         raise UserError(f"class split paired: needs an even number of tasks, got {num_tasks}")
-    labels = np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)
     groups = {"disjoint": num_tasks, "paired": num_tasks // 2, "homogeneous": 1}[kind]
     if groups > len(classes):
         raise UserError(f"class split {kind}: {num_tasks} tasks need {groups} classes, the data has {len(classes)}")
-    fewest = counts.argmin()
-    if counts[fewest] < (needed := 2 * num_tasks if kind == "homogeneous" else 2):
-        raise UserError(
-            f"class split {kind}: {num_tasks} tasks need at least {needed} images a class, found {counts[fewest]} "
-            f"(class {classes[fewest]})"
-        )
+    fewest, needed = counts.argmin(), 2 * num_tasks if kind == "homogeneous" else 2
+    if counts[fewest] < needed:
+        found = f"found {counts[fewest]} (class {classes[fewest]})"
+        raise UserError(f"class split {kind}: {num_tasks} tasks need at least {needed} images a class, {found}")
 
-    bits = np.random.PCG64(int(seed))
+    bits = np.random.PCG64(seed)
     dealt = np.array_split(shuffled(classes, bits), groups)
     images = {int(c): shuffled(np.flatnonzero(labels == c), bits) for c in classes}
     if kind == "homogeneous":
@@ -98,15 +89,17 @@ def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> lis
 def _task(classes: np.ndarray, images: Sequence[np.ndarray]) -> TaskSplit:
     """Halve each class's images, which are in random order."""
     halves = [np.split(index, [(len(index) + 1) // 2]) for index in images]
-    train, test = (np.sort(np.concatenate(half)).astype(np.int64) for half in zip(*halves, strict=True))
-    return TaskSplit(np.sort(classes).astype(np.int64), train, test)
+    return TaskSplit(np.sort(classes).astype(np.int64), *(_joined(half) for half in zip(*halves, strict=True)))
 
 
-def _shuffled_classes(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.sort(np.concatenate(parts)).astype(np.int64)
+
+
+def _shuffled_classes(labels: np.ndarray) -> dict[int, np.ndarray]:
     """Each class and its images, in an order that never changes."""
     bits = np.random.PCG64(CHOICE_SEED)
-    for label in np.unique(labels):
-        yield label, shuffled(np.flatnonzero(labels == label), bits)
+    return {label: shuffled(np.flatnonzero(labels == label), bits) for label in np.unique(labels)}
 
 
 def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,22 +115,20 @@ def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> t
         sorted int64 indices of the images that are left, and of those that are held out.
 
     Raises:
-        UserError: a class with a single image, or a share out of range.
+        UserError: a class with a single image.
 
     Example:
         >>> rest, held_out = holdout_split(np.repeat(np.arange(3), 10), 0.2, ["a", "b", "c"])
         >>> len(rest), len(held_out)
         (24, 6)
     """
-    if not 0 < share < 1:
-        raise UserError(f"holdout {share}: must be above 0 and below 1")
     parts = []
-    for label, images in _shuffled_classes(labels):
+    for label, images in _shuffled_classes(labels).items():
         if len(images) < 2:
             raise UserError(f"holdout: class {classes[label]} has one training image, too few to hold one out")
         count = min(max(round(share * len(images)), 1), len(images) - 1)
         parts.append((images[count:], images[:count]))
-    rest, held_out = (np.sort(np.concatenate(part)).astype(np.int64) for part in zip(*parts, strict=True))
+    rest, held_out = map(_joined, zip(*parts, strict=True))
     return rest, held_out
 
 
@@ -151,27 +142,13 @@ def few_per_class(labels: np.ndarray, count: int, skip: int = 0) -> np.ndarray:
 
     Returns:
         sorted int64 indices `[count · classes]`.
-
-    Raises:
-        UserError: a class has fewer images.
     """
-    chosen = []
-    for label, images in _shuffled_classes(labels):
-        if len(images) < skip + count:
-            raise UserError(f"{skip + count} images of each class are asked for, class {label} has {len(images)}")
-        chosen.append(images[skip : skip + count])
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
+    return _joined([images[skip : skip + count] for images in _shuffled_classes(labels).values()])
 
 
 def few_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """All images of a fixed random choice of `count` classes; a smaller choice is part of a larger one.
-
-    Args:
-        labels: int `[N]`.
-        count: of classes.
-
-    Returns:
-        sorted int64 indices.
+    """All images of a fixed random choice of `count` classes, as sorted int64 indices; a smaller choice is part of a
+    larger one.
 
     Raises:
         UserError: there are fewer classes.
@@ -214,29 +191,24 @@ def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> tuple[
     path = Path(path).expanduser()
     document = load_json(path)
     try:
-        if document["format"] != _FORMAT:
-            raise ValueError(f"format {document['format']}, not {_FORMAT}")
         written_for, kind, seed = document["fingerprint"], document["kind"], document["seed"]
-        if kind not in KINDS or type(seed) is not int:
-            raise ValueError(f"kind {kind!r}, seed {seed!r}")
-        tasks = [TaskSplit(**{field: _numbers(task[field]) for field in _FIELDS}) for task in document["tasks"]]
-        if not tasks or any(np.intersect1d(task.train, task.test).size for task in tasks):
-            raise ValueError("no tasks, or one whose train and test overlap")
+        if document["format"] != _FORMAT or kind not in KINDS or type(seed) is not int or not document["tasks"]:
+            raise ValueError(f"format {document['format']}, kind {kind!r}, seed {seed!r}")
+        tasks = [TaskSplit(**{field: np.array(task[field]) for field in _FIELDS}) for task in document["tasks"]]
+        for numbers in (getattr(task, field) for task in tasks for field in _FIELDS):
+            if numbers.dtype != np.int64 or numbers.ndim != 1 or numbers[0] < 0 or (np.diff(numbers) <= 0).any():
+                raise ValueError("classes, train and test must be whole numbers that ascend")
+        if any(np.intersect1d(task.train, task.test).size for task in tasks):
+            raise ValueError("a task whose train and test overlap")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a class split ({type(error).__name__}: {error})") from error
     if written_for != fingerprint:
+        made_for = f"fingerprint {str(written_for)[:12]}, this data set has {fingerprint[:12]}"
         raise UserError(
-            f"{path}: made for other data (fingerprint {str(written_for)[:12]}, this data set has {fingerprint[:12]}); "
-            "make the split again or use the data set it was made for"
+            f"{path}: made for other data ({made_for}); make the split again or use the data set it was made for"
         )
     for number, task in enumerate(tasks):
         images = np.concatenate([task.train, task.test])
         if images.max() >= len(labels) or not np.isin(labels[images], task.classes).all():
             raise UserError(f"{path}: task {number} names images that the data set lacks or that are of other classes")
     return tasks, kind, seed
-
-
-def _numbers(values: list[int]) -> np.ndarray:
-    if not values or not all(type(value) is int for value in values) or values[0] < 0 or values != sorted({*values}):
-        raise ValueError("classes, train and test must be whole numbers that ascend")
-    return np.array(values, dtype=np.int64)
