@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import io
 import json
@@ -31,7 +30,6 @@ from test_run_sh import run_sh
 
 from metaperturb import meta_train, models
 from metaperturb.config import MetaTestConfig
-from metaperturb.data import registry
 from metaperturb.errors import UserError
 
 CPU = ("--devices", "cpu")
@@ -234,7 +232,6 @@ class InTurn:
 def here(monkeypatch) -> None:
     monkeypatch.setattr("tables.runner.subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
     monkeypatch.setattr("tables.runner.ThreadPoolExecutor", InTurn)
-    monkeypatch.setattr(registry, "_drawn", functools.cache(registry._drawn))  # drawing takes longer than the training
 
 
 @pytest.fixture

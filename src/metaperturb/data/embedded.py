@@ -18,6 +18,7 @@ Images depend on their size alone. All arithmetic is in float64 and rounded to 8
 digit that differs between processors or numpy versions hardly ever reaches a pixel.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -32,6 +33,7 @@ Draw = Callable[[Generator, np.ndarray, np.ndarray], Drawing]  # of the figure's
 _SUPERSAMPLING = 2  # figures are drawn on a grid finer by this factor, then averaged
 
 
+@functools.cache  # a grid's trainings in one process draw them once
 def embedded(part: str, image_size: int = 32) -> Images:
     """The images of `"source"`, or of the `"train"` or `"test"` split of the target, ordered by class.
 
