@@ -217,7 +217,7 @@ tgt | pretrain)
     ;;
 demo) script demo.py --out "$RUNS/demo" "$@" ;;
 data) script prepare_data.py --data-root "$data" "$@" ;;
-panel) script panel.py "$@" ;;
+panel) script ../results/panel.py "$@" ;;
 bench) script benchmark.py "$@" ;;
 gpu-check)
     setup tests/requirements.txt

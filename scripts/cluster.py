@@ -330,13 +330,12 @@ def newest(job: Job) -> dict[str, Any]:
 # --- ./run.sh src --slurm
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def src_parser() -> argparse.ArgumentParser:
     parser = argument_parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings")
     add_options(parser)
-    arguments = parser.parse_args(argv)
-    return run_program(lambda: meta_train(arguments), show_traceback=arguments.traceback)
+    return parser
 
 
 def meta_train(arguments: argparse.Namespace) -> None:

@@ -15,21 +15,25 @@ from collections.abc import Sequence
 import cluster
 from tables import choices, trainings
 
+from metaperturb.cli import run_program
+
 COMMANDS = {
-    "table": trainings.main,
-    "tune": choices.main_tune,
-    "select": choices.main_select,
-    "ship": choices.main_ship,
-    "src": cluster.main,
+    "table": (trainings.table_parser, trainings.make_table),
+    "tune": (choices.tune_parser, choices.tune),
+    "select": (choices.select_parser, choices.select),
+    "ship": (choices.ship_parser, choices.ship),
+    "src": (cluster.src_parser, cluster.meta_train),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command, *arguments = (sys.argv[1:] if argv is None else [*argv]) or [""]
+    command, *words = (sys.argv[1:] if argv is None else [*argv]) or [""]
     if command not in COMMANDS:
         print(__doc__, file=sys.stderr)
         return 2
-    return COMMANDS[command](arguments)
+    parser, work = COMMANDS[command]
+    arguments = parser().parse_intermixed_args(words)  # options may stand before, between and behind files
+    return run_program(lambda: work(arguments), show_traceback=arguments.traceback, resumes=command != "ship")
 
 
 if __name__ == "__main__":

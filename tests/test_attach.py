@@ -1130,7 +1130,7 @@ def test_importing_the_library_leaves_signals_as_they_are(monkeypatch):
 
 
 def test_the_panel_goes_on_where_it_stopped(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("panel", ROOT / "scripts" / "panel.py")
+    spec = importlib.util.spec_from_file_location("panel", ROOT / "results" / "panel.py")
     panel = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(panel)
     out = ["--out", str(tmp_path / "panel"), "--sizes"]

@@ -79,16 +79,17 @@ def path(tmp_path, image_folder) -> Path:
     return write_grid(tmp_path / "configs", CELLS.replace("IMAGES", str(image_folder)))
 
 
-def submitted(tmp_path: Path) -> list[list[str]]:
-    """What the jobs of each submission are about."""
-    return [[*jobs] for jobs in cluster.Queue(tmp_path / "runs" / "slurm" / "small" / "paper").submissions().values()]
+def submissions(tmp_path: Path) -> dict[Path, list[str]]:
+    """What the jobs of each are about."""
+    found = cluster.Queue(tmp_path / "runs" / "slurm" / "small" / "paper").submissions()
+    return {folder: [*jobs] for folder, jobs in found.items()}
 
 
 def test_cells_are_submitted_once_behind_what_they_need(slurm, path, tmp_path, capsys):
     command = parsed(path, tmp_path, "--slurm", "partition=gpu", "gpus=1", "time=1:00:00", "array=3", "--seeds", "0")
     run_experiment(command)
     assert "submitted 4 as job 2" in capsys.readouterr().err
-    (one,) = submitted(tmp_path)
+    (one,) = submissions(tmp_path).values()
     assert [job.partition("-")[0] for job in one] == ["phi", "base", "metaperturb", "dropout"]
     script = (slurm.folder / "script").read_text()
     for words in ("array=0-3%3", "gpus-per-node=1", "partition=gpu", "time=1:00:00", "hold", "requeue"):
@@ -109,9 +110,9 @@ def test_killed_before_it_could_release_the_next_command_does(slurm, path, tmp_p
         killed.setattr(cluster, "release", lambda queue: queue.tasks() and sys.exit("killed"))
         with pytest.raises(SystemExit):
             run_experiment(command)
-    assert len(submitted(tmp_path)) == 1 and not slurm.said("scontrol")
-    lock = cluster.hold(tmp_path / "runs" / "slurm" / "small" / "paper" / ".lock")
-    with lock:
+    (folder,) = submissions(tmp_path)
+    assert not slurm.said("scontrol")
+    with cluster.hold(folder.parent / ".lock"):
         refused("another command submits these just now", run_experiment, command)
     run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0", "--rows", "Base"))  # of these, one
     assert "1 are in the queue already" in capsys.readouterr().err and len(slurm.said("sbatch")) == 1
@@ -148,15 +149,9 @@ def test_without_slurm_or_submitit_it_is_said(path, tmp_path, monkeypatch, slurm
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["gpus=one"], "--slurm gpus=one: expected a whole number"),
-        (["partition"], "--slurm partition: expected KEY=VALUE"),
-    ],
-)
-def test_a_wrong_word_is_one_line(words, said):
-    refused(said, cluster.parse_options, words)
+def test_a_wrong_word_is_one_line():
+    refused("--slurm gpus=one: expected a whole number", cluster.parse_options, ["gpus=one"])
+    refused("--slurm partition: expected KEY=VALUE", cluster.parse_options, ["partition"])
 
 
 def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys):
@@ -175,7 +170,7 @@ def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys)
         r"^(2_3.*)\|Priority\|$", r"\1|PartitionTimeLimit|",
         r"^2_[02].*\n", "",  # φ failed, which cancelled what needs it
     )  # fmt: skip
-    (folder,) = cluster.Queue(tmp_path / "runs" / "slurm" / "small" / "paper").submissions()
+    (folder,) = submissions(tmp_path)
     (folder / "2_0_0_log.out").write_text("error: no luck\nsrun: error: n0: task 0: Exited with exit code 1\n")
     capsys.readouterr()
     run_experiment(parsed(path, tmp_path, "--status", "--seeds", "0"))
@@ -187,7 +182,7 @@ def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys)
     # 4 steps of Base and 6 of Dropout at 5 s
     assert last == "small paper: 0 done, 1 running, 1 waiting, 2 failed; about 0:50 left, 1 at a time"
     run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0"))
-    assert submitted(tmp_path)[-1] == [first.split()[1].strip(":"), meta]
+    assert [*submissions(tmp_path).values()][-1] == [first.split()[1].strip(":"), meta]
 
 
 def src(tmp_path: Path, source_settings: list[str], *words: str) -> int:
@@ -195,15 +190,13 @@ def src(tmp_path: Path, source_settings: list[str], *words: str) -> int:
 
 
 def test_a_meta_training_asks_for_no_more_than_its_tasks_keep_busy(slurm, source_settings, tmp_path, capsys):
-    assert src(tmp_path, source_settings, "--slurm", "nodes=2", "gpus=8", "steps=7") == 0
-    assert "5 tasks keep 2 GPUs of a node busy: asking for gpus=2" in capsys.readouterr().err
+    for said in ("5 tasks keep 2 GPUs of a node busy: asking for gpus=2", "1 are in the queue already"):
+        assert src(tmp_path, source_settings, "--slurm", "nodes=2", "gpus=8", "steps=7") == 0
+        assert said in capsys.readouterr().err
     script = (slurm.folder / "script").read_text()
-    for words in ("nodes=2", "gpus-per-node=2"):
-        assert f"#SBATCH --{words}\n" in script
+    assert "#SBATCH --nodes=2\n" in script and "#SBATCH --gpus-per-node=2\n" in script
     settings = (tmp_path / "slurm" / "src" / "settings.yaml").read_text()
     assert "gpus: 0,1\n" in settings and "steps: 7\n" in settings
-    assert src(tmp_path, source_settings, "--slurm", "nodes=2", "gpus=8", "steps=7") == 0
-    assert "1 are in the queue already" in capsys.readouterr().err
     assert src(tmp_path, source_settings, "--slurm", "nodes=6") == 1
     assert "--slurm nodes=6: there are 5 tasks, and each node needs one" in capsys.readouterr().err
     assert src(tmp_path, source_settings, "steps=7", "--status") == 0

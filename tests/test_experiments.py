@@ -1,7 +1,6 @@
 """Grids run as anybody runs them: real processes that finish, fail, are killed and share folders with others."""
 
 import contextlib
-import dataclasses
 import importlib
 import io
 import json
@@ -65,10 +64,7 @@ def test_jobs_run_after_what_they_need_on_devices_in_turn(tmp_path):
     jobs = [
         script(tmp_path, "cell", "assert os.path.exists('../phi/starts'); done()", needs=("phi",)),
         script(tmp_path, "phi", "time.sleep(0.3); done()"),
-        *(
-            script(tmp_path, f"{i}", "open('device', 'w').write(os.environ['DEVICE']); time.sleep(1); done()")
-            for i in "ab"
-        ),
+        *(script(tmp_path, i, "open('device', 'w').write(os.environ['DEVICE']); time.sleep(1); done()") for i in "ab"),
     ]
     assert run_jobs(jobs, ["0", "1"], 3) == {} and all(job.done for job in jobs)
     assert all(job.starts == 1 for job in jobs)
@@ -76,64 +72,47 @@ def test_jobs_run_after_what_they_need_on_devices_in_turn(tmp_path):
     assert run_jobs(jobs, ["0"], 1) == {} and all(job.starts == 1 for job in jobs)
 
 
-def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
-    jobs = [
-        script(tmp_path, "phi", "print('error: no luck', file=sys.stderr); sys.exit(1)"),
-        script(tmp_path, "cell", needs=("phi",)),
-        script(tmp_path, "killed", "os.path.getsize('starts') > 1 or os.kill(os.getpid(), signal.SIGKILL); done()"),
-        script(tmp_path, "silent", "sys.exit(4)"),
-        script(tmp_path, "diverged", "print('error: not finite', file=sys.stderr); sys.exit(3)"),
-        script(tmp_path, "good"),
-    ]
-    failed = run_jobs(jobs, ["cpu"], 2, retries=1)
-    assert [job.id for job in jobs if job.done] == ["killed", "good"]
-    assert failed == {
-        "phi": "no luck",
-        "cell": "not run, because phi failed",
-        "silent": "said nothing",
-        "diverged": "not finite",
-    }
-    assert [job.starts for job in jobs] == [2, 0, 2, 2, 1, 1]
-    said = capsys.readouterr().err
-    assert "phi: failed, will be tried again: no luck" in said and "phi: failed: no luck" in said
-    log = (jobs[0].run_dir / "log.txt").read_text().splitlines()
-    assert [line.startswith(f"$ {sys.executable} -S -c ") for line in log] == [True, False] * 2
-    assert log[1::2] == ["error: no luck"] * 2
-
-
-def test_what_diverged_is_kept(tmp_path, capsys):
-    code = "print('error: not finite', file=sys.stderr); sys.exit(3)"
-    kept = tmp_path / "kept"
-    jobs = [script(tmp_path, "a", code, diverge=kept.write_text), script(tmp_path, "good")]
-    assert run_jobs(jobs, ["cpu"], 1) == {} and jobs[1].done
-    assert kept.read_text() == "not finite" and "a: diverged: not finite" in capsys.readouterr().err
-
-    def full(said: str) -> None:
-        raise UserError("No space left on device")
-
-    jobs = [script(tmp_path, "b", code, diverge=full), script(tmp_path, "other")]
-    assert run_jobs(jobs, ["cpu"], 1) == {"b": "not finite; No space left on device"} and jobs[1].done
-
-
-def test_a_training_that_cannot_start_end_or_leave_a_result_does_not_end_the_others(tmp_path):
-    def fails(error: Exception) -> None:
+def raising(error: Exception) -> Callable:
+    def fails(*_: object) -> None:
         raise error
 
-    refused, denied = UserError("cannot be read"), PermissionError(13, "Permission denied", "metrics.jsonl")
-    jobs = [
-        script(tmp_path, "blocked"),
-        script(tmp_path, "phi", "pass"),
-        script(tmp_path, "cell", needs=("phi",)),
-        dataclasses.replace(script(tmp_path, "refused", "pass"), finish=lambda: fails(refused)),
-        dataclasses.replace(script(tmp_path, "denied", "pass"), finish=lambda: fails(denied)),
-        script(tmp_path, "other"),
-    ]
+    return fails
+
+
+NOT_FINITE = "print('error: not finite', file=sys.stderr); sys.exit(3)"
+DENIED = PermissionError(13, "Permission denied", "metrics.jsonl")
+
+
+def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
+    kept = tmp_path / "kept"
+    cases = {  # what is said of it in the end, None: it is well; how often it started; code and options
+        "blocked": ("cannot be started (", 0, "done()"),
+        "phi": ("no luck", 2, "print('error: no luck', file=sys.stderr); sys.exit(1)"),
+        "cell": ("not run, because phi failed", 0, "done()", {"needs": ("phi",)}),
+        "killed": (None, 2, "os.path.getsize('starts') > 1 or os.kill(os.getpid(), signal.SIGKILL); done()"),
+        "silent": ("said nothing", 2, "sys.exit(4)"),
+        "without a record": ("said nothing", 2, "pass"),
+        "hopeless": ("not finite", 1, NOT_FINITE),
+        "diverged": (None, 1, NOT_FINITE, {"diverge": kept.write_text}),
+        "not kept": ("not finite; disk full", 1, NOT_FINITE, {"diverge": raising(UserError("disk full"))}),
+        "refused": ("cannot be read", 2, "pass", {"finish": raising(UserError("cannot be read"))}),
+        "denied": ("[Errno 13] Permission denied: 'metrics.jsonl'", 2, "pass", {"finish": raising(DENIED)}),
+        "good": (None, 1, "done()"),
+    }
+    jobs = [script(tmp_path, id_, code, **dict(*options)) for id_, (_, _, code, *options) in cases.items()]
     jobs[0].run_dir.parent.mkdir()
     jobs[0].run_dir.write_text("a file")
-    failed = run_jobs(jobs, ["cpu"], 2, retries=0)
-    assert jobs[-1].done and "cannot write (File exists)" in failed["blocked"]
-    assert failed.pop("blocked").startswith("cannot be started (") and "Permission denied" in failed.pop("denied")
-    assert failed == {"phi": "said nothing", "cell": "not run, because phi failed", "refused": "cannot be read"}
+    failed = run_jobs(jobs, ["cpu"], 2, retries=1)
+    assert failed["blocked"].endswith("cannot write (File exists))") and kept.read_text() == "not finite"
+    for job, (said, starts, *_) in zip(jobs, cases.values(), strict=True):
+        assert failed.get(job.id, "").startswith(said or "") and (job.id in failed) == bool(said)
+        assert job.starts == starts and job.done == (said is None and job.id != "diverged"), job.id
+    said = capsys.readouterr().err
+    assert "phi: failed, will be tried again: no luck" in said and "phi: failed: no luck" in said
+    assert "diverged: diverged: not finite" in said
+    log = (jobs[1].run_dir / "log.txt").read_text().splitlines()
+    assert [line.startswith(f"$ {sys.executable} -S -c ") for line in log] == [True, False] * 2
+    assert log[1::2] == ["error: no luck"] * 2
 
 
 # --- whole trainings

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import error_line, model_state, result, train
-from image_files import refusal
+from image_files import refusal, refused
 from torch import nn
 
 import metaperturb.meta_test as program
@@ -109,16 +109,10 @@ def test_value_by_value(name, batch_norm, tmp_path, capsys):
         assert not torch.equal(fresh[key], pretrained.state_dict()[key])
         assert torch.equal(value, (fresh if is_fresh else pretrained.state_dict())[key]), key
         taken += [] if is_fresh else [(key, value)]
-    digest = hashlib.sha256()
-    for key, value in taken:
-        digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode() + value.numpy().tobytes())
+    content = [f"{key} {value.dtype} {list(value.shape)}\n".encode() + value.numpy().tobytes() for key, value in taken]
     assert origin == {
-        "from": str(path),
-        "sha256": digest.hexdigest(),
-        "tensors": len(taken),
-        "classifier": CLASSIFIERS[name],
-        "batch_norm": batch_norm,
-        "run": None,
+        **{"from": str(path), "sha256": hashlib.sha256(b"".join(content)).hexdigest(), "tensors": len(taken)},
+        **{"classifier": CLASSIFIERS[name], "batch_norm": batch_norm, "run": None},
     }
     said = f"init: {len(taken)} tensors from {path}; the classifier {CLASSIFIERS[name]} starts fresh; batch norm "
     assert capsys.readouterr().err == said + {"drop": "starts fresh\n", "keep": "taken, too\n"}[batch_norm]
@@ -136,7 +130,7 @@ def test_another_image_size_where_the_network_allows_it(tmp_path):
 
     path = saved(Hidden(8), tmp_path / "hidden.pt")
     assert quietly(Hidden(8), path, 8)["classifier"] == "5"
-    assert "3.weight should be [5, 512], found torch.float32 [5, 128]" in refusal(quietly, Hidden(16), path, 16)
+    refused(r"3\.weight should be \[5, 512\], found torch\.float32 \[5, 128\]", quietly, Hidden(16), path, 16)
 
 
 def test_half_precision_and_batch_norm_without_counts(tmp_path):
@@ -208,10 +202,9 @@ def test_refused_in_one_line_and_nothing_changed(case, tmp_path, monkeypatch):
 def test_what_is_not_taken_need_not_be_right(tmp_path):
     state = broken(**{"bn1.running_mean": torch.full((16,), float("nan")), "fc.weight": torch.zeros(1)})
     torch.save(state, tmp_path / "weights.pt")
-    quietly(network("resnet8"), tmp_path / "weights.pt", batch_norm="drop")
-    assert "bn1.running_mean holds values that are not finite" in refusal(
-        quietly, network("resnet8"), tmp_path / "weights.pt", batch_norm="keep"
-    )
+    model, path = network("resnet8"), tmp_path / "weights.pt"
+    quietly(model, path, batch_norm="drop")
+    refused("bn1.running_mean holds values that are not finite", quietly, model, path, batch_norm="keep")
 
 
 # --- runs

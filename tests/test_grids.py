@@ -46,23 +46,16 @@ def test_cells_are_all_rows_on_all_columns_seed_by_seed(path):
     expected = [(row, column, seed) for seed in (0, 1, 2) for column in ("STL10", "CUB") for row in rows]
     assert [(cell.row, cell.column, cell.seed) for cell in cells] == expected
     assert len({cell.id for cell in cells}) == len(cells)
-    cell = Grid(path).cell("Dropout", "CUB", 2)
-    config = cell.config
-    assert (config.method, config.target, config.seed, config.model, config.steps) == (
-        *("dropout", "cub", 2, "resnet8", 100),
-    )
+    config = Grid(path).cell("Dropout", "CUB", 2).config
+    found = (config.method, config.target, config.seed, config.model, config.steps)
+    assert found == ("dropout", "cub", 2, "resnet8", 100)
 
 
 def test_an_id_is_of_the_settings_that_matter_and_are_not_at_their_defaults(path):
-    cell = Grid(path).cell("Base", "CUB", 1)
-    assert cell.id == "base--cub--seed1--" + eight_digits(
-        "meta_test", method="base", model="resnet8", steps=100, target="cub"
-    )
-    assert (
-        Grid(CONFIGS / "table1.yaml")
-        .cell("Base", "CUB", 0)
-        .id.endswith(eight_digits("meta_test", method="base", target="cub"))
-    )
+    small, whole = (Grid(file).cell("Base", "CUB", 1).id for file in (path, CONFIGS / "table1.yaml"))
+    own = {"method": "base", "target": "cub"}
+    assert whole == "base--cub--seed1--" + eight_digits("meta_test", **own)
+    assert small == "base--cub--seed1--" + eight_digits("meta_test", **own, model="resnet8", steps=100)
 
 
 def test_an_id_stays_when_a_later_version_has_a_further_setting():
@@ -87,10 +80,10 @@ def test_what_cells_start_from_is_one_run_for_all_that_agree_on_it(path):
     phi = cells["MetaPerturb", "CUB"].needs["phi"]
     assert phi.id == "phi-seed0-" + eight_digits("meta_train", tasks=2)
     assert cells["MetaPerturb", "CUB"].config.phi == phi.id == cells["MetaPerturb", "STL10"].config.phi
-    assert phi.outcome(Path("runs")) == Path("runs") / phi.id / "phi.pt"
     pretrained = cells["FT", "CUB"].needs["init"]
     assert pretrained.id == cells["FT + Dropout", "STL10"].needs["init"].id
-    assert pretrained.outcome(Path("runs")) == Path("runs") / pretrained.id
+    runs = Path("runs")
+    assert [phi.outcome(runs), pretrained.outcome(runs)] == [runs / phi.id / "phi.pt", runs / pretrained.id]
     assert pretrained.config.model == "resnet8" and pretrained.config.target == "tiny_imagenet"  # the model as in FT
     other = Grid(path, overrides=Overrides(settings=("phi.seed=3",))).cell("MetaPerturb", "CUB", 0)
     assert other.needs["phi"].config.seed == 3 and other.id != cells["MetaPerturb", "CUB"].id
@@ -122,15 +115,11 @@ def test_a_preset_takes_some_rows_replaces_columns_and_adds_others(path):
     assert found["MetaPerturb"] == found["No anneal"] == common | {"phi: steps: 750 → 7"}
 
 
-def test_each_row_is_compared_with_the_nearest_baseline_above(path):
-    grid = Grid(path)
-    assert [grid.baseline(row) for row in grid.rows] == [None, "Base", "Base", None, "FT"]
-
-
-def test_a_row_may_name_what_it_is_compared_with(tmp_path):
+def test_each_row_is_compared_with_the_nearest_baseline_above_or_the_row_that_it_names(tmp_path):
     text = GRID.replace("FT + Dropout: {method: dropout,", "FT + Dropout: {versus: Base, method: dropout,")
     named, usual = (Grid(write_grid(tmp_path / name, t)) for name, t in (("named", text), ("usual", GRID)))
-    assert (named.baseline("FT + Dropout"), usual.baseline("FT + Dropout")) == ("Base", "FT")
+    assert [usual.baseline(row) for row in usual.rows] == [None, "Base", "Base", None, "FT"]
+    assert [named.baseline(row) for row in named.rows] == [None, "Base", "Base", None, "Base"]
     assert [cell.id for cell in named.cells()] == [cell.id for cell in usual.cells()]  # no setting of the training
     assert "'Bse' is unknown" in message(write_grid(tmp_path / "wrong", text.replace("versus: Base", "versus: Bse")))
 
@@ -203,20 +192,17 @@ def test_shipped_grids_load_in_every_preset(name, preset):
     grid = Grid(CONFIGS / f"{name}.yaml", preset)
     cells = grid.cells()
     assert cells
+    if name in TABLES:
+        assert {bool(cell.differences) for cell in cells} == {preset != "paper"}  # each says that it is reduced
     if name in TABLES and preset == "paper":
-        assert grid.seeds == [0, 1, 2, 3, 4] and [cell.id for cell in cells if cell.differences] == []
-        assert grid.paper.keys() <= grid.rows.keys()
+        assert grid.seeds == [0, 1, 2, 3, 4] and grid.paper.keys() <= grid.rows.keys()
         assert all(of.keys() == grid.columns.keys() for of in grid.paper.values())
-    elif name in TABLES:
-        assert all(cell.differences for cell in cells)  # each says that it is reduced
     if name in ("tune", "select"):
         assert all(cell.config.eval_split != "test" for cell in cells)
 
 
 def test_a_preset_with_tuned_values_says_how_to_get_them_and_takes_those_given(tmp_path):
-    table = "table1"
-    other = tmp_path / "configs" / f"{table}.yaml"
-    write_grid(other.parent, (CONFIGS / f"{table}.yaml").read_text(), table)
+    other = write_grid(tmp_path / "configs", (CONFIGS / "table1.yaml").read_text(), "table1")
     assert "results/tune/cpu.json: no such file; ./run.sh tune writes it" in message(other, "cpu")
     tuned = tmp_path / "tuned.json"
     columns = ("s-CIFAR100", "CUB (50 classes)")
@@ -310,11 +296,7 @@ def test_ablations_of_table_3_train_on_the_target_without_the_same_part():
         ("{method: dropout}", "{method: dropout, dropout_prob: 2}", "dropout_prob: must be at least 0 and below 1"),
         ("  FT: ", "  base: {method: base}\n  FT: ", "'Base' on 'STL10' and 'base' on 'STL10': the same settings"),
         ('"${phi}"', '"${psi}"', "need 'psi' is unknown; did you mean 'phi'?"),
-        (
-            "{program: meta_train,",
-            "{program: train,",
-            "program 'train' is unknown; did you mean 'meta_train'?",
-        ),
+        ("program: meta_train,", "program: train,", "program 'train' is unknown; did you mean 'meta_train'?"),
         ("{program: meta_train,", "{", "needs: phi: lacks 'program'"),
         ("{program: meta_train,", "{file: phi.pt,", "needs: phi: key 'config' is unknown"),
         ("config: src.yaml, ", "config: source.yaml, ", "source.yaml: cannot read the settings"),
@@ -363,9 +345,6 @@ def test_wrong_options_are_one_line(path, overrides, said):
 
 def test_a_choice_of_hyperparameters_that_is_none_is_named(path, tmp_path):
     tuned = tmp_path / "tuned.json"
-    for content, said in [
-        ([], "holds no choice"),
-        ({"chosen": {"Cars": {}}}, "nothing was tuned for STL10, CUB (tuned"),
-    ]:
-        tuned.write_text(json.dumps(content))
+    for content, said in (("[]", "holds no choice"), ('{"chosen": {"Cars": {}}}', "was tuned for STL10, CUB (tuned")):
+        tuned.write_text(content)
         assert said in message(path, overrides=Overrides(tuned=tuned))

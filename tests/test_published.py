@@ -2,11 +2,10 @@
 
 import csv
 import json
+import re
 import shutil
 import statistics
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -27,7 +26,7 @@ def page(request) -> Path:
 
 
 def lines(page: Path) -> list[dict[str, str]]:
-    return [*csv.DictReader(page.read_text().splitlines())]
+    return [*csv.DictReader(page.open())]
 
 
 def test_every_record_is_counted_in_its_line(page):
@@ -129,40 +128,14 @@ def test_report_makes_the_page_again(page, tmp_path):
         assert made.with_suffix(suffix).read_text() == page.with_suffix(suffix).read_text()
 
 
-def words(value: Any) -> Iterator[str]:
-    """The texts in it, however deep; one that lists several, with commas between, is several."""
-    if isinstance(value, str):
-        yield from value.split(",")
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from words(part)
-
-
 def test_records_and_cards_say_nothing_of_folders_of_the_machine():
     results = ROOT / "results"
-    found = {path: json.loads(path.read_text()) for path in results.rglob("*.json")}
-    found |= {path: load_phi(path).card for path in [*results.rglob("*.pt"), *(ROOT / "src").rglob("shipped/*.pt")]}
+    found = {path: path.read_text() for path in results.rglob("*.json")}
+    cards = [*results.rglob("*.pt"), *(ROOT / "src").rglob("shipped/*.pt")]
+    found |= {path: json.dumps(load_phi(path).card) for path in cards}
     assert {path.suffix for path in found} == {".json", ".pt"}
-    for path, content in found.items():
-        assert [word for word in words(content) if PurePosixPath(word.strip()).is_absolute()] == [], path
-
-
-def test_the_page_of_one_pass_says_what_its_records_say():
-    folder, rows = ROOT / "results" / "one_pass", 0
-    page = folder.with_suffix(".md").read_text()
-    for kind, name in (("base", "Base"), ("control", "control"), ("shipped", "shipped φ")):
-        found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-*.json"))]
-        for key, how in (("metrics", ", 100 draws"), ("one_pass", ", one pass")):
-            values = [record[key] for record in found if key in record]
-            if not values:
-                continue
-            cells = [name if kind == "base" else name + how]
-            for metric, unit, digits in (("accuracy", 100, 2), ("nll", 1, 2), ("ece", 100, 1)):
-                of = [unit * value[metric] for value in values]
-                cells.append(f"{statistics.mean(of):.{digits}f} ± {statistics.stdev(of):.{digits}f}")
-            assert f"| {' | '.join(cells)} | {len(values)} |" in page
-            rows += 1
-    assert rows >= 4
+    for path, content in found.items():  # a text that begins with /, or one of several with commas between
+        assert re.findall(r'(?:"|, *)/[^"]*', content) == [], path
 
 
 PAGES_OF_RUNS = {  # page → its rows: what the records are called, and which of their numbers

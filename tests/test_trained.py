@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import class_pictures, train
-from image_files import one_line, refusal, write_folder
+from image_files import one_line, refused, write_folder
 
 from metaperturb.data.batches import DeviceImages
 from metaperturb.errors import UserError
@@ -46,33 +46,26 @@ def test_the_network_evaluates_as_it_did(runs, method):
 
 
 def test_data_that_moved(runs, image_folder, tmp_path):
-    moved = tmp_path / "elsewhere"
-    shutil.copytree(image_folder, moved)
-    run = load_run(runs / "base", target_path=str(moved), data_root=str(tmp_path / "cache"))
-    assert len(run.test) == 50
+    moved = shutil.copytree(image_folder, tmp_path / "elsewhere")
+    assert len(load_run(runs / "base", target_path=str(moved), data_root=str(tmp_path / "cache")).test) == 50
 
 
 def test_what_is_no_finished_run_is_said(runs, tmp_path, source_settings):
-    def message(folder, **places) -> str:
-        return refusal(load_run, folder, **places)
-
-    assert "no run folder" in message(tmp_path)
-    copy = tmp_path / "run"
-    shutil.copytree(runs / "base", copy)
+    refused("no run folder", load_run, tmp_path)
+    run = shutil.copytree(runs / "base", tmp_path / "run")
     other = write_folder(tmp_path / "other", class_pictures(10, 8, "train", 13) | class_pictures(10, 5, "test", 13))
-    assert "other images" in message(copy, target_path=str(other))
-    assert "no such file or folder" in message(copy, target_path=str(tmp_path / "nowhere"))
-    (copy / "checkpoints" / "latest.pt").write_bytes(b"half")
-    assert "latest.pt" in message(copy)
-    (copy / "checkpoints" / "latest.pt").unlink()
-    assert "was not kept" in message(copy)
-    (copy / "result.json").unlink()
-    assert "not finished" in message(copy)
-    (copy / "result.json").write_text('{"program": "meta_train", "config": {}}')
-    assert "a run of meta_train" in message(copy)
-    for text in ("[1, 2", '"just text"', '{"program": "meta_test"}'):
-        (copy / "result.json").write_text(text)
-        assert "result.json: " in message(copy)
+    refused("other images", load_run, run, target_path=str(other))
+    refused("no such file or folder", load_run, run, target_path=str(tmp_path / "nowhere"))
+    checkpoint, result = run / "checkpoints" / "latest.pt", run / "result.json"
+    checkpoint.write_bytes(b"half")
+    refused("latest.pt", load_run, run)
+    checkpoint.unlink()
+    refused("was not kept", load_run, run)
+    result.unlink()
+    refused("not finished", load_run, run)
+    for text in ('{"program": "meta_train", "config": {}}', "[1, 2", '"just text"', '{"program": "meta_test"}'):
+        result.write_text(text)
+        refused("a run of meta_train" if "train" in text else "result.json: ", load_run, run)
 
 
 @pytest.mark.parametrize("place", [0.25, 0.5, 0.75])

@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from metaperturb.cli import argument_parser, run_program
+from metaperturb.cli import argument_parser
 from metaperturb.errors import UserError
 from metaperturb.identity import data_name, differences
 from metaperturb.perturbation import MetaPerturb
@@ -52,27 +52,23 @@ NEEDED = {
 }
 
 
-def main_tune(argv: Sequence[str] | None = None) -> int:
-    arguments = grid_parser(TUNE, "tune.yaml").parse_args(argv)
-    return run_program(lambda: tune(arguments), show_traceback=arguments.traceback)
+def tune_parser() -> argparse.ArgumentParser:
+    return grid_parser(TUNE, "tune.yaml")
 
 
-def main_select(argv: Sequence[str] | None = None) -> int:
+def select_parser() -> argparse.ArgumentParser:
     parser = grid_parser(SELECT, "select.yaml")
     parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
     parser.add_argument("--out", type=Path, help="where the chosen φ goes [<runs>/selected/phi.pt]")
-    arguments = parser.parse_intermixed_args(argv)
-    return run_program(lambda: select(arguments), show_traceback=arguments.traceback)
+    return parser
 
 
-def main_ship(argv: Sequence[str] | None = None) -> int:
+def ship_parser() -> argparse.ArgumentParser:
     parser = argument_parser(SHIP)
     parser.add_argument("name", help="what load_phi will know it by")
     parser.add_argument("phi", type=Path, nargs="?", help="phi.pt of a meta-training or of ./run.sh select")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the shipped φ")
-    arguments = parser.parse_args(argv)
-    work = lambda: ship(arguments.name, arguments.phi, arguments.out)  # noqa: E731
-    return run_program(work, show_traceback=arguments.traceback, resumes=False)
+    return parser
 
 
 def found_in(results: Results, column: str, rows: Iterable[str]) -> tuple[Found, list[str]]:
@@ -224,7 +220,8 @@ def other_settings(phis: Mapping[str, MetaPerturb]) -> list[str]:
 # --- φ in the package
 
 
-def ship(name: str, source: Path | None, out: Path) -> None:
+def ship(arguments: argparse.Namespace) -> None:
+    name, source, out = arguments.name, arguments.phi, arguments.out
     if not name.isidentifier():
         raise UserError(f"{name}: a name has letters, digits and underscores only, and does not begin with a digit")
     path = out / f"{name}.pt"

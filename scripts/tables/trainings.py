@@ -22,7 +22,7 @@ from pathlib import Path
 import cluster
 import torch
 
-from metaperturb.cli import argument_parser, pairs, run_program
+from metaperturb.cli import argument_parser, pairs
 from metaperturb.config import MetaTestConfig, MetaTrainConfig
 from metaperturb.data.parts import load_parts, load_source_images
 from metaperturb.distributed import parse_devices
@@ -47,11 +47,10 @@ DATA_SETTINGS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def table_parser() -> argparse.ArgumentParser:
     parser = grid_parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file of the table")
-    arguments = parser.parse_intermixed_args(argv)  # options may stand before, between and behind files
-    return run_program(lambda: make_table(arguments), show_traceback=arguments.traceback)
+    return parser
 
 
 def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:

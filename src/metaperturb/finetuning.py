@@ -27,17 +27,11 @@ RECORDED = ("target", "model", "image_size", "method", "steps", "batch_size", "l
 def read_weights(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read the network of a finished run of meta-testing, or a file of tensors. Nothing in it is executed.
 
-    Args:
-        source: a run folder; or a checkpoint of such a run (also of one under way); or a state dict, such as
-            `torch.save(torchvision.models.resnet18(weights="DEFAULT").state_dict(), path)` writes.
+    `source` is a run folder, a checkpoint of such a run (also of one under way), or a file of a state dict.
 
     Returns:
         name → tensor; and of a run folder what its training was (`RECORDED` settings, data, metrics, commit), else
         None.
-
-    Raises:
-        UserError: no such file or folder, an unfinished run or one of another kind, or a file that holds anything but
-            named tensors.
     """
     path, run = Path(source), None
     if path.is_dir():
@@ -77,16 +71,11 @@ def initialize(
         verbose: say on stderr, in one line, what was taken.
 
     Returns:
-        what `result.json` says of it: where from, the SHA-256 of what was taken, how many tensors, the classifier's
-        name, `batch_norm`, and the run that it came from.
+        what `result.json` says of it, the SHA-256 of what was taken for one.
 
     Raises:
-        UserError: see `read_weights`; or a tensor is missing, unknown or of another shape (it is another network), or
-            not finite; or the network has no classifier that could be left out. `model` is as it was, then.
-
-    Example:
-        >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
-        >>> origin = initialize(model, 32, "runs/pretrain")  # doctest: +SKIP
+        UserError: a file that is not there or another network's, whose values are not finite, or a network without a
+            classifier that could be left out. `model` is as it was, then.
     """
     state, run = read_weights(source)
     classifier = classifier_name(model, image_size)
@@ -103,11 +92,9 @@ def initialize(
         for name in taken:
             own[name].copy_(given[name])
     if verbose:
-        norms = f"batch norm {'starts fresh' if batch_norm == 'drop' else 'taken, too'}"
-        print(
-            f"init: {len(taken)} tensors from {source}; the classifier {classifier} starts fresh; {norms}",
-            file=sys.stderr,
-        )
+        norms = f"the classifier {classifier} starts fresh; batch norm "
+        norms += "starts fresh" if batch_norm == "drop" else "taken, too"
+        print(f"init: {len(taken)} tensors from {source}; {norms}", file=sys.stderr)
     return {
         "from": os.fspath(source),
         "sha256": _digest({name: own[name] for name in taken}),

@@ -35,12 +35,9 @@ INCIDENTAL = frozenset({"seed", "threads", "eval_batch_size"})
 
 
 def settings(cls: type, recorded: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
-    """The settings that make a run what it is.
+    """The settings that make a run of a program what it is, of those that were recorded.
 
-    Args:
-        cls: which program's.
-        recorded: what was kept of them. One that is missing came with a later version and was at its default.
-        without: names to leave out.
+    One that is missing came with a later version and was at its default.
     """
     return {
         field.name: recorded.get(field.name, default_of(field))
@@ -52,13 +49,9 @@ def settings(cls: type, recorded: Mapping[str, Any], without: Collection[str] = 
 def differences(
     old: Mapping[str, Any], new: Any, *, without: Collection[str] = (), by_content: bool = False
 ) -> list[str]:
-    """The settings in which two runs differ, `"steps: 10000 → 1500"`.
+    """The settings in which recorded ones and a configuration differ, `"steps: 10000 → 1500"`.
 
-    Args:
-        old: recorded settings.
-        new: a configuration.
-        without: names of settings that may differ.
-        by_content: files may have other names now; the caller compares what they hold.
+    `by_content`: files may have other names now; the caller compares what they hold.
     """
     before, after = (settings(type(new), some, without) for some in (old, vars(new)))
     files = [field.name for field in dataclasses.fields(new) if by_content and field.metadata["by_content"]]
@@ -77,11 +70,7 @@ def fingerprint(program: str, config: Any) -> str:
 
 
 def training(result: Mapping[str, Any]) -> str:
-    """Equal for the folder of a meta-testing run, for its records in whatever tables, and for its repetition.
-
-    Args:
-        result: what `metaperturb.runs.read_result` reads.
-    """
+    """Of a result of meta-testing: equal for its folder, its records in whatever tables, and its repetition."""
     own = settings(MetaTestConfig, result["config"], (INCIDENTAL - {"seed"}) | {"phi", "init"})
     started = [result["phi_digest"], (result["init"] or {}).get("sha256")]
     return digest([own, result["target"]["fingerprints"], *started])
@@ -93,13 +82,7 @@ def digest(content: Any) -> str:
 
 
 def data_name(recorded: MetaTestConfig | Mapping[str, Any]) -> str:
-    """The target of a configuration, or of recorded settings, as pictures and tables call it.
-
-    Of an image folder or archive it is the name of that.
-
-    >>> data_name(MetaTestConfig(target="folder", target_path="data/Birds.v1i.folder")), data_name({"target": "cub"})
-    ('Birds.v1i.folder', 'cub')
-    """
+    """The target as pictures and tables call it; of an image folder or archive the name of that: `Birds.v1i.folder`."""
     known = recorded if isinstance(recorded, Mapping) else vars(recorded)
     target, path = known["target"], known.get("target_path")
     if target != "folder" or not path:
@@ -112,11 +95,7 @@ def data_name(recorded: MetaTestConfig | Mapping[str, Any]) -> str:
 
 
 def check_folder(config: Any, program: str) -> None:
-    """Refuse a folder that holds a run with other settings.
-
-    Raises:
-        UserError: naming the settings that differ; or there is a checkpoint or a result, but no record of the settings.
-    """
+    """Refuse a folder that holds a run with other settings, or one without a record of them."""
     if not config.run_dir:
         raise UserError("run_dir: must name a folder")
     folder = Path(config.run_dir)
@@ -130,9 +109,8 @@ def check_folder(config: Any, program: str) -> None:
         old = read_yaml(path)
     except UserError as error:
         raise UserError(f"{error}; choose another run_dir") from error
-    same_program = old.get("program") == program
-    changed = [] if same_program else [f"program: {old.get('program')} → {program}"]
-    if changed := changed or differences(old, config, by_content=True):
+    other_program = [f"program: {old.get('program')} → {program}"] if old.get("program") != program else []
+    if changed := other_program or differences(old, config, by_content=True):
         raise UserError(
             f"{config.run_dir}: holds a run with other settings ({'; '.join(changed)}); "
             "choose another run_dir or remove the folder"
@@ -140,11 +118,7 @@ def check_folder(config: Any, program: str) -> None:
 
 
 def check_finished(config: MetaTestConfig, result: Mapping[str, Any]) -> None:
-    """A finished run answers only for the images, φ and initial weights that it saw, under whatever names.
-
-    Raises:
-        UserError: they are others now, or cannot be read.
-    """
+    """A finished run answers only for the images, φ and initial weights that it saw, under whatever names."""
     try:
         parts = load_parts(dataclasses.replace(config, download=False))
         phi = load_phi(config.phi) if config.method == "metaperturb" else None
@@ -164,17 +138,7 @@ def unanswered(run_dir: str, file: str, error: UserError) -> UserError:
 
 
 def check_resumed(config: MetaTestConfig, state: Mapping[str, Any], data: list[str], phi: str | None) -> None:
-    """Refuse to go on with other images, φ or initial weights. The last are not needed any more and may be gone.
-
-    Args:
-        config: the settings.
-        state: the checkpoint: `data`, `phi` and `init` of when the run began.
-        data: fingerprints of the images now.
-        phi: digest of φ now.
-
-    Raises:
-        UserError: naming what changed.
-    """
+    """Refuse to go on with other images, φ or initial weights than the checkpoint has; the last may be gone."""
     try:
         init = initial_weights(config)
     except UserError as error:
@@ -192,11 +156,7 @@ def _refuse_others(config: MetaTestConfig, saw: Mapping[str, Any], now: Mapping[
 
 
 def initial_weights(config: MetaTestConfig) -> dict[str, Any] | None:
-    """What `init` gives the network, as `finetuning.initialize` says it; None without.
-
-    Raises:
-        UserError: it cannot be read, or is of another network.
-    """
+    """What `init` gives the network, as `finetuning.initialize` says it; None without."""
     if config.init is None:
         return None
     network = small_network(config)
@@ -209,11 +169,10 @@ def initial_weights(config: MetaTestConfig) -> dict[str, Any] | None:
 def check_settings(config: MetaTestConfig) -> torch.device:
     """Whatever is wrong with the settings, and with the files they name, is said before data are prepared.
 
+    That is: settings that do not go together, a device or file that is not there, a network that does not run.
+
     Returns:
         the device that `config.gpu` names.
-
-    Raises:
-        UserError: settings that do not go together, a device or file that is not there, a network that does not run.
     """
     if config.target not in DATA_SETS:
         raise UserError(f"target: unknown {config.target!r} (known: {', '.join(DATA_SETS)})")

@@ -40,19 +40,11 @@ COLORS = {
     "label_smoothing": "#882255",
     "trivial_augment": "#000000",
     "adversarial": "#9933EE",
-    "train": "#009E73",
-    "test": "#CC79A7",
 }
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of what are no methods: data sets
 STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "svg.hashsalt": "metaperturb",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
+    **{"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3},
+    **{"svg.hashsalt": "metaperturb", "legend.frameon": False, "lines.linewidth": 1.8},
 }
 LABELS = {name: regularizer.title for name, regularizer in REGULARIZERS.items()}
 DASHES = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
@@ -61,8 +53,15 @@ MARKERS = ("o", "s", "^", "D")  # of a method's variants, as the dashes: a point
 FEW = 10  # images: too few for an accuracy to be drawn
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
+# What is read from final metrics → column, factor, label of its axis.
+FINAL = {
+    "accuracy": ("accuracy_percent", 100, "test accuracy (%)"),
+    "nll": ("nll", 1, "test loss (NLL, nats)"),
+    "ece": ("ece_percent", 100, "ECE (%)"),
+}
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # name in the picture → of each of its runs what was found
+Histories = Mapping[str, Iterable[Sequence[Mapping[str, Any]]]]  # name → for each seed, the lines of `metrics.jsonl`
 # A figure, and the numbers in it as rows, of which the first is a header.
 Drawn = tuple[Figure, Sequence[Sequence[Any]]]
 
@@ -83,10 +82,7 @@ def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], 
     """Make of a function that draws one that takes `title` and `path`, too, and writes the files.
 
     The numbers are written as `.csv` beside the picture, unless `path` names one format. None is an empty cell.
-
-    Args:
-        legend: columns of the one legend for all panels, which stands below them; 0: none.
-        style: settings of matplotlib besides `STYLE`.
+    `legend`: columns of the one legend for all panels, which stands below them; 0: none. `style`: besides `STYLE`.
     """
 
     def decorate(plot: Callable[..., Drawn]) -> Callable[..., None]:
@@ -117,18 +113,19 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def _with_std(names: Iterable[str]) -> list[str]:
+    return [column for name in names for column in (name, f"{name}_std")]
+
+
 # --- training
 
 
 @_picture(legend=2)
-def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Drawn:
-    """What meta-trainings learn, against their steps.
+def plot_learning(runs: Histories) -> Drawn:
+    """What meta-trainings learn, against the steps that all seeds of a name have.
 
     Loss and accuracy on D_te, mean over tasks (of a single setting on D_tr too), and the norms of φ's two parts: the
     kernels of μ, and the scale's.
-
-    Args:
-        runs: name → for each seed, the lines of `metrics.jsonl`; the steps that all seeds have are drawn.
 
     Raises:
         ValueError: seeds of a name have no step in common, or lines lack a number.
@@ -139,20 +136,18 @@ def plot_learning(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> 
         "norm_of_mu": "norm of μ's kernels",
         "norm_of_scale": "norm of the scale's parameters",
     }
-    rows = [("name", "step", *(column for quantity in quantities for column in (quantity, f"{quantity}_std")), "seeds")]
+    rows = [("name", "step", *_with_std(quantities), "seeds")]
     figure, grid = _panels(2, 2, (9, 6), sharex=True)
     for i, (name, histories) in enumerate(runs.items()):
         steps, values = _at_common_steps(name, histories, _learned)
         drawn: list[np.ndarray] = []
-        for axes, of_quantity in zip(grid.flat, values[:4], strict=True):
+        for axes, of_quantity, label in zip(grid.flat, values, quantities.values(), strict=False):
             drawn += _draw_band(axes, name, steps, of_quantity, color=SERIES[i % len(SERIES)])
+            axes.set(ylabel=label)
         rows += [(name, *row, len(histories)) for row in zip(steps, *drawn, strict=True)]
-        if len(runs) == 1:
-            for axes, of_quantity in zip(grid[0], values[4:], strict=True):
-                train = {"color": "0.4", "linestyle": ":", "label": r"on $D^{tr}$, where θ learns"}
-                axes.plot(steps, of_quantity.mean(axis=0), **train, **_alone(steps))
-    for axes, label in zip(grid.flat, quantities.values(), strict=True):
-        axes.set(ylabel=label)
+        for axes, of_quantity in zip(grid[0], values[4:] if len(runs) == 1 else (), strict=False):
+            train = {"color": "0.4", "linestyle": ":", "label": r"on $D^{tr}$, where θ learns"}
+            axes.plot(steps, of_quantity.mean(axis=0), **train, **_alone(steps))
     for axes in grid[1]:
         axes.set(xlabel="meta-training step", ylim=(0, None))
     return figure, rows
@@ -169,20 +164,16 @@ def _learned(line: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 @_picture()
-def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]]]]) -> Drawn:
-    """Test loss and accuracy against training steps (figure 5).
+def plot_convergence(histories: Histories) -> Drawn:
+    """Test loss and accuracy against training steps (figure 5); a `seed` in the lines is among the numbers.
 
     A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so. So does
     the other axis where the last evaluation averages more samples than those before it.
-
-    Args:
-        histories: method → for each seed, the lines of `metrics.jsonl`; lines with `test_accuracy` are drawn. A `seed`
-            in them is among the numbers.
     """
     columns = ("seed", "step", "test_nll", "test_accuracy", "test_ece")
     rows, lines = [("method", *columns)], _lines(histories)
     losses: list[tuple[int, float, str]] = []  # all that is drawn: step, mean, color
-    top, counts = 0.0, []
+    top, last, before = 0.0, 1, set()  # of the axis of losses; samples of the last evaluation and of others
     figure, ((left, right),) = _panels(1, 2, (9, 3.4))
     for method, runs in histories.items():
         evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
@@ -194,7 +185,9 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
         losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
         padded = np.pad(mean + std, 1, mode="edge")
         top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
-        counts += [[line.get("test_samples", 1) for line in run] for run in evaluated]
+        for run in evaluated:
+            *others, of_last = (line.get("test_samples", 1) for line in run)
+            last, before = max(last, of_last), before.union(others)
         rows += [(method, *map(line.get, columns)) for run in evaluated for line in run]
     if max(loss for _, loss, _ in losses) > 2 * top:
         left.set_ylim(top=1.1 * top)
@@ -202,7 +195,6 @@ def plot_convergence(histories: Mapping[str, Iterable[Sequence[Mapping[str, Any]
             if loss > 1.1 * top:
                 left.annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
     left.set(xlabel="training step", ylabel="test loss (NLL, nats)")
-    last, before = max(of_run[-1] for of_run in counts), {n for of_run in counts for n in of_run[:-1]}
     note = f"\n({last} Monte-Carlo samples)" if last > 1 and not before else ""
     if before and last != max(before):
         note = f"\n(last point: {last} Monte-Carlo samples, before: {max(before)})"
@@ -243,10 +235,9 @@ def plot_growth(
         for method, by_amount in results.items():
             found = [(n, *_mean_std(100 * np.array(by_amount[n])), len(by_amount[n])) for n in sorted(by_amount)]
             amounts, mean, std, count = map(np.array, zip(*found, strict=True))
-            alike = len({*count}) == 1
-            line = POINTS | lines[method] | ({} if alike else {"linestyle": "none"})  # of other seeds: no trend
-            label = f"{name_of(method)} ({min(count)} to {max(count)} runs)"
-            label = _with_seeds(method, int(count[0])) if alike else label
+            line, label = POINTS | lines[method], _with_seeds(method, int(count[0]))
+            if len({*count}) > 1:  # of other seeds: no trend
+                line, label = line | {"linestyle": "none"}, f"{name_of(method)} ({min(count)} to {max(count)} runs)"
             axes.errorbar(amounts, mean, np.where(count > 1, std, np.nan), label=label, capsize=3, **line)
             rows += [(method, unit, *row) for row in found]
         if level:
@@ -275,49 +266,36 @@ def _amounts(axes: Axes, amounts: Iterable[int], unit: str) -> None:
 
 @_picture(legend=0)
 def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]]) -> Drawn:
-    """Final accuracy, loss and calibration of methods, one below the other.
-
-    Args:
-        results: method → for each seed, a point, `accuracy` and `ece` in [0, 1], `nll` in nats; a bar is their mean.
-    """
-    panels = {
-        "accuracy_percent": ("accuracy", 100, "test accuracy (%)"),
-        "nll": ("nll", 1, "test loss (NLL, nats)"),
-        "ece_percent": ("ece", 100, "ECE (%)"),
-    }
+    """Final accuracy, loss and calibration of methods, one below the other: a point a seed; a bar is their mean."""
     lines, labels = _lines(results), [_with_seeds(method, len(same)) for method, same in results.items()]
-    rows: list[list[Any]] = [["name", *(name for column in panels for name in (column, f"{column}_std")), "seeds"]]
+    rows: list[list[Any]] = [["name", *_with_std(column for column, *_ in FINAL.values()), "seeds"]]
     size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
-    figure, (grid,) = _panels(1, len(panels), size, sharey=True)
+    figure, (grid,) = _panels(1, len(FINAL), size, sharey=True)
     for place, (method, of_method) in enumerate(results.items()):
         color, seeds, numbers = lines[method]["color"], len(of_method), []
-        for axes, (key, factor, _) in zip(grid, panels.values(), strict=True):
+        for axes, (key, (_, factor, label)) in zip(grid, FINAL.items(), strict=True):
             values = factor * np.array([metrics[key] for metrics in of_method])
             mean, std = _mean_std(values)
             axes.plot(values, np.full(seeds, place), "o", color=color, markersize=5, alpha=0.6)
             axes.plot(mean, place, "|", color=color, markersize=16, markeredgewidth=2)
+            axes.set(xlabel=label)
+            axes.grid(axis="y", visible=False)
             numbers += [mean, std if seeds > 1 else None]
         rows.append([method, *numbers, seeds])
-    for axes, (_, _, label) in zip(grid, panels.values(), strict=True):
-        axes.set(xlabel=label)
-        axes.grid(axis="y", visible=False)
     grid[0].set_yticks(range(len(results)), labels)
     grid[0].set_ylim(len(results) - 0.5, -0.5)  # the first on top
     return figure, rows
 
 
-# --- analyses
+# --- analyses: each takes name → of each seed what the function of `analyses` that it names returned
 
 
 @_picture()
 def plot_robustness(results: Results) -> Drawn:
-    """Accuracy against the radius ε of the attack (figure 6 a-c), whose settings follow the title.
+    """Accuracy against the radius ε of the attack (figure 6 a-c), by `measure_robustness`.
 
-    A method with one seed has no band, but bars: the standard error that comes from the choice of images.
-
-    Args:
-        results: name → of each seed what `analyses.robustness.measure_robustness` returned; the ε that all seeds of a
-            name have are drawn.
+    The ε that all seeds of a name have are drawn. A method with one seed has no band, but bars: the standard error
+    that comes from the choice of images.
     """
     panels: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
     for name, runs in results.items():
@@ -327,9 +305,9 @@ def plot_robustness(results: Results) -> Drawn:
             eps = [at for _, at in of_norm]
             accuracies = 100 * np.array([[of_seed[norm, at] for at in eps] for of_seed in by_place])
             panels.setdefault(norm, {})[name] = eps, accuracies
-    rows, lines, first = [], _lines(results), next(iter(results.values()))[0]
+    lines, first = _lines(results), next(iter(results.values()))[0]
+    rows, attack, bars = [("name", "norm", "eps", "accuracy_percent", "std", "seeds")], first["settings"], ""
     figure, (grid,) = _panels(1, len(panels), (4 * len(panels), 4.0), sharey=True)
-    attack, bars = first["settings"], ""
     for axes, norm in zip(grid, [norm for norm in NORM_LABELS if norm in panels], strict=True):
         for name, (eps, accuracy) in panels[norm].items():
             mean, std = _draw_band(axes, name, eps, accuracy, **lines[name], **POINTS)
@@ -345,17 +323,14 @@ def plot_robustness(results: Results) -> Drawn:
     grid[0].set(ylabel="accuracy under attack (%)")
     eot = f"{attack['draws']} draws of the noise each" if attack["draws"] > 1 else "one draw of the noise each"
     figure.suptitle(f"\nPGD on {attack['images']:,} images, {attack['steps']} steps, {eot}{bars}")
-    return figure, [("name", "norm", "eps", "accuracy_percent", "std", "seeds"), *rows]
+    return figure, rows
 
 
 @_picture(legend=2)
 def plot_reliability(results: Results) -> Drawn:
-    """Accuracy against confidence, bin by bin, seeds pooled; below it the share of images in each bin (figure 6 d).
+    """Accuracy against confidence by bins, and the share of images in each (figure 6 d), by `measure_calibration`.
 
-    Bins of a few images, whose accuracy is mere chance, are among the numbers but not in the picture.
-
-    Args:
-        results: name → of each seed what `analyses.calibration.measure_calibration` returned.
+    Seeds are pooled. Bins of a few images, whose accuracy is mere chance, are among the numbers but not in the picture.
     """
     rows, lines = [("name", "bin", "count", "confidence", "accuracy")], _lines(results)
     figure, ((upper,), (lower,)) = _panels(2, 1, (5, 5.6), sharex=True, height_ratios=(3, 1))
@@ -384,38 +359,40 @@ def plot_reliability(results: Results) -> Drawn:
 
 @_picture()
 def plot_samples(results: Results) -> Drawn:
-    """Accuracy, calibration error and time of a prediction against its Monte-Carlo samples: what samples buy.
+    """Accuracy, calibration error and time of a prediction against its Monte-Carlo samples, by `measure_calibration`.
 
     Whiskers are what the draws alone do to one network's prediction: the standard deviation over repetitions, where a
     count has several. A network without noise, which has one prediction, is a level line.
-
-    Args:
-        results: name → of each seed what `analyses.calibration.measure_calibration` returned.
     """
     keys = ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
     rows, lines = [("name", "samples", *keys, "seeds")], _lines(results)
     ticks = sorted({of["samples"] for runs in results.values() for of in runs[0]["counts"]})
+    panels = {
+        "accuracy": (100, "accuracy (%)"),
+        "ece": (100, "ECE (%)"),
+        "seconds": (1, "time for all test images (s)"),
+    }
     figure, (grid,) = _panels(1, 3, (12, 3.6))
     for name, runs in results.items():
         samples = [of["samples"] for of in runs[0]["counts"]]
         noisy = len(samples) > 1 or ticks == [1]
-        found = {
-            key: np.array([[np.mean(of[key]) for of in run["counts"]] for run in runs])  # [seeds, counts]
-            for key in ("accuracy", "ece", "nll", "seconds")
-        }
-        for key in ("accuracy", "ece"):
-            found[f"{key}_scatter"] = np.array([[np.std(of[key]) for of in run["counts"]] for run in runs])
-        for axes, key, factor in zip(grid, ("accuracy", "ece", "seconds"), (100, 100, 1), strict=True):
+        found = {}
+        for key in keys:  # [seeds, counts]
+            key, scatter, _ = key.partition("_scatter")
+            over = np.std if scatter else np.mean
+            found[key + scatter] = np.array([[over(of[key]) for of in run["counts"]] for run in runs])
+        for axes, (key, (factor, label)) in zip(grid, panels.items(), strict=True):
             values = factor * found[key]
             x, drawn = (samples, values) if noisy else ([1, ticks[-1]], values.repeat(2, axis=1))
             _draw_band(axes, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
             if noisy and key != "seconds":
                 scatter = factor * found[f"{key}_scatter"].mean(axis=0)
                 axes.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=lines[name]["color"], capsize=3)
+            axes.set(xlabel="Monte-Carlo samples", ylabel=label)
         columns = zip(samples, *(found[key].mean(axis=0) for key in keys), strict=True)
         rows += [(name, *column, len(runs)) for column in columns]
-    for axes, label in zip(grid, ("accuracy (%)", "ECE (%)", "time for all test images (s)"), strict=True):
-        axes.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
+    for axes in grid:
+        axes.set(xscale="log")
         axes.set_xticks(ticks, map(str, ticks), minor=False)
         axes.minorticks_off()
     grid[2].set(yscale="log")
@@ -426,12 +403,10 @@ def plot_samples(results: Results) -> Drawn:
 
 @_picture(legend=2)
 def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Drawn:
-    """The scale s of every channel, block by block, data sets side by side (figure 7), and how much its noise scatters.
+    """The scale s of every channel, block by block (figure 7), and how much its noise scatters, by `learned_scales`.
 
-    Args:
-        by_data: data set → for each run its sites, each with its name `site`, the scales `s` of its channels, and
-            `spread`: std(z) / mean(z) of them. Boxes hold the middle half of a block's channels, whiskers all but the
-            outer twentieths. `run` and `seed` are among the numbers.
+    Data sets stand side by side. Boxes hold the middle half of a block's channels, whiskers all but the outer
+    twentieths. `run` and `seed` of the places are among the numbers.
     """
     sites = [place["site"] for place in next(iter(by_data.values()))[0]]
     width, rows = 0.8 / len(by_data), [("data", "run", "seed", "site", "channel", "s", "spread")]
@@ -464,11 +439,7 @@ def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) ->
 
 @_picture(legend=0, **{"axes.grid": False})
 def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]]) -> Drawn:
-    """Training loss around trained networks, a panel a method, one color scale (figure 8).
-
-    Args:
-        surfaces: method → what `analyses.surface.loss_surface` gives, all on the same plane.
-    """
+    """Training loss around a network of each method, on one plane and color scale (figure 8), by `loss_surface`."""
     losses = {method: np.array(surface["loss"]) for method, surface in surfaces.items()}
     low, high = min(loss.min() for loss in losses.values()), max(loss.max() for loss in losses.values())
     levels = np.geomspace(max(low, 1e-4), max(high, 2e-4), 21)
@@ -499,11 +470,7 @@ def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]]) -> Drawn:
 
 @_picture(legend=0, **{"axes.grid": False})
 def plot_phi(values: Mapping[str, np.ndarray]) -> Drawn:
-    """All of φ: eight 3×3 kernels and the ten weights of the affine map, with their values; without numbers.
-
-    Args:
-        values: the six parts by their names in `MetaPerturb`.
-    """
+    """φ's parts by name: eight 3×3 kernels and the ten weights of the affine map, with their values; without CSV."""
     layers = (1, "self"), (1, "all"), (2, "self"), (2, "all")
     kernels = {f"μ, layer {layer}, {kernel}": values[f"{kernel}{layer}"] for layer, kernel in layers}
     kernels |= {f"scale kernel {i}": kernel for i, kernel in enumerate(values["scale_kernels"], 1)}

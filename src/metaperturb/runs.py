@@ -18,15 +18,7 @@ from metaperturb.storage import hold, load_json, reason, remove_leftovers, save_
 
 
 class Run:
-    """The folder of one run, held by one process at a time.
-
-    Args:
-        config: the settings; `config.run_dir` names the folder.
-        program: `"meta_train"` or `"meta_test"`.
-
-    Raises:
-        UserError: the folder is in use, or cannot be written.
-    """
+    """The folder that a run's settings name, held by one process at a time."""
 
     def __init__(self, config: Any, program: str) -> None:
         self.config, self.program = config, program
@@ -111,11 +103,7 @@ def finished_result(run_dir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def finished_meta_test(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of `result.json` of a finished run of meta-testing.
-
-    Raises:
-        UserError: no folder of a run, one that is not finished, or one of another program.
-    """
+    """The content of `result.json` of a finished run of meta-testing; any other folder is refused."""
     result = finished_result(folder)
     if result is None:
         what = "this run is not finished" if (Path(folder) / "config.yaml").exists() else "is no run folder"

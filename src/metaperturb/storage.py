@@ -91,11 +91,7 @@ def save_tensors(content: Any, path: Path) -> None:
 
 
 def save_json(content: Any, path: Path) -> None:
-    """Indented JSON in UTF-8, atomically.
-
-    Raises:
-        UserError: see `write_atomically`.
-    """
+    """Indented JSON in UTF-8, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # Names of files need not be Unicode: their other bytes are written as JSON has them, \udcff.
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
@@ -137,11 +133,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def load_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        Damaged: unreadable, or no JSON.
-    """
+    """What a JSON file holds; `Damaged` where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -19,38 +19,31 @@ from metaperturb.storage import load_tensors
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run of meta-testing.
+    """A finished run of meta-testing, with the images it was trained and evaluated on.
 
-    Attributes:
-        dir: its folder.
-        config: its settings.
-        result: the content of `result.json`.
-        model: the trained network in evaluation mode: images `[B, 3, S, S]` in [-1, 1] → logits `[B, K]`. MetaPerturb
-            is at full strength, and each call draws anew.
-        stochastic: whether it draws in evaluation.
-        train, test: the images it was trained and evaluated on.
+    The network is in evaluation mode: images `[B, 3, S, S]` in [-1, 1] → logits `[B, K]`. MetaPerturb is at full
+    strength, and each call draws anew.
     """
 
     dir: Path
     config: MetaTestConfig
-    result: dict[str, Any]
+    result: dict[str, Any]  # the content of `result.json`
     model: nn.Module
-    stochastic: bool
+    stochastic: bool  # whether it draws in evaluation
     train: ImageArrays
     test: ImageArrays
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu", **places: Any) -> TrainedRun:
-    """Read a run back.
+    """Read a finished run back.
 
     Args:
         folder: of a finished run.
         device: where the network goes.
-        places: settings that say where the data are now, if elsewhere than when it ran: `data_root`, `target_path`.
+        places: where the data are now, if elsewhere than when it ran: `data_root`, `target_path`.
 
     Raises:
-        UserError: no finished run of meta-testing, its checkpoint or data are missing, the data are other images, or
-            the network holds values that are not finite.
+        UserError: what is missing, of other images, or not finite.
     """
     folder = Path(folder)
     result = finished_meta_test(folder)

@@ -54,9 +54,6 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
         over the repetitions of `accuracy`, `ece` in [0, 1] and `nll` in nats, and `seconds` of one prediction of all
         images; `reliability` of the largest count, lists over the bins of `count`, `confidence` and `accuracy` (means;
         None where a bin is empty); `seconds_per_sample`; versions and hardware.
-
-    Raises:
-        UserError: `path` holds other results, or the network returns what is not finite.
     """
     counts = sorted(set(sampling.counts)) if run.stochastic else [1]
     settings = {"counts": sorted(set(sampling.counts)), "batch_size": sampling.batch_size, "seed": sampling.seed}
@@ -95,14 +92,14 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
     confidence, prediction = mean.exp().max(dim=1)
     count, *sums = (column.tolist() for column in reliability_bins(confidence, prediction == labels))
     bins = [[total / n if n else None for total, n in zip(of, count, strict=True)] for of in sums]
+    found = []
+    for of, repetitions in examined.items():
+        columns = {key: [one[key] for one in repetitions] for key in repetitions[0]}
+        found.append({"samples": of, **columns, "seconds": of * each})
     content = {
         **about,
-        "counts": [{"samples": count, **_columns(examined[count]), "seconds": count * each} for count in counts],
-        "reliability": {
-            "samples": counts[-1],
-            "count": [int(n) for n in count],
-            **dict(zip(("confidence", "accuracy"), bins, strict=True)),
-        },
+        "counts": found,
+        "reliability": {"samples": counts[-1], "count": [*map(int, count)], "confidence": bins[0], "accuracy": bins[1]},
         "seconds_per_sample": each,
         **provenance(images.device),
     }
@@ -120,7 +117,3 @@ def _sample(run: TrainedRun, images: DeviceImages, batch_size: int) -> Tensor:
     if not torch.isfinite(log_p).all():  # waits for the device, so that the time is that of the work
         raise UserError(f"{run.dir}: the network returns numbers that are not finite")
     return log_p
-
-
-def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    return {key: [row[key] for row in rows] for key in rows[0]}

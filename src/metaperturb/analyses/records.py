@@ -14,17 +14,14 @@ from metaperturb.trained import TrainedRun
 def begun(
     path: Path, run: TrainedRun, analysis: str, settings: dict[str, Any], parts: dict[str, Any]
 ) -> dict[str, Any]:
-    """The results in `path`; where there is no such file, what they begin with.
+    """The results of an analysis in a JSON file; where there is no such file, what they begin with.
 
     Args:
-        path: a JSON file.
+        path: of the file; one that is damaged or holds something else is refused.
         run: whose network and images the results are about.
         analysis: its name.
         settings: all that changes its numbers, as JSON holds it (lists, no tuples). Equal ones, equal results.
         parts: what the results have besides, as it is at first.
-
-    Raises:
-        UserError: the file is damaged or holds something else; the message names what differs.
     """
     about = {
         "analysis": analysis,
@@ -59,14 +56,7 @@ def digest(model: nn.Module) -> str:
 
 
 def check_comparable(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Refuse results that are not all about the same images by the same settings.
-
-    Args:
-        results: name in the picture → what the analysis wrote about each of its runs.
-
-    Raises:
-        UserError: two differ; the message names them.
-    """
+    """Refuse results, name → of each run, that are not all about the same images by the same settings."""
     pairs = [(name, result) for name, of_runs in results.items() for result in of_runs]
     first_name, first = pairs[0]
     for name, result in pairs[1:]:

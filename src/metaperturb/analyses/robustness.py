@@ -178,25 +178,16 @@ def perturb(
     step_size: float,
     judges: int = 0,
 ) -> Tensor:
-    """The worst images `[B, 3, S, S]` found in the ball of radius `eps` about `images`, within [0, 1].
+    """The worst images `[B, 3, S, S]` found in the ball of radius `eps` > 0 about `images`, within [0, 1].
 
-    Args:
-        model: in evaluation mode.
-        images: pixels in [0, 1]; `labels` are `[B]`.
-        norm: "linf", "l2" or "l1"; `eps` is above 0, `steps` and `step_size` are as `Attack` has them.
-        judges: draws of the noise by which kept and last iterate are compared; 0: the network has no noise.
-
-    Random start and noise come from PyTorch's global generators.
-
-    Raises:
-        UserError: foolbox is not installed, or what comes out is not finite, not in [0, 1] or not in the ball.
+    Random start and noise come from PyTorch's global generators. `judges`: draws of the noise by which kept and last
+    iterate are compared; 0: the network, which is in evaluation mode, has no noise.
     """
     foolbox = _foolbox()
-    attacks = foolbox.attacks
     bases = {
-        "linf": (_KeepWorst, attacks.LinfPGD),
-        "l2": (_KeepWorst, attacks.L2PGD),
-        "l1": (_Sparse, attacks.SparseL1DescentAttack),
+        "linf": (_KeepWorst, foolbox.attacks.LinfPGD),
+        "l2": (_KeepWorst, foolbox.attacks.L2PGD),
+        "l1": (_Sparse, foolbox.attacks.SparseL1DescentAttack),
     }
     attack = type("Attack", bases[norm], {})(steps=steps, rel_stepsize=step_size, random_start=True)
     attack.begin(images)
@@ -238,10 +229,6 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
         the content of `path`, of its points those asked for: what it is about; `clean`, the counts of correct images by
         batch; `points`, each of `norm`, `eps`, `correct` (such counts) and `accuracy` in [0, 1]; `seconds` in all;
         versions and hardware.
-
-    Raises:
-        UserError: foolbox is not installed; ε beyond the range of images; more images than there are; `path` holds
-            other results; or a network that returns what is not finite.
     """
     version = check_attack(run, attack)
     victim = _Victim(run, attack)
@@ -274,11 +261,7 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
 
 
 def check_attack(run: TrainedRun, attack: Attack) -> str:
-    """What can be wrong with an attack on a run, told before anything is computed; returns foolbox's version.
-
-    Raises:
-        UserError: foolbox is not installed; ε beyond the range of images; more images than there are.
-    """
+    """What can be wrong with an attack on a run, told before anything is computed; returns foolbox's version."""
     for norm, eps in attack.points:
         reach = (3 * run.test.image_size**2) ** (1 / NORMS[norm])  # from the black image to the white one
         if eps > reach:

@@ -32,9 +32,6 @@ def learned_scales(run: TrainedRun, images: int = 64) -> list[dict[str, Any]]:
         the running statistics (section 3.2); and `spread`: C numbers, the relative standard deviation of z over ε,
         std(z) / mean(z), mean over the images and all positions. Where μ = 0, which is where meta-training begins,
         that is 0.65 and says nothing of the input; the larger μ, the smaller. With `noise=false`, z = 1, it is 0.
-
-    Raises:
-        UserError: the run's network has no scale: another method, or the ablation without it.
     """
     if run.config.method != "metaperturb":
         raise UserError(f"{run.dir}: method {run.config.method} has no scales s; figure 7 is about metaperturb")

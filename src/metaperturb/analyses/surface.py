@@ -91,9 +91,6 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
     Returns:
         the content of `path`: what it is about, `coordinates` `[points]`, and `loss` `[points][points]` in nats:
         `loss[i][j]` at a = `coordinates[i]`, b = `coordinates[j]`.
-
-    Raises:
-        UserError: `path` holds the surface of another network or plane, or a loss is not finite.
     """
     settings = {**dataclasses.asdict(plane), "revision": REVISION}
     record = begun(path, run, "surface", settings, {"coordinates": plane.coordinates, "loss": []})

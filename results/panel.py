@@ -1,7 +1,7 @@
 """Any CNN: φ in every classification CNN of torchvision up to 60 M parameters and in some of timm, one line each.
 
-    python scripts/panel.py                    # goes on where it stopped; results/panel.jsonl, results/panel.md
-    python scripts/panel.py --only resnet18 timm/repvgg_a0 --out /tmp/panel
+    ./run.sh panel                    # goes on where it stopped; results/panel.jsonl, results/panel.md
+    ./run.sh panel --only resnet18 timm/repvgg_a0 --out /tmp/panel
 
 A line says how many sites were found and in which modules, that 20 training steps on random images and an evaluation
 after them are finite, that a network made anew and given the state predicts the same, and that `detach` leaves a
@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from tables.page import markdown_table
 
 import metaperturb
 from metaperturb import UserError, models
@@ -30,6 +29,7 @@ from metaperturb.storage import write_atomically
 SIZES = [64, 96, 256, 224]
 LARGEST, STEPS, BATCH, CLASSES, LR = 60e6, 20, 8, 10, 1e-3
 COLUMNS = ("network", "size", "sites")
+HEAD = (*COLUMNS, "in", "outcome")
 TIMM = """
 resnet10t resnet26d resnetv2_50 resnext50_32x4d res2net50_14w_8s resnest14d seresnet50 ecaresnet26t skresnet18
 regnetz_b16 nf_regnet_b1 dla34 dla46_c hrnet_w18_small densenet121 dpn68 darknet53 cspresnet50 cs3darknet_s
@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         lines.append({"network": name, **found})
         print(f"{name}: {found.get('sites', '')} {found['outcome']} ({time.time() - start:.0f} s)", flush=True)
         rows = [[*(str(line.get(key, "")) for key in COLUMNS), where(line), line["outcome"]] for line in lines]
-        table = markdown_table([*COLUMNS, "in", "outcome"], rows)
+        table = [" | ".join(text.replace("|", "\\|") for text in row) for row in (HEAD, ["---"] * len(HEAD), *rows)]
+        table = "\n".join(f"| {row} |" for row in table)
         for path, text in ((record, "\n".join(map(json.dumps, lines))), (page, head + table)):
             write_atomically(path, lambda file, text=text: file.write(f"{text}\n".encode()))
 
