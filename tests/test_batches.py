@@ -19,40 +19,34 @@ def random_images(count, size=6, seed=0):
     return np.random.default_rng(seed).integers(1, 256, (count, 3, size, size), dtype=np.uint8)
 
 
-def numbered_images(count, size=4):
+def numbered_images(count):
     """Image i is full of the value i."""
-    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 3, size, size)).copy()
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 3, 4, 4)).copy()
 
 
-def data_set(images, labels=None, num_classes=5):
+def data_set(images, labels=None, num_classes=5, device=CPU):
     labels = np.arange(len(images)) % num_classes if labels is None else labels
     names = tuple(f"class {i}" for i in range(num_classes))
-    return DeviceImages(ImageArrays(images, np.asarray(labels, dtype=np.int64), names, "0" * 8, "made-train"), CPU)
+    return DeviceImages(ImageArrays(images, np.asarray(labels, dtype=np.int64), names, "0" * 8, "made-train"), device)
 
 
-def stream(count=10, batch_size=4, indices=None, class_ids=None, padding=0, key=(0, 0, "order_train"), **options):
-    indices = np.arange(count) if indices is None else indices
-    return TrainingBatches(data_set(numbered_images(count), **options), indices, class_ids, batch_size, padding, key)
+def stream(images=10, batch_size=4, indices=None, class_ids=None, padding=0, key=(0, 0, "order_train"), **options):
+    images = data_set(numbered_images(images) if isinstance(images, int) else images, **options)
+    indices = np.arange(len(images.arrays)) if indices is None else indices
+    return TrainingBatches(images, indices, class_ids, batch_size, padding, key)
 
 
 def numbers(batch):
     """Which numbered images a batch holds."""
-    images, _ = batch
-    values = (images[:, 0, 0, 0] + 1) * 127.5
-    return values.round().long().tolist()
+    return ((batch[0][:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
 
 
 def all_crops(image, padding):
     """{(y, x, flip): crop} of one image [3, S, S], by slicing."""
-    size = image.shape[-1]
-    padded = np.zeros((3, size + 2 * padding, size + 2 * padding), dtype=np.uint8)
-    padded[:, padding : padding + size, padding : padding + size] = image
-    crops = {}
-    for y in range(2 * padding + 1):
-        for x in range(2 * padding + 1):
-            crop = padded[:, y : y + size, x : x + size]
-            crops[y, x, False], crops[y, x, True] = crop, crop[:, :, ::-1]
-    return crops
+    size, span = image.shape[-1], range(2 * padding + 1)
+    padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
+    crops = {(y, x, False): padded[:, y : y + size, x : x + size] for y in span for x in span}
+    return crops | {(y, x, True): crop[:, :, ::-1] for (y, x, _), crop in crops.items()}
 
 
 # --- crop and flip
@@ -95,8 +89,7 @@ def test_against_a_loop_with_the_same_draws(size, padding):
 def test_a_read_only_memory_map_is_no_problem_and_stays_as_it_is(tmp_path, padding):
     np.save(tmp_path / "images.npy", numbered_images(10))
     images = np.load(tmp_path / "images.npy", mmap_mode="r")
-    batches = TrainingBatches(data_set(images), np.arange(10), None, 5, padding, (0, 0, "order_train"))
-    batches.batch(0)[0].zero_()
+    stream(images, 5, padding=padding).batch(0)[0].zero_()
     assert np.array_equal(images, numbered_images(10))
 
 
@@ -132,10 +125,10 @@ def test_every_image_once_an_epoch(count, batch_size):
 @pytest.mark.parametrize("batch_size", [3, 4, 25])
 def test_a_batch_is_a_function_of_its_number_and_the_global_seed(batch_size):
     """Whatever was asked for before: a resumed run asks for one batch of a fresh stream."""
-    steps, images = 12, data_set(random_images(10))
+    steps = 12
 
     def fresh():
-        return TrainingBatches(images, np.arange(10), None, batch_size, 1, (0, 0, "order_train"))
+        return stream(random_images(10), batch_size, padding=1)
 
     def batch(batches, k, seed=100):
         torch.manual_seed(seed + k)
@@ -190,13 +183,10 @@ def test_labels_are_renumbered_for_a_task():
 @pytest.mark.parametrize("padding", [0, 1, 4, 9])
 @pytest.mark.parametrize("size", [1, 5, 16, 37])
 def test_one_pass_gives_the_same_bits(size, padding):
-    images = random_images(7, size)
-
     def batch(kernel):
-        batches = TrainingBatches(data_set(images), np.arange(7), None, 64, padding, (0, 0, "order_train"))
         torch.manual_seed(size)
         with kernels.use_kernel(kernel):
-            return batches.batch(3)
+            return stream(random_images(7, size), 64, padding=padding).batch(3)
 
     (fused, fused_labels), (plain, plain_labels) = batch("fused"), batch("plain")
     assert torch.equal(fused, plain) and torch.equal(fused_labels, plain_labels)
@@ -230,9 +220,9 @@ def test_one_launch_gives_the_same_bits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("padding", [0, 4])
 def test_one_launch_on_a_gpu_gives_the_same_bits(padding):
-    arrays = data_set(random_images(50, 32)).arrays
-    images, indices = DeviceImages(arrays, torch.device("cuda")), np.flatnonzero(arrays.labels != 3)
-    batches = TrainingBatches(images, indices, np.array([0, 1, 2, 4]), 40, padding, (0, 0, "order_train"))
+    images, labels = random_images(50, 32), np.arange(50) % 5
+    wanted = {"indices": np.flatnonzero(labels != 3), "class_ids": np.array([0, 1, 2, 4])}
+    batches = stream(images, 40, padding=padding, device=torch.device("cuda"), **wanted)
     results = []
     for kernel in ("fused", "plain"):
         torch.manual_seed(0)
@@ -240,9 +230,10 @@ def test_one_launch_on_a_gpu_gives_the_same_bits(padding):
             results.append(batches.batch(2))
     assert all(torch.equal(a, b) and a.is_cuda for a, b in zip(*results, strict=True))
     order = batches._indices(2).tolist()
-    assert sorted(order) == indices.tolist() and results[0][1].tolist() == [i % 5 - (i % 5 == 4) for i in order]
+    assert sorted(order) == wanted["indices"].tolist()
+    assert results[0][1].tolist() == [i % 5 - (i % 5 == 4) for i in order]
     for output, index in zip((results[0][0].cpu() + 1).mul(127.5).round().byte().numpy(), order, strict=True):
-        assert any(np.array_equal(output, crop) for crop in all_crops(arrays.images[index], padding).values())
+        assert any(np.array_equal(output, crop) for crop in all_crops(images[index], padding).values())
 
 
 def test_indices_beyond_the_images_are_an_error():

@@ -17,7 +17,6 @@ from image_files import (
     md5,
     picture,
     refused,
-    served,
     write_folder,
     write_tar,
 )
@@ -40,20 +39,23 @@ def _refused(says, name, root, **options):
     return refused(says, load, name, data_root=root, **options)
 
 
+PAPER = {  # classes, images to train on and to test on, pixels, border of the crop
+    "stl10": (10, 5000, 8000, 96, 8),
+    "s_cifar100": (100, 5000, 10000, 32, 4),
+    "dogs": (120, 12000, 8580, 84, 8),
+    "cars": (196, 8144, 8041, 84, 8),
+    "aircraft": (100, 6667, 3333, 84, 8),
+    "cub": (200, 5994, 5794, 84, 8),
+    "small_svhn": (10, 5000, 26032, 32, 4),
+    "tiny_imagenet": (200, 100_000, 10_000, 32, 4),
+}
+
+
 def test_specs_are_those_of_the_paper():
-    found = {
-        name: (s.num_classes, s.images.get("train"), s.images.get("test"), s.image_size, crop_padding(s.image_size))
-        for name, s in DATA_SETS.items()
-    }
-    assert found["stl10"] == (10, 5000, 8000, 96, 8)
-    assert found["s_cifar100"] == (100, 5000, 10000, 32, 4)
-    assert found["dogs"] == (120, 12000, 8580, 84, 8)
-    assert found["cars"] == (196, 8144, 8041, 84, 8)
-    assert found["aircraft"] == (100, 6667, 3333, 84, 8)
-    assert found["cub"] == (200, 5994, 5794, 84, 8)
-    assert found["small_svhn"] == (10, 5000, 26032, 32, 4)
-    assert found["tiny_imagenet"] == (200, 100_000, 10_000, 32, 4)
-    assert (crop_padding(32), crop_padding(33)) == (4, 8)
+    for name, expected in PAPER.items():
+        spec = DATA_SETS[name]
+        size = spec.image_size, crop_padding(spec.image_size)
+        assert (spec.num_classes, spec.images["train"], spec.images["test"], *size) == expected
     for name, of_each in (("s_cifar100", {"train": (50, 0), "val": (25, 50)}), ("small_svhn", {"train": (500, 0)})):
         assert official.OFFICIAL[name].few == of_each
         assert official.OFFICIAL[name].key("train").endswith(" choice 0")  # of another one, the cache would be another
@@ -251,19 +253,6 @@ def test_cub_where_it_is_named(tmp_path, monkeypatch, form):
     _check(made, load("cub", data_root=tmp_path, paths=[path], image_size=84), 84)
 
 
-def test_download(tmp_path, monkeypatch):
-    (tmp_path / "served").mkdir()
-    made = _lay_out("aircraft", tmp_path / "served", monkeypatch, packed=True)
-    ((old, checksum),) = official.FILES[made.place].items()
-    with served(tmp_path / "served") as (url, asked):
-        monkeypatch.setitem(official.FILES, made.place, {old.replace(DEAD, f"{url}/"): checksum})
-        _check(made, load("aircraft", data_root=tmp_path / "root"), 84)
-    assert asked and sorted(path.name for path in (tmp_path / "root").iterdir() if path.name[0] != ".") == [
-        "cache",
-        made.place,
-    ]
-
-
 def test_counts_are_verified(tmp_path):
     path = write_tar(tmp_path / "birds.tgz", cub_files())
     says = r"birds\.tgz: expected 5994 train images of 200 classes for CUB-200-2011, found 6 of 3"
@@ -307,10 +296,7 @@ ABSENT = {
     "dogs": ("images.tar", r"images\.tar from http://vision"),
     "aircraft": ("fgvc-aircraft-2013b", r"fgvc-aircraft-2013b\.tar\.gz from https://www.robots"),
     "stl10": ("stl10_binary", r"stl10_binary\.tar\.gz from http"),
-    "fashion_mnist": (
-        "FashionMNIST",
-        r"train-images-idx3-ubyte\.gz, .*t10k-\S+ from http://\S+.com to",
-    ),
+    "fashion_mnist": ("FashionMNIST", r"train-images-idx3-ubyte\.gz, .*t10k-\S+ from http://\S+.com to"),
     "tiny_imagenet": ("tiny-imagenet-200.zip", r"tiny-imagenet-200\.zip from http"),
 }
 

@@ -1,9 +1,9 @@
 """Tiny ImageNet in its official layout, whole or in parts."""
 
 import numpy as np
-from image_files import expected_pixels, md5, picture, refused, served, tiny_imagenet, write_folder, write_zip
+from image_files import expected_pixels, picture, refused, tiny_imagenet, write_folder, write_zip
 
-from metaperturb.data import load, official
+from metaperturb.data import load
 
 WNIDS = ("n02", "n01", "n10")
 
@@ -52,17 +52,6 @@ def test_validation_images(tmp_path):
         content = layout[f"tiny-imagenet-200/val/images/val_{number}.JPEG"]
         np.testing.assert_array_equal(image, expected_pixels(content, 32))
     refused(r"two\.zip: no labelled validation images", _load, tmp_path, paths[1], split="test")
-
-
-def test_download_is_asked_for_with_the_official_checksum(tmp_path, monkeypatch):
-    name = "tiny-imagenet-200.zip"
-    assert [*official.FILES[name].values()] == ["90528d7ca1a48142e341f4ef8d21d0de"]
-    archive = write_zip(tmp_path / name, _layout(0, 2))
-    with served(tmp_path) as (url, _):
-        monkeypatch.setitem(official.FILES, name, {f"{url}/{name}": "0" * 32})
-        refused(r"failed; fetch .* by other means", _load, tmp_path / "root")
-        monkeypatch.setitem(official.FILES, name, {f"{url}/{name}": md5(archive.read_bytes())})
-        assert len(_load(tmp_path / "root")) == 6
 
 
 def test_what_is_not_tiny_imagenet(tmp_path):

@@ -35,7 +35,7 @@ REGULARIZERS = {
     "dropout": Regularizer("Dropout", "noise.Dropout", ("dropout_prob",)),
     "mixup": Regularizer("mixup", "mixing.Mixup", ("mixup_alpha",), in_recipe=True),
     "cutmix": Regularizer("CutMix", "mixing.CutMix", ("cutmix_alpha",), in_recipe=True),
-    "label_smoothing": Regularizer("Label smoothing", "labels.LabelSmoothing", ("label_smoothing",), in_recipe=True),
+    "label_smoothing": Regularizer("Label smoothing", "mixing.LabelSmoothing", ("label_smoothing",), in_recipe=True),
     "trivial_augment": Regularizer("TrivialAugment", "augmentation.TrivialAugment", in_recipe=True),
     "adversarial": Regularizer(
         "Adversarial training",

@@ -67,8 +67,7 @@ class TrainingBatches:
         key: tuple[int, int, str],
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.augment = augment
-        self.images, self.batch_size, self.padding, self.key = images, batch_size, padding, key
+        self.images, self.batch_size, self.padding, self.key, self.augment = images, batch_size, padding, key, augment
         self.indices = np.ascontiguousarray(indices, dtype=np.int64)
         if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < len(images.arrays):
             raise IndexError(f"indices reach beyond the {len(images.arrays)} images")
@@ -103,13 +102,9 @@ class TrainingBatches:
 
     def _indices(self, step: int) -> Tensor:
         first, count = step * self.batch_size, len(self.indices)
-        parts, position = [], first
-        while position < first + self.batch_size:
-            epoch, start = divmod(position, count)
-            stop = min(count, start + first + self.batch_size - position)
-            parts.append(self._epoch(epoch)[start:stop])
-            position += stop - start
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        epochs = range(first // count, (first + self.batch_size - 1) // count + 1)
+        order = self._epoch(epochs[0]) if len(epochs) == 1 else torch.cat([*map(self._epoch, epochs)])
+        return order[first - epochs[0] * count :][: self.batch_size]
 
     def _epoch(self, epoch: int) -> Tensor:
         if epoch not in self.epochs:

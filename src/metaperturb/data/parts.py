@@ -16,22 +16,19 @@ def load_parts(config: MetaTestConfig) -> tuple[ImageArrays, ImageArrays]:
     Raises:
         UserError: as `load` and `holdout_split`, or a class has fewer images than `train_per_class`.
     """
-    hold_out = config.eval_split == "holdout"
+    hold_out, count = config.eval_split == "holdout", config.train_per_class
     splits = ("train",) if hold_out else ("train", config.eval_split)
     train, *rest = _load(config, config.target, config.target_paths, config.image_size, splits)
     if hold_out:
         kept, held_out = holdout_split(train.labels, config.holdout, train.classes)
         train, rest = subset(train, kept, "rest"), [subset(train, held_out, "holdout")]
-    if config.train_per_class is not None:  # of what is not held out: other images than without holdout
-        counts = np.bincount(train.labels)
-        if counts.min() < config.train_per_class:
-            left = ", without those held out," if hold_out else ""
-            raise UserError(
-                f"train_per_class {config.train_per_class}: class {train.classes[counts.argmin()]} has{left} "
-                f"{counts.min()} training images"
-            )
-        chosen = few_per_class(train.labels, config.train_per_class)
-        train = subset(train, chosen, f"{config.train_per_class}-a-class")
+    if count is not None:  # of what is not held out: other images than without holdout
+        found = np.bincount(train.labels)
+        if found.min() < count:
+            has = "has, without those held out," if hold_out else "has"
+            short = f"class {train.classes[found.argmin()]} {has} {found.min()} training images"
+            raise UserError(f"train_per_class {count}: {short}")
+        train = subset(train, few_per_class(train.labels, count), f"{count}-a-class")
     return train, *rest
 
 

@@ -6,17 +6,15 @@ Triton and this package.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +27,7 @@ from metaperturb.cli import PARENT, end_with
 from metaperturb.errors import UserError
 from metaperturb.kernels import fused, plain
 from metaperturb.kernels.backend import Unavailable, cache_folder
-from metaperturb.storage import load_json, reason, save_json
+from metaperturb.storage import hold, load_json, reason, save_json
 
 PASSED = "passed"
 SILENCE = 300.0  # seconds without progress, which is a kernel compiled and run: then it hangs
@@ -119,25 +117,28 @@ def check(module: str, device: torch.device) -> None:
     Raises:
         Unavailable: they crash, hang, fail or disagree; the message says how to have them tried again.
     """
-    about = _circumstances(module, device)
-    path = None
-    with contextlib.suppress(Unavailable):  # without a folder they are tried each time
-        digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-        path = cache_folder() / f"trial-{digest}.json"
-    with _alone(path):
-        verdict = _recall(path, about)
+    about, verdict = _circumstances(module, device), None
+    with contextlib.ExitStack() as stack:
+        path = None
+        with contextlib.suppress(Unavailable, UserError, OSError):  # without a folder they are tried each time
+            name = f"trial-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+            cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Others that want the same verdict wait for it.
+            stack.enter_context(hold(cache_folder() / f".{name}.lock", wait=True))
+            path = cache_folder() / name
+            kept = load_json(path) if path.exists() else {}
+            if isinstance(kept, dict) and kept.items() >= about.items():
+                verdict = kept.get("verdict")
         if verdict is None:
             print(f"trying the GPU kernels on {about['device']}, once: a minute or so", file=sys.stderr)
             verdict, output, lasting = try_out(module, device)
-            if path and lasting:
-                try:
+            path = path if lasting else None
+            with contextlib.suppress(UserError):
+                if path:
                     save_json({**about, "verdict": verdict, "output": output}, path)
-                except UserError:
-                    path = None
-            elif not lasting:
-                path = None
     if verdict != PASSED:
-        again = f"delete {path} to have them tried again" if path else "the next start tries them again"
+        kept = path is not None and path.exists()
+        again = f"delete {path} to have them tried again" if kept else "the next start tries them again"
         raise Unavailable(f"on {about['device']} {verdict}; {again}")
 
 
@@ -155,95 +156,44 @@ def _circumstances(module: str, device: torch.device) -> dict[str, Any]:
     return {**about, "device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "driver": version}
 
 
-@contextlib.contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
-    """While this process looks for a verdict and tries, others that want the same one wait, where locks work."""
-    with contextlib.ExitStack() as stack:
-        if path is not None:
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                folder = os.open(path.parent, os.O_RDONLY)
-                stack.callback(os.close, folder)
-                fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-
-
-def _recall(path: Path | None, about: dict[str, Any]) -> str | None:
-    """The verdict of an earlier trial in the same circumstances; a file that cannot be read is none."""
-    with contextlib.suppress(UserError, AttributeError):
-        kept = load_json(path) if path and path.exists() else {}
-        if kept.items() >= about.items() and isinstance(kept.get("verdict"), str):
-            return kept["verdict"]
-    return None
-
-
 def try_out(module: str, device: torch.device) -> tuple[str, str, bool]:
     """Runs the child: its verdict, its output, and whether the verdict says something about the kernels."""
     places = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), PARENT: str(os.getpid())}
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {__name__} import main; main()", module, str(device)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        return f"they could not be tried ({reason(error)})", "", False
-    told, output = [""], []
-    try:
-        for line in _lines(child):
-            if line.startswith(SAYS):
-                told.append(line.removeprefix(SAYS).strip())
-            elif line.strip():
-                output.append(line)
-        hangs = False
-    except TimeoutError:
-        hangs = True
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # compilers that it started, too
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(10)  # one that a driver holds cannot be ended
-    code, text = child.returncode or 0, "".join(output)[-2000:]
+    command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()", module, str(device)]
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        try:
+            options = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
+            child = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+        except OSError as error:
+            return f"they could not be tried ({reason(error)})", "", False
+        try:
+            length, since, hangs = 0, time.monotonic(), False
+            runs = os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT  # its number stays its own
+            while os.waitid(*runs) is None and not hangs:
+                time.sleep(0.1)
+                if length != (length := os.fstat(said.fileno()).st_size):
+                    since = time.monotonic()
+                hangs = time.monotonic() - since > SILENCE
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # compilers that it started, too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(10)  # one that a driver holds cannot be ended
+        said.seek(0)
+        lines = [line.strip() for line in said if line.strip()]
+    told = ["", *(line.removeprefix(SAYS) for line in lines if line.startswith(SAYS))]
+    output = [line for line in lines if not line.startswith(SAYS)]
+    code, text = child.returncode or 0, "\n".join(output)[-2000:]
     last = f" ({told[-1]})" if told[-1] not in ("", DEVICE_WORKS) else ""
     if DEVICE_WORKS not in told:
-        lines = text.strip().splitlines() or ["it hangs" if hangs else f"exit code {code}"]
-        return f"they could not be tried ({lines[-1]})", text, False
+        why = (output or ["it hangs" if hangs else f"exit code {code}"])[-1]
+        return f"they could not be tried ({why})", text, False
     if hangs:
         return f"they hang: no progress in {SILENCE:.0f} s{last}", text, True
     if code < 0 and told[-1] != PASSED:
         return f"they crash: {signal.Signals(-code).name}{last}", text, -code not in FROM_OUTSIDE
     return told[-1], text, True
-
-
-def _lines(child: subprocess.Popen) -> Iterator[str]:
-    """What the child prints, until it ends.
-
-    Raises:
-        TimeoutError: nothing for `SILENCE` seconds.
-    """
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for line in child.stdout:
-            lines.put(line)
-        lines.put("")
-
-    threading.Thread(target=read, daemon=True).start()
-    line, since = "\n", time.monotonic()
-    while line:
-        try:
-            line, since = lines.get(timeout=0.5), time.monotonic()
-        except queue.Empty:
-            if time.monotonic() - since > SILENCE:
-                raise TimeoutError from None
-        else:
-            yield line
 
 
 def main() -> None:

@@ -40,11 +40,12 @@ def create(config: MetaTestConfig, phi: MetaPerturb | None = None) -> Method:
     Raises:
         UserError: a hyperparameter that the method cannot work with, or methods that do not go together.
     """
-    if twice := [name for name in config.recipe if config.recipe.count(name) > 1]:
-        raise UserError(f"recipe: {twice[0]} stands in it more than once")
-    method = _make(config.method, config, phi)
-    further = {name: _make(name, config, None) for name in config.recipe}
-    return Recipe({config.method: method}, further) if further else method
+    names = [config.method, *config.recipe]
+    if twice := [name for name in config.recipe if names.count(name) > 1]:
+        why = "is the method already" if twice[0] == config.method else "stands in it more than once"
+        raise UserError(f"recipe: {twice[0]} {why}")
+    methods = {name: _make(name, config, phi) for name in names}
+    return Recipe(methods) if config.recipe else methods[config.method]
 
 
 def _make(name: str, config: MetaTestConfig, phi: MetaPerturb | None) -> Method:

@@ -1,4 +1,5 @@
-"""Methods that mix pairs of images or their feature maps, and their labels alike: mixup, CutMix, Manifold Mixup.
+"""Methods that soften labels: label smoothing, and those that mix pairs of images or their feature maps, and their
+labels alike: mixup, CutMix, Manifold Mixup.
 
 The pairs are those of the batch and a random permutation of it (Zhang et al. 2018, section 2), and one λ ~ Beta(α, α)
 serves a whole batch.
@@ -10,6 +11,20 @@ from torch import Tensor, nn
 
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.methods.base import Method, SiteMethod
+
+
+class LabelSmoothing(Method):
+    """Label smoothing (Szegedy et al. 2016, section 7): the label's class gets 1 − ε + ε/K, every other one ε/K.
+
+    Args:
+        smoothing: ε. Default 0.1 (section 7, ImageNet).
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
 
 class Mixing(Method):

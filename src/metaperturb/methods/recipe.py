@@ -18,29 +18,24 @@ class Recipe(Method):
     through the method.
 
     Args:
-        method: by its name; it may act on feature maps.
-        further: name → method; none acts on feature maps.
+        methods: by name; the first may act on feature maps, no other.
 
     Raises:
-        UserError: two of them are the same, mix images, or have a loss of their own.
+        UserError: two of them mix images, or have a loss of their own.
     """
 
-    def __init__(self, method: Mapping[str, Method], further: Mapping[str, Method]) -> None:
-        if twice := method.keys() & further.keys():
-            raise UserError(f"recipe: {twice.pop()} is the method already")
-        parts = {**further, **method}
-        for what, found in (
-            ("mixes images", [name for name, part in parts.items() if isinstance(part, Mixing)]),
-            ("has its own loss", [name for name, part in parts.items() if type(part).loss is not Method.loss]),
-        ):
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        self.method, *further = methods.values()
+        self.parts = [*further, self.method]
+        own_loss = [part for part in self.parts if type(part).loss is not Method.loss]
+        mixing = [part for part in self.parts if isinstance(part, Mixing)]
+        for what, found in (("mixes images", mixing), ("has its own loss", own_loss)):
             if len(found) > 1:
-                raise UserError(f"recipe: {' and '.join(found)} do not go together: each {what}")
-        (self.method,) = method.values()
-        self.parts = list(parts.values())
+                names = " and ".join(name for part in found for name in methods if methods[name] is part)
+                raise UserError(f"recipe: {names} do not go together: each {what}")
         self.augment = next((part.augment for part in self.parts if part.augment), None)
         self.ramp, self.stochastic = self.method.ramp, self.method.stochastic
-        own = [part for part in self.parts if type(part).loss is not Method.loss]
-        self._with_loss = own[0] if own else self.method
+        self._with_loss = own_loss[0] if own_loss else self.method
         if isinstance(self.method, AdversarialTraining):
             self.method.attacked_loss = self.loss
 
