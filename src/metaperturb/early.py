@@ -50,25 +50,23 @@ def check_places(config: CommonConfig) -> None:
         why = "no permission to write" if above.is_dir() else "no folder"
         raise UserError(f"run_dir: {config.run_dir} cannot be written ({above}: {why})")
     if isinstance(config, MetaTrainConfig):
-        data, named, places = config.source, "source_paths", {"split_file": [config.split_file]}
-        places[named] = config.source_paths
-        devices, key = config.gpus, "gpus"
+        data, named, devices, key = config.source, "source_paths", config.gpus, "gpus"
+        places = {named: config.source_paths, "split_file": [config.split_file]}
     else:
-        data, named, places = config.target, "target_path", {}
-        places[named] = config.target_paths
+        data, named, devices, key = config.target, "target_path", config.gpu, "gpu"
+        places = {named: config.target_paths}
         if not (folder / "checkpoints").exists():  # a run that goes on needs it no more
             places["init"] = [config.init]
-        devices, key = config.gpu, "gpu"
         if config.method == "metaperturb" and config.phi and not (SHIPPED / f"{config.phi}.pt").exists():
             places["phi"] = [config.phi]
     if data == "folder" and len(places[named]) != 1:
         raise UserError(f"{named}: must name one folder or archive, with train/<class>/ and test/<class>/ in it")
     for name, paths in places.items():
-        for path in filter(None, paths):
-            if not os.path.exists(path.strip()):
+        for path in map(str.strip, filter(None, paths)):
+            if not os.path.exists(path):
                 shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt")))
                 hint = f" (shipped: {shipped})" if name == "phi" else ""
-                raise UserError(f"{name}: {path.strip()}: no such file or folder{hint}")
+                raise UserError(f"{name}: {path}: no such file or folder{hint}")
     numbers = [item for item in devices.split(",") if item.strip().isdecimal()]
     if numbers and not any(map(os.path.exists, GPU_DRIVERS)):
         raise UserError(f"{key}: no GPU {numbers[0].strip()} (this machine has no driver of one; 'cpu' works)")

@@ -88,12 +88,11 @@ class InformationDropout(SiteMethod):
 
     As in the authors' code, α(h) = α_max · sigmoid(convolution of features), and every unit counts, also where h ≤ 0.
     There the convolution is 3×3 and runs beside the one that makes the feature map; here it is 1×1 on the map itself,
-    which sees the same pixels and keeps the parameters of wide networks bounded (C² + C a site).
+    which keeps the parameters of wide networks bounded (C² + C a site).
 
-    Evaluation draws no noise, as in the authors' code. There it takes ε = 1 and first measures the statistics of batch
-    norm anew, without noise. Here it takes the mean of ε, exp(α²/2), which fits the statistics of training. (Accuracy
-    of a ResNet20 on s-CIFAR100 at 16 pixels, 1,200 steps, β = 0.1, one seed: 12.2 % so, 11.9 % their way, 7.7 % with
-    ε = 1 on the statistics of training.)
+    Evaluation draws no noise. The authors' code takes ε = 1 there and first measures the statistics of batch norm anew;
+    here ε is its mean, exp(α²/2), which fits the statistics of training. (Accuracy of a ResNet20 on s-CIFAR100 at 16
+    pixels, 1,200 steps, β = 0.1, one seed: 12.2 % so, 11.9 % their way, 7.7 % with ε = 1 on those of training.)
     """
 
     def __init__(self, beta: float, max_alpha: float) -> None:
