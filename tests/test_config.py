@@ -72,21 +72,16 @@ def test_file_then_assignments(tmp_path):
         ("stpes: 5", "unknown setting 'stpes' (did you mean steps?)"),
         ("steps: 1.5", "steps: expected a whole number, got 1.5"),
         ("steps: true", "steps: expected a whole number, got True"),
-        ("steps: '5'", "steps: expected a whole number, got '5'"),
         ("tasks: 0", "tasks: must be at least 1, got 0"),
         ("steps:", "steps: expected a whole number, got nothing"),
         ("lr: fast", "lr: expected a number, got 'fast'"),
         ("lr: .nan", "lr: must be finite"),
-        ("lr: [1e-3]", "lr: expected a number"),
         ("clip: 0", "clip: must be at least"),
         ("anneal: 1.5", "anneal: must be between 0 and 1, got 1.5"),
         ("download: 1", "download: expected true or false, got 1"),
         ("split: random", "split: expected one of disjoint, paired, homogeneous, got 'random'"),
         ("source_paths: a.zip", "source_paths: expected a list, got 'a.zip'"),
-        ("source_paths: [1]", "source_paths: expected text, got 1"),
-        ("model: 20", "model: expected text, got 20"),
         ("gpus: 0", "gpus: expected text, got 0; put it in quotes"),
-        ("port: 70000", "port: must be between 0 and 65535"),
         ("- steps", "expected 'key: value' lines"),
         ("steps: [1", "line 1: not valid YAML"),
         ("steps: !!python/object/apply:os.system ['true']", "not valid YAML"),
@@ -122,7 +117,7 @@ def test_missing_file():
 
 def test_differences_name_what_changes_a_result_only():
     old = dataclasses.asdict(MetaTrainConfig())
-    assert differences(old, MetaTrainConfig(gpus="cpu,cpu", run_dir="elsewhere", log_every=1, port=1)) == []
+    assert differences(old, MetaTrainConfig(gpus="cpu,cpu", run_dir="elsewhere", log_every=1, timeout=1)) == []
     assert differences(old, MetaTrainConfig(steps=1, clip=None)) == ["clip: 100.0 → None", "steps: 750 → 1"]
     older = {key: value for key, value in old.items() if key not in ("classes", "gpus")}  # of before these settings
     assert differences(older, MetaTrainConfig()) == []

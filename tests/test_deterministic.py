@@ -215,8 +215,7 @@ def norm_behind(net):
 
 @pytest.mark.parametrize("change", [weight_norm, norm_behind])
 def test_a_classifier_that_cannot_be_scaled_stays(change, capsys):
-    net = models.create("resnet8", 5, SIZE)
-    change(net)
+    change(net := models.create("resnet8", 5, SIZE))
     model = network(net=net)
     before, parameters = state(model), [p.clone() for p in model.parameters()]
     make_deterministic(model, batches())
@@ -246,29 +245,16 @@ def test_draws_that_overflow_leave_the_network_as_it_was():
 
 
 def test_nothing_but_batch_norm_and_sites_is_in_training_mode():
-    class Dropping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inside = models.create("resnet8", 5, SIZE)
-            self.drop = nn.Dropout(0.9)
-
-        def forward(self, x):
-            return self.drop(self.inside(x))
-
-    model = network(net=Dropping())
-    modes = []
-    model.drop.register_forward_hook(lambda *_: modes.append([m.training for m in model.modules()]))
+    model, modes = network(net=nn.Sequential(models.create("resnet8", 5, SIZE), nn.Dropout(0.9))), []
+    model[1].register_forward_hook(lambda *_: modes.append([m.training for m in model.modules()]))
     make_deterministic(model, batches(2))
     norms = [isinstance(m, nn.BatchNorm2d | PerturbSite) for m in model.modules()]
     assert [mode for mode in modes if any(mode)] == [norms, norms] and not any(m.training for m in model.modules())
 
 
 def test_a_network_without_batch_norm_needs_no_batches():
-    class Plain(nn.Sequential):
-        def __init__(self):
-            super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-
-    model = attach(Plain(), some_phi(), SIZE, sites=["0"], verbose=False).eval()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    model = attach(net, some_phi(), SIZE, sites=["0"], verbose=False).eval()
     x = images(4, 3, SIZE, SIZE)
     drawn, one_pass = draw(model, x), draw(make_deterministic(model), x)
     assert torch.equal(one_pass, draw(model, x, 1)) and not torch.equal(one_pass, drawn)
@@ -411,10 +397,8 @@ def test_onnxruntime_predicts_the_same(name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_batch_norm_folds_into_the_convolutions():
-    model, x = (
-        make_deterministic(network(net=torchvision.models.resnet18(num_classes=5)), batches(2)),
-        images(4, 3, 16, 16),
-    )
+    x = images(4, 3, 16, 16)
+    model = make_deterministic(network(net=torchvision.models.resnet18(num_classes=5)), batches(2))
     folded = torch.fx.experimental.optimization.fuse(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert torch.allclose(draw(folded, x), draw(model, x), rtol=1e-4, atol=1e-4)

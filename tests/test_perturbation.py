@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import OracleSite, softplus
-from torch import nn
 
 from metaperturb import MetaPerturb, PerturbSite, kernels, load_phi, save_phi
 from metaperturb.kernels import cpp
@@ -85,8 +84,10 @@ def test_whole_site_through_training_and_evaluation(shape, scale_free):
     site, oracle = make_pair(shape[1], scale_free=scale_free)
     for step in range(4):
         h, noise = maps(*shape, seed=2 * step, spread=7.0), maps(*shape, seed=2 * step + 1)
+        before = h.clone(), noise.clone()
         assert_same(site.scale(h), oracle.scale(h.numpy()))
         assert_same(site(h, noise=noise), oracle.forward(h.numpy(), noise.numpy()))
+        assert torch.equal(h, before[0]) and torch.equal(noise, before[1])
         assert_same_statistics(site, oracle)
     site.eval()
     oracle.training = False
@@ -132,12 +133,8 @@ def test_softplus_stays_exact_for_large_arguments():
     h = maps(2, 3, 4, 4)
     noise = maps(2, 3, 4, 4, seed=7, spread=50.0)
     np.testing.assert_allclose(softplus(np.array([-800.0, 0.0, 800.0])), [0, np.log(2), 800])
-    assert_same(site.eval()(h, noise=noise), _evaluated(oracle, h, noise))
-
-
-def _evaluated(oracle, h, noise):
     oracle.training = False
-    return oracle.forward(h.numpy(), noise.numpy())
+    assert_same(site.eval()(h, noise=noise), oracle.forward(h.numpy(), noise.numpy()))
 
 
 # --- symmetries
@@ -168,15 +165,6 @@ def test_strength_0_is_the_identity_bit_for_bit(training, dtype):
     out = site(h)
     assert torch.equal(out.view(torch.uint8), before.view(torch.uint8))
     assert torch.equal(h, before)
-
-
-def test_the_input_is_not_written_to():
-    site, _ = make_pair()
-    h, noise = maps(2, 3, 4, 4, spread=300.0), maps(2, 3, 4, 4)
-    before = h.clone(), noise.clone()
-    site(h, noise=noise)
-    site.eval()(h, noise=noise)
-    assert torch.equal(h, before[0]) and torch.equal(noise, before[1])
 
 
 # --- parameters
@@ -216,26 +204,6 @@ def test_a_site_owns_its_statistics_and_nothing_else():
     other = PerturbSite(phi, channels=5, channel_norm=64, size_norm=32)
     site(torch.randn(2, 5, 4, 4))
     assert (other.running_mean == 0).all() and (other.running_var == 1).all()
-
-
-def test_moving_a_site_moves_phi_along():
-    phi = MetaPerturb()
-    first, second = PerturbSite(phi, 2, 2, 4), PerturbSite(phi, 2, 2, 4)
-    nn.Sequential(first, second).to(torch.float64)
-    assert all(p.dtype == torch.float64 for p in phi.parameters())
-    assert first.running_mean.dtype == second.running_var.dtype == torch.float64
-    assert first.phi is second.phi is phi
-    assert first(torch.randn(2, 2, 4, 4, dtype=torch.float64)).dtype == torch.float64
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu():
-    site, oracle = make_pair()
-    h, noise = maps(3, 3, 5, 5), maps(3, 3, 5, 5, seed=2)
-    site.cuda()
-    assert site.phi.flat.is_cuda
-    assert_same(site(h.cuda(), noise=noise.cuda()).cpu(), oracle.forward(h.numpy(), noise.numpy()))
-    site.cpu(), assert_same_statistics(site, oracle)
 
 
 # --- gradients
@@ -384,21 +352,6 @@ def test_scale_free_at_zero_and_in_half_precision():
 # --- statistics
 
 
-def test_scale_in_training_differs_from_evaluation_and_converges_to_it():
-    site, _ = make_pair()
-    h = maps(6, 3, 5, 5, spread=2.0)
-    batch_scale = site.scale(h).detach()
-    gaps = []
-    for repetitions in (0, 1, 20, 200):
-        for _ in range(repetitions):
-            site.train()(h)
-        gaps.append((site.eval().scale(h) - batch_scale).abs().max().item())
-    assert gaps[0] > 0.02 and gaps[0] > gaps[1] > gaps[2] > gaps[3]
-    assert gaps[3] < 1e-9
-    assert ((batch_scale > 0) & (batch_scale < 1)).all()
-    assert batch_scale.std() > 0  # a scale a channel
-
-
 @pytest.mark.parametrize("scale_free", [False, True])
 def test_a_saved_site_evaluates_identically(tmp_path, scale_free):
     site = PerturbSite(make_phi(scale_free=scale_free).float(), 3, 7, 11)
@@ -464,12 +417,9 @@ def test_values_out_of_range_are_refused(name, values):
         with pytest.raises(ValueError, match=f"{name} must"):
             setattr(site, name, value)
     assert getattr(site, name) == before
-
-
-@pytest.mark.parametrize("sizes", [(0, 64, 32), (3, 0, 32), (3, 64, 0), (3, 64, -32)])
-def test_sizes_must_be_positive(sizes):
-    with pytest.raises(ValueError):
-        PerturbSite(MetaPerturb(), *sizes)
+    for sizes in ((0, 64, 32), (3, 0, 32), (3, 64, -32)):
+        with pytest.raises(ValueError, match="must be positive"):
+            PerturbSite(MetaPerturb(), *sizes)
 
 
 # --- noise of mean one

@@ -17,7 +17,7 @@ from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeigh
 
 from metaperturb.dry_run import tensors
 from metaperturb.errors import UserError
-from metaperturb.perturbation import CLIP, Attachment, MetaPerturb, PerturbSite, Slot, as_node
+from metaperturb.perturbation import CLIP, Attachment, MetaPerturb, PerturbSite, Slot
 from metaperturb.sites import PLACES, Sites, SiteSpec, choose_sites, find_sites
 
 # What methods add to a network: children of these names in the modules where they act.
@@ -125,15 +125,8 @@ def amplitude(specs: list[SiteSpec]) -> float:
 def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) -> None:
     """Let modules act at sites of `model`, in place: what `attach` does for φ, for any modules. `detach` undoes it.
 
-    Args:
-        model: the network that `find_sites` found the sites in.
-        sites: the places and their modules. Each of these takes the mode and device of the module where it acts, and
-            becomes the child `name` of it; `sites` itself becomes the attribute `name` of the network.
-        name: of these.
-        verbose: say on stderr, in one line, where the sites are.
-
-    Raises:
-        UserError: the network has something of this name already.
+    Each takes the mode and device of the module where it acts, and becomes the child `name` of that; `sites` itself
+    becomes the attribute `name` of the network, which may have none yet. `verbose`: say on stderr where they are.
     """
     specs = sites.specs
     hosts = [model.get_submodule(spec.module) for spec in specs]
@@ -250,11 +243,7 @@ class _Hook:
         if site is None:  # quantization keeps the hooks of a layer that it exchanges
             kind = type(module).__name__
             raise UserError(f"{kind} has taken the place of a layer with φ; attach after such changes")
-        return _run(site, h)
-
-
-def _run(site: nn.Module, h: Any) -> Any:
-    return as_node(site, h) if isinstance(h, torch.fx.Proxy) else site(h)
+        return site(h)
 
 
 class _OnOutput(_Hook):
@@ -306,7 +295,7 @@ class _BeforeLastCall(_Hook):
             node, tracer = output.node, output.tracer
             with tracer.graph.inserting_before(node):
                 source = torch.fx.Proxy(node.args[0], tracer)
-                node.replace_input_with(node.args[0], _run(self.site, source).node)
+                node.replace_input_with(node.args[0], self.site(source).node)
         elif output is not None and count not in (0, self.spec.calls):  # 0: a block that is left out in this step
             raise UserError(
                 f"{self.spec.name!r} runs its {self.spec.where!r} {count} times in this pass and ran it "
@@ -351,12 +340,10 @@ class _Check(_Hook):
             )
 
     def _acting_at(self, model: nn.Module, path: str) -> nn.Module | None:
-        module = model
-        for part in path.split(".") if path else ():
-            module = module._modules.get(part)
-            if module is None:
-                return None
-        return self._acting(module)
+        try:
+            return self._acting(model.get_submodule(path))
+        except AttributeError:
+            return None
 
     def _acting(self, module: nn.Module) -> nn.Module | None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):

@@ -25,12 +25,7 @@ NAMES = "METAPERTURB_NAMES"  # what a wrapper calls settings: "target_path=TGT_P
 
 
 class Stopped(BaseException):
-    """A signal, raised where the program is, so that what it started is ended too.
-
-    Args:
-        number: of the signal.
-        saved: what is saved, for the message; empty: `RESUME`.
-    """
+    """A signal, raised where the program is, so that what it started is ended too; `saved` says what is (`RESUME`)."""
 
     def __init__(self, number: int = signal.SIGTERM, saved: str = "") -> None:
         super().__init__(saved)
@@ -40,10 +35,7 @@ class Stopped(BaseException):
 def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool = True) -> int:
     """Run `main` and return the exit code; a `UserError` becomes one line on stderr.
 
-    Args:
-        main: what the program does.
-        show_traceback: where an error arose, too.
-        resumes: whether the same command goes on where this one was stopped; it is said then.
+    `resumes`: whether the same command goes on where this one was stopped; it is said then.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see early.py
     for number in STOPPING[1:]:
@@ -90,13 +82,7 @@ class Stop:
     """Lets a loop end itself: while it is open, the first signal is only noted, for the loop to save.
 
     A second one ends at once, but not within a second: terminal, scheduler and launcher may each pass on the same.
-
-    Args:
-        tell: whether to say so.
-        forward: called when a signal is noted.
-
-    Attributes:
-        number: of the signal, or 0.
+    `number` is that of the signal, or 0. `tell`: whether to say so; `forward` is called when a signal is noted.
 
     >>> with Stop() as stop:
     ...     for step in range(3):
@@ -208,11 +194,7 @@ def end_with(parent: int) -> None:
 
 
 def pairs(option: str, texts: Iterable[str], expected: str) -> dict[str, str]:
-    """The `NAME=VALUE` texts that an option was given.
-
-    Raises:
-        UserError: one is no such pair; it says what was `expected`.
-    """
+    """The `NAME=VALUE` texts that an option was given; a `UserError` says what was `expected`."""
     found = {}
     for text in texts:
         name, _, value = text.partition("=")

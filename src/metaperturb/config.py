@@ -1,8 +1,9 @@
 """One mechanism for all settings: a dataclass a program, filled from a YAML file and `--set key=value`.
 
 Every key is checked by name, type and range before any work starts. Keys marked `identity=False` do not change what a
-run computes (where it runs, how often it reports), so a run may be resumed with other values of them. Keys marked
-`by_content=True` name files whose content a resumed run compares with what it began with: they may have moved.
+run computes (how often it reports), so a run may be resumed with other values of them; likewise those marked
+`path=True` (where it runs). Keys marked `by_content=True` name files whose content a resumed run compares with what it
+began with: they may have moved.
 """
 
 import argparse
@@ -36,36 +37,33 @@ def option(
     high: float | None = None,
     below: float | None = None,
     identity: bool = True,
-    by_content: bool = False,
     path: bool = False,
+    by_content: bool = False,
 ) -> Any:
     """A dataclass field with its one-line description and, for numbers, bounds: `low` and `high` are allowed values.
 
-    `identity` and `by_content`: see above. `path`: it names files or folders, several separated by commas; a leading
-    `~` is the home folder, which shells replace in `~/runs` but not in `run_dir=~/runs`.
+    `identity` and `by_content`: see above. `path`: where something is, of one or several files or folders, separated by
+    commas. Of these, as of files `by_content`, a leading `~` is the home folder: shells leave that of `run_dir=~/runs`.
     """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     bounds = {"low": low, "high": high, "below": below}
-    return dataclasses.field(
-        **factory, metadata={"doc": doc, **bounds, "identity": identity, "by_content": by_content, "path": path}
-    )
+    about = {"identity": identity and not path, "by_content": by_content, "path": path or by_content}
+    return dataclasses.field(**factory, metadata={"doc": doc, **bounds, **about})
 
 
 @dataclass(frozen=True)
 class CommonConfig:
     """Settings of both training programs."""
 
-    run_dir: str = option("", "folder of the run: settings, metrics, checkpoints, result", identity=False, path=True)
-    data_root: str = option("data", "downloads and cached image arrays", identity=False, path=True)
+    run_dir: str = option("", "folder of the run: settings, metrics, checkpoints, result", path=True)
+    data_root: str = option("data", "downloads and cached image arrays", path=True)
     download: bool = option(True, "fetch a data set that is not there", identity=False)
     skip_unreadable: bool = option(False, "leave out files that are no images instead of stopping")
     model: str = option("resnet20", "network: of the zoo, of torchvision, or timm/<name>")
     batch_size: int = option(128, "images a step", low=2)
     lr: float = option(1e-3, "learning rate of Adam", low=0.0)
     weight_decay: float = option(5e-4, "L2 term inside Adam's gradient, as in the authors' code", low=0.0)
-    clip: float | None = option(
-        100.0, "upper bound of perturbed values in training (k of section 3.2), or null", low=1e-6
-    )
+    clip: float | None = option(100.0, "upper bound of perturbed values in training (k of section 3.2)", low=1e-6)
     seed: int = option(0, "of initial weights, data order, augmentation and noise", low=0)
     precision: Literal["float32", "bfloat16"] = option(
         "float32",
@@ -96,41 +94,25 @@ class CommonConfig:
 class MetaTrainConfig(CommonConfig):
     """Meta-training (section 3.3, Algorithm 1). Defaults: the paper's settings."""
 
-    run_dir: str = option("runs/src", "folder of the run", identity=False, path=True)
+    run_dir: str = option("runs/src", "folder of the run", path=True)
     source: Literal[*SOURCES] = option("tiny_imagenet", "source data set")
-    source_paths: list[str] = option(
-        [], "zips or folders of the source; default: under data_root", identity=False, path=True
-    )
-    model: str = option(
-        "resnet20", "network: of the zoo, of torchvision, or timm/<name>; of n networks task t gets number t mod n"
-    )
+    source_paths: list[str] = option([], "zips or folders of the source; default: under data_root", path=True)
+    model: str = option("resnet20", "as for meta_test; of n of them, separated by commas, task t gets number t mod n")
     image_size: int | list[int] = option(
         32, "images are resized to S×S pixels; of m sizes task t gets number ⌊t/n⌋ mod m, with n networks", low=8
     )
     classes: int | None = option(None, "classes of the source to use, a fixed choice; null: all", low=1)
     tasks: int = option(10, "T, the number of tasks", low=1)
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
-    split_file: str = option("", "read the split from this file instead of drawing it", by_content=True, path=True)
+    split_file: str = option("", "read the split from this file instead of drawing it", by_content=True)
     steps: int = option(750, "meta-training steps; 0: φ as it is drawn, the control", low=0)
     scale_free: bool = option(False, "beyond the paper: the noise sees h divided by its root mean square")
     phi_lr: float | None = option(None, "learning rate of φ; null: lr, as in the paper", low=0.0)
-    anneal: float = option(
-        0.0, "strength rises linearly over this share of the steps; 0: full from the start", low=0, high=1
-    )
-    lookahead: float | None = option(
-        None, "inner step size of the one-step lookahead (Ren et al. 2018); null: joint training", low=1e-9
-    )
+    anneal: float = option(0.0, "strength rises linearly over this share of the steps; 0: full at once", low=0, high=1)
+    lookahead: float | None = option(None, "inner step size of the one-step lookahead; null: joint training", low=1e-9)
     threads: int = option(1, "CPU threads a process; other numbers may change the last bits", low=1, high=1024)
-    gpus: str = option(
-        "auto", "one process a listed device: '0,1', 'cpu', 'cpu,cpu'; auto: all GPUs, else the CPU", identity=False
-    )
-    port: int = option(0, "TCP port for the processes to meet; 0: any free one", low=0, high=65535, identity=False)
-    timeout: int = option(
-        600,
-        "seconds that a process waits for others; longer than a step and than reading the data",
-        low=1,
-        identity=False,
-    )
+    gpus: str = option("auto", "a process each: '0,1', 'cpu', 'cpu,cpu'; auto: all GPUs, else the CPU", identity=False)
+    timeout: int = option(600, "seconds to wait for other processes and their reading of data", low=1, identity=False)
     checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
     keep_phi: list[int] = option(
         [], "also keep φ as it is after these steps: phi-000050.pt is the φ of a run of 50", low=1, identity=False
@@ -159,31 +141,22 @@ class MetaTrainConfig(CommonConfig):
 class MetaTestConfig(CommonConfig):
     """Meta-testing (Algorithm 2): train a network on a target data set. Defaults: the paper's settings."""
 
-    run_dir: str = option("runs/tgt", "folder of the run", identity=False, path=True)
+    run_dir: str = option("runs/tgt", "folder of the run", path=True)
     target: Literal[*DATA_SETS] = option("s_cifar100", "target data set")
-    target_path: str | None = option(
-        None, "folder or archive of the target, where it is not under data_root", identity=False, path=True
-    )
+    target_path: str | None = option(None, "folder or archive of the target, if not under data_root", path=True)
     image_size: int | None = option(None, "S in pixels; null: the data set's own", low=8)
-    train_per_class: int | None = option(
-        None, "train on this many images of each class, a fixed choice; null: all", low=1
-    )
+    train_per_class: int | None = option(None, "train on so many images of each class, a fixed choice", low=1)
     clip_eval: bool = option(False, "clip in evaluation, too, which the paper does not")
-    paper: bool = option(
-        True, "φ as the paper has it; false: noise of mean one, bounded in total and without clip, as in any CNN"
-    )
+    paper: bool = option(True, "φ as the paper has it; false: noise of mean one, bounded in total, as in any CNN")
     method: Literal[*REGULARIZERS] = option(
         "metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment"
     )
     recipe: list[Literal[*(name for name, of in REGULARIZERS.items() if of.in_recipe)]] = option(
         [], "further regularizers of images and labels, together with the method, in any order"
     )
-    phi: str | None = option(None, "file or shipped name of φ (method metaperturb)", by_content=True, path=True)
+    phi: str | None = option(None, "file or shipped name of φ (method metaperturb)", by_content=True)
     init: str | None = option(
-        None,
-        "run folder or file whose network, all but its classifier, is where training begins (finetuning)",
-        by_content=True,
-        path=True,
+        None, "run folder or file of the network, all but its classifier, that training begins from", by_content=True
     )
     init_batch_norm: Literal["drop", "keep"] = option(
         "drop", "batch norm of that network: drop, for a fresh one as in the authors' code, or keep"
@@ -202,17 +175,13 @@ class MetaTestConfig(CommonConfig):
     adversarial_step_size: float = option(2 / 255, "size of these steps in pixels of [0, 1]", low=1e-6, high=1.0)
     label_smoothing: float = option(0.1, "share of the label spread evenly over all classes", low=0.0, below=1.0)
     steps: int = option(10_000, "training steps", low=1)
-    lr_milestones: list[float] = option(
-        [0.4, 0.7, 0.9], "shares of the steps after which lr is multiplied", low=0, high=1
-    )
+    lr_milestones: list[float] = option([0.4, 0.7, 0.9], "shares of the steps after which lr falls", low=0, high=1)
     lr_factor: float = option(0.3, "what lr is multiplied with", low=0.0, high=1.0)
     anneal: float = option(0.4, "φ's strength rises linearly from 0 to 1 over this share of the steps", low=0, high=1)
     eval_split: Literal["test", "val", "holdout"] = option(
         "test", "what to evaluate on; to tune: val (s_cifar100, folder), or holdout: a part of the training images"
     )
-    holdout: float = option(
-        0.2, "share of each class's training images that is held out (eval_split=holdout)", low=0.001, below=1.0
-    )
+    holdout: float = option(0.2, "share of each class's images that is held out", low=0.001, below=1.0)
     eval_every: int = option(200, "steps between two evaluations", low=1, identity=False)
     eval: Literal["draws", "one_pass"] = option(
         "draws", "evaluation of MetaPerturb during training: eval_samples draws, or one_pass", identity=False
@@ -252,14 +221,7 @@ def load_config(
     values: Mapping[str, Any] | None = None,
     origin: str = "",
 ) -> Config:
-    """Defaults, then the YAML file, then `values` as a YAML file would hold them, then `key=value` texts.
-
-    Args:
-        cls: which program's settings.
-        path: the YAML file, or None.
-        assignments: texts of `--set`.
-        values: further settings, typed.
-        origin: where `values` came from, for error messages.
+    """Defaults, then the YAML file, then `values` as a YAML file would hold them (from `origin`), then `--set` texts.
 
     Raises:
         UserError: unknown key, wrong type, value out of range, or unreadable file; the message names the key.
@@ -302,7 +264,8 @@ def parse_arguments(
     parser = argument_parser(doc)
     parser.prog = f"python -m {module}" if module else parser.prog
     parser.epilog = "settings (--set key=value):\n" + "\n".join(
-        f"  {field.name:<24}{field.metadata['doc']} [{_show(field)}]" for field in dataclasses.fields(cls)
+        f"  {field.name:<24}{field.metadata['doc']} [{'null' if default_of(field) is None else default_of(field)}]"
+        for field in dataclasses.fields(cls)
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
@@ -320,11 +283,7 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: unreadable, not YAML (with the line), or no mapping.
-    """
+    """The mapping in a YAML file, or a `UserError`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -421,8 +380,3 @@ def _describe(kind: Any) -> str:
     else:
         text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[target]
     return text + (" or null" if type(None) in members else " or a list of several" if len(members) > 1 else "")
-
-
-def _show(field: dataclasses.Field) -> str:
-    default = default_of(field)
-    return "null" if default is None else str(default)

@@ -68,7 +68,8 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
     drawn = [predict(model, x) for x in first] if layer else []
     if first:
         attachments[0].before = torch.cat([v.flatten().double().cpu() for v in _changed(model, layer)])
-    _switch(attachments, True)
+    for attachment in attachments:
+        attachment.deterministic = True
     try:
         if first:
             _gather(model, chain(first, images))
@@ -94,7 +95,8 @@ def make_stochastic(model: nn.Module) -> nn.Module:
     if attachments[0].before is not None:
         _restore(network, attachments[0].before)
         attachments[0].before = None
-    _switch(attachments, False)
+    for attachment in attachments:
+        attachment.deterministic = False
     return model
 
 
@@ -125,11 +127,6 @@ def _attachments(model: nn.Module) -> list[Attachment]:
     return list(found.values())
 
 
-def _switch(attachments: list[Attachment], deterministic: bool) -> None:
-    for attachment in attachments:
-        attachment.deterministic = deterministic
-
-
 def _norms(model: nn.Module) -> list[nn.Module]:
     return [norm for norm in batch_norms(model) if norm.running_mean is not None]
 
@@ -152,9 +149,8 @@ def _changed(model: nn.Module, layer: nn.Module | None) -> Iterator[Tensor]:
 
 
 def _restore(model: nn.Module, values: Tensor) -> None:
-    number, modules = int(values[0]), [*model.modules()]
-    layer = modules[number] if 0 <= number < len(modules) else None
-    changed = list(_changed(model, layer))
+    number = int(values[0])
+    changed = list(_changed(model, dict(enumerate(model.modules())).get(number)))
     sizes = [tensor.numel() for tensor in changed]
     if sum(sizes) != len(values):
         raise UserError("the batch norms or the classifier were exchanged or folded since make_deterministic")

@@ -46,12 +46,7 @@ INSTALL_OLDER = (
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those of the run.
-
-    Attributes:
-        rank, size: which process, and how many there are.
-        device: where its tasks compute.
-    """
+    """This process (`rank`) among those of the run (`size`), and the device where its tasks compute."""
 
     rank: int
     size: int
@@ -113,15 +108,10 @@ def peer_errors() -> Iterator[None]:
 
 
 def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
-    """`"0,1"`, `"cpu"`, `"cpu,cpu"` or `"auto"` (the GPUs, else the CPU; said on stderr) → devices.
-
-    Args:
-        text: the list.
-        key: what it is the value of, for messages.
-        most: how many GPUs `"auto"` takes.
+    """`"0,1"`, `"cpu"`, `"cpu,cpu"` or `"auto"` (the GPUs, at most so many, else the CPU; said on stderr) → devices.
 
     Raises:
-        UserError: not such a list, or a GPU that is not there.
+        UserError: not such a list, or a GPU that is not there; it names the setting, `key`.
     """
     if text == "auto":
         text = ",".join(map(str, range(min(count_gpus(), most)))) or "cpu"
@@ -163,12 +153,9 @@ def why_no_gpu() -> str:
 
 
 def make_current(device: torch.device) -> None:
-    """Let CUDA calls that name no GPU, such as pinning memory, go to this one.
+    """Let CUDA calls that name no GPU, such as pinning memory, go to this one; refuse one that is too old.
 
     They would go to GPU 0 otherwise, and open a context of half a gigabyte there for each process.
-
-    Raises:
-        UserError: this PyTorch was not built for so old a GPU.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -180,11 +167,7 @@ def make_current(device: torch.device) -> None:
 
 
 def under_torchrun() -> bool:
-    """Whether `torchrun`, or what sets the same variables, started this process.
-
-    Raises:
-        UserError: it is so, but a variable is missing.
-    """
+    """Whether `torchrun`, or what sets the same variables, all of them, started this process."""
     variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "TORCHELASTIC_RUN_ID" not in os.environ and not os.environ.keys() >= {*variables[:3]}:
         return False
@@ -199,38 +182,32 @@ class _Job(NamedTuple):
     work: Callable[..., None]
     arguments: tuple
     devices: list[torch.device]
-    port: int
     traceback: bool
     timeout: timedelta
 
-    def meeting(self, local: int) -> dict[str, Any]:
-        """How the process of the machine's device number `local` meets others; NCCL would guess which GPU it has."""
+    def meet(self, local: int, **place: Any) -> Group:
+        """Join the other processes, as the one of the machine's device number `local`."""
         backend = backend_for(self.devices)
-        device_id = self.devices[local] if backend == "nccl" else None
-        return {"backend": backend, "device_id": device_id, "timeout": self.timeout}
+        device_id = self.devices[local] if backend == "nccl" else None  # NCCL would guess which GPU it has
+        dist.init_process_group(backend, device_id=device_id, timeout=self.timeout, **place)
+        return Group(dist.get_rank(), dist.get_world_size(), self.devices[local])
 
 
 def launch(
     work: Callable[..., None],
     arguments: tuple,
     devices: list[torch.device],
-    port: int,
-    traceback: bool,
+    traceback: bool = False,
     timeout: timedelta = timedelta(minutes=10),
 ) -> None:
-    """Call `work(group, *arguments)` in one process a device.
+    """Call `work(group, *arguments)`, a module-level function, in one process a device of this machine.
 
-    Args:
-        work: a module-level function.
-        devices: see `choose_devices`; under `torchrun`, which has started the processes, those of this machine.
-        port: TCP port of the meeting place, 0 for any free one.
-        traceback: whether processes print one when they fail.
-        timeout: how long a process waits for another in a collective.
+    Processes print a `traceback` when they fail, if that is wanted, and wait at most so long for another.
 
     Raises:
         UserError: the first error of any process; all processes have ended by then.
     """
-    job = _Job(work, arguments, devices, port, traceback, timeout)
+    job = _Job(work, arguments, devices, traceback, timeout)
     if under_torchrun():
         _run_as_torchrun_worker(job)
     elif len(devices) == 1:
@@ -241,11 +218,7 @@ def launch(
 
 
 def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
-    """The devices of this machine's processes.
-
-    Raises:
-        UserError: a device that is not there, or more processes than tasks: some would have nothing to do.
-    """
+    """The devices of this machine's processes; no more processes than tasks: some would have nothing to do."""
     if not under_torchrun():
         devices = parse_devices(gpus, "gpus", most=tasks)
         if len(devices) > tasks:
@@ -277,14 +250,14 @@ def _run_as_torchrun_worker(job: _Job) -> None:
     make_current(job.devices[local])
     _check_address(size, job.devices)
     try:
-        dist.init_process_group(**job.meeting(local))
+        group = job.meet(local)
     except (RuntimeError, dist.DistError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"process {rank}: could not meet the others at {address} ({str(error).strip().splitlines()[0]})"
         ) from error
     try:
-        job.work(Group(rank, size, job.devices[local]), *job.arguments)
+        job.work(group, *job.arguments)
     except PeerLost as error:
         raise UserError(f"process {rank}: lost contact with another process ({error})") from error
     finally:
@@ -311,16 +284,10 @@ def _check_address(size: int, devices: list[torch.device]) -> None:
 
 
 def _spawn(job: _Job) -> None:
-    devices = job.devices
-    try:
-        store = dist.TCPStore("127.0.0.1", job.port, is_master=True, wait_for_workers=False, timeout=job.timeout)
-    except (RuntimeError, dist.DistError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"port {job.port}: cannot be opened; choose another, or 0 for any free one ({why})") from error
-    given = (job._replace(port=store.port), os.getpid())
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=job.timeout)
     # Ctrl-C reaches the whole group, workers that still import, too; they ignore it, and the launcher passes it on.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    context = multiprocessing.spawn(_worker, given, nprocs=len(devices), join=False)
+    context = multiprocessing.spawn(_worker, (job, store.port, os.getpid()), nprocs=len(job.devices), join=False)
     signal.signal(signal.SIGINT, handler)
 
     def forward() -> None:  # they end themselves, all after the same step
@@ -333,7 +300,7 @@ def _spawn(job: _Job) -> None:
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
     except multiprocessing.ProcessExitedException as first:
-        raise _cause(context.processes, first, devices, store, stop.number) from None
+        raise _cause(context.processes, first, job.devices, store, stop.number) from None
     finally:
         for process in context.processes:
             process.kill()
@@ -364,18 +331,17 @@ def _cause(
     return UserError(f"process {rank} ({devices[rank]}) {how}{hint}; all others were stopped; {RESUME}")
 
 
-def _worker(rank: int, job: _Job, launcher: int) -> None:
+def _worker(rank: int, job: _Job, port: int, launcher: int) -> None:
     end_with(launcher)
     keep_freed_memory()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which os._exit below would leave behind
-    store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=job.timeout)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=job.timeout)
     code, message = 0, None
     with unbreakable_output():
         try:
             make_current(job.devices[rank])
-            place = {"store": store, "rank": rank, "world_size": len(job.devices)}
-            dist.init_process_group(**job.meeting(rank), **place)
-            job.work(Group(rank, len(job.devices), job.devices[rank]), *job.arguments)
+            group = job.meet(rank, store=store, rank=rank, world_size=len(job.devices))
+            job.work(group, *job.arguments)
             dist.destroy_process_group()
         except PeerLost as error:
             code, message = EXIT_PEER_LOST, f"process {rank} lost contact with another process ({error})"

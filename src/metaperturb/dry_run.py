@@ -5,14 +5,14 @@ for values runs on zeros instead.
 """
 
 import contextlib
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metaperturb.errors import UserError
 
@@ -30,7 +30,6 @@ class Value:
     Attributes:
         op: of ATen, without overload and the `_` of in-place ones; "input" for what the network is given.
         inputs: positions (in `Trace.values`) of the operands that follow from the input, too.
-        shape: of the result.
         module: name of the innermost module that ran.
         space: which dimensions are rows and columns of the image, or None if none are: `(2, 3)` of a feature map,
             `(1, 2)` of `[B, H, W, C]`; tokens, attention scores and channel weights have none.
@@ -105,12 +104,6 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         op = func._schema.name.partition("::")[2]
         op, in_place = op.rstrip("_"), op.endswith("_")
-        if op.startswith("_foreach"):  # lists of operands: the first of each with the first of each, …
-            lists = [operand for operand in args if isinstance(operand, list | tuple)]
-            results = args[0] if in_place else out
-            for i, result in enumerate(results):
-                self._note(op, [operand[i] for operand in lists if len(operand) > i], args, result, in_place)
-            return out
         operands = [] if op.startswith(_LIKE) else list(tensors((args, kwargs or {})))
         for result in tensors(out):
             self._note(op, operands, args, result, in_place)
@@ -129,7 +122,7 @@ class _Recorder(TorchDispatchMode):
         gathered = op not in LAYERS and any(v.gathered for v in values)
         join = ""
         alike = {p for p, v in zip(inputs, values, strict=True) if v.shape == result.shape}
-        if op.removeprefix("_foreach_") in SUMS and len(alike) >= 2 and space and result.dim() == 4:
+        if op in SUMS and len(alike) >= 2 and space and result.dim() == 4:
             join = "sum"
         elif op in GATHERS and len({p for p, v in zip(inputs, values, strict=True) if v.space}) >= 2:
             join, gathered = ("cat" if space == (2, 3) else ""), True
@@ -180,11 +173,7 @@ def _space(op: str, args: tuple, values: list[Value], result: Tensor) -> tuple[i
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """Those in it, however deep in tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(part)
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def example_of(model: nn.Module, image_size: int | tuple[int, int]) -> Iterator[Tensor]:
@@ -202,14 +191,7 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
     """Run the network once, in evaluation mode, and note what happens.
 
     Modes, parameters, buffers and the state of the random generators stay as they are; hooks of the network run, too.
-
-    Args:
-        model: any network.
-        image_size: side of the images in pixels, or (height, width).
-        example: what to run it on instead: a tuple of its arguments, or its one argument.
-
-    Raises:
-        UserError: the network does not run on such images, or is not ready to run.
+    `image_size` and `example` are those of `attach`. A `UserError` says why the network does not run.
     """
     if lazy := [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]:
         raise UserError(
@@ -239,15 +221,9 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
 def classifier_name(model: nn.Module, image_size: int | None = None, example: Any = None) -> str:
     """The module that makes the logits: the last linear layer or convolution that runs, with one output a class.
 
-    A dry run finds it; it changes neither the network's mode and buffers nor the random generators.
-
     Raises:
-        UserError: the last such layer has another number of outputs, so that there may be parameters behind it; or the
-            network does not run on images `[B, C, S, S]` of this size.
-
-    Example:
-        >>> classifier_name(metaperturb.models.create("resnet20", num_classes=10, image_size=32), 32)
-        'fc'
+        UserError: that layer has another number of outputs, so that there may be parameters behind it; or the network
+            does not run on images of this size.
     """
     outputs = watch(model, image_size, example).outputs
     modules = dict(model.named_modules())
@@ -280,11 +256,7 @@ def _dry_run(model: nn.Module, arguments: tuple, device: str | None) -> Trace:
     names = {module: name for name, module in model.named_modules()}
 
     def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().to(device) if device else value.detach().clone()
-        if isinstance(value, Mapping):
-            return {key: moved(part) for key, part in value.items()}
-        return type(value)(map(moved, value)) if type(value) in (list, tuple) else copy.copy(value)
+        return tree_map_only(Tensor, lambda t: t.detach().to(device) if device else t.detach().clone(), value)
 
     def enter(module: nn.Module, args: tuple) -> tuple | None:
         recorder.stack.append(names[module])
@@ -302,9 +274,7 @@ def _dry_run(model: nn.Module, arguments: tuple, device: str | None) -> Trace:
     images = moved(arguments)
     for image in tensors(images):
         recorder.add_input(image)
-    state = {name: moved(buffer) for name, buffer in model.named_buffers()}
-    if device:
-        state |= {name: moved(parameter) for name, parameter in model.named_parameters()}
+    state = moved(dict(model.named_buffers()) | (dict(model.named_parameters()) if device else {}))
     devices = [t.device for t in tensors(images) if t.is_cuda]
     with (
         _kept_attributes(model),

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -75,25 +76,21 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
         raise UserError(
             f"tasks: model={config.model} needs one for each network at each image size: {least}, got {config.tasks}"
         )
+    first = os.environ.get("RANK", "0") == "0"
     for name, size in dict.fromkeys(config.networks):
         model = models.create(name, num_classes=2, image_size=size)
-        first = os.environ.get("RANK", "0") == "0"
         attach(model, MetaPerturb(), size, config.sites, paper=True, verbose=first)
         if (slowest := quicken(batch_norms(model))) < MOMENTUM and first:
             print(f"{name}: momentum of batch norm raised from {slowest:g} to {MOMENTUM}", file=sys.stderr)
     kernels.set_kernel(config.kernel)
     if devices[0].type == "cpu":
         kernels.kernel_name("cpu")  # built once, before the processes that will use it
-    if config.split == "paired" and config.tasks % 2:
-        raise UserError(f"tasks: split paired needs an even number, got {config.tasks}")
-    if config.split_file and not Path(config.split_file).is_file():
-        raise UserError(f"split_file: {config.split_file} does not exist")
     if late := [step for step in config.keep_phi if step >= config.steps]:
         raise UserError(f"keep_phi: step {late[0]} is not before the last, {config.steps}")
     if config.keep_phi and config.anneal > 0:
         raise UserError("keep_phi: with annealing, φ on the way is not the φ of a shorter run")
     load_tasks(config)
-    launch(work, (config,), devices, config.port, show_traceback, timedelta(seconds=config.timeout))
+    launch(work, (config,), devices, show_traceback, timedelta(seconds=config.timeout))
 
 
 def check_kept(config: MetaTrainConfig, done: int) -> None:
@@ -104,16 +101,12 @@ def check_kept(config: MetaTrainConfig, done: int) -> None:
 
 
 def check_unchanged(config: MetaTrainConfig) -> None:
-    """Refuse to answer from a finished run for images or a split that it did not see, whatever their files are called.
-
-    Raises:
-        UserError: they are others now, or cannot be read.
-    """
+    """Refuse to answer from a finished run for images or a split that it did not see, or that cannot be read."""
     try:
         (source, *_), splits, _ = load_tasks(dataclasses.replace(config, download=False))
     except UserError as error:
         raise identity.unanswered(config.run_dir, "phi.pt", error) from error
-    Checkpoints(config.run_dir, data_digest(source, splits)).read_latest()
+    read_latest(config.run_dir, data_digest(source, splits))
 
 
 def kept_phi(run_dir: str | Path, step: int) -> Path:
@@ -144,6 +137,27 @@ def data_digest(source: ImageArrays, splits: list[TaskSplit]) -> str:
         for part in (split.classes, split.train, split.test):
             digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def read_latest(run_dir: str, data: str) -> dict[str, Any]:
+    """Step, data, kernel and precision of the latest checkpoint; empty if there is none.
+
+    A checkpoint is a folder `step-000050/` with a file a task, so that a run goes on with another number of
+    processes, and one for φ. It counts once `latest.json` names it, when all its files are on disk: a kill at any
+    moment leaves a good one.
+
+    Raises:
+        UserError: it is of other data.
+    """
+    path = Path(run_dir) / "checkpoints" / "latest.json"
+    if not path.exists():
+        return {}
+    with training.restoring(path):
+        latest = load_json(path)
+        other = latest["data"] != data
+    if other:
+        raise UserError(f"{run_dir}: the source or its split changed since this run began; choose another run_dir")
+    return latest
 
 
 def quicken(norms: list[torch.nn.Module]) -> float:
@@ -184,20 +198,24 @@ class Task:
         self.theta = list(self.model.parameters())  # φ is not among them
         self.optimizer = torch.optim.Adam(self.theta, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
+    def loss(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and accuracy, on the device."""
+        x, y = batch
+        with self.autocast:
+            logits = model(x)
+            return F.cross_entropy(logits, y), training.accuracy(logits, y)
+
     def theta_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One step of θ on D_tr with φ constant (lines 8-9): loss and accuracy, on the device."""
+        """One step of θ on D_tr with φ constant (lines 8-9): loss and accuracy."""
         seed_torch(self.config.seed, self.index, "theta_step", step)
         set_mode(self.batch_norms, training=True)
         self.phi.requires_grad_(False)
-        x, y = self.train_batches.batch(step)
-        with self.autocast:
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
+        loss, accuracy = self.loss(self.model, self.train_batches.batch(step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         self.phi.requires_grad_(True)
-        return loss.detach(), training.accuracy(logits, y)
+        return loss.detach(), accuracy
 
     def phi_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the loss on D_te with respect to φ, θ constant (line 10): `[82]`, loss, accuracy."""
@@ -205,46 +223,31 @@ class Task:
         set_mode(self.batch_norms, training=False)
         for parameter in self.theta:
             parameter.requires_grad_(False)
-        x, y = self.test_batches.batch(step)
-        with self.autocast:
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
+        loss, accuracy = self.loss(self.model, self.test_batches.batch(step))
         gradient = gradient_of(loss, self.phi)
         for parameter in self.theta:
             parameter.requires_grad_(True)
-        return gradient, loss.detach(), training.accuracy(logits, y)
+        return gradient, loss.detach(), accuracy
 
     def lookahead_gradient(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same at θ − η ∇θ L_tr(θ, φ), differentiated through that step (Ren et al. 2018; plain SGD, no decay)."""
         seed_torch(self.config.seed, self.index, "phi_step", step)
         theta = dict(self.model.named_parameters())
-        x_train, y_train = self.train_batches.batch(step)
-        x, y = self.test_batches.batch(step)
+        train, test = self.train_batches.batch(step), self.test_batches.batch(step)
 
-        def forward(parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+        def at(parameters: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
             # On copies of the buffers: the step is only looked at, so it leaves no trace in the running statistics.
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-            return torch.func.functional_call(self.model, (parameters, buffers), images)
+            return lambda x: torch.func.functional_call(self.model, (parameters, buffers), x)
 
         set_mode(self.batch_norms, training=True)
-        with self.autocast:
-            inner = F.cross_entropy(forward(theta, x_train), y_train)
+        inner, _ = self.loss(at(theta), train)
         gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
         steps = zip(theta.items(), gradients, strict=True)
         ahead = {name: parameter - self.config.lookahead * gradient for (name, parameter), gradient in steps}
         set_mode(self.batch_norms, training=False)
-        with self.autocast:
-            logits = forward(ahead, x)
-            loss = F.cross_entropy(logits, y)
-        gradient = gradient_of(loss, self.phi)
-        return gradient, loss.detach(), training.accuracy(logits, y)
-
-    def state(self) -> dict:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        loss, accuracy = self.loss(at(ahead), test)
+        return gradient_of(loss, self.phi), loss.detach(), accuracy
 
 
 def work(group: Group, config: MetaTrainConfig) -> None:
@@ -258,9 +261,9 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     sources, splits, split_seed = load_tasks(config)
     source, images = sources[0], {s.image_size: DeviceImages(s, group.device) for s in sources}
     how = {"kernel": kernels.kernel_name(group.device)}
-    checkpoints = Checkpoints(config.run_dir, data_digest(source, splits))
-    before = checkpoints.read_latest() or {}  # a run goes on as it began
-    how["precision"] = before.get("precision") or group.of_first(
+    data = data_digest(source, splits)
+    latest = read_latest(config.run_dir, data)  # a run goes on as it began
+    how["precision"] = latest.get("precision") or group.of_first(
         lambda: training.choose_precision(config.precision, group.device)
     )
     seed_torch(config.seed, 0, "phi")
@@ -273,16 +276,46 @@ def work(group: Group, config: MetaTrainConfig) -> None:
 
     # Resume
     run = Run(config, "meta_train") if group.rank == 0 else None
-    start, recent = checkpoints.restore(tasks, phi, phi_optimizer, run)
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    start, recent = 0, []  # recent: tables that are not logged yet
+    if latest:
+        with training.restoring(checkpoints / "latest.json"):
+            start = latest["step"]
+            folder = checkpoints / f"step-{start:06}"
+            for task in tasks:
+                state = load_tensors(folder / f"task-{task.index:02}.pt")
+                task.model.load_state_dict(state["model"])
+                task.optimizer.load_state_dict(state["optimizer"])
+            shared = load_tensors(folder / "phi.pt")
+            phi.load_state_dict(shared["phi"])
+            phi_optimizer.load_state_dict(shared["optimizer"])
+            recent = [table.to(group.device) for table in shared["recent"]]
     check_kept(config, start)
     if run is not None:
-        if start:
-            kernels.tell_change(before["kernel"], how["kernel"], config.run_dir)
+        if latest:
+            run.seconds_before = shared["seconds"]
+            kernels.tell_change(latest["kernel"], how["kernel"], config.run_dir)
+            print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
         run.rewind(start)
         save_split(run.dir / "split.json", splits, source.fingerprint, config.split, split_seed)
-        if start:
-            print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
         progress = StepProgress("meta-train", config.steps, start)
+
+    def save(done: int) -> None:
+        for name, module in {"φ": phi, **{f"task {task.index}": task.model for task in tasks}}.items():
+            training.check_finite_parameters(module.parameters(), name, done, config.run_dir)
+        folder = checkpoints / f"step-{done:06}"
+        for task in tasks:
+            state = {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict()}
+            save_tensors(state, folder / f"task-{task.index:02}.pt")
+        if run is not None:
+            shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict()}
+            save_tensors({**shared, "recent": recent, "seconds": run.seconds}, folder / "phi.pt")
+        group.barrier()
+        if run is not None:
+            save_json({"step": done, "data": data, **how}, checkpoints / "latest.json")
+            for old in checkpoints.glob("step-*"):
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def card(done: int) -> dict[str, Any]:
         """How φ came about, after the first `done` steps."""
@@ -326,12 +359,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
             if kept and run is not None:
                 save_phi(phi, kept_phi(run.dir, done), card=card(done))
             if saves or stops:
-                for name, module in {"φ": phi, **{f"task {task.index}": task.model for task in tasks}}.items():
-                    training.check_finite_parameters(module.parameters(), name, done, config.run_dir)
-                checkpoints.save(done, tasks, phi, phi_optimizer, run, recent)
-                group.barrier()
-                if run is not None:
-                    checkpoints.name_latest(done, how)
+                save(done)
             if stops:
                 raise Stopped(stop.number or signal.SIGTERM, training.saved_after(done, config.steps))
 
@@ -359,10 +387,7 @@ def joint_step(
     config: MetaTrainConfig,
     stopping: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step of every θ_t and of φ (lines 6-12).
-
-    Args:
-        stopping: whether this process was asked to stop.
+    """One step of every θ_t and of φ (lines 6-12), and whether this process was asked to stop.
 
     Returns:
         what all tasks reported, `[T, 82 + metrics]`, and whether any process was asked to stop, on the device.
@@ -396,81 +421,6 @@ def summarize(tables: Tensor) -> dict:
     gradient_norm = tables[:, :, : -len(METRICS)].mean(dim=1).norm(dim=1).mean().item()
     by_task = {f"{name}_by_task": [round(v, 4) for v in values[:, i].tolist()] for i, name in enumerate(METRICS[:2])}
     return {**overall, "phi_gradient_norm": round(gradient_norm, 6), **by_task}
-
-
-class Checkpoints:
-    """Folders `step-000050/` with a file a task and one for φ; `latest.json` names the complete one.
-
-    Files belong to tasks, not to processes, so that a run continues with another number of them. A folder counts
-    once `latest.json` names it, when all its files are on disk: a kill at any moment leaves a good checkpoint.
-    """
-
-    def __init__(self, run_dir: str, data: str) -> None:
-        self.run_dir, self.data = run_dir, data
-        self.folder = Path(run_dir) / "checkpoints"
-        self.latest = self.folder / "latest.json"
-
-    def read_latest(self) -> dict[str, Any] | None:
-        """Step, data, kernel and precision of the latest checkpoint; None if there is none.
-
-        Raises:
-            UserError: it is of other data.
-        """
-        with training.restoring(self.latest):
-            latest = load_json(self.latest) if self.latest.exists() else None
-            other = latest is not None and latest["data"] != self.data
-        if other:
-            raise UserError(
-                f"{self.run_dir}: the source or its split changed since this run began; choose another run_dir"
-            )
-        return latest
-
-    def restore(
-        self, tasks: list[Task], phi: MetaPerturb, phi_optimizer: torch.optim.Optimizer, run: Run | None
-    ) -> tuple[int, list[Tensor]]:
-        """Load the latest checkpoint.
-
-        Returns:
-            how many steps it has behind it, 0 if there is none, and the tables that were not logged yet.
-        """
-        latest = self.read_latest()
-        if latest is None:
-            return 0, []
-        with training.restoring(self.latest):
-            folder = self.step_folder(latest["step"])
-            for task in tasks:
-                task.load_state(load_tensors(folder / f"task-{task.index:02}.pt"))
-            shared = load_tensors(folder / "phi.pt")
-            phi.load_state_dict(shared["phi"])
-            phi_optimizer.load_state_dict(shared["optimizer"])
-            if run is not None:
-                run.seconds_before = shared["seconds"]
-            return latest["step"], [table.to(tasks[0].device) for table in shared["recent"]]
-
-    def save(
-        self, step: int, tasks: list[Task], phi: MetaPerturb, phi_optimizer: Any, run: Run | None, recent: list
-    ) -> None:
-        """Write the files of this process's tasks after `step` steps; where it has the `run`, φ's, too.
-
-        Args:
-            recent: the tables that are not logged yet.
-        """
-        folder = self.step_folder(step)
-        for task in tasks:
-            save_tensors(task.state(), folder / f"task-{task.index:02}.pt")
-        if run is not None:
-            shared = {"phi": phi.state_dict(), "optimizer": phi_optimizer.state_dict()}
-            save_tensors({**shared, "recent": recent, "seconds": run.seconds}, folder / "phi.pt")
-
-    def name_latest(self, step: int, how: dict[str, str]) -> None:
-        """Let this checkpoint, of which all processes have written their files, take the place of the one before."""
-        save_json({"step": step, "data": self.data, **how}, self.latest)
-        for old in self.folder.glob("step-*"):
-            if old != self.step_folder(step):
-                shutil.rmtree(old, ignore_errors=True)
-
-    def step_folder(self, step: int) -> Path:
-        return self.folder / f"step-{step:06}"
 
 
 if __name__ == "__main__":

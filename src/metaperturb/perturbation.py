@@ -161,6 +161,8 @@ class Attachment(UsesPhi):
     def phi(self) -> MetaPerturb:
         return self._phi[0]
 
+    attachment = property(lambda self: self)  # for what it has in common with its sites
+
     @property
     def draws(self) -> bool:
         """Whether the sites draw noise, as they are now."""
@@ -264,13 +266,12 @@ def _usage(values: list[float]) -> Usage:
 
 def _shared(name: str, settable: bool = True) -> property:
     def get(self: "Attachment | PerturbSite") -> Any:
-        return getattr((self if isinstance(self, Attachment) else self.attachment).current(), name)
+        return getattr(self.attachment.current(), name)
 
     def set_(self: "Attachment | PerturbSite", value: Any) -> None:
-        attachment = self if isinstance(self, Attachment) else self.attachment
         if name in ("paper", "clip_eval", "deterministic") and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
-        attachment._write(attachment.current()._replace(**{name: value}))
+        self.attachment._write(self.attachment.current()._replace(**{name: value}))
 
     return property(get, set_ if settable else None)
 
@@ -374,7 +375,8 @@ class PerturbSite(UsesPhi):
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
         if isinstance(h, torch.fx.Proxy):
-            return as_node(self, h)
+            # In a trace by torch.fx, a module that the graph calls: what is inside depends on values.
+            return h.tracer.create_proxy("call_module", h.tracer.path_of_module(self), (h,), {})
         usage = self.attachment.current()
         if not usage.paper:
             return self._with_mean_one(h, noise, usage)
@@ -391,7 +393,9 @@ class PerturbSite(UsesPhi):
         phi = Phi.of(flat)
         mean, var = self._statistics(h, phi)
         if settings.training:
-            self._track(mean, var)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
+                self.running_var.lerp_(var.to(self.running_var.dtype), MOMENTUM)
         if settings.strength == 0.0:
             return h
         if settings.noise and not settings.expected and noise is None:
@@ -468,11 +472,6 @@ class PerturbSite(UsesPhi):
         if self.training and not torch.compiler.is_compiling() and _is_batched(h):
             raise UserError("φ acts on whole batches: there are no gradients of single ones (torch.func.vmap)")
 
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
-        self.running_var.lerp_(var.to(self.running_var.dtype), MOMENTUM)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         saved, own = f"{prefix}running_rms" in state_dict, self.phi.scale_free
         if f"{prefix}running_mean" in state_dict and saved != own:
@@ -485,11 +484,6 @@ class PerturbSite(UsesPhi):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, channel_norm={self.channel_norm}, size_norm={self.size_norm}"
-
-
-def as_node(site: nn.Module, h: torch.fx.Proxy) -> torch.fx.Proxy:
-    """In a trace by torch.fx, a module that the graph calls: what is inside depends on values."""
-    return h.tracer.create_proxy("call_module", h.tracer.path_of_module(site), (h,), {})
 
 
 def _is_batched(h: Tensor) -> bool:

@@ -144,22 +144,8 @@ def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
     """Those of a network's sites that an ablation leaves (table 3 (b)).
 
     A stage is a run of consecutive sites with feature maps of one size; so each convolution that does not pad ends one.
-
-    Args:
-        specs: as `find_sites` gives them, at least one.
-        where: `"all"`; `"bottom"`: the first stage; `"top"`: the last one; `"before_pooling"`: the last site of each
-            stage, which the next down-sampling or the final pooling follows.
-
-    Returns:
-        at least one of `specs`, in the same order.
-
-    Raises:
-        UserError: an unknown word.
-
-    Examples:
-        >>> model = metaperturb.models.create("resnet20", num_classes=10, image_size=32)
-        >>> [spec.name for spec in choose_sites(find_sites(model, 32), "before_pooling")]
-        ['layer1.2', 'layer2.2', 'layer3.2']
+    `where`: `"all"`; `"bottom"`: the first stage; `"top"`: the last one; `"before_pooling"`: the last site of each
+    stage, which the next down-sampling or the final pooling follows.
     """
     if where not in PLACES:
         raise UserError(f"sites {where!r}: unknown place (known: {', '.join(PLACES)})")
@@ -397,14 +383,12 @@ class _Finder:
         convolutions = [v for v in self.values if v.op == "convolution" and len(v.shape) == 4]
         if not convolutions:
             return "has no nn.Conv2d; the perturbation acts on feature maps of CNNs"
-        if "" in {v.module for v in convolutions}:
-            return "its own forward convolves, and only modules can have sites; put a metaperturb.Slot() there"
-        if len({v.module for v in convolutions}) <= 2:
+        if "" not in (within := {v.module for v in convolutions}) and len(within) <= 2:
             return (
                 f"its only convolution, {convolutions[0].module!r}, has no activation behind it, as where it cuts the "
                 "image into patches: what follows are tokens, and φ acts on feature maps of CNNs (or name: sites=[…])"
             )
         return (
             "found no place to perturb (no block with a sum or concatenation of feature maps, no convolution before an "
-            "activation); name modules with sites=[…]"
+            "activation); name modules with sites=[…], or put a metaperturb.Slot() where φ shall act"
         )

@@ -18,11 +18,7 @@ ABLATION = ("sites", "noise", "gate")  # settings of table 3, by the names that 
 
 
 def check_ablation(config: CommonConfig) -> None:
-    """Refuse to run with nothing left of φ.
-
-    Raises:
-        UserError: neither noise nor scale, or no noise that could be scale-free.
-    """
+    """Refuse to run with nothing left of φ, or without noise that could be scale-free."""
     if not (config.noise or config.gate):
         raise UserError("noise, gate: with both false φ does nothing")
     if not config.noise and getattr(config, "scale_free", False):
@@ -45,10 +41,7 @@ def annealed_strength(step: int, steps: int, share: float) -> float:
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to a device, on a CPU with the memory format in which it is fast.
-
-    Grouped and depthwise convolutions take 1.3 to 1.6 times as long in the usual format as in channels-last.
-    """
+    """Move a network to a device. On a CPU grouped convolutions take 1.3 to 1.6 times as long if not channels-last."""
     grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules())
     fast = torch.channels_last if grouped and device.type == "cpu" else torch.preserve_format
     return model.to(device, memory_format=fast)
@@ -100,32 +93,12 @@ def _read(path: Path) -> str:
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """`asked`, or float32 where a CPU only imitates bfloat16 and a step is slower for it; said on stderr."""
-    flags = next((line.split() for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("flags")), [])
-    if asked == "float32" or device.type != "cpu" or {"avx512_bf16", "amx_bf16"} & set(flags):
+    """`asked`, or float32 where a CPU only imitates bfloat16, which is slower; said on stderr."""
+    has_it = {"avx512_bf16", "amx_bf16", "bf16"} & set(_read(Path("/proc/cpuinfo")).split())
+    if asked == "float32" or device.type != "cpu" or has_it:
         return asked
-    ratio = step_seconds("bfloat16") / step_seconds("float32")
-    if ratio <= 1.0:
-        return asked
-    print(
-        f"precision: computing in float32, as this processor has no bfloat16 arithmetic and takes {ratio:.1f} times as "
-        "long with it",
-        file=sys.stderr,
-    )
+    print("precision: computing in float32, as this processor has no bfloat16 arithmetic", file=sys.stderr)
     return "float32"
-
-
-def step_seconds(precision: str) -> float:
-    """The shortest of three steps of a small convolution on the CPU."""
-    convolution, x = torch.nn.Conv2d(16, 16, 3, padding=1), torch.rand(32, 16, 32, 32)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        with autocast(x.device, precision):
-            loss = convolution(x).relu().mean()
-        loss.backward()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -140,11 +113,7 @@ def saved_after(done: int, steps: int) -> str:
 
 @contextlib.contextmanager
 def restoring(checkpoint: Path) -> Iterator[None]:
-    """Says in one sentence that a checkpoint is damaged, or that a file of something else lies in its place.
-
-    Raises:
-        UserError: it is, lacks what is looked for, or holds it in other shapes.
-    """
+    """Says in one sentence that a checkpoint is damaged, or that a file of something else lies in its place."""
     try:
         yield
     except Damaged as error:
@@ -167,14 +136,9 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_finite(values: Tensor, first_step: int, run_dir: str) -> None:
-    """Stop before a checkpoint could follow a loss or gradient that is not finite.
+    """Stop before a checkpoint could follow a loss or gradient that is not finite, naming the step and task.
 
-    Args:
-        values: `[steps, T, K]` of consecutive steps and all tasks, or `[steps, K]` without tasks.
-        first_step: how many steps preceded them.
-
-    Raises:
-        Diverged: naming the first such step and task.
+    `values` are those of consecutive steps `[steps, T, K]`, or `[steps, K]` without tasks, after the `first_step`.
     """
     bad = (~torch.isfinite(values).all(dim=-1)).nonzero()
     if len(bad):
@@ -184,11 +148,7 @@ def check_finite(values: Tensor, first_step: int, run_dir: str) -> None:
 
 
 def check_finite_parameters(parameters: Iterable[Tensor], whose: str, step: int, run_dir: str) -> None:
-    """The same for what a checkpoint after `step` steps is about to hold; `whose`: `"task 3"`, `"φ"`, `"θ"`.
-
-    Raises:
-        Diverged: a value is not finite.
-    """
+    """The same for what a checkpoint after `step` steps is about to hold; `whose`: `"task 3"`, `"φ"`, `"θ"`."""
     if not all(torch.isfinite(p).all() for p in parameters):
         _diverged("a parameter", f"{whose}, step {step}", run_dir)
 

@@ -88,11 +88,9 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     with torch.random.fork_rng(devices=[]):  # what comes next draws the same with φ as without
         phi = MetaPerturb(scale_free)
     expected = {"flat": tuple(phi.flat.shape)} if "flat" in state else PHI_SHAPES._asdict()  # the former: a state dict
-    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unknown:
-        wrong = [f"lacks {name}" for name in sorted(missing)] + [
-            f"has unknown {n!r:.40}" for n in sorted(unknown, key=str)
-        ]
+    wrong = [f"lacks {name}" for name in sorted(expected.keys() - state.keys())]
+    wrong += [f"has unknown {name!r:.40}" for name in sorted(state.keys() - expected.keys(), key=str)]
+    if wrong:
         raise UserError(f"{path}: not a φ of 82 parameters: {', '.join(wrong[:4])}")
     for name, shape in expected.items():
         value = state[name]

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from metaperturb.errors import UserError
-from metaperturb.models.initialization import kaiming_init
 from metaperturb.perturbation import Slot
 
 # Output channels of each layer; True where a 2x2 max pooling follows. Conv4: Vinyals et al. 2016; Conv6 and VGG9 as in
@@ -11,6 +10,15 @@ from metaperturb.perturbation import Slot
 CONV4 = [(64, True)] * 4
 CONV6 = [(64, True), (64, True), (64, False), (64, True), (64, False), (64, True)]
 VGG9 = [(64, True), (128, True), *((width, pool) for width in (256, 512, 512) for pool in (False, True))]
+
+
+def kaiming_init(model: nn.Module) -> None:
+    """He et al. 2015 (fan-out, as in torchvision's ResNets) for convolutions; batch norm starts as the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class ConvLayer(nn.Sequential):

@@ -7,7 +7,7 @@ the addition, so there its site is the block's output.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.models.initialization import kaiming_init
+from metaperturb.models.convnet import kaiming_init
 from metaperturb.perturbation import Slot
 
 
