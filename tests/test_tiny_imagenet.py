@@ -55,24 +55,13 @@ def test_validation_images(tmp_path):
 
 
 def test_what_is_not_tiny_imagenet(tmp_path):
-    top = "tiny-imagenet-200"
-    good, *others = (
-        write_zip(tmp_path / f"{name}.zip", files)
-        for name, files in {
-            "good": _layout(0, 2),
-            "foreign": {"cifar/train/cat/1.png": picture(1)},
-            "other": {**_layout(2, 4), f"{top}/train/n01/images/n01_1.JPEG": picture(77, kind="JPEG")},
-            "empty": {**_layout(0, 2), f"{top}/train/n99/images/": b""},
-            "annotated": {**_layout(0, 2), f"{top}/val/val_annotations.txt": b"val_0.JPEG\tn77\t0\n"},
-        }.items()
-    )
-    foreign, other, empty, annotated = others
+    good = write_zip(tmp_path / "good.zip", _layout(0, 2))
+    foreign = write_zip(tmp_path / "foreign.zip", {"cifar/train/cat/1.png": picture(1)})
     for paths in ([foreign], [good, foreign]):
         refused(r"foreign\.zip: not Tiny ImageNet", _load, tmp_path, *paths)
-    message = refused(r"n01_1\.JPEG differs", _load, tmp_path, good, other)
-    assert str(good) in message and str(other) in message
-    refused("train/n99: class folder without images", _load, tmp_path, empty)
-    refused(r"val_annotations\.txt, line 1", _load, tmp_path, annotated, split="test")
+    unknown = {"tiny-imagenet-200/val/val_annotations.txt": b"val_0.JPEG\tn77\t0\n"}
+    path = write_zip(tmp_path / "x.zip", {**_layout(0, 2), **unknown})
+    refused(r"val_annotations\.txt, line 1", _load, tmp_path, path, split="test")
 
 
 def test_a_part_is_told_from_the_whole(tmp_path, capsys):

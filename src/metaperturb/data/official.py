@@ -150,11 +150,12 @@ def _fetched(place: Path, fetch: bool) -> Path:
         needed, url = ", ".join(files), next(iter(FILES[place.name]))
         if len(files) > 1:
             url = url.rsplit("/", 1)[0]
-        if not fetch and len(offered) < len(files):
-            allow = f"fetch {needed} from {url} to {root}/ or allow the download"
-            raise UserError(f"{place}: no such file or folder; {allow}")
-        what = "unpacking" if len(offered) == len(files) else f"download from {url}"
-        if what != "unpacking":
+        what = "unpacking"
+        if len(offered) < len(files):
+            what = f"download from {url}"
+            if not fetch:
+                allow = f"fetch {needed} from {url} to {root}/ or allow the download"
+                raise UserError(f"{place}: no such file or folder; {allow}")
             print(f"{place}: {what}", file=sys.stderr)
         temporary, old_timeout = root / f".{place.name}.tmp", socket.getdefaulttimeout()
         folder = temporary / _INSIDE.get(place.name, "")
@@ -256,37 +257,32 @@ def _tiny_imagenet(places: list[Place], split: str) -> Plan:
     train/<class>/images/*.JPEG; the validation images, of which val/val_annotations.txt gives the classes, are its
     test images, as the official ones have no public labels.
     """
-    images: dict[str, list[tuple[str, Place, str]]] = {"train": [], "test": []}  # class, place and member of each
+    # Class and file name → place and member; of an image that several places have, any.
+    images: dict[str, dict[tuple[str, str], tuple[Place, str]]] = {"train": {}, "test": {}}
     tables: list[tuple[Place, str]] = []
-    classes: set[str] = set()
     for place in places:
         root = place.root(("train",)) or ""
-        image = re.compile(rf"{re.escape(root)}train/([^/]+)/images/[^/]+")  # beside images/ lies <wnid>_boxes.txt
-        found = [(match[1], place, match[0]) for match in map(image.fullmatch, place.files) if match]
+        image = re.compile(rf"{re.escape(root)}train/([^/]+)/images/([^/]+)")  # beside images/ lies <wnid>_boxes.txt
+        found = {match.groups(): (place, match[0]) for match in map(image.fullmatch, place.files) if match}
         if not found:
             raise UserError(f"{place.path}: not Tiny ImageNet: no tiny-imagenet-200/train/<class>/images/*.JPEG inside")
-        images["train"] += found
-        classes |= {name.split("/")[-1] for name in place.folders if name.rpartition("/")[0] == f"{root}train"}
+        images["train"] |= found
         if (table := f"{root}val/val_annotations.txt") in place.files:
             tables.append((place, table))
-    for name in sorted(classes.difference(name for name, _, _ in images["train"])):
-        raise UserError(f"{places[0].path}: train/{name}: class folder without images")
+    classes = sorted({name for name, _ in images["train"]})
     for place, table in tables if split == "test" else ():
         for number, line in enumerate(place.read(table).decode("utf-8", "replace").splitlines(), 1):
             file, class_name, *_ = *line.split("\t"), ""
             if class_name not in classes:
                 raise UserError(f"{place.path}: {table}, line {number}: not '<file> <tab> <class of train/>'")
             if (member := f"{table.removesuffix('val_annotations.txt')}images/{file}") in place.files:
-                images["test"].append((class_name, place, member))
+                images["test"][class_name, file] = place, member
     if not images[split]:
         raise UserError(f"{places[0].path}: no labelled validation images (val/val_annotations.txt, val/images/)")
-    unique: dict[tuple[str, str], tuple[Place, str]] = {}
-    for class_name, place, member in images[split]:
-        other, name = unique.setdefault((class_name, member.rsplit("/", 1)[-1]), (place, member))
-        if other is not place and other.read(name) != place.read(member):
-            raise UserError(f"{place.path}: {member} differs from the one in {other.path}; give only one of the two")
-    pictures = [file_picture(*unique[key], key[0]) for key in sorted(unique)]
-    return Plan(", ".join(str(place.path) for place in places), sorted(classes), pictures)
+    pictures = [
+        file_picture(*of, class_name) for (class_name, _), of in sorted(images[split].items(), key=lambda i: i[0])
+    ]
+    return Plan(", ".join(str(place.path) for place in places), classes, pictures)
 
 
 def _cifar100(root: Path, split: str) -> tv.CIFAR100:
@@ -294,7 +290,7 @@ def _cifar100(root: Path, split: str) -> tv.CIFAR100:
 
 
 OFFICIAL = {
-    "stl10": Official(["stl10_binary"], pixels=lambda root, split: tv.STL10(root, split)),
+    "stl10": Official(["stl10_binary"], pixels=tv.STL10),
     # 50 training images a class; 25 others a class to validate on.
     "s_cifar100": Official(["cifar-100-python"], pixels=_cifar100, few={"train": (50, 0), "val": (25, 50)}),
     "cifar100": Official(["cifar-100-python"], pixels=_cifar100),
@@ -303,9 +299,7 @@ OFFICIAL = {
     # The variants; of the images, the whole: their bottom 20 rows name the photographer, as in torchvision.
     "aircraft": Official(["fgvc-aircraft-2013b"], _of_torchvision(tv.FGVCAircraft, train=["trainval"])),
     "cub": Official(["CUB_200_2011"], _cub, itself=True),
-    "small_svhn": Official(
-        ["{split}_32x32.mat"], pixels=lambda root, split: tv.SVHN(root, split), few={"train": (500, 0)}
-    ),
+    "small_svhn": Official(["{split}_32x32.mat"], pixels=tv.SVHN, few={"train": (500, 0)}),
     "fashion_mnist": Official(["FashionMNIST"], pixels=lambda root, split: tv.FashionMNIST(root, split == "train")),
     # Partition 1 of 10; its train and val parts together are the training set.
     "dtd": Official(["dtd"], _of_torchvision(tv.DTD, train=["train", "val"])),
