@@ -10,6 +10,7 @@ import torch
 import torch.utils.checkpoint
 from conftest import python
 from oracle import philox
+from test_fused import maps
 from torch import nn
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels, models
@@ -21,10 +22,6 @@ from metaperturb.randomness import seed_torch
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 
 
-def test_the_kernel_is_used():
-    assert kernels.kernel_name() == "cpp"
-
-
 def make_phi(dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     phi = MetaPerturb().to(dtype)
@@ -32,10 +29,6 @@ def make_phi(dtype, seed=0):
         for p in phi.tensors():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
     return phi
-
-
-def maps(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0)])
@@ -110,59 +103,49 @@ def test_a_traced_network_can_be_saved(tmp_path):
         torch.testing.assert_close(found, network(x))
 
 
-@pytest.mark.parametrize("way", ["torch.func", "forward mode", "gradient of the noise"])
-def test_what_the_kernel_cannot_do_is_left_to_the_plain_operators(way):
+def test_what_the_kernel_cannot_do_is_left_to_the_plain_operators():
+    """torch.func, forward mode, the gradient of a noise, torch.compile."""
     site = PerturbSite(make_phi(torch.float64), 2).eval()
     h, noise, v = maps(2, 2, 4, 4), maps(2, 2, 4, 4, seed=2), maps(2, 2, 4, 4, seed=3)
-    if way == "torch.func":
-        actual = torch.func.jacrev(lambda h: (site(h, noise=noise) * v).sum())(h)
-        expected = torch.autograd.functional.vjp(lambda h: site(h, noise=noise), h, v)[1]
-    elif way == "forward mode":
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(h, v)
-            actual = torch.autograd.forward_ad.unpack_dual(site(dual, noise=noise)).tangent
-        expected = torch.autograd.functional.jvp(lambda h: site(h, noise=noise), h, v)[1]
-    else:
-        actual = torch.autograd.functional.vjp(lambda noise: site(h, noise=noise), noise, v)[1]
-        with torch.no_grad():
-            step = 1e-6 * torch.ones_like(noise)
-            expected = v * (site(h, noise=noise + step) - site(h, noise=noise - step)) / 2e-6
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
-        return
-    torch.testing.assert_close(actual, expected)
+    differentiate = torch.autograd.functional
+    actual = torch.func.jacrev(lambda h: (site(h, noise=noise) * v).sum())(h)
+    torch.testing.assert_close(actual, differentiate.vjp(lambda h: site(h, noise=noise), h, v)[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(h, v)
+        actual = torch.autograd.forward_ad.unpack_dual(site(dual, noise=noise)).tangent
+    torch.testing.assert_close(actual, differentiate.jvp(lambda h: site(h, noise=noise), h, v)[1])
+    actual = differentiate.vjp(lambda noise: site(h, noise=noise), noise, v)[1]
+    with torch.no_grad():
+        expected = v * (site(h, noise=noise + 1e-6) - site(h, noise=noise - 1e-6)) / 2e-6
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+    compiled = torch.compile(lambda h: site(h, noise=noise), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(h), site(h, noise=noise))
 
 
 # --- noise
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [  # known answers of the authors' library Random123
-        ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
-        ),
-    ],
-)
-def test_the_oracle_knows_philox(counter, key, words):
-    assert tuple(philox(counter, key)) == words
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+KNOWN = {  # answers of the authors' library Random123
+    (0,) * 6: (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
+    (0xFFFFFFFF,) * 6: (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
+    PI: (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+}
 
 
-def moments(x):
-    x = x.double()
-    return torch.stack([x.mean(), x.var(), (x**3).mean(), (x**4).mean()])
+def test_the_oracle_knows_philox():
+    for counter_and_key, words in KNOWN.items():
+        assert tuple(philox(counter_and_key[:4], counter_and_key[4:])) == words
 
 
 def test_distribution_of_the_noise():
-    noise = cpp.draw_noise(torch.tensor(11), torch.empty(64, 16, 32, 32))
+    noise = cpp.draw_noise(torch.tensor(11), torch.empty(64, 16, 32, 32)).double()
     n = noise.numel()
     # Mean, variance, third and fourth moment of a normal, in standard errors of their estimates.
-    errors = (moments(noise) - torch.tensor([0.0, 1.0, 0.0, 3.0])).abs() * (n / torch.tensor([1, 2, 15, 96])).sqrt()
+    moments = torch.stack([noise.mean(), noise.var(), (noise**3).mean(), (noise**4).mean()])
+    errors = (moments - torch.tensor([0.0, 1.0, 0.0, 3.0])).abs() * (n / torch.tensor([1, 2, 15, 96])).sqrt()
     assert errors.max() < 4.5
-    ordered = noise.flatten().double().sort().values
+    ordered = noise.flatten().sort().values
     distance = (torch.special.ndtr(ordered) - (torch.arange(n) + 0.5) / n).abs().max()
     assert distance < 1.95 / n**0.5  # Kolmogorov and Smirnov's test at the level 0.001
     for tail in (3.0, 4.0):
@@ -366,11 +349,3 @@ def test_the_home_of_another_user_is_said(tmp_path):
     """
     said = f"{tmp_path}/metaperturb cannot be used (Permission denied); set XDG_CACHE_HOME to a folder of your own"
     assert python(code, XDG_CACHE_HOME=str(tmp_path)).communicate()[0] == said
-
-
-def test_torch_compile_takes_the_plain_operators():
-    site, h = PerturbSite(make_phi(torch.float32), 3), maps(2, 3, 4, 4).float()
-    noise = maps(2, 3, 4, 4, seed=2).float()
-    expected = site(h, noise=noise)
-    compiled = torch.compile(lambda h: site(h, noise=noise), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(h), expected)

@@ -9,9 +9,6 @@ from image_files import refusal, refused
 from metaperturb.data.splits import TaskSplit, class_split, few_classes, few_per_class, load_split, save_split, shuffled
 
 KINDS = ("disjoint", "paired", "homogeneous")
-# Written by the first version: split files and results refer to seeds.
-FROZEN_CLASSES = [[2, 3], [0, 1]]
-FROZEN_TRAIN = [[9, 11, 14, 15], [2, 3, 4, 7]]
 
 
 def _labels(classes=20, images=20, seed=0):
@@ -65,20 +62,16 @@ def test_disjoint_complete_and_halved(labels, kind, num_tasks):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pure_and_seeded(kind):
-    labels = _labels()
-    np.random.seed(0)
-    one = class_split(labels, 4, kind, seed=1)
-    np.random.seed(1)
-    two = class_split(labels.copy(), 4, kind, seed=1)
-    other = class_split(labels, 4, kind, seed=2)
+    one, two, other = (class_split(_labels(), 4, kind, seed) for seed in (1, 1, 2))
     _assert_same(one, two)
     assert any(not np.array_equal(a.train, b.train) for a, b in zip(one, other, strict=True))
 
 
 def test_the_split_of_a_seed_never_changes():
+    """Split files and results refer to seeds."""
     tasks = class_split(np.repeat(np.arange(4), 4), 2, "disjoint", seed=0)
-    assert [t.classes.tolist() for t in tasks] == FROZEN_CLASSES
-    assert [t.train.tolist() for t in tasks] == FROZEN_TRAIN
+    assert [t.classes.tolist() for t in tasks] == [[2, 3], [0, 1]]
+    assert [t.train.tolist() for t in tasks] == [[9, 11, 14, 15], [2, 3, 4, 7]]
 
 
 def test_shuffled_is_a_fair_permutation():
@@ -148,24 +141,15 @@ def test_bad_files(tmp_path):
 
 
 def test_fixed_choice():
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 80))
-    train, val = few_per_class(labels, 50), few_per_class(labels, 25, skip=50)
-    for chosen, count in ((train, 50), (val, 25)):
-        np.testing.assert_array_equal(np.bincount(labels[chosen]), count)
-        assert (np.diff(chosen) > 0).all()
-    assert not np.intersect1d(train, val).size
-    np.testing.assert_array_equal(train, few_per_class(labels, 50))
-    assert few_per_class(np.zeros(100, dtype=int), 5).tolist() == [3, 11, 13, 20, 92]  # never changes
-
-
-def test_a_smaller_choice_is_part_of_a_larger_one():
     labels = np.random.default_rng(0).permutation(np.repeat([2, 3, 5, 7, 11], 20))
     for choose in (few_per_class, few_classes):
         few, more = choose(labels, 2), choose(labels, 4)
-        assert few.dtype == np.int64 and np.isin(few, more).all() and len(more) == 2 * len(few)
+        assert few.dtype == np.int64 and (np.diff(more) > 0).all() and len(more) == 2 * len(few)
+        assert np.isin(few, more).all()  # a smaller choice is part of a larger one
+    np.testing.assert_array_equal(np.unique(labels[few_per_class(labels, 4)], return_counts=True)[1], 4)
+    assert not np.intersect1d(few_per_class(labels, 4), few_per_class(labels, 3, skip=4)).size
     chosen = few_classes(labels, 3)
-    classes = np.unique(labels[chosen])
-    assert len(classes) == 3 and (np.diff(chosen) > 0).all()
-    np.testing.assert_array_equal(chosen, np.flatnonzero(np.isin(labels, classes)))
-    assert few_classes(np.arange(20), 3).tolist() == [3, 11, 13]  # never changes
+    np.testing.assert_array_equal(chosen, np.flatnonzero(np.isin(labels, np.unique(labels[chosen]))))
+    assert few_per_class(np.zeros(100, dtype=int), 5).tolist() == [3, 11, 13, 20, 92]  # never changes
+    assert few_classes(np.arange(20), 3).tolist() == [3, 11, 13]
     assert "4 classes are asked for, the data has 3" in refusal(few_classes, np.arange(3), 4)

@@ -65,11 +65,10 @@ class Official:
     """How a published set is had.
 
     Attributes:
-        at: names of `FILES` under its root; `{split}` is the split.
+        at: where `FILES` are under its root; `{split}` is the split.
         plan: the images of a split: of (the places `at`, split). Or
         pixels: of (root, split), a torchvision data set that returns images as PIL's.
         few: of `pixels`, split → how many of each class, after how many of its fixed order; all by default.
-        home: folder under the data root that is its root, where no other is named.
         itself: what is named is the archive or folder (for several, all of them), not a root that holds it.
     """
 
@@ -77,7 +76,6 @@ class Official:
     plan: Callable[[list[Place], str], Plan] | None = None
     pixels: Callable[[Path, str], Any] | None = None
     few: dict[str, tuple[int, int]] = field(default_factory=dict)
-    home: str = ""
     itself: bool = False
 
     def places(self, root: Path, fetch: bool, split: str) -> list[Path]:
@@ -87,10 +85,10 @@ class Official:
             UserError: it cannot be had.
         """
         found = []
-        for name in (name.format(split=split) for name in self.at):
-            shows, folder = _UNPACKED.get(name, ("", ""))
-            unpacked = shows and (root / shows).exists() and not (root / name).exists()
-            found.append(root / folder if unpacked else _fetched(root / name, fetch))
+        for place in (root / name.format(split=split) for name in self.at):
+            shows, folder = _UNPACKED.get(place.name, ("", ""))
+            unpacked = shows and (place.parent / shows).exists() and not place.exists()
+            found.append(place.parent / folder if unpacked else _fetched(place, fetch))
         return found
 
     def key(self, split: str) -> str:
@@ -294,7 +292,7 @@ OFFICIAL = {
     # 50 training images a class; 25 others a class to validate on.
     "s_cifar100": Official(["cifar-100-python"], pixels=_cifar100, few={"train": (50, 0), "val": (25, 50)}),
     "cifar100": Official(["cifar-100-python"], pixels=_cifar100),
-    "dogs": Official(["images.tar", "lists.tar"], _dogs, home="stanford_dogs"),
+    "dogs": Official(["stanford_dogs/images.tar", "stanford_dogs/lists.tar"], _dogs),
     "cars": Official(["stanford_cars"], _of_torchvision(tv.StanfordCars, f"incomplete; {_CARS}")),
     # The variants; of the images, the whole: their bottom 20 rows name the photographer, as in torchvision.
     "aircraft": Official(["fgvc-aircraft-2013b"], _of_torchvision(tv.FGVCAircraft, train=["trainval"])),

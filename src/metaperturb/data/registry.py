@@ -33,8 +33,8 @@ def load(
         name: one of `DATA_SETS`.
         data_root: where data sets and the image cache are.
         paths: where this data set is, if not at its usual place under `data_root`: the folder or archive for `folder`
-            (which has no usual place), `cub` and `dogs`, one or several for `tiny_imagenet`; for the others the folder
-            that torchvision calls `root`.
+            (which has no usual place) and `cub`, one or several for `tiny_imagenet`; for the others the folder that
+            holds what `data_root` would.
         image_size: height = width in pixels; the set's own default if `None`.
         download: fetch what is absent, where it can be fetched.
         skip_unreadable: leave broken images out and say how many, instead of raising.
@@ -109,7 +109,7 @@ def _opened(
     for path in paths:
         if not path.exists():  # nothing is downloaded to it: the name may be misspelt
             raise UserError(f"{name}: {path}: no such file or folder")
-    places = partial(official.places, paths[0] if paths else data_root / official.home, download)
+    places = partial(official.places, paths[0] if paths else data_root, download)
     if official.pixels:
         return official.key, lambda split: _complete(official.pixel_plan(*places(split), split), name, split)
     opened = [Place(path, stack) for path in (paths if paths and official.itself else places("train"))]
