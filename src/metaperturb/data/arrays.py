@@ -164,19 +164,8 @@ def cached(
 
     Several processes may ask at once: one builds, the others wait and share its files. A build that is killed leaves
     nothing that could be taken for a cache. A cache that another user keeps to himself, or that cannot be written, is
-    done without: the images are decoded into memory, which is said aloud.
-
-    Args:
-        data_root: holds `cache/<name>-<split>-<image_size>-<key>/{images.bin,meta.json}`.
-        name: data set.
-        split: `"train"`, `"val"` or `"test"`.
-        image_size: height = width in pixels.
-        make_plan: describes the images; with a `key`, called only to build.
-        key: tells these images from all others, an official checksum; `None`: found from the images' own.
-        skip_unreadable: leave out files that are no readable images and say how many, instead of raising.
-
-    Raises:
-        UserError: an unreadable image, a full disk, and what `make_plan` raises.
+    done without: the images are decoded into memory, which is said aloud. `key` tells these images from all others,
+    and then `make_plan` is called only to build; without one it is found from the images' own checksums.
     """
     if not isinstance(image_size, int) or not 1 <= image_size <= 4096:
         raise UserError(f"image_size {image_size!r}: must be a whole number of pixels from 1 to 4096")
@@ -214,10 +203,12 @@ def _key_of(plan: Plan) -> str:
 
 
 def _in_threads(work: Callable[[Picture], Any], pictures: Sequence[Picture]) -> Iterator[Any]:
-    """`work` on each, in order; at most 1,024 results wait."""
+    """`work` on each, in order; a thread takes 16 at a time, and at most 1,024 results wait."""
+    parts = [pictures[i : i + 16] for i in range(0, len(pictures), 16)]
     with ThreadPoolExecutor(min(8, available_cores())) as pool:
-        for start in range(0, len(pictures), 1024):
-            yield from pool.map(work, pictures[start : start + 1024])
+        for start in range(0, len(parts), 64):
+            for done in pool.map(lambda part: [*map(work, part)], parts[start : start + 64]):
+                yield from done
 
 
 def _digest(rows: Iterable[str]) -> str:
@@ -341,13 +332,7 @@ def _crc(images: np.ndarray, labels: np.ndarray) -> int:
 
 
 def subset(arrays: ImageArrays, indices: np.ndarray, part: str) -> ImageArrays:
-    """Some of a set's images, copied into memory, with a fingerprint of their own.
-
-    Args:
-        arrays: the whole set.
-        indices: which images, int64 `[n]`.
-        part: what the part is called: the name of `cub-train` becomes `cub-train-<part>`.
-    """
+    """The images at `indices` `[n]`, copied into memory, with a fingerprint and a name of their own."""
     indices = np.asarray(indices, dtype=np.int64)
     digest = hashlib.sha256(f"{arrays.fingerprint} {part}\n".encode() + indices.astype("<i8").tobytes())
     chosen = arrays.images[indices], arrays.labels[indices]

@@ -32,12 +32,7 @@ def printable(name: str) -> str:
 
 
 def read_file(file: Path) -> bytes:
-    """The content of one of `Place.files`.
-
-    Raises:
-        OSError: it cannot be read, or is a link that leads nowhere.
-        ValueError: it is too large for an image.
-    """
+    """The content of one of `Place.files`; a `ValueError` where it is too large for an image."""
     with file.open("rb") as stream:
         if os.fstat(stream.fileno()).st_size > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
@@ -96,22 +91,19 @@ class Place:
 
         files, folders, top = {}, set(), os.path.realpath(self.folder)
         for here, inner, names in os.walk(top, onerror=fail, followlinks=True):
+            base = here.removeprefix(top).lstrip("/")
             inner[:] = [name for name in inner if _is_shown(name) and not _leads_up(Path(here, name))]
-            folders |= {Path(here, name).relative_to(top).as_posix() for name in inner}
-            for path in (Path(here, name) for name in names if _is_shown(name)):
-                if path.is_symlink() or path.is_file():  # neither is a pipe, which would be waited for
-                    files[path.relative_to(top).as_posix()] = path
+            folders |= {os.path.join(base, name) for name in inner}
+            for name, path in ((name, os.path.join(here, name)) for name in names if _is_shown(name)):
+                if os.path.isfile(path) or os.path.islink(path):  # neither is a pipe, which would be waited for
+                    files[os.path.join(base, name)] = Path(path)
         return dict(sorted(files.items())), folders
 
     files = property(lambda self: self._walked[0], doc="Relative names, sorted (`train/cat/1.png`) → the files.")
     folders = property(lambda self: self._walked[1], doc="Relative names of the folders, empty ones too.")
 
     def read(self, name: str) -> bytes:
-        """The content of a file that must be there.
-
-        Raises:
-            UserError: it is missing or cannot be read.
-        """
+        """The content of a file that must be there."""
         if name not in self.files:
             raise UserError(f"{self.path}: {name} is missing; is the data set official and complete?")
         try:
@@ -120,11 +112,7 @@ class Place:
             raise UserError(f"{self.path}: {name}: cannot be read ({reason(error)})") from error
 
     def root(self, markers: Iterable[str]) -> str | None:
-        """Where a layout starts: `""`, or `"top/"` if folders enclose it; `None` if it is nowhere.
-
-        Args:
-            markers: names, one of which the root must hold, such as `("train", "test")`.
-        """
+        """Where a layout starts, which holds one of `markers`: `""`, or `"top/"` if folders enclose it, or nowhere."""
         paths = [name.split("/") for name in [*self.files, *self.folders]]
         markers = {*markers}
         roots = {tuple(path[: min(map(path.index, found))]) for path in paths if (found := markers.intersection(path))}

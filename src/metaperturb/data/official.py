@@ -79,11 +79,7 @@ class Official:
     itself: bool = False
 
     def places(self, root: Path, fetch: bool, split: str) -> list[Path]:
-        """Where its files are; what is absent is fetched.
-
-        Raises:
-            UserError: it cannot be had.
-        """
+        """Where its files are; what is absent is fetched."""
         found = []
         for place in (root / name.format(split=split) for name in self.at):
             shows, folder = _UNPACKED.get(place.name, ("", ""))
