@@ -6,7 +6,7 @@ Equal to the tensor code in data/batches.py to the bit, given the same draws.
 import torch
 from torch import Tensor
 
-from metaperturb.kernels.triton_blocks import jit, tl, triton
+from metaperturb.kernels.triton_blocks import constexpr, jit, tl, triton
 
 BLOCK = 1024  # values a program
 
@@ -20,16 +20,16 @@ def _batch(
     draws,
     out,
     out_labels,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    PADDING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    PADDING: constexpr,
+    BLOCK: constexpr,
 ):
     b, part = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + b)
     draw = tl.load(draws + b).to(tl.int32)
-    span: tl.constexpr = 2 * PADDING + 1
+    span: constexpr = 2 * PADDING + 1
     flip, left, top = draw % 2, (draw // 2) % span, draw // (2 * span)
 
     offset = part * BLOCK + tl.arange(0, BLOCK)

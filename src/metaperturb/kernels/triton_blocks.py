@@ -6,6 +6,7 @@ from metaperturb.kernels.backend import Unavailable
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:
     raise Unavailable("Triton cannot be imported (install the package triton)") from None
 
@@ -19,7 +20,7 @@ def jit(function):
 
 
 @jit
-def offsets(c, pixel, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LAST: tl.constexpr):
+def offsets(c, pixel, C, H, W, LAST):
     """Where channels c and pixels lie inside an image, `[channels, pixels]`; `LAST`: channels last."""
     # Without channels last, hides how rows are aligned: else a thread takes four pixels of a row, for the sake of wide
     # loads, and the loads at shifted places, which cannot be wide, touch four times as many cache lines each.
@@ -27,7 +28,7 @@ def offsets(c, pixel, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LAST: t
 
 
 @jit
-def neighbour(p, y, x, inside, DY: tl.constexpr, DX: tl.constexpr, H: tl.constexpr, W: tl.constexpr, STEP):
+def neighbour(p, y, x, inside, DY, DX, H, W, STEP):
     mask = inside
     if DY != 0:
         mask = mask & (y + DY >= 0) & (y + DY < H)
@@ -37,41 +38,30 @@ def neighbour(p, y, x, inside, DY: tl.constexpr, DX: tl.constexpr, H: tl.constex
 
 
 @jit
-def neighbours(p, pixel, inside, H: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr):
+def neighbours(p, pixel, inside, H, W, STEP):
     """The 3×3 neighbourhood of each place that `p` points to, zeros around the map: nine tiles, row by row."""
-    y, x = pixel // W, pixel % W
-    return (
-        neighbour(p, y, x, inside, -1, -1, H, W, STEP),
-        neighbour(p, y, x, inside, -1, 0, H, W, STEP),
-        neighbour(p, y, x, inside, -1, 1, H, W, STEP),
-        neighbour(p, y, x, inside, 0, -1, H, W, STEP),
-        neighbour(p, y, x, inside, 0, 0, H, W, STEP),
-        neighbour(p, y, x, inside, 0, 1, H, W, STEP),
-        neighbour(p, y, x, inside, 1, -1, H, W, STEP),
-        neighbour(p, y, x, inside, 1, 0, H, W, STEP),
-        neighbour(p, y, x, inside, 1, 1, H, W, STEP),
-    )
+    y, x, near = pixel // W, pixel % W, ()
+    for i in tl.static_range(9):
+        near += (neighbour(p, y, x, inside, i // 3 - 1, i % 3 - 1, H, W, STEP),)
+    return near
 
 
 @jit
 def kernel3x3(p, k):
     """The k-th kernel of φ at `p`: nine numbers."""
-    p += 9 * k
-    return (
-        tl.load(p),
-        tl.load(p + 1),
-        tl.load(p + 2),
-        tl.load(p + 3),
-        tl.load(p + 4),
-        tl.load(p + 5),
-        tl.load(p + 6),
-        tl.load(p + 7),
-        tl.load(p + 8),
-    )
+    numbers = ()
+    for i in tl.static_range(9):
+        numbers += (tl.load(p + 9 * k + i),)
+    return numbers
 
 
 @jit
-def convolve(near, w, DTYPE: tl.constexpr):
+def feature_kernels(phi):
+    return kernel3x3(phi, 4), kernel3x3(phi, 5), kernel3x3(phi, 6), kernel3x3(phi, 7)
+
+
+@jit
+def convolve(near, w, DTYPE):
     total = near[0].to(DTYPE) * w[0]
     for i in tl.static_range(1, 9):
         total += near[i].to(DTYPE) * w[i]
@@ -79,7 +69,7 @@ def convolve(near, w, DTYPE: tl.constexpr):
 
 
 @jit
-def convolve_transposed(near, w, DTYPE: tl.constexpr):
+def convolve_transposed(near, w, DTYPE):
     """What `convolve` does, backward: from the gradient of its result to that of its input."""
     total = near[8].to(DTYPE) * w[0]
     for i in tl.static_range(1, 9):
@@ -88,7 +78,7 @@ def convolve_transposed(near, w, DTYPE: tl.constexpr):
 
 
 @jit
-def nine_zeros(CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):
+def nine_zeros(CHANNELS, PIXELS, DTYPE):
     zero = tl.zeros([CHANNELS, PIXELS], DTYPE)
     return (zero, zero, zero, zero, zero, zero, zero, zero, zero)
 
@@ -96,17 +86,10 @@ def nine_zeros(CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr
 @jit
 def correlate(sums, near, x):
     """Adds a tile's share of the gradient of a 3×3 kernel: `near`, the gradient around what it reads, times that."""
-    return (
-        sums[0] + near[8] * x,
-        sums[1] + near[7] * x,
-        sums[2] + near[6] * x,
-        sums[3] + near[5] * x,
-        sums[4] + near[4] * x,
-        sums[5] + near[3] * x,
-        sums[6] + near[2] * x,
-        sums[7] + near[1] * x,
-        sums[8] + near[0] * x,
-    )
+    added = ()
+    for i in tl.static_range(9):
+        added += (sums[i] + near[8 - i] * x,)
+    return added
 
 
 @jit
@@ -145,8 +128,8 @@ def softplus(a):
     return relu(a) + log1p, tl.where(a < 0, e, 1.0) / (1.0 + e)
 
 
-P, Q = tl.constexpr(plain.EXPECTATION_P), tl.constexpr(plain.EXPECTATION_Q)
-LEAST_MU, MOST_MU = tl.constexpr(plain.MU_RANGE[0]), tl.constexpr(plain.MU_RANGE[1])
+P, Q = constexpr(plain.EXPECTATION_P), constexpr(plain.EXPECTATION_Q)
+LEAST_MU, MOST_MU = constexpr(plain.MU_RANGE[0]), constexpr(plain.MU_RANGE[1])
 
 
 @jit

@@ -21,10 +21,12 @@ immediate operands. Half-precision maps are read and written as they are; all ar
 from metaperturb.kernels.triton_blocks import (
     LEAST_MU,
     MOST_MU,
+    constexpr,
     convolve,
     convolve_transposed,
     correlate,
     expected_softplus,
+    feature_kernels,
     jit,
     kernel3x3,
     neighbours,
@@ -46,16 +48,16 @@ def summarize(
     phi,
     features,
     mean,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    LAST: constexpr,
+    CHANNELS: constexpr,
+    PIXELS: constexpr,
 ):
     """Features `[B, C, 4]` and the mean over channels `[B, H, W]`, by programs of two kinds; either may be None."""
-    FEATURE_PARTS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS if features is not None else 0
-    PARTS: tl.constexpr = FEATURE_PARTS + ((H * W + PIXELS - 1) // PIXELS if mean is not None else 0)
+    FEATURE_PARTS: constexpr = (C + CHANNELS - 1) // CHANNELS if features is not None else 0
+    PARTS: constexpr = FEATURE_PARTS + ((H * W + PIXELS - 1) // PIXELS if mean is not None else 0)
     image = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     h += image.to(tl.int64) * (C * H * W)
@@ -67,53 +69,27 @@ def summarize(
 
 
 @jit
-def _features(
-    h,
-    phi,
-    features,
-    first,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    DTYPE: tl.constexpr = phi.dtype.element_ty
-    w0, w1 = kernel3x3(phi, 4), kernel3x3(phi, 5)
-    w2, w3 = kernel3x3(phi, 6), kernel3x3(phi, 7)
-    c = first + tl.arange(0, CHANNELS)[:, None]
-    s0 = tl.zeros([CHANNELS, PIXELS], DTYPE)
-    s1, s2, s3 = s0, s0, s0
+def _features(h, phi, features, first, C, H, W, LAST, CHANNELS, PIXELS):
+    DTYPE: constexpr = phi.dtype.element_ty
+    w, zero = feature_kernels(phi), tl.zeros([CHANNELS, PIXELS], DTYPE)
+    c, sums = first + tl.arange(0, CHANNELS)[:, None], (zero, zero, zero, zero)
     for start in range(0, H * W, PIXELS):
         pixel = start + tl.arange(0, PIXELS)[None, :]
         inside = (c < C) & (pixel < H * W)
         near = neighbours(h + offsets(c, pixel, C, H, W, LAST), pixel, inside, H, W, C if LAST else 1)
         # Outside the map all nine are 0, and so is what they give.
-        s0 += relu(convolve(near, w0, DTYPE))
-        s1 += relu(convolve(near, w1, DTYPE))
-        s2 += relu(convolve(near, w2, DTYPE))
-        s3 += relu(convolve(near, w3, DTYPE))
+        added = ()
+        for k in tl.static_range(4):
+            added += (sums[k] + relu(convolve(near, w[k], DTYPE)),)
+        sums = added
     c = first + tl.arange(0, CHANNELS)
-    tl.store(features + c * 4, tl.sum(s0, 1) / (H * W), mask=c < C)
-    tl.store(features + c * 4 + 1, tl.sum(s1, 1) / (H * W), mask=c < C)
-    tl.store(features + c * 4 + 2, tl.sum(s2, 1) / (H * W), mask=c < C)
-    tl.store(features + c * 4 + 3, tl.sum(s3, 1) / (H * W), mask=c < C)
+    for k in tl.static_range(4):
+        tl.store(features + c * 4 + k, tl.sum(sums[k], 1) / (H * W), mask=c < C)
 
 
 @jit
-def _channel_mean(
-    h,
-    mean,
-    start,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    DTYPE: tl.constexpr = mean.dtype.element_ty
+def _channel_mean(h, mean, start, C, H, W, LAST, CHANNELS, PIXELS):
+    DTYPE: constexpr = mean.dtype.element_ty
     pixel = start + tl.arange(0, PIXELS)
     total = tl.zeros([CHANNELS, PIXELS], DTYPE)
     for first in range(0, C, CHANNELS):
@@ -139,20 +115,20 @@ def first_layer(
     channel_ratio: tl.float64,
     size_ratio: tl.float64,
     momentum: tl.float64,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    TRAINING: tl.constexpr,
-    NOISE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    SCALE_CHANNELS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    LAST: constexpr,
+    TRAINING: constexpr,
+    NOISE: constexpr,
+    CHANNELS: constexpr,
+    PIXELS: constexpr,
+    SCALE_CHANNELS: constexpr,
+    SCALE_ROWS: constexpr,
 ):
     """The scale `[C]`; the hidden map `[B, C, H, W]` and its mean `[B, H, W]`: by programs of two kinds."""
-    DTYPE: tl.constexpr = phi.dtype.element_ty
-    SCALES: tl.constexpr = (C + SCALE_CHANNELS - 1) // SCALE_CHANNELS
+    DTYPE: constexpr = phi.dtype.element_ty
+    SCALES: constexpr = (C + SCALE_CHANNELS - 1) // SCALE_CHANNELS
     if tl.program_id(0) < SCALES:
         _scale(
             features,
@@ -176,24 +152,10 @@ def first_layer(
 
 
 @jit
-def _hidden_layer(
-    h,
-    mean,
-    phi,
-    hidden,
-    hidden_mean,
-    signs,
-    program,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
+def _hidden_layer(h, mean, phi, hidden, hidden_mean, signs, program, C, H, W, LAST, CHANNELS, PIXELS):
     """A piece of an image of what is asked for, which is what is not None among `hidden`, `hidden_mean`, `signs`."""
-    DTYPE: tl.constexpr = phi.dtype.element_ty
-    TILES: tl.constexpr = (H * W + PIXELS - 1) // PIXELS
+    DTYPE: constexpr = phi.dtype.element_ty
+    TILES: constexpr = (H * W + PIXELS - 1) // PIXELS
     image = program // TILES
     base = image.to(tl.int64) * (C * H * W)
     plane = image.to(tl.int64) * (H * W)
@@ -203,8 +165,7 @@ def _hidden_layer(
         around = neighbours(mean + plane + pixel, pixel, pixel < H * W, H, W, 1)
         shared = convolve(around, kernel3x3(phi, 1), DTYPE)
     if signs is not None:
-        w0, w1 = kernel3x3(phi, 4), kernel3x3(phi, 5)
-        w2, w3 = kernel3x3(phi, 6), kernel3x3(phi, 7)
+        w_features = feature_kernels(phi)
     total = tl.zeros([CHANNELS, PIXELS], DTYPE)
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)[:, None]
@@ -217,10 +178,9 @@ def _hidden_layer(
             total += tl.where(inside, value, 0.0)
         if signs is not None:
             # A NaN counts as positive, as where relu is differentiated.
-            bits = tl.where(convolve(near, w0, DTYPE) <= 0, 0, 1)
-            bits += tl.where(convolve(near, w1, DTYPE) <= 0, 0, 2)
-            bits += tl.where(convolve(near, w2, DTYPE) <= 0, 0, 4)
-            bits += tl.where(convolve(near, w3, DTYPE) <= 0, 0, 8)
+            bits = tl.where(convolve(near, w_features[0], DTYPE) <= 0, 0, 1)
+            for k in tl.static_range(1, 4):
+                bits += tl.where(convolve(near, w_features[k], DTYPE) <= 0, 0, 1 << k)
             tl.store(signs + base + offset, bits.to(tl.uint8), mask=inside)
     if hidden_mean is not None:
         tl.store(hidden_mean + plane + pixel, tl.sum(total, 0)[None, :] / C, mask=pixel < H * W)
@@ -238,13 +198,13 @@ def _scale(
     channel_ratio,
     size_ratio,
     momentum,
-    C: tl.constexpr,
-    TRAINING: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BATCH: tl.constexpr,
+    C,
+    TRAINING,
+    CHANNELS,
+    BATCH,
 ):
     """Mean and unbiased variance over the batch, in training, into `statistics` `[2, C, 4]` and the running ones; s."""
-    DTYPE: tl.constexpr = phi.dtype.element_ty
+    DTYPE: constexpr = phi.dtype.element_ty
     # A feature of a channel after the other, as they lie in memory.
     v = tl.program_id(0) * (CHANNELS * 4) + tl.arange(0, CHANNELS * 4)
     inside = v < C * 4
@@ -278,18 +238,7 @@ def _scale(
 
 
 @jit
-def _noise_mean(
-    hidden,
-    hidden_mean,
-    w,
-    w_all,
-    pixel,
-    inside,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    STEP: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def _noise_mean(hidden, hidden_mean, w, w_all, pixel, inside, H, W, STEP, DTYPE):
     """μ of a tile; `hidden` and `hidden_mean` point to its places."""
     shared = convolve(neighbours(hidden_mean, pixel, pixel < H * W, H, W, 1), w_all, DTYPE)
     return convolve(neighbours(hidden, pixel, inside, H, W, STEP), w, DTYPE) + shared
@@ -307,22 +256,22 @@ def perturb(
     out,
     strength: tl.float64,
     clip: tl.float64,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    NOISE: tl.constexpr,
-    GATE: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    LAST: constexpr,
+    NOISE: constexpr,
+    GATE: constexpr,
+    RELATIVE: constexpr,
+    CHANNELS: constexpr,
+    PIXELS: constexpr,
 ):
     """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above; `RELATIVE`: the factor of mean one that `plain` describes."""
-    DTYPE: tl.constexpr = phi.dtype.element_ty
-    STEP: tl.constexpr = C if LAST else 1
-    QUARTER: tl.constexpr = (H * W + 3) // 4
-    TILES: tl.constexpr = (QUARTER + PIXELS - 1) // PIXELS
-    CHANNEL_TILES: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    DTYPE: constexpr = phi.dtype.element_ty
+    STEP: constexpr = C if LAST else 1
+    QUARTER: constexpr = (H * W + 3) // 4
+    TILES: constexpr = (QUARTER + PIXELS - 1) // PIXELS
+    CHANNEL_TILES: constexpr = (C + CHANNELS - 1) // CHANNELS
     tile = tl.program_id(0) % TILES
     first = tl.program_id(0) // TILES % CHANNEL_TILES * CHANNELS
     image = tl.program_id(0) // TILES // CHANNEL_TILES
@@ -374,12 +323,12 @@ def first_layer_again(
     phi,
     hidden,
     signs,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    LAST: constexpr,
+    CHANNELS: constexpr,
+    PIXELS: constexpr,
 ):
     """The hidden map, and which of the four feature maps are positive, a bit each: `[B, C, H, W]` both."""
     program = tl.program_id(0)
@@ -402,24 +351,24 @@ def perturb_backward(
     grad_scale,
     strength: tl.float64,
     clip: tl.float64,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    NOISE: tl.constexpr,
-    GATE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    LAST: constexpr,
+    NOISE: constexpr,
+    GATE: constexpr,
+    CHANNELS: constexpr,
+    PIXELS: constexpr,
 ):
     """From the gradient of the perturbed map to those of its factors.
 
     Writes the direct part of the gradient of h (if wanted) and the gradient of μ, `[B, C, H, W]`, the latter's mean
     over channels `[B, H, W]`, and the gradient of the scale `[programs, C]`.
     """
-    DTYPE: tl.constexpr = phi.dtype.element_ty
-    STEP: tl.constexpr = C if LAST else 1
-    QUARTER: tl.constexpr = (H * W + 3) // 4
-    TILES: tl.constexpr = (QUARTER + PIXELS - 1) // PIXELS
+    DTYPE: constexpr = phi.dtype.element_ty
+    STEP: constexpr = C if LAST else 1
+    QUARTER: constexpr = (H * W + 3) // 4
+    TILES: constexpr = (QUARTER + PIXELS - 1) // PIXELS
     program = tl.program_id(0).to(tl.int64)
     image = tl.program_id(0) // TILES
     j = tl.program_id(0) % TILES * PIXELS + tl.arange(0, PIXELS)[None, :]
@@ -501,20 +450,20 @@ def second_layer_backward(
     rows,
     parts,
     columns,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    SCALE_CHANNELS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    LAST: constexpr,
+    CHANNELS: constexpr,
+    PIXELS: constexpr,
+    SCALE_CHANNELS: constexpr,
+    SCALE_ROWS: constexpr,
 ):
     """The gradient of the scale's logit `[C]`, and that of layer 1 before its relu, by programs of two kinds.
 
     The latter takes the place of `hidden`; its mean over channels is `grad_hidden_mean` `[B, H, W]`.
     """
-    SCALES: tl.constexpr = (C + SCALE_CHANNELS - 1) // SCALE_CHANNELS if grad_logit is not None else 0
+    SCALES: constexpr = (C + SCALE_CHANNELS - 1) // SCALE_CHANNELS if grad_logit is not None else 0
     if grad_logit is not None and tl.program_id(0) < SCALES:
         _scale_backward(grad_scale, scale, grad_logit, rows, C, SCALE_CHANNELS, SCALE_ROWS)
     if grad_mu is not None and tl.program_id(0) >= SCALES:
@@ -538,16 +487,8 @@ def second_layer_backward(
 
 
 @jit
-def _scale_backward(
-    grad_scale,
-    scale,
-    grad_logit,
-    rows,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    DTYPE: tl.constexpr = scale.dtype.element_ty
+def _scale_backward(grad_scale, scale, grad_logit, rows, C, CHANNELS, ROWS):
+    DTYPE: constexpr = scale.dtype.element_ty
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     sums = tl.zeros([ROWS, CHANNELS], DTYPE)
     for first in range(0, rows, ROWS):
@@ -569,15 +510,15 @@ def _hidden_backward(
     parts,
     columns,
     program,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    C,
+    H,
+    W,
+    LAST,
+    CHANNELS,
+    PIXELS,
 ):
-    DTYPE: tl.constexpr = phi.dtype.element_ty
-    TILES: tl.constexpr = (H * W + PIXELS - 1) // PIXELS
+    DTYPE: constexpr = phi.dtype.element_ty
+    TILES: constexpr = (H * W + PIXELS - 1) // PIXELS
     image = program // TILES
     base = image.to(tl.int64) * (C * H * W)
     plane = image.to(tl.int64) * (H * W)
@@ -624,23 +565,23 @@ def input_backward(
     parts,
     batch,
     columns,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
+    C: constexpr,
+    H: constexpr,
+    W: constexpr,
+    LAST: constexpr,
+    CHANNELS: constexpr,
+    PIXELS: constexpr,
+    GROUP: constexpr,
+    RUN: constexpr,
 ):
     """Adds to the direct part of the gradient of h (if wanted) what comes through layer 1 and through the features.
 
     A program goes through `GROUP` channels and `RUN` pixels of an image.
     """
-    DTYPE: tl.constexpr = phi.dtype.element_ty
-    STEP: tl.constexpr = C if LAST else 1
-    GROUPS: tl.constexpr = (C + GROUP - 1) // GROUP
-    RUNS: tl.constexpr = (H * W + RUN - 1) // RUN
+    DTYPE: constexpr = phi.dtype.element_ty
+    STEP: constexpr = C if LAST else 1
+    GROUPS: constexpr = (C + GROUP - 1) // GROUP
+    RUNS: constexpr = (H * W + RUN - 1) // RUN
     start_pixel = tl.program_id(0) % RUNS * RUN
     start = tl.program_id(0) // RUNS % GROUPS * GROUP
     image = tl.program_id(0) // RUNS // GROUPS
@@ -652,21 +593,19 @@ def input_backward(
             sums = nine_zeros(CHANNELS, PIXELS, DTYPE)
             sums_all = nine_zeros(1, PIXELS, DTYPE)
     if signs is not None:
-        w0, w1 = kernel3x3(phi, 4), kernel3x3(phi, 5)
-        w2, w3 = kernel3x3(phi, 6), kernel3x3(phi, 7)
+        w_features = feature_kernels(phi)
         if parts is not None:
-            sums0 = nine_zeros(CHANNELS, PIXELS, DTYPE)
-            sums1, sums2, sums3 = sums0, sums0, sums0
+            zeros = nine_zeros(CHANNELS, PIXELS, DTYPE)
+            feature_sums = (zeros, zeros, zeros, zeros)
     for first in range(start, start + GROUP, CHANNELS):
         c = first + tl.arange(0, CHANNELS)[:, None]
         if signs is not None:
             p = features + image * (C * 4) + c * 4
             q = statistics + c * 4
             logit = tl.load(grad_logit + c, mask=c < C, other=0) / (H * W)
-            g0 = _feature_gradient(p, q, phi + 72, logit, c < C, batch)
-            g1 = _feature_gradient(p + 1, q + 1, phi + 73, logit, c < C, batch)
-            g2 = _feature_gradient(p + 2, q + 2, phi + 74, logit, c < C, batch)
-            g3 = _feature_gradient(p + 3, q + 3, phi + 75, logit, c < C, batch)
+            gradients = ()
+            for k in tl.static_range(4):
+                gradients += (_feature_gradient(p + k, q + k, phi + 72 + k, logit, c < C, batch),)
         for tile in range(start_pixel, start_pixel + RUN, PIXELS):
             pixel = tile + tl.arange(0, PIXELS)[None, :]
             inside = (c < C) & (pixel < H * W)
@@ -692,15 +631,13 @@ def input_backward(
             if signs is not None:
                 bits = neighbours(signs + base + offset, pixel, inside, H, W, STEP)
                 if grad_h is not None:
-                    total += g0 * _sum_where(bits, 1, w0)
-                    total += g1 * _sum_where(bits, 2, w1)
-                    total += g2 * _sum_where(bits, 4, w2)
-                    total += g3 * _sum_where(bits, 8, w3)
+                    for k in tl.static_range(4):
+                        total += gradients[k] * _sum_where(bits, 1 << k, w_features[k])
                 if parts is not None:
-                    sums0 = _add_where(sums0, bits, 1, g0 * x)
-                    sums1 = _add_where(sums1, bits, 2, g1 * x)
-                    sums2 = _add_where(sums2, bits, 4, g2 * x)
-                    sums3 = _add_where(sums3, bits, 8, g3 * x)
+                    added = ()
+                    for k in tl.static_range(4):
+                        added += (_add_where(feature_sums[k], bits, 1 << k, gradients[k] * x),)
+                    feature_sums = added
             if grad_h is not None:
                 tl.store(grad_h + base + offset, total.to(grad_h.dtype.element_ty), mask=inside)
     if parts is not None:
@@ -709,10 +646,8 @@ def input_backward(
             store_sums(sums, parts, columns)
             store_sums(sums_all, parts + 9 * columns, columns)
         if signs is not None:
-            store_sums(sums0, parts + 36 * columns, columns)
-            store_sums(sums1, parts + 45 * columns, columns)
-            store_sums(sums2, parts + 54 * columns, columns)
-            store_sums(sums3, parts + 63 * columns, columns)
+            for k in tl.static_range(4):
+                store_sums(feature_sums[k], parts + (36 + 9 * k) * columns, columns)
 
 
 @jit
@@ -723,7 +658,7 @@ def _feature_gradient(feature, mean, weight, logit, inside, batch):
 
 
 @jit
-def _sum_where(bits, BIT: tl.constexpr, w):
+def _sum_where(bits, BIT, w):
     """`convolve_transposed` of a map that is 1 where the neighbourhood `bits` has `BIT`, else 0."""
     total = tl.where((bits[8] & BIT) != 0, w[0], 0.0)
     for i in tl.static_range(1, 9):
@@ -732,19 +667,12 @@ def _sum_where(bits, BIT: tl.constexpr, w):
 
 
 @jit
-def _add_where(sums, bits, BIT: tl.constexpr, x):
+def _add_where(sums, bits, BIT, x):
     """`correlate` of such a map with x."""
-    return (
-        tl.where((bits[8] & BIT) != 0, sums[0] + x, sums[0]),
-        tl.where((bits[7] & BIT) != 0, sums[1] + x, sums[1]),
-        tl.where((bits[6] & BIT) != 0, sums[2] + x, sums[2]),
-        tl.where((bits[5] & BIT) != 0, sums[3] + x, sums[3]),
-        tl.where((bits[4] & BIT) != 0, sums[4] + x, sums[4]),
-        tl.where((bits[3] & BIT) != 0, sums[5] + x, sums[5]),
-        tl.where((bits[2] & BIT) != 0, sums[6] + x, sums[6]),
-        tl.where((bits[1] & BIT) != 0, sums[7] + x, sums[7]),
-        tl.where((bits[0] & BIT) != 0, sums[8] + x, sums[8]),
-    )
+    added = ()
+    for i in tl.static_range(9):
+        added += (tl.where((bits[8 - i] & BIT) != 0, sums[i] + x, sums[i]),)
+    return added
 
 
 @jit
@@ -758,14 +686,14 @@ def sum_parts(
     columns,
     channel_ratio: tl.float64,
     size_ratio: tl.float64,
-    C: tl.constexpr,
-    NOISE: tl.constexpr,
-    FEATURES: tl.constexpr,
-    GATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    C: constexpr,
+    NOISE: constexpr,
+    FEATURES: constexpr,
+    GATE: constexpr,
+    BLOCK: constexpr,
 ):
     """One of the 82 parameters: the sum of what the programs of two launches found."""
-    DTYPE: tl.constexpr = grad_phi.dtype.element_ty
+    DTYPE: constexpr = grad_phi.dtype.element_ty
     parameter = tl.program_id(0)
     total = tl.zeros([BLOCK], DTYPE)
     if parameter < 72:
@@ -798,19 +726,11 @@ def sum_parts(
 
 
 @jit
-def draw(
-    seed,
-    noise,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
+def draw(seed, noise, C: constexpr, H: constexpr, W: constexpr, CHANNELS: constexpr, PIXELS: constexpr):
     """The noise of a site as a tensor: `[B, C, H, W]`."""
-    QUARTER: tl.constexpr = (H * W + 3) // 4
-    TILES: tl.constexpr = (QUARTER + PIXELS - 1) // PIXELS
-    CHANNEL_TILES: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    QUARTER: constexpr = (H * W + 3) // 4
+    TILES: constexpr = (QUARTER + PIXELS - 1) // PIXELS
+    CHANNEL_TILES: constexpr = (C + CHANNELS - 1) // CHANNELS
     tile = tl.program_id(0) % TILES
     first = tl.program_id(0) // TILES % CHANNEL_TILES * CHANNELS
     image = tl.program_id(0) // TILES // CHANNEL_TILES

@@ -231,109 +231,93 @@ def backward(
 
     `scratch` is what `forward` returned after the perturbed map.
     """
+    features, statistics, scale, mean, hidden_mean = scratch
     with torch.cuda.device_of(h):
-        return _backward(_Map(h), grad_out, phi, noise, seed, *scratch, settings, h_gradient, phi_gradient)
+        x = _Map(h)
+        h, dtype = x.tensor, phi.dtype
+        new = functools.partial(torch.empty, dtype=dtype, device=h.device)
+        new_map = functools.partial(torch.empty_like, h, dtype=dtype)
+        gradient_of_features = settings.training and settings.gate
+        through_maps = settings.noise or gradient_of_features  # as well as directly
+        hidden = grad_mu = grad_mu_mean = grad_hidden_mean = signs = grad_scale = grad_logit = parts = None
 
+        if settings.noise:
+            hidden, grad_mu = new_map(), new_map()
+            grad_mu_mean, grad_hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
+        if gradient_of_features:
+            signs = torch.empty_like(h, dtype=torch.uint8)
+        tile = x.tile(TILE, PIXELS, WARPS)
+        pieces = x.batch * _ceil(x.pixels, tile["PIXELS"])
+        if through_maps:
+            _launch(
+                triton_kernels.first_layer_again,
+                pieces,
+                *(h, mean, phi, hidden, signs),
+                **x.sizes,
+                **tile,
+            )
 
-def _backward(
-    x: _Map,
-    grad_out: Tensor,
-    phi: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    features: Tensor | None,
-    statistics: Tensor,
-    scale: Tensor,
-    mean: Tensor | None,
-    hidden_mean: Tensor | None,
-    settings: Settings,
-    h_gradient: bool,
-    phi_gradient: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    h, dtype = x.tensor, phi.dtype
-    new = functools.partial(torch.empty, dtype=dtype, device=h.device)
-    new_map = functools.partial(torch.empty_like, h, dtype=dtype)
-    gradient_of_features = settings.training and settings.gate
-    through_maps = settings.noise or gradient_of_features  # as well as directly
-    hidden = grad_mu = grad_mu_mean = grad_hidden_mean = signs = grad_scale = grad_logit = parts = None
-
-    if settings.noise:
-        hidden, grad_mu = new_map(), new_map()
-        grad_mu_mean, grad_hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
-    if gradient_of_features:
-        signs = torch.empty_like(h, dtype=torch.uint8)
-    tile = x.tile(TILE, PIXELS, WARPS)
-    pieces = x.batch * _ceil(x.pixels, tile["PIXELS"])
-    if through_maps:
+        grad_h = torch.empty_like(h) if h_gradient else None
+        # A part of a sum is not rounded to half precision.
+        direct = new_map() if h_gradient and through_maps and h.dtype != dtype else grad_h
+        quarter_tile, quarter_pieces = x.quarter_tile()
+        rows = x.batch * quarter_pieces
+        if settings.gate:
+            grad_scale, grad_logit = new(rows, x.channels), new(x.channels)
         _launch(
-            triton_kernels.first_layer_again,
-            pieces,
-            *(h, mean, phi, hidden, signs),
+            triton_kernels.perturb_backward,
+            rows,
+            *(h, x.laid_out(grad_out), hidden, hidden_mean, phi, scale),
+            *(None if noise is None else x.laid_out(noise), seed, direct, grad_mu, grad_mu_mean, grad_scale),
+            *(settings.strength, upper_bound(settings)),
             **x.sizes,
-            **tile,
+            NOISE=noise_source(settings, noise),
+            GATE=settings.gate,
+            **quarter_tile,
         )
 
-    grad_h = torch.empty_like(h) if h_gradient else None
-    # A part of a sum is not rounded to half precision.
-    direct = new_map() if h_gradient and through_maps and h.dtype != dtype else grad_h
-    quarter_tile, quarter_pieces = x.quarter_tile()
-    rows = x.batch * quarter_pieces
-    if settings.gate:
-        grad_scale, grad_logit = new(rows, x.channels), new(x.channels)
-    _launch(
-        triton_kernels.perturb_backward,
-        rows,
-        *(h, x.laid_out(grad_out), hidden, hidden_mean, phi, scale),
-        *(None if noise is None else x.laid_out(noise), seed, direct, grad_mu, grad_mu_mean, grad_scale),
-        *(settings.strength, upper_bound(settings)),
-        **x.sizes,
-        NOISE=noise_source(settings, noise),
-        GATE=settings.gate,
-        **quarter_tile,
-    )
-
-    # A value a thread where the gradient of φ takes 54 sums along.
-    group_tile = x.tile(32 * WARPS, PIXELS, WARPS) if phi_gradient else tile
-    group, run = _group(x.channels, x.pixels, group_tile["CHANNELS"], group_tile["PIXELS"], VALUES)
-    groups = x.batch * _ceil(x.channels, group) * _ceil(x.pixels, run)
-    columns = max(pieces, groups)
-    if phi_gradient:
-        parts = new(AFFINE, columns)
-    if settings.noise or settings.gate:
+        # A value a thread where the gradient of φ takes 54 sums along.
+        group_tile = x.tile(32 * WARPS, PIXELS, WARPS) if phi_gradient else tile
+        group, run = _group(x.channels, x.pixels, group_tile["CHANNELS"], group_tile["PIXELS"], VALUES)
+        groups = x.batch * _ceil(x.channels, group) * _ceil(x.pixels, run)
+        columns = max(pieces, groups)
+        if phi_gradient:
+            parts = new(AFFINE, columns)
+        if settings.noise or settings.gate:
+            _launch(
+                triton_kernels.second_layer_backward,
+                (pieces if settings.noise else 0) + (_ceil(x.channels, SCALE_CHANNELS) if settings.gate else 0),
+                *(grad_mu, grad_mu_mean, hidden, hidden_mean, phi, grad_hidden_mean),
+                *(grad_scale, scale, grad_logit, rows, parts, columns),
+                **x.sizes,
+                **tile,
+                SCALE_CHANNELS=SCALE_CHANNELS,
+                SCALE_ROWS=SCALE_ROWS,
+            )
+        del grad_mu
+        if through_maps:
+            _launch(
+                triton_kernels.input_backward,
+                groups,
+                *(h, mean, hidden, grad_hidden_mean, phi),
+                *(signs, features, statistics, grad_logit, direct, grad_h, parts, x.batch, columns),
+                **x.sizes,
+                **group_tile,
+                GROUP=group,
+                RUN=run,
+            )
+        if not phi_gradient:
+            return grad_h, None
+        grad_phi = new(PARAMETERS)
         _launch(
-            triton_kernels.second_layer_backward,
-            (pieces if settings.noise else 0) + (_ceil(x.channels, SCALE_CHANNELS) if settings.gate else 0),
-            *(grad_mu, grad_mu_mean, hidden, hidden_mean, phi, grad_hidden_mean),
-            *(grad_scale, scale, grad_logit, rows, parts, columns),
-            **x.sizes,
-            **tile,
-            SCALE_CHANNELS=SCALE_CHANNELS,
-            SCALE_ROWS=SCALE_ROWS,
+            triton_kernels.sum_parts,
+            PARAMETERS,
+            *(parts, statistics, grad_logit, grad_phi, pieces, groups, columns),
+            *(settings.channel_ratio, settings.size_ratio),
+            C=x.channels,
+            NOISE=settings.noise,
+            FEATURES=gradient_of_features,
+            GATE=settings.gate,
+            BLOCK=SUM_BLOCK,
         )
-    del grad_mu
-    if through_maps:
-        _launch(
-            triton_kernels.input_backward,
-            groups,
-            *(h, mean, hidden, grad_hidden_mean, phi),
-            *(signs, features, statistics, grad_logit, direct, grad_h, parts, x.batch, columns),
-            **x.sizes,
-            **group_tile,
-            GROUP=group,
-            RUN=run,
-        )
-    if not phi_gradient:
-        return grad_h, None
-    grad_phi = new(PARAMETERS)
-    _launch(
-        triton_kernels.sum_parts,
-        PARAMETERS,
-        *(parts, statistics, grad_logit, grad_phi, pieces, groups, columns),
-        *(settings.channel_ratio, settings.size_ratio),
-        C=x.channels,
-        NOISE=settings.noise,
-        FEATURES=gradient_of_features,
-        GATE=settings.gate,
-        BLOCK=SUM_BLOCK,
-    )
-    return grad_h, grad_phi
+        return grad_h, grad_phi
