@@ -25,7 +25,7 @@ class Regularizer(NamedTuple):
 REGULARIZERS = {
     "base": Regularizer("Base", "base.Method"),
     "metaperturb": Regularizer(
-        "MetaPerturb", "perturb.Perturbation", ("phi", "clip", "anneal", "clip_eval", "paper", "eval")
+        "MetaPerturb", "base.Perturbation", ("phi", "clip", "anneal", "clip_eval", "paper", "eval")
     ),
     "info_dropout": Regularizer(
         "Info. Dropout", "noise.InformationDropout", ("info_dropout_beta", "info_dropout_max_alpha")
@@ -36,10 +36,10 @@ REGULARIZERS = {
     "mixup": Regularizer("mixup", "mixing.Mixup", ("mixup_alpha",), in_recipe=True),
     "cutmix": Regularizer("CutMix", "mixing.CutMix", ("cutmix_alpha",), in_recipe=True),
     "label_smoothing": Regularizer("Label smoothing", "mixing.LabelSmoothing", ("label_smoothing",), in_recipe=True),
-    "trivial_augment": Regularizer("TrivialAugment", "augmentation.TrivialAugment", in_recipe=True),
+    "trivial_augment": Regularizer("TrivialAugment", "images.TrivialAugment", in_recipe=True),
     "adversarial": Regularizer(
         "Adversarial training",
-        "adversarial.AdversarialTraining",
+        "images.AdversarialTraining",
         ("adversarial_eps", "adversarial_steps", "adversarial_step_size"),
     ),
 }

@@ -63,19 +63,19 @@ def load(
 
         parts = ["source"] if name == "embedded_source" else splits
         return tuple(from_memory(f"embedded-{part}", *embedded(part, size)) for part in parts)
+    found = []
     with ExitStack() as stack:
         key, plan = _opened(name, paths, data_root, download, stack)
         # All splits are looked through before the images of the first are decoded, which may take minutes.
         plans = cache(lambda: {split: plan(split) for split in splits})
-        found = []
         for split in splits:
             stored = "val" if (name, split) == (IN_PARTS, "test") else split  # as caches and fingerprints have it
             make = lambda s=split: plans()[s]  # noqa: E731
-            found.append(cached(data_root, name, stored, size, make, key(split), skip_unreadable))
-    for split, arrays in zip(splits, found, strict=True):
-        if name == IN_PARTS and len(arrays) != spec.images[split]:
-            of = f"{spec.images[split]:,} images of {spec.num_classes} classes"
-            print(f"{arrays.name}: {len(arrays):,} of the {of} of {spec.title}", file=sys.stderr)
+            arrays = cached(data_root, name, stored, size, make, key(split), skip_unreadable)
+            if name == IN_PARTS and len(arrays) != spec.images[split]:
+                of = f"{spec.images[split]:,} images of {spec.num_classes} classes"
+                print(f"{arrays.name}: {len(arrays):,} of the {of} of {spec.title}", file=sys.stderr)
+            found.append(arrays)
     return tuple(found)
 
 
@@ -107,19 +107,19 @@ def _opened(
         if not path.exists():  # nothing is downloaded to it: the name may be misspelt
             raise UserError(f"{name}: {path}: no such file or folder")
     places = partial(official.places, paths[0] if paths else data_root, download)
-    if official.pixels:
-        return official.key, lambda split: _complete(official.pixel_plan(*places(split), split), name, split)
-    opened = [Place(path, stack) for path in (paths if paths and official.itself else places("train"))]
-    key = " ".join(sorted({place.key for place in opened})) if all(place.key for place in opened) else None
-    return lambda split: key, lambda split: _complete(official.plan(opened, split), name, split)
+    where = () if official.pixels else paths if paths and official.itself else places("train")
+    opened = [Place(path, stack) for path in where]
+    keys = {place.key for place in opened}
 
+    def plan(split: str) -> Plan:
+        made = official.pixel_plan(*places(split), split) if official.pixels else official.plan(opened, split)
+        wanted, found = (spec.images[split], spec.num_classes), (len(made.pictures), len(made.classes))
+        if found != wanted and name != IN_PARTS:
+            raise UserError(
+                f"{made.where}: expected {wanted[0]} {split} images of {wanted[1]} classes for {spec.title}, "
+                f"found {found[0]} of {found[1]}; is the data complete?"
+            )
+        return made
 
-def _complete(plan: Plan, name: str, split: str) -> Plan:
-    spec = DATA_SETS[name]
-    wanted, found = (spec.images[split], spec.num_classes), (len(plan.pictures), len(plan.classes))
-    if found != wanted and name != IN_PARTS:
-        raise UserError(
-            f"{plan.where}: expected {wanted[0]} {split} images of {wanted[1]} classes for {spec.title}, "
-            f"found {found[0]} of {found[1]}; is the data complete?"
-        )
-    return plan
+    key = None if None in keys else " ".join(sorted(keys))
+    return official.key if official.pixels else lambda split: key, plan

@@ -23,9 +23,7 @@ import importlib
 
 from metaperturb.config import MetaTestConfig, default_of
 from metaperturb.errors import UserError
-from metaperturb.methods.base import Method
-from metaperturb.methods.perturb import Perturbation
-from metaperturb.methods.recipe import Recipe
+from metaperturb.methods.base import Method, Perturbation, Recipe
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.regularizers import REGULARIZERS
 

@@ -1,13 +1,16 @@
-"""What a regularizer may do to a training run."""
+"""What a regularizer may do to a training run; φ as one, and several at once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.attach import REGULARIZER, place
+from metaperturb.attach import REGULARIZER, Attachment, attach, place
+from metaperturb.config import MetaTestConfig
 from metaperturb.data.arrays import ImageArrays
+from metaperturb.errors import UserError
+from metaperturb.perturbation import MetaPerturb
 from metaperturb.sites import Sites, find_sites
 
 
@@ -26,6 +29,7 @@ class Method:
         augment: None, or a function of uint8 images `[B, 3, S, S]`, cropped and flipped but not normalized yet.
         ramp: the share of the steps over which the strength c rises linearly from 0 to 1; 0: it is 1 from the start.
         stochastic: whether evaluation draws, too, so that predictions are averaged over Monte-Carlo samples.
+        mixes_images: whether `batch` mixes images with each other, which only one of a recipe may.
 
     What a method learns is among the network's parameters, and its state in the network's state dict.
     """
@@ -33,6 +37,7 @@ class Method:
     augment: Callable[[Tensor], Tensor] | None = None
     ramp = 0.0
     stochastic = False
+    mixes_images = False
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         """Get `model`, which maps `[B, 3, S, S]` to `[B, K]`, ready for training on `train`, in place."""
@@ -66,3 +71,79 @@ class SiteMethod(Method, ABC):
         specs = find_sites(model, train.image_size)
         self.sites = Sites(specs, [self.site(spec.channels) for spec in specs])
         place(model, self.sites, REGULARIZER)
+
+
+class Perturbation(Method):
+    """MetaPerturb (Ryu et al. 2020, Algorithm 2): a frozen φ perturbs the feature maps, in evaluation too.
+
+    Args:
+        phi: the meta-learned perturbation.
+        config: `clip` is the upper bound of perturbed values in training (section 3.2: 100), with `clip_eval` in
+            evaluation, too; `anneal` the share of the steps over which the strength rises (section 3.3 anneals; 0.4 in
+            the authors' code); `sites`, `noise` and `gate` are ablations of table 3; `paper` chooses the
+            arithmetic. Without noise evaluation draws nothing.
+    """
+
+    sites: Attachment
+
+    def __init__(self, phi: MetaPerturb, config: MetaTestConfig) -> None:
+        self.phi, self.config, self.ramp, self.stochastic = phi, config, config.anneal, config.noise
+
+    def prepare(self, model: nn.Module, train: ImageArrays) -> None:
+        options = {
+            name: getattr(self.config, name) for name in ("sites", "noise", "gate", "clip", "clip_eval", "paper")
+        }
+        if not self.config.paper:
+            options["clip"] = "paper"  # which is none then
+        self.sites = attach(model, self.phi, train.image_size, **options).metaperturb
+
+    def set_strength(self, strength: float) -> None:
+        self.sites.strength = strength
+
+
+class Recipe(Method):
+    """A method, and further ones that change images, labels or the loss alone.
+
+    8-bit images are augmented first, wherever TrivialAugment stands; batches then pass through the further ones, then
+    through the method.
+
+    Args:
+        methods: by name; the first may act on feature maps, no other.
+
+    Raises:
+        UserError: two of them mix images, or have a loss of their own.
+    """
+
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        self.method, *further = methods.values()
+        self.parts = [*further, self.method]
+        own_loss = [part for part in self.parts if type(part).loss is not Method.loss]
+        mixing = [part for part in self.parts if part.mixes_images]
+        for what, found in (("mixes images", mixing), ("has its own loss", own_loss)):
+            if len(found) > 1:
+                names = " and ".join(name for part in found for name in methods if methods[name] is part)
+                raise UserError(f"recipe: {names} do not go together: each {what}")
+        self.augment = next((part.augment for part in self.parts if part.augment), None)
+        self.ramp, self.stochastic = self.method.ramp, self.method.stochastic
+        self._with_loss = own_loss[0] if own_loss else self.method
+        if hasattr(self.method, "attacked_loss"):
+            self.method.attacked_loss = self.loss
+
+    @property
+    def sites(self):
+        return self.method.sites
+
+    def prepare(self, model: nn.Module, train: ImageArrays) -> None:
+        for part in self.parts:
+            part.prepare(model, train)
+
+    def set_strength(self, strength: float) -> None:
+        self.method.set_strength(strength)
+
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for part in self.parts:
+            x, y = part.batch(x, y)
+        return x, y
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self._with_loss.loss(logits, labels)

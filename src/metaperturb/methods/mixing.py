@@ -34,6 +34,8 @@ class Mixing(Method):
         alpha: α of λ ~ Beta(α, α); 0 is off.
     """
 
+    mixes_images = True
+
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
 
