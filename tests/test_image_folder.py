@@ -112,12 +112,11 @@ def test_fingerprint_follows_the_content(tmp_path):
         write_tar(tmp_path / "absolute.tar.gz", {f"/home/{name}": content for name, content in enclosed.items()}),
         write_folder(tmp_path / "c", enclosed),
     ]
-    found = [
-        _load(path, tmp_path / f"root{i}") for i, path in enumerate([write_zip(tmp_path / "x.zip", files), *forms])
-    ]
-    for train, test in found:  # as results have it: it never changes
-        assert train.fingerprint == _fingerprint(files) and test.fingerprint == found[0][1].fingerprint
-        np.testing.assert_array_equal(train.images, found[0][0].images)
+    first = _load(files, tmp_path)
+    for i, path in enumerate(forms):
+        train, test = _load(path, tmp_path / f"root{i}")
+        assert train.fingerprint == _fingerprint(files)  # as results have it: it never changes
+        assert test.fingerprint == first[1].fingerprint and np.array_equal(train.images, first[0].images)
     with Image.open(io.BytesIO(picture(0))) as image:
         image.putalpha(100)
     mended = {**files, "train/cat/0.png": _encoded(image)}  # read by a version that did not: other images
@@ -153,18 +152,15 @@ def test_photographs_are_turned_upright(kind, orientation):
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_images_lie_on_white(mode):
     rng = np.random.default_rng(0)
-    colour, alpha = rng.integers(0, 256, (8, 8, 3)), rng.integers(0, 256, (8, 8, 1))
-    if mode == "LA":
-        colour = colour[..., :1]
-    image = Image.fromarray(np.concatenate([colour, alpha], -1).astype(np.uint8))
-    options = {}
+    colour, alpha = rng.integers(0, 256, (8, 8, 1 if mode == "LA" else 3)), rng.integers(0, 256, (8, 8, 1))
+    image, options = Image.fromarray(np.concatenate([colour, alpha], -1).astype(np.uint8)), {}
     if mode == "P":
         image = Image.fromarray(rng.integers(0, 2, (8, 8), dtype=np.uint8), "P")
         image.putpalette([200, 0, 0, 9, 9, 9])
         colour, alpha, options = np.full((8, 8, 3), 9), 255 * np.asarray(image)[..., None], {"transparency": 0}
-    expected = (colour * alpha + 255.0 * (255 - alpha)) / 255
     pixels, mended = to_pixels(_encoded(image, **options), 8)
-    assert mended and np.abs(pixels.transpose(1, 2, 0) - expected).max() <= 1
+    assert mended
+    assert np.abs(pixels.transpose(1, 2, 0) - (colour * alpha + 255.0 * (255 - alpha)) / 255).max() <= 1
     image = Image.fromarray(np.full((8, 8, 4), 255, np.uint8))  # has alpha, but hides nothing
     assert not to_pixels(_encoded(image), 8)[1]
 
@@ -230,41 +226,32 @@ def test_optional_val_that_may_lack_a_class_and_deeper_folders(tmp_path, name):
     assert _load(files, tmp_path, splits=("train",))[0].fingerprint == train.fingerprint
 
 
-def _without(files, prefix):
-    return {name: content for name, content in files.items() if not name.startswith(prefix)}
-
-
+LAYOUT, ONE = folder_layout(), picture(1)
+TRAIN, TEST = ({name: LAYOUT[name] for name in LAYOUT if name.startswith(split)} for split in ("train", "test"))
 BAD_LAYOUTS = {
-    "no test": (_without(folder_layout(), "test/"), "no folder test/"),
-    "no train": (_without(folder_layout(), "train/"), "no folder train/"),
-    "foreign": ({"Train/cat/1.png": picture(1)}, "holds no train/<class>/ folders with images; at its top: 1 (Train)"),
-    "flat": ({"train/1.png": picture(1), "test/1.png": picture(1)}, "train/ holds no <class>/ folders"),
-    "unknown class": ({**folder_layout(), "test/emu/1.png": picture(1)}, "class emu is in test/ but not in train/"),
-    "another case": ({**folder_layout(), "test/Cat/1.png": picture(1)}, "but not in train/, which has cat"),
-    "two sets": ({"a/train/x/1.png": picture(1), "b/train/x/1.png": picture(1)}, "several data sets inside (a, b)"),
-    "empty class": ({**folder_layout(), "train/emu/.hidden": b""}, "train/emu: class folder without images"),
-    "groups": (
-        {f"{s}/pets/{c}/1.png": picture(1) for s in ("train", "test") for c in "ab"},
-        "train/pets/ holds no images but folders",
-    ),
-    "only val": (
-        {**_without(folder_layout(), "test/"), "valid/cat/1.png": picture(1)},
-        "eval_split=val evaluates on its valid/",
-    ),
-    "empty file": ({**folder_layout(), "test/cat/0.png": b""}, "test/cat/0.png: unreadable image"),
+    "no folder test/": TRAIN,
+    "no folder train/": TEST,
+    "eval_split=val evaluates on its valid/": TRAIN | {"valid/cat/1.png": ONE},
+    "holds no train/<class>/ folders with images; at its top: 1 (Train)": {"Train/cat/1.png": ONE},
+    "train/ holds no <class>/ folders": {"train/1.png": ONE, "test/1.png": ONE},
+    "class emu is in test/ but not in train/": LAYOUT | {"test/emu/1.png": ONE},
+    "but not in train/, which has cat": LAYOUT | {"test/Cat/1.png": ONE},
+    "several data sets inside (a, b)": {"a/train/x/1.png": ONE, "b/train/x/1.png": ONE},
+    "train/emu: class folder without images": LAYOUT | {"train/emu/.hidden": b""},
+    "train/pets/ holds no images but folders": {f"{s}/pets/{c}/1.png": ONE for s in ("train", "test") for c in "ab"},
+    "test/cat/0.png: unreadable image": LAYOUT | {"test/cat/0.png": b""},
 }
 
 
-@pytest.mark.parametrize("case", BAD_LAYOUTS)
+@pytest.mark.parametrize("says", BAD_LAYOUTS)
 @pytest.mark.parametrize("write", [write_folder, write_zip, write_tar])
-def test_bad_layout(tmp_path, case, write):
-    files, says = BAD_LAYOUTS[case]
-    path = write(tmp_path / "bad", files)
+def test_bad_layout(tmp_path, says, write):
+    path = write(tmp_path / "bad", BAD_LAYOUTS[says])
     message = refused("", _load, path, tmp_path / "root")
     assert message.startswith(str(path)) and says in message
     # A wrong layout is found before anything is decoded, and nothing half-built stays.
     built = [p.name.split("-")[1] for p in tmp_path.glob("root/cache/*") if p.is_dir()]
-    assert built == ["train"] * (case == "empty file")
+    assert built == ["train"] * ("unreadable" in says)
 
 
 def test_skip_unreadable(tmp_path, capsys):

@@ -207,14 +207,9 @@ def _lay_out(name, root, monkeypatch, packed=False, **changes) -> Miniature:
             monkeypatch.setitem(official.FILES, made.place, {DEAD + archive: checksum})
     if not packed:
         write_folder(root, files)
-    if name == "stl10":
-        for table in ("train_list", "test_list"):
-            checksums = [[file, md5(files[f"stl10_binary/{file}"])] for file, _ in getattr(tv.STL10, table)]
-            monkeypatch.setattr(tv.STL10, table, checksums)
+    for module in ("stl10", "svhn"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
     if name == "small_svhn":
-        for file, content in files.items():
-            monkeypatch.setitem(official.FILES, file, {DEAD: md5(content)})
-            monkeypatch.setitem(tv.SVHN.split_list, file.split("_")[0], [DEAD, file, md5(content)])
         few = dataclasses.replace(official.OFFICIAL[name], few={"train": (1, 0)})
         monkeypatch.setitem(official.OFFICIAL, name, few)
     if name == "fashion_mnist":
