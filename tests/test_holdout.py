@@ -8,7 +8,7 @@ from image_files import write_folder, write_zip
 import metaperturb.meta_test as program
 from metaperturb.config import MetaTestConfig, load_config
 from metaperturb.data.arrays import from_memory, subset
-from metaperturb.data.parts import load_parts
+from metaperturb.data.registry import load_parts
 from metaperturb.data.splits import holdout_split
 
 NAMES = [f"class {i}" for i in range(20)]

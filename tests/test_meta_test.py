@@ -16,7 +16,7 @@ from conftest import model_state, result, run, start, train, wait_for
 import metaperturb.meta_test as program
 from metaperturb import kernels, models
 from metaperturb.data.batches import draw
-from metaperturb.data.parts import load_parts
+from metaperturb.data.registry import load_parts
 from metaperturb.deterministic import make_deterministic
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb

@@ -24,7 +24,7 @@ import torch
 
 from metaperturb.cli import argument_parser, pairs
 from metaperturb.config import MetaTestConfig, MetaTrainConfig
-from metaperturb.data.parts import load_parts, load_source_images
+from metaperturb.data.registry import load_parts, load_source_images
 from metaperturb.distributed import parse_devices
 from metaperturb.dry_run import watch
 from metaperturb.errors import UserError

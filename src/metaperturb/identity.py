@@ -18,7 +18,7 @@ import torch
 from metaperturb import finetuning, methods, models
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of, read_yaml
 from metaperturb.data import DATA_SETS
-from metaperturb.data.parts import load_parts
+from metaperturb.data.registry import load_parts
 from metaperturb.distributed import parse_devices
 from metaperturb.dry_run import watch
 from metaperturb.errors import UserError

@@ -21,7 +21,7 @@ from metaperturb import finetuning, identity, kernels, methods, models, training
 from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
-from metaperturb.data.parts import load_parts
+from metaperturb.data.registry import load_parts
 from metaperturb.deterministic import make_deterministic, make_stochastic
 from metaperturb.distributed import make_current
 from metaperturb.errors import Diverged, NotFinite

@@ -35,7 +35,7 @@ from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
 from metaperturb.data import ImageArrays
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
-from metaperturb.data.parts import load_source_images
+from metaperturb.data.registry import load_source_images
 from metaperturb.data.splits import TaskSplit, class_split, load_split, save_split
 from metaperturb.distributed import Group, choose_devices, launch
 from metaperturb.errors import UserError

@@ -10,7 +10,7 @@ from torch import nn
 from metaperturb import methods, models
 from metaperturb.config import MetaTestConfig, from_record
 from metaperturb.data.arrays import ImageArrays
-from metaperturb.data.parts import load_parts
+from metaperturb.data.registry import load_parts
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.runs import finished_meta_test
