@@ -25,9 +25,8 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from metaperturb.data.arrays import to_pixels
+from metaperturb.data.arrays import progress, to_pixels
 from metaperturb.data.files import Place
 from metaperturb.data.official import OFFICIAL
 from metaperturb.data.registry import open_plan
@@ -140,7 +139,7 @@ def make_zip(name: str, data_root: Path) -> Path:
     def write(file: BinaryIO) -> None:
         crcs = {}
         with zipfile.ZipFile(file, "w") as archive:
-            for member, content in tqdm(made.members(path.parent), str(path), made.images, unit=" images"):
+            for member, content in progress(made.members(path.parent), str(path), made.images):
                 archive.writestr(zipfile.ZipInfo(member), content)  # its date is 1980: the same zip every time
                 if not member.endswith(".txt"):
                     crcs[member] = zlib.crc32(content)

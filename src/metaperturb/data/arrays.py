@@ -299,10 +299,9 @@ class _Cache:
                 return error
 
         images, labels, rows, left_out = allocate((len(plan.pictures), *self.shape)), [], [], []
-        what, pause = f"{self.name}: decode to {self.shape[-1]} px", 0.1 if sys.stderr.isatty() else 30
         # Closed at once when an image stops it: the threads of a generator that waits for collection may block others.
         with contextlib.closing(_in_threads(decode, plan.pictures)) as results:
-            done = tqdm(results, what, len(plan.pictures), unit=" images", mininterval=pause)
+            done = progress(results, f"{self.name}: decode to {self.shape[-1]} px", len(plan.pictures))
             for picture, found in zip(plan.pictures, done, strict=True):
                 if not isinstance(found, Exception):
                     images[len(labels)], row = found
@@ -324,6 +323,11 @@ class _Cache:
         labels = np.array(labels, dtype=np.int64)
         arrays = ImageArrays(images[: len(labels)], labels, tuple(plan.classes), fingerprint, self.name)
         return arrays, [*remarks, *plan.remarks]
+
+
+def progress(results: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    """The same, with a bar of progress; in a log file it is written every 30 s."""
+    return tqdm(results, what, count, unit=" images", mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def _crc(images: np.ndarray, labels: np.ndarray) -> int:
