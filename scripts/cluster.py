@@ -136,12 +136,10 @@ def said_by_slurm(text: str) -> str:
 # --- submitting
 
 
-def submit(
-    queue: Queue, calls: Mapping[str, tuple[Any, ...]], needs: Mapping[str, Sequence[str]], options: Mapping[str, str]
-) -> None:
+def submit(queue: Queue, work: Sequence[tuple[Job, tuple[Any, ...]]], options: Mapping[str, str]) -> None:
     """Submit what is not in the queue as one job array, and say so; or refuse, with nothing submitted.
 
-    Of what a job is about, `calls` has `one_job` or `one_node` with its arguments, `needs` what must be done before it.
+    `work`: jobs, each with `one_job` or `one_node` and its arguments.
     """
     folder = queue.folder / f"metaperturb-{queue.folder.name}-{secrets.token_hex(4)}"
     executor = make_executor(folder, options)
@@ -151,15 +149,15 @@ def submit(
     with lock:
         release(queue)  # what a command left that was killed before it could
         tasks = queue.tasks()
-        new = {job: call for job, call in calls.items() if job not in tasks}
-        if len(new) < len(calls):
-            print(f"{len(calls) - len(new)} are in the queue already", file=sys.stderr)
+        new = [(job, call) for job, call in work if job.id not in tasks]
+        if len(new) < len(work):
+            print(f"{len(work) - len(new)} are in the queue already", file=sys.stderr)
         if not new:
             return
-        save_json({job: [*needs.get(job, ())] for job in new}, folder / "jobs.json")
+        save_json({job.id: [need.id for need in job.needs] for job, _ in new}, folder / "jobs.json")
         try:
             with executor.batch():
-                handles = [executor.submit(*call) for call in new.values()]
+                handles = [executor.submit(*call) for _, call in new]
         except Exception as error:  # of submitit
             shutil.rmtree(folder)
             raise UserError(f"sbatch: {said_by_slurm(str(error))}; nothing was submitted") from error
@@ -218,13 +216,13 @@ def release(queue: Queue) -> None:
 # --- on a node
 
 
-def one_job(job: Job, needs: Sequence[Path], device: str, retries: int) -> None:
+def one_job(job: Job, device: str, retries: int) -> None:
     """A job of a table, once what it needs is seen here."""
     end_when_asked()
 
     def work() -> None:
-        for path in needs:
-            wait_for(path)
+        for need in job.needs:
+            wait_for(need.record)
         if failed := run_jobs([dataclasses.replace(job, needs=())], [device], 1, retries):
             raise UserError(failed[job.id])
 
@@ -307,7 +305,7 @@ def state_of(job: Job, task: Task | None, queue: Queue, submitted: set[str]) -> 
         return "to do", begun.strip()
     if log := queue.log(job.id):
         return "failed", f"{last_line(log)}{begun} (log: {log})"
-    lost = [need for need in job.needs if need in submitted]
+    lost = [need.id for need in job.needs if need.id in submitted]
     return "failed", f"not run, because {f'{lost[0]} failed or' if lost else 'it'} was cancelled"
 
 
@@ -368,5 +366,5 @@ def meta_train(arguments: argparse.Namespace) -> None:
     save_yaml(dataclasses.asdict(config), queue.folder / SETTINGS)
     call = [least, "--nproc-per-node", str(processes), "--max-restarts", str(RESTARTS)]
     call += ["-m", "metaperturb.meta_train", "--config", str(queue.folder / SETTINGS)]
-    submit(queue, {job.id: (one_node, call)}, {}, {"nodes": "1", **options})
+    submit(queue, [(job, (one_node, call))], {"nodes": "1", **options})
     return None

@@ -36,7 +36,6 @@ from tables.results import curve
 
 from metaperturb import plots
 from metaperturb.analyses.calibration import Sampling, measure_calibration
-from metaperturb.analyses.records import check_comparable
 from metaperturb.analyses.robustness import NORMS, Attack, check_attack, measure_robustness
 from metaperturb.analyses.scales import learned_scales
 from metaperturb.analyses.surface import Plane, loss_surface
@@ -64,18 +63,10 @@ OF_A_METHOD = {*OF_A_RUN, *OF_PHI, *HYPERPARAMETERS, "recipe", "init", "init_bat
 
 
 class Finished:
-    """A finished run, as far as its `result.json` or its record tells.
-
-    Attributes:
-        path: its folder, or the record's file.
-        config: its settings; those that came with a later version at their defaults.
-        data: the data set as pictures call it, without `train_per_class`.
-        phi: tells its φ apart, where runs have several; `phi_key`: equal for runs with the same φ.
-        phi_names: what its φ may be called: by its file, the folder of that or the table, and by its content.
-    """
+    """A finished run, as far as its `result.json` or its record tells."""
 
     def __init__(self, path: Path, result: Mapping[str, Any]) -> None:
-        self.path, self.result = path, result
+        self.path, self.result = path, result  # its folder, or the record's file
         self.config = config = vars(from_record(PROGRAMS[result["program"]], result["config"]))
         self.seed, self.steps, self.model = config["seed"], config["steps"], config["model"]
         self.is_target = result["program"] == "meta_test"
@@ -84,9 +75,10 @@ class Finished:
             return
         self.method, self.accuracy = config["method"], result["metrics"]["accuracy"]
         size, split = config["image_size"], config["eval_split"]
+        # As pictures call it, without `train_per_class`.
         self.data = data_name(config) + (f", {size} px" if size else "") + (f", {split}" if split != "test" else "")
         self.train_images, self.images = result["target"]["train"], result["target"]["fingerprints"]
-        self.phi, self.phi_key = "", result["phi_digest"] or ""
+        self.phi, self.phi_key = "", result["phi_digest"] or ""  # its name where runs have several; its identity
         file, cell = Path(config["phi"] or ""), result.get("cell") or {"needs": {}}
         self.phi_names = file.stem, cell["needs"].get("phi", file.parent.name), self.phi_key[:8]
 
@@ -121,11 +113,7 @@ class Finished:
 
 
 def find_runs(sources: Iterable[Path]) -> list[Finished]:
-    """The finished runs among folders and below them, in the order of their names: each training once.
-
-    Sources are run folders, files of records, or folders that hold either; one that holds runs stands for those alone.
-    Of meta-trainings it is those of a step or more.
-    """
+    """The finished runs in and below folders, and records, each training once; meta-trainings of a step or more."""
     found: dict[Path, Finished] = {}
     known: dict[str, Finished] = {}
     for path in (path for source in sources for path in _results(source)):
@@ -145,7 +133,7 @@ def find_runs(sources: Iterable[Path]) -> list[Finished]:
 
 
 def _results(source: Path) -> list[Path]:
-    """The files of results and records that a source holds."""
+    """The files of results and records that a source holds; a folder that holds runs stands for those alone."""
     whole = source / "result.json"
     if not source.exists():
         raise UserError(f"{source}: no such folder or record")
@@ -385,7 +373,6 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         ("samples", calibrated, plots.plot_samples),
         ("robustness", attacked, plots.plot_robustness),
     ):
-        check_comparable(results)
         draw(arguments, f"fig6 {kind}", plot, results, runs[0].title())
 
 
@@ -520,20 +507,13 @@ def data_of(run: Finished) -> tuple[Any, ...]:
 
 
 class Figure(NamedTuple):
-    """A figure's command, and what `./run.sh figures` draws with it.
+    """A figure's command, and what `./run.sh figures` draws with it."""
 
-    Attributes:
-        draw: the picture of some runs; refuses what does not go together.
-        takes: whether `./run.sh figures` has a run in such a picture.
-        alike: runs that are equal in this are in one picture; `one`: what that is.
-        analyses: settings that `--set` changes.
-    """
-
-    draw: Callable[[Sequence[Finished], argparse.Namespace], None]
-    takes: Callable[[Finished], bool] = operator.attrgetter("is_target")
-    alike: Callable[[Finished], Any] = lambda run: (data_of(run), run.steps)
-    one: str = "data set, network or length"
-    analyses: tuple[type, ...] = ()
+    draw: Callable[[Sequence[Finished], argparse.Namespace], None]  # refuses what does not go together
+    takes: Callable[[Finished], bool] = operator.attrgetter("is_target")  # whether `figures` has a run in one
+    alike: Callable[[Finished], Any] = lambda run: (data_of(run), run.steps)  # equal for runs of one picture
+    one: str = "data set, network or length"  # what that is
+    analyses: tuple[type, ...] = ()  # settings that `--set` changes
 
 
 has_network = operator.attrgetter("has_network")

@@ -40,7 +40,7 @@ from metaperturb.cli import PARENT, argument_parser, run_program
 from metaperturb.data import batches
 from metaperturb.distributed import Group, parse_devices
 from metaperturb.errors import UserError
-from metaperturb.kernels import Unavailable, cpp, fused, kernel_name, trial, use_kernel
+from metaperturb.kernels import cpp, fused, kernel_name, trial, use_kernel
 from metaperturb.meta_train import METRICS, joint_step
 from metaperturb.provenance import provenance
 from metaperturb.runs import read_metrics
@@ -91,10 +91,7 @@ def kernels(part: Part) -> None:
     backend = cpp
     if not part.rehearse:
         from metaperturb.kernels import triton_site as backend
-    try:
-        trial.check(backend.__name__, part.device)
-    except Unavailable as unavailable:
-        raise UserError(str(unavailable)) from None
+    trial.check(backend.__name__, part.device)
     errors = {}
     for shape in [(4, 4, 4, 4)] if part.rehearse else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):

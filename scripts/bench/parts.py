@@ -35,24 +35,18 @@ Groups = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Bench:
-    """Where, how long and at which sizes to measure.
-
-    Attributes:
-        rounds: turns of each variant.
-        turn: a cheap variant is repeated until a turn lasts this many seconds.
-        site: the feature map `[B, C, H, W]` of the part `site`.
-    """
+    """Where, how long and at which sizes to measure."""
 
     device: torch.device
     threads: int
-    rounds: int
-    turn: float = 0.02
+    rounds: int  # turns of each variant
+    turn: float = 0.02  # seconds: a cheap variant is repeated until a turn lasts as long
     model: str = "resnet20"
     batch: int = 128
     image_size: int = 32
     eval_batch: int = 500  # the program's default
     tasks: int = 10
-    site: tuple[int, int, int, int] = (128, 16, 32, 32)  # ResNet20's first
+    site: tuple[int, int, int, int] = (128, 16, 32, 32)  # [B, C, H, W], ResNet20's first
 
     def time(self, variants: dict[str, Callable[[], object]], share: float = 1.0) -> dict[str, Any]:
         """Timings of the variants in this share of the rounds (for costly ones), as a group."""
@@ -78,10 +72,7 @@ def make_phi(device: torch.device) -> MetaPerturb:
 class Learner:
     """A task of the meta-training program, whose steps count themselves.
 
-    Args:
-        plain: without the perturbation; everything else, data and optimizer too, is the same code.
-        kernel: how its sites compute.
-        form: of `FORMATS`.
+    `plain`: without the perturbation; everything else, data and optimizer too, is the same code.
     """
 
     def __init__(

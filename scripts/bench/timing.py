@@ -22,13 +22,8 @@ def interleave(
 ) -> dict[str, dict[str, Any]]:
     """Time variants in turns, so that whatever else the machine does meets all of them alike.
 
-    Args:
-        variants: name → what to call.
-        rounds: turns of each variant; every round begins with another one.
-        turn: a variant is called as often in one turn as fills about this many seconds.
-
-    Returns:
-        name → `summary` of the seconds a call, one value a round, and `calls`, how many a turn had.
+    Every round begins with another one; a variant is called as often in one turn as fills about `turn` seconds. Returns
+    of each the `summary` of the seconds a call, one value a round, and `calls`, how many a turn had.
     """
     calls = {}
     for name, call in variants.items():

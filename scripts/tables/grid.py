@@ -45,10 +45,8 @@ _settings_in = functools.cache(read_yaml)
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 VERSUS = "versus"  # of a row: what it is compared with
 # Settings that --set cannot give to cells, and how they are given.
-GIVEN_OTHERWISE = {
-    **{"seed": "--seeds", "gpu": "--devices", "run_dir": "--runs", "data_root": "--data-root"},
-    **{"phi": "--use", "init": "--use"},
-}
+GIVEN_OTHERWISE = {"seed": "--seeds", "gpu": "--devices", "run_dir": "--runs", "data_root": "--data-root"}
+GIVEN_OTHERWISE |= {"phi": "--use", "init": "--use"}
 
 
 # --- the file
@@ -400,11 +398,7 @@ def sha256(path: Path) -> str:
 
 
 def candidate_rows(candidates: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, dict[str, Any]]:
-    """A row for each combination of each method's values.
-
-    >>> [*candidate_rows({"dropout": {"dropout_prob": [0.1, 0.2]}})]
-    ['dropout: dropout_prob 0.1', 'dropout: dropout_prob 0.2']
-    """
+    """A row for each combination of each method's values: `dropout: dropout_prob 0.1`."""
     rows = {}
     for method, values in candidates.items():
         for combination in itertools.product(*values.values()):

@@ -140,10 +140,6 @@ class Difference(NamedTuple):
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """
-    >>> str(summarize([1.0, 2.0, 3.0]))
-    '2.00 ± 1.00'
-    """
     mean = statistics.fmean(values) if values else None
     return Summary(mean, statistics.stdev(values) if len(values) > 1 else None, len(values))
 
@@ -176,12 +172,7 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 class Results:
-    """The records of a grid's cells in a folder.
-
-    Raises:
-        UserError: a record that is damaged or holds other settings than its name says, or a column whose cells were
-            trained or evaluated on different images.
-    """
+    """The records of a grid's cells in a folder; those that are damaged, misnamed or of other images are refused."""
 
     def __init__(self, grid: Grid, folder: Path) -> None:
         self.grid, self.folder = grid, folder
@@ -250,26 +241,18 @@ class Results:
 
 
 class Entry:
-    """What a table says of one row and column.
-
-    Attributes:
-        metrics: `Summary` of accuracy (%), NLL (nats), ECE (%); `one_pass`: the same of deterministic predictions.
-        versus, difference: the baseline's row, and that of accuracy to it.
-        paper, gap: the paper's number, and our mean accuracy less that.
-        differences: from the paper's setting: those of settings, and which part of Tiny ImageNet cells started from.
-        code: the versions that made the cells.
-        diverged: how many seeds did, which have no part in the metrics.
-    """
+    """What a table says of one row and column: of accuracy (%), NLL (nats) and ECE (%), by draws and in one pass."""
 
     def __init__(self, results: Results, row: str, column: str) -> None:
         grid, self.row, self.column = results.grid, row, column
-        self.records, self.diverged = results.of(row, column), results.lost(row, column)
+        self.records, self.diverged = results.of(row, column), results.lost(row, column)  # which have no metrics
         self.metrics = _summaries([record["metrics"] for record in self.records.values()])
         self.one_pass = _summaries([record["one_pass"] for record in self.records.values() if record.get("one_pass")])
         self.versus = grid.baseline(row) if self.records else None
         accuracies = (results.accuracies(some, column) for some in (row, self.versus) if self.versus)
         self.difference = paired_difference(*accuracies) if self.versus else None
-        cells = {seed: results.cells[row, column, seed] for seed in grid.seeds}  # of one setting
+        # From the paper's setting: those of settings, and which part of Tiny ImageNet cells started from.
+        cells = {seed: results.cells[row, column, seed] for seed in grid.seeds}
         parts = [text for seed, record in self.records.items() for text in _part_of_source(cells[seed], record)]
         self.differences = tuple(dict.fromkeys([*cells[grid.seeds[0]].differences, *parts]))
         self.paper = grid.paper_value(row, column)
@@ -309,9 +292,8 @@ def versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def take_recorded(grid: Grid, folder: Path) -> list[Need]:
-    """For reports: take what the records in `folder` started from, unless the command line names something else.
+    """For reports: take what the records started from and may be gone, unless the command line names something else.
 
-    The φ or network that was given for those trainings may be gone. What was kept of its making is enough for a page.
     Nothing is taken where records started from several, or from one that a run of the table made.
     """
     cards: dict[str, Any] = {}

@@ -36,7 +36,7 @@ class Job:
     config: Any  # its settings but for the device
     record: Path  # the JSON that says that it is done
     finish: Callable[[], None] = lambda: None  # makes the record from the finished run folder
-    needs: tuple[str, ...] = ()  # ids of jobs that must be done before
+    needs: tuple["Job", ...] = ()  # that must be done before
     diverge: Callable[[str], None] | None = None  # keeps what a run that diverged said last
 
     @property
@@ -72,11 +72,11 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries:
     try:
         while waiting or running:
             for job in [*waiting]:
-                if lost := [need for need in job.needs if need in failed]:
+                if lost := [need.id for need in job.needs if need.id in failed]:
                     waiting.remove(job)
                     failed[job.id] = f"not run, because {lost[0]} failed"
                     print(f"{job.id}: failed: {failed[job.id]}", file=sys.stderr)
-                elif done.issuperset(job.needs):
+                elif done.issuperset(need.id for need in job.needs):
                     waiting.remove(job)
                     running[pool.submit(_train, job, free, processes)] = job
             for ended in wait(running, return_when=FIRST_COMPLETED).done:

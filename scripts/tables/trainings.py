@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cluster
@@ -36,7 +36,7 @@ from metaperturb.storage import write_atomically
 from metaperturb.weights import load_phi
 from tables.grid import Cell, Grid, Need, Overrides, check_known, sha256
 from tables.page import csv_text, markdown
-from tables.results import DIVERGED, Results, place_of, take_recorded, versions, write_diverged, write_record
+from tables.results import DIVERGED, Results, place_of, take_recorded, write_diverged, write_record
 from tables.runner import LOG, Job, run_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,8 +119,6 @@ def write_table(grid: Grid, folder: Path) -> Path:
         raise UserError(f"{folder}: no finished cell of this table yet")
     for name in results.strangers():
         print(f"not in the table: {folder / name} (another row, setting or φ)", file=sys.stderr)
-    if len(code := versions(results.kept())) > 1:
-        print(f"the cells come from {len(code)} versions of the code: {', '.join(code)}", file=sys.stderr)
     page = folder.with_name(folder.name + ".md")
     write_atomically(page, lambda file: file.write(markdown(results).encode()))
     write_atomically(page.with_suffix(".csv"), lambda file: file.write(csv_text(results).encode()))
@@ -159,12 +157,10 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
     if arguments.slurm is not None:
-        options, records = cluster.parse_options(arguments.slurm), {job.id: job.record for job in jobs}
+        options = cluster.parse_options(arguments.slurm)
         check(results, todo, jobs, images)
         how = "0" if options.get("gpus") else arguments.devices, arguments.retries
-        calls = {job.id: (cluster.one_job, job, [records[need] for need in job.needs], *how) for job in jobs}
-        calls = {job.id: calls[job.id] for job in jobs if not job.done}
-        cluster.submit(queue, calls, {job.id: job.needs for job in jobs}, options)
+        cluster.submit(queue, [(job, (cluster.one_job, job, *how)) for job in jobs if not job.done], options)
         return False
     devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
@@ -201,8 +197,7 @@ class Images:
 def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job], images: Images) -> None:
     """Find now what would stop a run in hours: missing files or data, other images, networks that do not run.
 
-    Data are fetched and decoded here once, so that several runs do not do it at the same time. `jobs` are those of
-    `cells` and of their needs. All that is wrong is said, a line each.
+    Data are fetched and decoded here once, so that several runs do not do it at the same time.
     """
     wrong: list[str] = []
 
@@ -252,16 +247,15 @@ def check_need(key: str, need: Need, made: Path | None, images: Images) -> None:
 
 def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path, images: Images) -> list[Job]:
     """The runs of these cells, behind those of what they need."""
-    needs = {need.id: need for cell in cells for need in cell.needs.values() if need.file is None}
-    jobs = []
-    for id_, need in needs.items():
-        run_dir = runs / "needs" / id_
+    needs: dict[str, Job] = {}
+    for need in (need for cell in cells for need in cell.needs.values() if need.file is None):
+        run_dir = runs / "needs" / need.id
         config = dataclasses.replace(need.config, run_dir=str(run_dir))
-        jobs.append(Job(id_, need.program, config, run_dir / "result.json"))
-    return jobs + [cell_job(results, cell, runs, images) for cell in cells]
+        needs[need.id] = Job(need.id, need.program, config, run_dir / "result.json")
+    return [*needs.values(), *(cell_job(results, cell, runs, images, needs) for cell in cells)]
 
 
-def cell_job(results: Results, cell: Cell, runs: Path, images: Images) -> Job:
+def cell_job(results: Results, cell: Cell, runs: Path, images: Images, needs: Mapping[str, Job]) -> Job:
     record, lost = results.path(cell), results.diverged_path(cell)
     run_dir = runs / results.grid.name / results.folder.name / cell.id
     made = {key: str(need.outcome(runs / "needs")) for key, need in cell.needs.items()}
@@ -276,6 +270,6 @@ def cell_job(results: Results, cell: Cell, runs: Path, images: Images) -> Job:
         config=dataclasses.replace(cell.config, **made, run_dir=str(run_dir)),
         record=record,
         finish=finish,
-        needs=tuple(need.id for need in cell.needs.values() if need.file is None),
+        needs=tuple(needs[id_] for id_ in cell.need_ids.values() if id_ in needs),
         diverge=lambda said: write_diverged(results, cell, images(cell.config), made.get("phi"), run_dir, said),
     )

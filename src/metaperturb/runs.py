@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from metaperturb.errors import UserError
 from metaperturb.provenance import provenance
@@ -126,52 +126,44 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class StepProgress:
-    """Steps done, metrics and time left: a tqdm bar on a terminal, elsewhere a plain line every `interval` seconds."""
+    """Steps done, metrics and time left: a line every `interval` seconds; on a terminal one that is written over."""
 
     def __init__(self, title: str, total: int, done: int, interval: float = 15.0) -> None:
         self.title, self.total, self.done, self.first = title, total, done, done
-        self.interval, self.started = interval, time.monotonic()
-        self.last = self.started - interval  # so that the first update prints
+        self.terminal, self.started = sys.stderr.isatty(), time.monotonic()
+        self.interval = 0.2 if self.terminal else interval
+        self.last = self.started - self.interval  # so that the first update prints
         self.evaluation = (0.0, 2.0)  # when the one that is under way first told, and which share it told
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True)
 
     def update(self, done: int, **metrics: float) -> None:
-        shown = {name: f"{value:.3f}" for name, value in metrics.items()}
-        if self.bar is not None:
-            self.bar.update(done - self.done)
-            self.bar.set_postfix(shown)
         now, self.done = time.monotonic(), done
-        if self.bar is None and (now - self.last >= self.interval or done == self.total):
-            self.last = now
+        if now - self.last >= self.interval or done == self.total:
             left = (now - self.started) / max(done - self.first, 1) * (self.total - done)
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.title}: step {done}/{self.total}  {text}  {clock(left)} left", file=sys.stderr, flush=True)
+            text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            self._tell(now, f"{text}  {clock(left)} left")
 
     def within(self, share: float) -> None:
         """How much is done of what takes its time between two steps or after the last: an evaluation."""
         now = time.monotonic()
         if share <= self.evaluation[1]:  # another one
             self.evaluation = (now, share)
-        if now - self.last < (self.interval if self.bar is None else 1.0):
-            return
-        self.last = now
-        since, first = self.evaluation
-        left = f"  {clock((now - since) / (share - first) * (1 - share))} left" if share > first else ""
-        text = f"evaluating: {share:.0%}{left}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        else:
-            print(f"{self.title}: step {self.done}/{self.total}  {text}", file=sys.stderr, flush=True)
+        if now - self.last >= self.interval:
+            since, first = self.evaluation
+            left = f"  {clock((now - since) / (share - first) * (1 - share))} left" if share > first else ""
+            self._tell(now, f"evaluating: {share:.0%}{left}")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        tqdm.write(text, file=sys.stderr)
+        """A line of its own."""
+        print("\r\x1b[K" * self.terminal + text, file=sys.stderr)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        print(end="\n" * self.terminal, file=sys.stderr)
+
+    def _tell(self, now: float, text: str) -> None:
+        self.last, text = now, f"{self.title}: step {self.done}/{self.total}  {text}"
+        if self.terminal:
+            text = f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K"
+        print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
