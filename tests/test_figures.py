@@ -134,8 +134,8 @@ def test_methods_side_by_side(runs, tmp_path):
         ):
             values = [factor * result(runs / folder)["metrics"][key] for folder in of_method]
             assert float(found[name][column]) == pytest.approx(statistics.mean(values))
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            assert float(found[name][f"{column}_std"] or "nan") == pytest.approx(spread or math.nan, nan_ok=True)
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            assert float(found[name][f"{column}_std"] or "nan") == pytest.approx(spread, nan_ok=True)
 
 
 def test_records_stand_for_runs(runs, target_settings, tmp_path):
