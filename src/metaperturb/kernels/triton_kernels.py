@@ -375,8 +375,8 @@ def perturb_backward(
     base = image.to(tl.int64) * (C * H * W)
     strength = tl.full([], strength, DTYPE)
     clip = tl.full([], clip, DTYPE)
-    m0 = tl.zeros([CHANNELS, PIXELS], DTYPE)
-    m1, m2, m3 = m0, m0, m0
+    zero = tl.zeros([CHANNELS, PIXELS], DTYPE)
+    sums = (zero, zero, zero, zero)
     if NOISE:
         hidden_mean += image.to(tl.int64) * (H * W)
         grad_mu_mean += image.to(tl.int64) * (H * W)
@@ -384,7 +384,7 @@ def perturb_backward(
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)[:, None]
         s = tl.load(scale + c, mask=c < C, other=0) if GATE else 1.0
-        total = tl.zeros([CHANNELS, PIXELS], DTYPE)
+        total, added = zero, ()
         if NOISE == 1:
             drawn = normals(seed, image * C + c, j)
         for i in tl.static_range(4):
@@ -415,21 +415,15 @@ def perturb_backward(
                 total += grad_g * z
                 through = grad_g * s * slope
                 tl.store(grad_mu + base + offset, through, mask=inside)
-                if i == 0:
-                    m0 += through
-                elif i == 1:
-                    m1 += through
-                elif i == 2:
-                    m2 += through
-                else:
-                    m3 += through
+                added += (sums[i] + through,)
             else:
                 total += grad_g
+        if NOISE:
+            sums = added
         if GATE:
             c = first + tl.arange(0, CHANNELS)
             tl.store(grad_scale + program * C + c, tl.sum(total, 1), mask=c < C)
     if NOISE:
-        sums = (m0, m1, m2, m3)
         for i in tl.static_range(4):
             pixel = i * QUARTER + j
             mean = tl.sum(sums[i], 0)[None, :] / C
