@@ -257,10 +257,11 @@ class _Cache:
         Raises:
             OSError: it cannot be written.
         """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.folder.parent, os.W_OK):
+        lock = self.folder.with_name(f".{self.folder.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(lock if lock.exists() else lock.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with hold(self.folder.with_name(f".{self.folder.name}.lock"), wait=True):
+        with hold(lock, wait=True):
             if found := self.open():
                 return found
             plan = make_plan()
