@@ -216,14 +216,14 @@ def release(queue: Queue) -> None:
 # --- on a node
 
 
-def one_job(job: Job, device: str, retries: int) -> None:
+def one_job(job: Job, device: str) -> None:
     """A job of a table, once what it needs is seen here."""
     end_when_asked()
 
     def work() -> None:
         for need in job.needs:
             wait_for(need.record)
-        if failed := run_jobs([dataclasses.replace(job, needs=())], [device], 1, retries):
+        if failed := run_jobs([dataclasses.replace(job, needs=())], [device], 1):
             raise UserError(failed[job.id])
 
     sys.exit(run_program(work, show_traceback=False))

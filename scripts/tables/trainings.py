@@ -77,7 +77,6 @@ def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the JSONs and tables")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     parser.add_argument("--data-root", default=str(ROOT / "data"), help="downloads and cached image arrays")
-    parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
     parser.add_argument("--report", action="store_true", help="run nothing")
     cluster.add_options(parser)
     if grid is not None:
@@ -159,8 +158,8 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
     if arguments.slurm is not None:
         options = cluster.parse_options(arguments.slurm)
         check(results, todo, jobs, images)
-        how = "0" if options.get("gpus") else arguments.devices, arguments.retries
-        cluster.submit(queue, [(job, (cluster.one_job, job, *how)) for job in jobs if not job.done], options)
+        device = "0" if options.get("gpus") else arguments.devices
+        cluster.submit(queue, [(job, (cluster.one_job, job, device)) for job in jobs if not job.done], options)
         return False
     devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
@@ -169,7 +168,7 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
     at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads))
     head = f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}"
     print(head, file=sys.stderr)
-    if failed := run_jobs(jobs, devices, at_once, arguments.retries):
+    if failed := run_jobs(jobs, devices, at_once):
         logs = {job.id: job.run_dir / LOG for job in jobs}
         lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in failed.items()]
         head = f"{len(lines)} runs failed; the same command tries them again, and --report makes the table"
