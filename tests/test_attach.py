@@ -808,7 +808,7 @@ REFUSED = {
     "tokens": (lambda: without_values("vit_b_16"), {"image_size": 224}, "cuts the image into patches"),
     "more than an image": (TwoInputs, {}, "attach to its part 'cnn'"),
     "another shape": (of_one_size, {}, r"\(height, width\)"),
-    "no shape yet": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), {}, "run the network once"),
+    "no shape yet": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), {}, "run it once on a batch"),
     "compiled in place": (compiled, {}, "before that"),
     **{
         f"in {name}": (lambda wrap=wrap: wrap(SMALL()), {}, f"{name} wraps a network")

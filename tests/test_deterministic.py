@@ -23,7 +23,7 @@ from metaperturb import (
     models,
     predict,
 )
-from metaperturb import draws as module
+from metaperturb import prediction as module
 
 SIZE = 16
 

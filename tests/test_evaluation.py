@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from metaperturb import MetaPerturb, attach, draws, models
+from metaperturb import MetaPerturb, attach, models, prediction
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.data.batches import DeviceImages
 from metaperturb.evaluation import evaluate, expected_calibration_error
@@ -120,12 +120,6 @@ class Alternating(nn.Module):
         return logits.expand(len(x), -1)
 
 
-def test_what_is_done_is_told_after_each_sample():
-    told = []
-    evaluate(Recorder(), data_set(10), samples=5, batch_size=4, tell=told.append)
-    assert told == pytest.approx([k / 15 for k in range(1, 16)])
-
-
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_samples_are_averaged_as_probabilities(batch_size):
     logits = [[0.0, 0.0], [3.0, 0.0], [0.0, 8.0]]
@@ -184,27 +178,6 @@ def test_evaluation_mode_without_gradients_and_the_mode_restored(training, froze
     assert torch.is_grad_enabled()
 
 
-def test_a_perturbed_network_draws_noise_for_every_sample():
-    torch.manual_seed(0)
-    model = attach(models.create("resnet8", 3, 8), MetaPerturb(), image_size=8, verbose=False).train()
-    data = data_set(12)
-    statistics = [site.running_mean.clone() for site in model.metaperturb.sites]
-
-    def nll(samples, seed):
-        torch.manual_seed(seed)
-        return evaluate(model, data, samples=samples, batch_size=5)["nll"]
-
-    assert nll(1, 0) == nll(1, 0)
-    single, averaged = (np.array([nll(samples, seed) for seed in range(10)]) for samples in (1, 8))
-    assert single.std() > 1.5 * averaged.std() > 0  # averaging takes the noise away
-    torch.manual_seed(0)
-    draws = [evaluate(model, data, samples=1, batch_size=12)["nll"] for _ in range(8)]
-    torch.manual_seed(0)  # the same eight draws, averaged
-    assert evaluate(model, data, samples=8, batch_size=12)["nll"] < np.mean(draws)  # Jensen's inequality
-    assert model.training
-    assert all(torch.equal(a, s.running_mean) for a, s in zip(statistics, model.metaperturb.sites, strict=True))
-
-
 # --- several draws at once
 
 
@@ -259,13 +232,13 @@ def test_draws_share_what_comes_before_the_first_site_where_the_network_allows(n
             model(torch.randn(8, 3, 32, 32))
     model.eval()
     x, state = torch.randn(count, 3, 32, 32), torch.get_rng_state()
-    assert draws.bears_draws(model, x) == draws.bears_draws(model, x) == expected
+    assert prediction.bears_draws(model, x) == prediction.bears_draws(model, x) == expected
     assert torch.equal(torch.get_rng_state(), state)
     sizes = []
     next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(
         lambda _, args: sizes.append(len(args[0]))
     )
-    found = draws.log_prediction(model, x, samples=4)
+    found = prediction.log_prediction(model, x, samples=4)
     assert sizes == [count if expected else 4 * count]
     torch.set_rng_state(state)
     with torch.no_grad():
@@ -279,16 +252,16 @@ def test_what_was_found_holds_for_the_network_as_it_was_then():
     fc, x = model.fc, torch.randn(2, 3, 8, 8)
     model.fc = nn.Linear(fc.in_features, 3)
     nn.init.zeros_(model.fc.weight)
-    assert not draws.bears_draws(model, x)  # all outputs are equal, which says nothing
+    assert not prediction.bears_draws(model, x)  # all outputs are equal, which says nothing
     nn.init.normal_(model.fc.weight)
-    assert draws.bears_draws(model, x)
+    assert prediction.bears_draws(model, x)
     for name, value in (("strength", 0.0), ("deterministic", True)):
         before = getattr(model.metaperturb, name)
         setattr(model.metaperturb, name, value)
-        assert draws.log_prediction(model, x, 3).shape == (2, 3)
+        assert prediction.log_prediction(model, x, 3).shape == (2, 3)
         setattr(model.metaperturb, name, before)
     model.compile(backend="eager")
-    assert draws.log_prediction(model, x, 3).shape == (2, 3)
+    assert prediction.log_prediction(model, x, 3).shape == (2, 3)
 
 
 def test_many_draws_of_many_images_go_in_parts(monkeypatch):
@@ -297,10 +270,10 @@ def test_many_draws_of_many_images_go_in_parts(monkeypatch):
     with torch.no_grad():
         model.metaperturb.phi.flat.mul_(30)
     x, sizes, told = torch.randn(7, 3, 8, 8), [], []
-    monkeypatch.setitem(draws.PIXELS, "cpu", 40 * 64)
-    expected = torch.stack([draws.log_prediction(model, x, 50) for _ in range(9)]).exp()
+    monkeypatch.setitem(prediction.PIXELS, "cpu", 40 * 64)
+    expected = torch.stack([prediction.log_prediction(model, x, 50) for _ in range(9)]).exp()
     model.fc.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    found = draws.log_prediction(model, x, 50, told.append).exp()
+    found = prediction.log_prediction(model, x, 50, told.append).exp()
     assert sizes == [40, 40, 20] * 3 + [20, 20, 10] and told[-1] == 1 and told == sorted(set(told))
     assert len(told) == len(sizes)
     deviation = (found - expected.mean(dim=0)) / expected.std(dim=0)

@@ -17,9 +17,9 @@ import metaperturb.meta_test as program
 from metaperturb import kernels, models
 from metaperturb.data.batches import draw
 from metaperturb.data.registry import load_parts
-from metaperturb.deterministic import make_deterministic
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb
+from metaperturb.prediction import make_deterministic
 from metaperturb.randomness import numpy_generator, seed_torch
 from metaperturb.runs import StepProgress
 from metaperturb.storage import load_tensors, save_tensors
@@ -225,15 +225,6 @@ def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp
     assert "clip_eval=true may help" in error
     clipped = train(tmp_path / "clipped", settings, *changes, "clip_eval=true")
     assert load_run(clipped).model.metaperturb.clip_eval and math.isfinite(result(clipped)["metrics"]["nll"])
-
-
-def test_unreadable_image(image_folder, target_settings, tmp_path, refused):
-    images = shutil.copytree(image_folder, tmp_path / "images")
-    (images / "train/class00/9.png").write_bytes(b"no image")
-    settings = [*target_settings, f"target_path={images}", f"data_root={tmp_path}", f"run_dir={tmp_path / 'tgt'}"]
-    settings += ["method=base", "steps=1"]
-    assert "9.png" in refused(program, settings)
-    assert program.main(["--set", *settings, "skip_unreadable=true"]) == 0
 
 
 def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file, image_folder, tmp_path, capsys):

@@ -237,18 +237,6 @@ def test_autocast_leaves_the_scale_in_float32():
         assert torch.equal(site.scale(h), expected)
 
 
-def test_a_frozen_phi_leaves_no_graph():
-    site, _ = make_pair()
-    site.phi.requires_grad_(False)
-    h = maps(2, 3, 4, 4)
-    assert not site(h).requires_grad
-    h.requires_grad_()
-    out = site(h)
-    (gradient,) = torch.autograd.grad(out.sum(), h)
-    assert gradient.abs().sum() > 0
-    assert all(p.grad is None for p in site.phi.parameters())
-
-
 def test_running_statistics_carry_no_graph():
     site, _ = make_pair()
     h = maps(2, 3, 4, 4).requires_grad_()

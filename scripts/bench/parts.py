@@ -19,11 +19,10 @@ from metaperturb.config import MetaTrainConfig
 from metaperturb.data.arrays import from_memory
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.data.splits import TaskSplit
-from metaperturb.deterministic import make_deterministic, predict
 from metaperturb.distributed import Group
-from metaperturb.draws import log_prediction
 from metaperturb.meta_train import Task, joint_step
 from metaperturb.perturbation import MetaPerturb, PerturbSite
+from metaperturb.prediction import log_prediction, make_deterministic, predict
 
 CLASSES = 20  # of a task: 200 classes of Tiny ImageNet in 10 tasks (section 4.1)
 FORMATS = ("float32", "bfloat16", "channels-last")

@@ -15,9 +15,9 @@ if sys.argv[:1] == ["-m"]:  # as a program: what is wrong with the command is sa
 
 from metaperturb import kernels, models
 from metaperturb.attach import attach, detach, find_sites
-from metaperturb.deterministic import make_deterministic, make_stochastic, predict
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb, PerturbSite, Slot
+from metaperturb.prediction import make_deterministic, make_stochastic, predict
 from metaperturb.weights import load_phi, save_phi
 
 __version__ = "0.1.0"

@@ -254,9 +254,7 @@ def load_config(
     return cls(**settings)
 
 
-def parse_arguments(
-    cls: type, doc: str, argv: list[str] | None = None, module: str | None = None
-) -> argparse.Namespace:
+def parse_arguments(cls: type, doc: str, argv: list[str] | None = None, module: str = "") -> argparse.Namespace:
     """The command line shared by the programs: `--config FILE --set key=value … --traceback`.
 
     `load_config(cls, arguments.config, arguments.set)` reads the settings.

@@ -35,6 +35,7 @@ from metaperturb.cli import (
     unbreakable_output,
 )
 from metaperturb.errors import Diverged, UserError
+from metaperturb.storage import reason
 
 EXIT_PEER_LOST = 75  # this process is well, but another one is gone
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
@@ -104,7 +105,7 @@ def peer_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        raise PeerLost(str(error).strip().split("\n")[0]) from error
+        raise PeerLost(reason(error)) from error
 
 
 def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
@@ -253,9 +254,7 @@ def _run_as_torchrun_worker(job: _Job) -> None:
         group = job.meet(local)
     except (RuntimeError, dist.DistError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"process {rank}: could not meet the others at {address} ({str(error).strip().splitlines()[0]})"
-        ) from error
+        raise UserError(f"process {rank}: could not meet the others at {address} ({reason(error)})") from error
     try:
         job.work(group, *job.arguments)
     except PeerLost as error:

@@ -194,9 +194,7 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
     `image_size` and `example` are those of `attach`. A `UserError` says why the network does not run.
     """
     if lazy := [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]:
-        raise UserError(
-            f"{type(model).__name__}: {lazy[0]!r} has no shape yet; run the network once on a batch before attach"
-        )
+        raise UserError(f"{type(model).__name__}: {lazy[0]!r} has no shape yet; run it once on a batch before attach")
     if example is not None:
         candidates = [example if isinstance(example, tuple) else (example,)]
     else:

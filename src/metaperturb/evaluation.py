@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from metaperturb.data.batches import DeviceImages, normalize
-from metaperturb.draws import log_prediction
 from metaperturb.errors import NotFinite
 from metaperturb.modes import eval_mode
+from metaperturb.prediction import log_prediction
 
 METRICS = ("accuracy", "nll", "ece")
 ECE_BINS = 15  # equal-width bins of confidence; the number customary since Guo et al. 2017
@@ -45,9 +45,7 @@ def evaluate(
         chunks = torch.arange(len(images.arrays), device=images.device).split(batch_size)
         for i, chunk in enumerate(chunks):
             x, y = images.take(chunk)
-            log_p = log_prediction(
-                model, normalize(x), samples, lambda share, before=i: tell((before + share) / len(chunks))
-            )
+            log_p = log_prediction(model, normalize(x), samples, lambda s, before=i: tell((before + s) / len(chunks)))
             log_probabilities.append(log_p)
             labels.append(y)
     log_p = torch.cat(log_probabilities)

@@ -22,11 +22,11 @@ from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.config import MetaTestConfig, load_config, parse_arguments
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
 from metaperturb.data.registry import load_parts
-from metaperturb.deterministic import make_deterministic, make_stochastic
 from metaperturb.distributed import make_current
 from metaperturb.errors import Diverged, NotFinite
 from metaperturb.evaluation import METRICS, evaluate
 from metaperturb.modes import eval_mode
+from metaperturb.prediction import make_deterministic, make_stochastic
 from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors

@@ -73,9 +73,7 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     if not all(names):
         raise UserError(f"model={config.model}: one of the names is empty")
     if config.tasks < (least := len(names) * len(config.image_sizes)):
-        raise UserError(
-            f"tasks: model={config.model} needs one for each network at each image size: {least}, got {config.tasks}"
-        )
+        raise UserError(f"tasks: each network needs one at each image size, together {least}, got {config.tasks}")
     first = os.environ.get("RANK", "0") == "0"
     for name, size in dict.fromkeys(config.networks):
         model = models.create(name, num_classes=2, image_size=size)
@@ -276,6 +274,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
 
     # Resume
     run = Run(config, "meta_train") if group.rank == 0 else None
+    latest = read_latest(config.run_dir, data)  # anew: whoever held the folder until now may have saved
     checkpoints = Path(config.run_dir) / "checkpoints"
     start, recent = 0, []  # recent: tables that are not logged yet
     if latest:

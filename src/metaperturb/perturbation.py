@@ -234,10 +234,9 @@ class Attachment(UsesPhi):
             return super()._load_from_state_dict(state_dict, prefix, *arguments)
         usage = _usage(saved.tolist())
         for name in ("noise", "gate", "paper"):
-            if getattr(usage, name) != (own := getattr(self._usage, name)):
-                raise UserError(
-                    f"this state was saved with {name}={getattr(usage, name)}, the network was attached with {own}"
-                )
+            was, own = getattr(usage, name), getattr(self._usage, name)
+            if was != own:
+                raise UserError(f"this state was saved with {name}={was}, the network was attached with {own}")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._original = None
         self._write(usage)
@@ -281,7 +280,7 @@ def draws_at_first_site(draws: int) -> Iterator[None]:
     """Inside, the first site that draws returns this many draws of each image, `[draws · B, C, H, W]`, the others one.
 
     For evaluation without gradients. All images of the first draw come first: what follows gets what it would get if
-    the network ran on so many repetitions of its images. `metaperturb.draws` tries out which networks bear it.
+    the network ran on so many repetitions of its images. `metaperturb.prediction` tries out which networks bear it.
     """
     before = _draws_due.set(draws)
     try:
@@ -353,9 +352,8 @@ class PerturbSite(UsesPhi):
         super().__init__()
         channel_norm = channels if channel_norm is None else channel_norm
         if min(channels, channel_norm, size_norm) < 1:
-            raise ValueError(
-                f"channels, channel_norm and size_norm must be positive, got {channels}, {channel_norm}, {size_norm}"
-            )
+            sizes = f"{channels}, {channel_norm}, {size_norm}"
+            raise ValueError(f"channels, channel_norm and size_norm must be positive, got {sizes}")
         self._attachment = (attachment or Attachment(phi, noise=noise, gate=gate),)
         self.channels, self.channel_norm, self.size_norm = channels, channel_norm, size_norm
         statistics = (channels, NUM_SCALE_FEATURES)

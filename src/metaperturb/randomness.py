@@ -9,6 +9,8 @@ import functools
 import numpy as np
 import torch
 
+cuda_is_available = functools.cache(torch.cuda.is_available)
+
 # Purposes keep their numbers for ever: they are part of what a seed means.
 PURPOSES = {
     "phi": 0,
@@ -41,13 +43,8 @@ def seed_torch(seed: int, task: int, purpose: str, step: int = 0) -> None:
     value = int(_sequence(seed, task, purpose, step).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(value)
     # What torch.manual_seed does beyond this, on backends that we do not use, costs half a millisecond a call.
-    if _cuda_is_available():
+    if cuda_is_available():
         torch.cuda.manual_seed_all(value)
-
-
-@functools.cache
-def _cuda_is_available() -> bool:
-    return torch.cuda.is_available()
 
 
 def _sequence(seed: int, task: int, purpose: str, step: int) -> np.random.SeedSequence:

@@ -121,15 +121,11 @@ def find_sites(
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise UserError(f"{kind}: model.compile() has been called, which wraps it; attach before that")
     if scripted := [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
-        raise UserError(
-            f"{kind}: {scripted[0] or 'it'} is a ScriptModule, which takes no sites; attach first, then torch.jit.trace"
-        )
+        raise UserError(f"{kind}: {scripted[0] or 'it'} is a ScriptModule; attach first, then torch.jit.trace")
     if example is None:
         sides = image_size if isinstance(image_size, tuple) and len(image_size) == 2 else (image_size, image_size)
         if any(type(side) is not int or side < 1 for side in sides):
-            raise UserError(
-                f"image_size: expected the side of the images in pixels or (height, width), got {image_size!r}"
-            )
+            raise UserError(f"image_size: expected the images' side in pixels or (height, width), got {image_size!r}")
     return _Finder(model, watch(model, image_size, example)).find(names)
 
 

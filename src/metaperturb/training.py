@@ -65,9 +65,7 @@ def choose_threads(proc: Path = Path("/proc"), sys_: Path = Path("/sys")) -> int
         cores = max(1, min(cores, int(quota) // int(period)))
     idle = _idle_share(cpus, proc)
     threads = cores if idle > 0.75 else max(1, round(cores * idle))
-    print(
-        f"CPU threads: {threads} ({cores} cores, {1 - idle:.0%} busy; threads=… sets another number)", file=sys.stderr
-    )
+    print(f"CPU threads: {threads} ({cores} cores, {1 - idle:.0%} busy; threads=… sets others)", file=sys.stderr)
     return threads
 
 
@@ -117,9 +115,7 @@ def restoring(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
-        raise UserError(
-            f"{error}; take a copy of it, or let the run begin anew without its folder checkpoints"
-        ) from error
+        raise UserError(f"{error}; take a copy, or let the run begin anew without its folder checkpoints") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{checkpoint}: is no checkpoint of this run; remove it, or choose another run_dir") from error
 
