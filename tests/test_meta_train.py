@@ -305,7 +305,7 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(here, tmp_path, refused
         (["batch_size=1"], "batch_size: must be at least 2"),
         (["noise=false", "scale_free=true"], "scale_free: is about the noise, and with noise=false there is none"),
         (["model=resnet8,resnet21"], "model: unknown 'resnet21' (near: resnet"),
-        (["model=resnet8,,conv4"], "model=resnet8,,conv4: one of the names is empty"),
+        (["model=resnet8,,conv4"], "model: unknown ''"),
         (["model=resnet8,conv4,resnet8", "image_size=12,16"], "needs one at each image size, together 6, got 5"),
         (["image_size=12,,16"], "image_size: expected a whole number, got ''"),
         (["image_size=12,4"], "image_size: must be at least 8, got 4"),

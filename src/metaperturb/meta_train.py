@@ -63,16 +63,17 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     identity.check_folder(config, "meta_train")
     if finished_result(config.run_dir):
         check_kept(config, config.steps)
-        check_unchanged(config)
+        try:  # not to answer for images or a split that the run did not see
+            (source, *_), splits, _ = load_tasks(dataclasses.replace(config, download=False))
+        except UserError as error:
+            raise identity.unanswered(config.run_dir, "phi.pt", error) from error
+        read_latest(config.run_dir, data_digest(source, splits))
         print(f"{config.run_dir}: already finished, φ is in {config.run_dir}/phi.pt", file=sys.stderr)
         return
     # Whatever is wrong is said now, the quick checks first, before any process starts.
     training.check_ablation(config)
     devices = choose_devices(config.gpus, config.tasks)
-    names = config.model.split(",")
-    if not all(names):
-        raise UserError(f"model={config.model}: one of the names is empty")
-    if config.tasks < (least := len(names) * len(config.image_sizes)):
+    if config.tasks < (least := len(config.model.split(",")) * len(config.image_sizes)):
         raise UserError(f"tasks: each network needs one at each image size, together {least}, got {config.tasks}")
     first = os.environ.get("RANK", "0") == "0"
     for name, size in dict.fromkeys(config.networks):
@@ -96,15 +97,6 @@ def check_kept(config: MetaTrainConfig, done: int) -> None:
     for step in config.keep_phi:
         if step <= done and not kept_phi(config.run_dir, step).exists():
             raise UserError(f"keep_phi: {config.run_dir} is past step {step}, its φ is gone; choose another run_dir")
-
-
-def check_unchanged(config: MetaTrainConfig) -> None:
-    """Refuse to answer from a finished run for images or a split that it did not see, or that cannot be read."""
-    try:
-        (source, *_), splits, _ = load_tasks(dataclasses.replace(config, download=False))
-    except UserError as error:
-        raise identity.unanswered(config.run_dir, "phi.pt", error) from error
-    read_latest(config.run_dir, data_digest(source, splits))
 
 
 def kept_phi(run_dir: str | Path, step: int) -> Path:
