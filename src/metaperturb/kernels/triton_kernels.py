@@ -56,47 +56,37 @@ def summarize(
     PIXELS: constexpr,
 ):
     """Features `[B, C, 4]` and the mean over channels `[B, H, W]`, by programs of two kinds; either may be None."""
+    DTYPE: constexpr = phi.dtype.element_ty
     FEATURE_PARTS: constexpr = (C + CHANNELS - 1) // CHANNELS if features is not None else 0
     PARTS: constexpr = FEATURE_PARTS + ((H * W + PIXELS - 1) // PIXELS if mean is not None else 0)
     image = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     h += image.to(tl.int64) * (C * H * W)
     if features is not None and part < FEATURE_PARTS:
-        _features(h, phi, features + image * (C * 4), part * CHANNELS, C, H, W, LAST, CHANNELS, PIXELS)
-    if mean is not None and part >= FEATURE_PARTS:
-        start = (part - FEATURE_PARTS) * PIXELS
-        _channel_mean(h, mean + image.to(tl.int64) * (H * W), start, C, H, W, LAST, CHANNELS, PIXELS)
-
-
-@jit
-def _features(h, phi, features, first, C, H, W, LAST, CHANNELS, PIXELS):
-    DTYPE: constexpr = phi.dtype.element_ty
-    w, zero = feature_kernels(phi), tl.zeros([CHANNELS, PIXELS], DTYPE)
-    c, sums = first + tl.arange(0, CHANNELS)[:, None], (zero, zero, zero, zero)
-    for start in range(0, H * W, PIXELS):
-        pixel = start + tl.arange(0, PIXELS)[None, :]
-        inside = (c < C) & (pixel < H * W)
-        near = neighbours(h + offsets(c, pixel, C, H, W, LAST), pixel, inside, H, W, C if LAST else 1)
-        # Outside the map all nine are 0, and so is what they give.
-        added = ()
+        place, first = features + image * (C * 4), part * CHANNELS
+        w, zero = feature_kernels(phi), tl.zeros([CHANNELS, PIXELS], DTYPE)
+        c, sums = first + tl.arange(0, CHANNELS)[:, None], (zero, zero, zero, zero)
+        for start in range(0, H * W, PIXELS):
+            pixel = start + tl.arange(0, PIXELS)[None, :]
+            inside = (c < C) & (pixel < H * W)
+            near = neighbours(h + offsets(c, pixel, C, H, W, LAST), pixel, inside, H, W, C if LAST else 1)
+            # Outside the map all nine are 0, and so is what they give.
+            added = ()
+            for k in tl.static_range(4):
+                added += (sums[k] + relu(convolve(near, w[k], DTYPE)),)
+            sums = added
+        c = first + tl.arange(0, CHANNELS)
         for k in tl.static_range(4):
-            added += (sums[k] + relu(convolve(near, w[k], DTYPE)),)
-        sums = added
-    c = first + tl.arange(0, CHANNELS)
-    for k in tl.static_range(4):
-        tl.store(features + c * 4 + k, tl.sum(sums[k], 1) / (H * W), mask=c < C)
-
-
-@jit
-def _channel_mean(h, mean, start, C, H, W, LAST, CHANNELS, PIXELS):
-    DTYPE: constexpr = mean.dtype.element_ty
-    pixel = start + tl.arange(0, PIXELS)
-    total = tl.zeros([CHANNELS, PIXELS], DTYPE)
-    for first in range(0, C, CHANNELS):
-        c = first + tl.arange(0, CHANNELS)[:, None]
-        inside = (c < C) & (pixel[None, :] < H * W)
-        total += tl.load(h + offsets(c, pixel[None, :], C, H, W, LAST), mask=inside, other=0).to(DTYPE)
-    tl.store(mean + pixel, tl.sum(total, 0) / C, mask=pixel < H * W)
+            tl.store(place + c * 4 + k, tl.sum(sums[k], 1) / (H * W), mask=c < C)
+    if mean is not None and part >= FEATURE_PARTS:
+        start, place = (part - FEATURE_PARTS) * PIXELS, mean + image.to(tl.int64) * (H * W)
+        pixel = start + tl.arange(0, PIXELS)
+        total = tl.zeros([CHANNELS, PIXELS], DTYPE)
+        for first in range(0, C, CHANNELS):
+            c = first + tl.arange(0, CHANNELS)[:, None]
+            inside = (c < C) & (pixel[None, :] < H * W)
+            total += tl.load(h + offsets(c, pixel[None, :], C, H, W, LAST), mask=inside, other=0).to(DTYPE)
+        tl.store(place + pixel, tl.sum(total, 0) / C, mask=pixel < H * W)
 
 
 @jit
@@ -130,22 +120,39 @@ def first_layer(
     DTYPE: constexpr = phi.dtype.element_ty
     SCALES: constexpr = (C + SCALE_CHANNELS - 1) // SCALE_CHANNELS
     if tl.program_id(0) < SCALES:
-        _scale(
-            features,
-            phi,
-            running_mean,
-            running_var,
-            statistics,
-            scale,
-            batch,
-            tl.full([], channel_ratio, DTYPE),
-            tl.full([], size_ratio, DTYPE),
-            tl.full([], momentum, DTYPE),
-            C,
-            TRAINING,
-            SCALE_CHANNELS,
-            SCALE_ROWS,
-        )
+        # Mean and unbiased variance over the batch, in training, into `statistics` `[2, C, 4]` and the running ones; s.
+        by_channels, by_size = tl.full([], channel_ratio, DTYPE), tl.full([], size_ratio, DTYPE)
+        rate = tl.full([], momentum, DTYPE)
+        # A feature of a channel after the other, as they lie in memory.
+        v = tl.program_id(0) * (SCALE_CHANNELS * 4) + tl.arange(0, SCALE_CHANNELS * 4)
+        inside = v < C * 4
+        if TRAINING:
+            total = tl.zeros([SCALE_ROWS, SCALE_CHANNELS * 4], DTYPE)
+            for first in range(0, batch, SCALE_ROWS):
+                b = first + tl.arange(0, SCALE_ROWS)[:, None]
+                total += tl.load(features + b * (C * 4) + v[None, :], mask=(b < batch) & inside[None, :], other=0)
+            average = tl.sum(total, 0) / batch
+            total = tl.zeros([SCALE_ROWS, SCALE_CHANNELS * 4], DTYPE)
+            for first in range(0, batch, SCALE_ROWS):
+                b = first + tl.arange(0, SCALE_ROWS)[:, None]
+                mask = (b < batch) & inside[None, :]
+                difference = tl.load(features + b * (C * 4) + v[None, :], mask=mask, other=0) - average[None, :]
+                total += tl.where(mask, difference * difference, 0.0)
+            var = tl.sum(total, 0) / (batch - 1)
+            before = tl.load(running_mean + v, mask=inside, other=0)
+            tl.store(running_mean + v, before + rate * (average - before), mask=inside)
+            before = tl.load(running_var + v, mask=inside, other=0)
+            tl.store(running_var + v, before + rate * (var - before), mask=inside)
+        else:
+            average = tl.load(running_mean + v, mask=inside, other=0)
+            var = tl.load(running_var + v, mask=inside, other=0)
+        tl.store(statistics + v, average, mask=inside)
+        tl.store(statistics + C * 4 + v, var, mask=inside)
+        terms = average * tl.load(phi + 72 + v % 4) + var * tl.load(phi + 76 + v % 4)
+        logit = tl.sum(tl.reshape(terms, [SCALE_CHANNELS, 4]), 1)
+        logit += tl.load(phi + 80) * by_channels + tl.load(phi + 81) * by_size
+        c = tl.program_id(0) * SCALE_CHANNELS + tl.arange(0, SCALE_CHANNELS)
+        tl.store(scale + c, 1.0 / (1.0 + tl.exp(-logit)), mask=c < C)
     if NOISE and tl.program_id(0) >= SCALES:
         program = tl.program_id(0) - SCALES
         _hidden_layer(h, mean, phi, hidden, hidden_mean, None, program, C, H, W, LAST, CHANNELS, PIXELS)
@@ -184,57 +191,6 @@ def _hidden_layer(h, mean, phi, hidden, hidden_mean, signs, program, C, H, W, LA
             tl.store(signs + base + offset, bits.to(tl.uint8), mask=inside)
     if hidden_mean is not None:
         tl.store(hidden_mean + plane + pixel, tl.sum(total, 0)[None, :] / C, mask=pixel < H * W)
-
-
-@jit
-def _scale(
-    features,
-    phi,
-    running_mean,
-    running_var,
-    statistics,
-    scale,
-    batch,
-    channel_ratio,
-    size_ratio,
-    momentum,
-    C,
-    TRAINING,
-    CHANNELS,
-    BATCH,
-):
-    """Mean and unbiased variance over the batch, in training, into `statistics` `[2, C, 4]` and the running ones; s."""
-    DTYPE: constexpr = phi.dtype.element_ty
-    # A feature of a channel after the other, as they lie in memory.
-    v = tl.program_id(0) * (CHANNELS * 4) + tl.arange(0, CHANNELS * 4)
-    inside = v < C * 4
-    if TRAINING:
-        total = tl.zeros([BATCH, CHANNELS * 4], DTYPE)
-        for first in range(0, batch, BATCH):
-            b = first + tl.arange(0, BATCH)[:, None]
-            total += tl.load(features + b * (C * 4) + v[None, :], mask=(b < batch) & inside[None, :], other=0)
-        mean = tl.sum(total, 0) / batch
-        total = tl.zeros([BATCH, CHANNELS * 4], DTYPE)
-        for first in range(0, batch, BATCH):
-            b = first + tl.arange(0, BATCH)[:, None]
-            mask = (b < batch) & inside[None, :]
-            difference = tl.load(features + b * (C * 4) + v[None, :], mask=mask, other=0) - mean[None, :]
-            total += tl.where(mask, difference * difference, 0.0)
-        var = tl.sum(total, 0) / (batch - 1)
-        before = tl.load(running_mean + v, mask=inside, other=0)
-        tl.store(running_mean + v, before + momentum * (mean - before), mask=inside)
-        before = tl.load(running_var + v, mask=inside, other=0)
-        tl.store(running_var + v, before + momentum * (var - before), mask=inside)
-    else:
-        mean = tl.load(running_mean + v, mask=inside, other=0)
-        var = tl.load(running_var + v, mask=inside, other=0)
-    tl.store(statistics + v, mean, mask=inside)
-    tl.store(statistics + C * 4 + v, var, mask=inside)
-    terms = mean * tl.load(phi + 72 + v % 4) + var * tl.load(phi + 76 + v % 4)
-    logit = tl.sum(tl.reshape(terms, [CHANNELS, 4]), 1)
-    logit += tl.load(phi + 80) * channel_ratio + tl.load(phi + 81) * size_ratio
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    tl.store(scale + c, 1.0 / (1.0 + tl.exp(-logit)), mask=c < C)
 
 
 @jit
@@ -457,90 +413,48 @@ def second_layer_backward(
 
     The latter takes the place of `hidden`; its mean over channels is `grad_hidden_mean` `[B, H, W]`.
     """
+    DTYPE: constexpr = phi.dtype.element_ty
     SCALES: constexpr = (C + SCALE_CHANNELS - 1) // SCALE_CHANNELS if grad_logit is not None else 0
     if grad_logit is not None and tl.program_id(0) < SCALES:
-        _scale_backward(grad_scale, scale, grad_logit, rows, C, SCALE_CHANNELS, SCALE_ROWS)
+        c = tl.program_id(0) * SCALE_CHANNELS + tl.arange(0, SCALE_CHANNELS)
+        sums = tl.zeros([SCALE_ROWS, SCALE_CHANNELS], DTYPE)
+        for first in range(0, rows, SCALE_ROWS):
+            row = first + tl.arange(0, SCALE_ROWS)[:, None]
+            p = grad_scale + row.to(tl.int64) * C + c[None, :]
+            sums += tl.load(p, mask=(row < rows) & (c[None, :] < C), other=0)
+        s = tl.load(scale + c, mask=c < C, other=0)
+        tl.store(grad_logit + c, tl.sum(sums, 0) * s * (1.0 - s), mask=c < C)
     if grad_mu is not None and tl.program_id(0) >= SCALES:
-        _hidden_backward(
-            grad_mu,
-            grad_mu_mean,
-            hidden,
-            hidden_mean,
-            phi,
-            grad_hidden_mean,
-            parts,
-            columns,
-            tl.program_id(0) - SCALES,
-            C,
-            H,
-            W,
-            LAST,
-            CHANNELS,
-            PIXELS,
-        )
-
-
-@jit
-def _scale_backward(grad_scale, scale, grad_logit, rows, C, CHANNELS, ROWS):
-    DTYPE: constexpr = scale.dtype.element_ty
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    sums = tl.zeros([ROWS, CHANNELS], DTYPE)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        p = grad_scale + row.to(tl.int64) * C + c[None, :]
-        sums += tl.load(p, mask=(row < rows) & (c[None, :] < C), other=0)
-    s = tl.load(scale + c, mask=c < C, other=0)
-    tl.store(grad_logit + c, tl.sum(sums, 0) * s * (1.0 - s), mask=c < C)
-
-
-@jit
-def _hidden_backward(
-    grad_mu,
-    grad_mu_mean,
-    hidden,
-    hidden_mean,
-    phi,
-    grad_hidden_mean,
-    parts,
-    columns,
-    program,
-    C,
-    H,
-    W,
-    LAST,
-    CHANNELS,
-    PIXELS,
-):
-    DTYPE: constexpr = phi.dtype.element_ty
-    TILES: constexpr = (H * W + PIXELS - 1) // PIXELS
-    image = program // TILES
-    base = image.to(tl.int64) * (C * H * W)
-    plane = image.to(tl.int64) * (H * W)
-    pixel = program % TILES * PIXELS + tl.arange(0, PIXELS)[None, :]
-    w = kernel3x3(phi, 2)
-    around = neighbours(grad_mu_mean + plane + pixel, pixel, pixel < H * W, H, W, 1)
-    shared = convolve_transposed(around, kernel3x3(phi, 3), DTYPE)
-    if parts is not None:
-        # γ₂ sees the mean of the hidden map and the sum of the gradient over channels: C times its mean.
-        mean = tl.load(hidden_mean + plane + pixel, mask=pixel < H * W, other=0)
-        all_sums = correlate(nine_zeros(1, PIXELS, DTYPE), around, mean * C)
-        store_sums(all_sums, parts + 27 * columns + program, columns)
-        sums = nine_zeros(CHANNELS, PIXELS, DTYPE)
-    total = tl.zeros([CHANNELS, PIXELS], DTYPE)
-    for first in range(0, C, CHANNELS):
-        c = first + tl.arange(0, CHANNELS)[:, None]
-        inside = (c < C) & (pixel < H * W)
-        offset = offsets(c, pixel, C, H, W, LAST)
-        near = neighbours(grad_mu + base + offset, pixel, inside, H, W, C if LAST else 1)
-        x = tl.load(hidden + base + offset, mask=inside, other=0)
-        value = tl.where(x <= 0, 0.0, convolve_transposed(near, w, DTYPE) + shared)
-        tl.store(hidden + base + offset, value, mask=inside)
-        total += value
+        program = tl.program_id(0) - SCALES
+        TILES: constexpr = (H * W + PIXELS - 1) // PIXELS
+        image = program // TILES
+        base = image.to(tl.int64) * (C * H * W)
+        plane = image.to(tl.int64) * (H * W)
+        pixel = program % TILES * PIXELS + tl.arange(0, PIXELS)[None, :]
+        w = kernel3x3(phi, 2)
+        around = neighbours(grad_mu_mean + plane + pixel, pixel, pixel < H * W, H, W, 1)
+        shared = convolve_transposed(around, kernel3x3(phi, 3), DTYPE)
         if parts is not None:
-            sums = correlate(sums, near, x)
-    tl.store(grad_hidden_mean + plane + pixel, tl.sum(total, 0)[None, :] / C, mask=pixel < H * W)
-    if parts is not None:
-        store_sums(sums, parts + 18 * columns + program, columns)
+            # γ₂ sees the mean of the hidden map and the sum of the gradient over channels: C times its mean.
+            mean = tl.load(hidden_mean + plane + pixel, mask=pixel < H * W, other=0)
+            all_sums = correlate(nine_zeros(1, PIXELS, DTYPE), around, mean * C)
+            store_sums(all_sums, parts + 27 * columns + program, columns)
+            sums = nine_zeros(CHANNELS, PIXELS, DTYPE)
+        total = tl.zeros([CHANNELS, PIXELS], DTYPE)
+        for first in range(0, C, CHANNELS):
+            c = first + tl.arange(0, CHANNELS)[:, None]
+            inside = (c < C) & (pixel < H * W)
+            offset = offsets(c, pixel, C, H, W, LAST)
+            near = neighbours(grad_mu + base + offset, pixel, inside, H, W, C if LAST else 1)
+            x = tl.load(hidden + base + offset, mask=inside, other=0)
+            value = tl.where(x <= 0, 0.0, convolve_transposed(near, w, DTYPE) + shared)
+            tl.store(hidden + base + offset, value, mask=inside)
+            total += value
+            if parts is not None:
+                sums = correlate(sums, near, x)
+        tl.store(grad_hidden_mean + plane + pixel, tl.sum(total, 0)[None, :] / C, mask=pixel < H * W)
+        if parts is not None:
+            store_sums(sums, parts + 18 * columns + program, columns)
 
 
 @jit
