@@ -107,10 +107,8 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     with torch.cuda.device_of(like):
         x = _Map(noise)
         tile, pieces = x.quarter_tile()
-        sizes = {name: x.sizes[name] for name in ("C", "H", "W")}
-        _launch(
-            triton_kernels.draw, x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]), seed, noise, **sizes, **tile
-        )
+        sizes, programs = {name: x.sizes[name] for name in "CHW"}, x.batch * pieces
+        _launch(triton_kernels.draw, programs * _ceil(x.channels, tile["CHANNELS"]), seed, noise, **sizes, **tile)
     return noise
 
 
@@ -193,13 +191,8 @@ def _prepare(
     groups = _ceil(x.channels, tile["CHANNELS"]) if settings.training else 0
     pieces = _ceil(x.pixels, tile["PIXELS"]) if settings.noise else 0
     if groups or pieces:
-        _launch(
-            triton_kernels.summarize,
-            x.batch * (groups + pieces),
-            *(x.tensor, phi, features, mean),
-            **x.sizes,
-            **tile,
-        )
+        programs = x.batch * (groups + pieces)
+        _launch(triton_kernels.summarize, programs, x.tensor, phi, features, mean, **x.sizes, **tile)
     _launch(
         triton_kernels.first_layer,
         _ceil(x.channels, SCALE_CHANNELS) + x.batch * pieces,
@@ -249,13 +242,7 @@ def backward(
         tile = x.tile(TILE, PIXELS, WARPS)
         pieces = x.batch * _ceil(x.pixels, tile["PIXELS"])
         if through_maps:
-            _launch(
-                triton_kernels.first_layer_again,
-                pieces,
-                *(h, mean, phi, hidden, signs),
-                **x.sizes,
-                **tile,
-            )
+            _launch(triton_kernels.first_layer_again, pieces, h, mean, phi, hidden, signs, **x.sizes, **tile)
 
         grad_h = torch.empty_like(h) if h_gradient else None
         # A part of a sum is not rounded to half precision.
