@@ -13,33 +13,22 @@ BLOCK = 1024  # values a program
 
 @jit
 def _batch(
-    images,
-    labels,
-    table,
-    rows,
-    draws,
-    out,
-    out_labels,
-    C: constexpr,
-    H: constexpr,
-    W: constexpr,
-    PADDING: constexpr,
-    BLOCK: constexpr,
+    images, labels, table, rows, draws, out, out_labels, C: constexpr, S: constexpr, P: constexpr, BLOCK: constexpr
 ):
     b, part = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + b)
     draw = tl.load(draws + b).to(tl.int32)
-    span: constexpr = 2 * PADDING + 1
+    span: constexpr = 2 * P + 1
     flip, left, top = draw % 2, (draw // 2) % span, draw // (2 * span)
 
     offset = part * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < C * H * W
-    c, y, x = offset // (H * W), (offset // W) % H, offset % W
-    y += top - PADDING
-    x = tl.where(flip == 1, W - 1 - x, x) + left - PADDING
-    seen = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)  # the border is black
-    value = tl.load(images + row * (C * H * W) + c * (H * W) + y * W + x, mask=seen, other=0)
-    tl.store(out + b.to(tl.int64) * (C * H * W) + offset, tl.div_rn(value.to(tl.float32), 127.5) - 1.0, mask=inside)
+    inside = offset < C * S * S
+    c, y, x = offset // (S * S), (offset // S) % S, offset % S
+    y += top - P
+    x = tl.where(flip == 1, S - 1 - x, x) + left - P
+    seen = inside & (y >= 0) & (y < S) & (x >= 0) & (x < S)  # the border is black
+    value = tl.load(images + row * (C * S * S) + c * (S * S) + y * S + x, mask=seen, other=0)
+    tl.store(out + b.to(tl.int64) * (C * S * S) + offset, tl.div_rn(value.to(tl.float32), 127.5) - 1.0, mask=inside)
     if part == 0:
         label = tl.load(labels + row)
         tl.store(out_labels + b, label if table is None else tl.load(table + label))
@@ -57,12 +46,10 @@ def training_batch(
         draws: `[B]` from 0 to 2·(2p + 1)² − 1: flip + 2·(left + (2p + 1)·top), p the padding.
         padding: p, the border of black pixels in which the crop moves.
     """
-    batch, (channels, height, width) = len(rows), images.shape[1:]
-    out = torch.empty(batch, channels, height, width, device=images.device)
+    batch, (channels, size, _) = len(rows), images.shape[1:]
+    out = torch.empty(batch, channels, size, size, device=images.device)
     out_labels = torch.empty_like(rows)
-    grid = (batch, triton.cdiv(channels * height * width, BLOCK))
+    grid = (batch, triton.cdiv(channels * size * size, BLOCK))
     with torch.cuda.device_of(images):
-        _batch[grid](
-            images, labels, table, rows, draws, out, out_labels, channels, height, width, PADDING=padding, BLOCK=BLOCK
-        )
+        _batch[grid](images, labels, table, rows, draws, out, out_labels, channels, size, padding, BLOCK)
     return out, out_labels
