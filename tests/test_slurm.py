@@ -155,7 +155,7 @@ def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tm
         return done.stdout + done.stderr
 
     assert "submitted 7 as job " in table("a", "--slurm", "array=3")
-    assert "7 are in the queue already" in table("a", "--slurm", "array=3")
+    assert "submitted" not in table("a", "--slurm", "array=3")  # on a busy machine some are done by now
     assert sum(" Dependency" in line for line in slurm.queue()) in (0, 2)  # MetaPerturb's, as long as there is no φ
     (log,) = wait_for(lambda: [*(tmp_path / "a" / "runs" / "small" / "six").glob("base--*--seed0--*/log.txt")])
     wait_for(lambda: "step" in log.read_text(), 600)
