@@ -76,8 +76,8 @@ def statistics(channels):
     return torch.linspace(0.2, 2, 8 * channels, dtype=torch.float64).view(2, channels, 4).unbind()
 
 
-def settings(training=True, noise=True, gate=True, strength=0.6, clip=0.75, expected=False):
-    return Settings(training, noise, gate, strength, clip, channel_ratio=0.5, size_ratio=0.3, expected=expected)
+def settings(training=True, noise=True, gate=True, strength=0.6, clip=0.75, expected=False, relu=False):
+    return Settings(training, noise, gate, strength, clip, 0.5, 0.3, expected, relu)
 
 
 def tensors(out, h, phi, grad_out, running, phi_gradient):
@@ -152,6 +152,8 @@ def test_equals_the_plain_operators_whatever_strength_and_clip(backend, shape, s
         {"training": False, "gate": False},
         {"expected": True},
         {"training": False, "expected": True},
+        {"relu": True},
+        {"relu": True, "training": False, "noise": False, "clip": None},
     ],
     ids=str,
 )
@@ -247,6 +249,18 @@ def test_large_arguments_and_values_that_are_not_finite(backend):
     for training in (True, False):
         out = fused.apply(backend, h, phi, noise, None, *running, settings(training, gate=False))
         assert out[1, 0, 1, 1].isnan() and not out[0].isnan().any()
+
+
+@shapes(cpp=[(3, 4, 6, 5), (2, 37, 4, 4)], triton=[])
+@pytest.mark.parametrize("site", [{}, {"noise": False}, {"expected": True}], ids=str)
+def test_a_shortcut_is_added_in_the_same_pass(backend, shape, site):
+    h, shortcut, noise = (maps(*shape, seed=seed).float() for seed in (1, 2, 3))
+    rest = make_phi(torch.float32), noise, None, *(s.float() for s in statistics(shape[1])), settings(False, **site)
+    with torch.no_grad():
+        assert fused.adds(backend, h, shortcut)
+        out = fused.apply(backend, h, *rest, shortcut=shortcut)
+        assert out.equal(fused.apply(backend, h + shortcut, *rest)) and not out.equal(fused.apply(backend, h, *rest))
+        assert not fused.adds(backend, h, shortcut[:1]) and not fused.adds(backend, h, shortcut.double())
 
 
 # --- noise

@@ -103,7 +103,11 @@ def attach(
     with torch.inference_mode(False):
         usage = {"noise": noise, "gate": gate, "paper": paper, "clip": clip, "clip_eval": clip_eval}
         attachment = Attachment(phi, **usage, amplitude=1.0 if paper else amplitude(specs))
-        made = [PerturbSite(phi, spec.channels, widest, height, attachment=attachment) for spec in specs]
+        made = []
+        for spec in specs:
+            host = model.get_submodule(spec.module)
+            relu = isinstance(host, Slot) and host.relu
+            made.append(PerturbSite(phi, spec.channels, widest, height, attachment=attachment, relu=relu))
         attachment.specs, attachment.sites = specs, made
         made[0].add_module("shared", attachment)  # once in the network's state
     place(model, attachment, PERTURBATION, verbose=verbose)
@@ -141,7 +145,9 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
         host.add_module(name, _Aside(site) if isinstance(host, nn.Sequential) else site)
         if type(host).__module__.startswith("torch.nn.modules") and not isinstance(host, nn.Sequential):
             host.__class__ = _with_site(type(host))
-        if spec.where == "output":
+        if isinstance(host, Slot):
+            host.register_forward_pre_hook(_InSlot(name))
+        elif spec.where == "output":
             host.register_forward_hook(_OnOutput(name))
         elif spec.where == "input":
             host.register_forward_pre_hook(_OnInput(name))
@@ -238,12 +244,22 @@ class _Hook:
         child = module._modules.get(self.name)
         return child.site if isinstance(child, _Aside) else child
 
-    def perturbed(self, module: nn.Module, h: Any) -> Any:
+    def perturbed(self, module: nn.Module, h: Any, **shortcut: Any) -> Any:
         site = self.site_in(module)
         if site is None:  # quantization keeps the hooks of a layer that it exchanges
             kind = type(module).__name__
             raise UserError(f"{kind} has taken the place of a layer with φ; attach after such changes")
-        return site(h)
+        return site(h, **shortcut)
+
+
+class _InSlot(_Hook):
+    """Between the sum and the ReLU of a slot; a site of φ makes all three itself."""
+
+    def __call__(self, slot: nn.Module, args: tuple) -> tuple:
+        h, *shortcut = args
+        if shortcut and isinstance(self.site_in(slot), PerturbSite):
+            return (self.perturbed(slot, h, shortcut=shortcut[0]),)
+        return (self.perturbed(slot, h + shortcut[0] if shortcut else h),)
 
 
 class _OnOutput(_Hook):

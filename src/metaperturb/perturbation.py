@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaperturb.errors import UserError
@@ -310,6 +311,7 @@ class PerturbSite(UsesPhi):
         gate: False is another, which sets s to 1.
         attachment: what it shares with the other sites of a network; else it has one of its own, with the paper's
             arithmetic.
+        relu: whether a ReLU follows, which the site then computes.
 
     Attributes:
         strength, clip, paper, clip_eval: those of the `Attachment`, for all its sites.
@@ -348,8 +350,10 @@ class PerturbSite(UsesPhi):
         noise: bool = True,
         gate: bool = True,
         attachment: Attachment | None = None,
+        relu: bool = False,
     ) -> None:
         super().__init__()
+        self.relu = relu
         channel_norm = channels if channel_norm is None else channel_norm
         if min(channels, channel_norm, size_norm) < 1:
             sizes = f"{channels}, {channel_norm}, {size_norm}"
@@ -370,24 +374,31 @@ class PerturbSite(UsesPhi):
     def phi(self) -> MetaPerturb:
         return self.attachment.phi
 
-    def forward(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Perturb `h` `[B, C, H, W]`; `noise` `[B, C, H, W]` replaces the drawn ε."""
+    def forward(self, h: Tensor, noise: Tensor | None = None, shortcut: Tensor | None = None) -> Tensor:
+        """Perturb `h` `[B, C, H, W]`, or `h + shortcut`; `noise` `[B, C, H, W]` replaces the drawn ε."""
         if isinstance(h, torch.fx.Proxy):
             # In a trace by torch.fx, a module that the graph calls: what is inside depends on values.
-            return h.tracer.create_proxy("call_module", h.tracer.path_of_module(self), (h,), {})
+            added = {} if shortcut is None else {"shortcut": shortcut}
+            return h.tracer.create_proxy("call_module", h.tracer.path_of_module(self), (h,), added)
         usage = self.attachment.current()
+        if shortcut is not None and (self.training or not usage.paper or usage.strength == 0.0):
+            h, shortcut = h + shortcut, None
         if not usage.paper:
-            return self._with_mean_one(h, noise, usage)
+            out = self._with_mean_one(h, noise, usage)
+            return F.relu(out) if self.relu else out
         if usage.strength == 0.0 and not (
             self.training and h.dim() == 4 and h.shape[:2] == (h.shape[0], self.channels)
         ):
-            return h
+            return F.relu(h) if self.relu else h
         self._check(h, noise)
         flat, settings = self._flat(h), self._settings(h, noise)
         backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
+        if shortcut is not None and (backend is None or not fused.adds(backend, h, shortcut)):
+            h, shortcut = h + shortcut, None
         draws, h = self._draws(h, backend) if noise is None and settings.noise and not settings.expected else (1, h)
         if backend is not None:
-            return fused.perturb(backend, h, flat, noise, self.running_mean, self.running_var, settings, draws)
+            running = self.running_mean, self.running_var
+            return fused.perturb(backend, h, flat, noise, *running, settings, draws, shortcut)
         phi = Phi.of(flat)
         mean, var = self._statistics(h, phi)
         if settings.training:
@@ -395,7 +406,7 @@ class PerturbSite(UsesPhi):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
                 self.running_var.lerp_(var.to(self.running_var.dtype), MOMENTUM)
         if settings.strength == 0.0:
-            return h
+            return F.relu(h) if self.relu else h
         if settings.noise and not settings.expected and noise is None:
             noise = torch.randn_like(h)
         return plain.perturb(h, phi, mean, var, noise, settings)
@@ -440,6 +451,7 @@ class PerturbSite(UsesPhi):
             channel_ratio=self.channels / self.channel_norm,
             size_ratio=h.shape[2] / self.size_norm,
             expected=usage.deterministic and noise is None,
+            relu=self.relu,
         )
 
     def _flat(self, h: Tensor) -> Tensor:
@@ -498,8 +510,21 @@ for _name in Usage._fields:
     setattr(PerturbSite, _name, _shared(_name))
 
 
-class Slot(nn.Identity):
-    """Marks, inside a network's own forward pass, a place for a site; without an attached φ it does nothing.
+class Slot(nn.Module):
+    """Marks, inside a network's own forward pass, a place for a site; without an attached φ it returns what it gets.
 
     `attach` prefers slots to what it would find by itself: a network written for this library says where to perturb.
+    A slot may also make the sum before the site, `slot(h, shortcut)`, and the ReLU behind it: one pass for all three.
+
+    Args:
+        relu: whether it ends with a ReLU.
     """
+
+    def __init__(self, relu: bool = False) -> None:
+        super().__init__()
+        self.relu = relu
+
+    def forward(self, h: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        h = h if shortcut is None else h + shortcut
+        done = any(isinstance(site, PerturbSite) for site in self.children())
+        return F.relu(h) if self.relu and not done else h

@@ -34,6 +34,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 NAME = "cpp"
 UNSUPPORTED = HALF_PRECISION
 MANY_DRAWS = True  # of an image in one call
+RECTIFIES = True  # where the settings ask for it; and adds a shortcut
 SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -42,15 +43,15 @@ class _Site(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width", "draws")]
-        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "relative", "channels_last")]
-        + [(name, ctypes.c_int32) for name in ("h_gradient", "phi_gradient")]
+        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "relative", "relu")]
+        + [(name, ctypes.c_int32) for name in ("channels_last", "h_gradient", "phi_gradient")]
         + [(name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")]
         + [("seed", ctypes.c_uint64)]
         + [
             (name, ctypes.c_void_p)
             for name in (
-                *("h", "given_noise", "phi", "running_mean", "running_var", "features", "statistics", "scale"),
-                *("signs", "out", "grad_out", "grad_h", "grad_phi"),
+                *("h", "shortcut", "given_noise", "phi", "running_mean", "running_var", "features", "statistics"),
+                *("scale", "signs", "out", "grad_out", "grad_h", "grad_phi"),
             )
         ]
     )
@@ -95,8 +96,9 @@ def forward(
     running_var: Tensor,
     settings: Settings,
     draws: int = 1,
+    shortcut: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One site; moves the running statistics in training.
+    """One site; moves the running statistics in training. A shortcut, in memory like h, is added to it in evaluation.
 
     Returns:
         The perturbed map `[draws · B, C, H, W]`, and what `backward` needs beside its inputs: features `[B, C, 4]`
@@ -106,8 +108,10 @@ def forward(
     out, scratch = _like(h, draws), _scratch(h, settings.training)
     if settings.training and settings.gate:
         scratch["signs"] = torch.empty(compiled().signs_size(ctypes.byref(_Site(*h.shape))), dtype=torch.uint8)
-    running = {"running_mean": running_mean, "running_var": running_var}
-    _run("forward", h, phi, noise, seed, settings, draws=draws, out=out, **running, **scratch)
+    tensors = {"running_mean": running_mean, "running_var": running_var, "out": out, **scratch}
+    if shortcut is not None:
+        tensors["shortcut"] = shortcut
+    _run("forward", h, phi, noise, seed, settings, draws=draws, **tensors)
     return out, *scratch.values()
 
 
@@ -178,6 +182,7 @@ def _run(
         noise=noise_source(settings, noise),
         gate=settings.gate,
         relative=relative,
+        relu=settings.relu,
         channels_last=order == torch.channels_last,
         h_gradient=h_gradient,
         phi_gradient=phi_gradient,

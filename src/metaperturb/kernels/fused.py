@@ -4,9 +4,11 @@ It keeps the feature map that comes in and, at most, a byte a value: the backwar
 again and draws the noise again from its seed.
 """
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metaperturb.kernels import plain
@@ -23,19 +25,34 @@ def perturb(
     running_var: Tensor,
     settings: Settings,
     draws: int = 1,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """Perturb `h` `[B, C, H, W]` by φ `[82]` and, in training, move the running statistics `[C, 4]`.
 
     Without `noise` `[B, C, H, W]`, ε is drawn in the kernel, from a seed that PyTorch's generator of the device gives.
+    A `shortcut` that `adds` allows is added to `h`.
     A backend with `MANY_DRAWS` gives several draws of each image, `[draws · B, C, H, W]`, without gradients.
     """
     if settings.strength == 0.0:
         if settings.training:
             x = h.to(running_mean.dtype) if h.dtype in backend.UNSUPPORTED else h
             backend.track(x.detach(), phi, running_mean, running_var)
-        return h
+        return F.relu(h) if settings.relu else h
     seed = draw_seed(h.device) if noise_source(settings, noise) == DRAWN else None
-    return apply(backend, h, phi, noise, seed, running_mean, running_var, settings, draws)
+    return apply(backend, h, phi, noise, seed, running_mean, running_var, settings, draws, shortcut)
+
+
+def adds(backend: ModuleType, h: Tensor, shortcut: Tensor) -> bool:
+    """Whether the kernel can add the shortcut itself: in evaluation, to a map like it."""
+    return (
+        backend.RECTIFIES
+        and not torch.is_grad_enabled()
+        and h.dtype == shortcut.dtype not in backend.UNSUPPORTED
+        and h.shape == shortcut.shape
+        and h.device == shortcut.device
+        and h.is_contiguous()
+        and shortcut.is_contiguous()
+    )
 
 
 def relative_noise(
@@ -59,14 +76,19 @@ def apply(
     running_var: Tensor,
     settings: Settings,
     draws: int = 1,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """The same at a strength above 0, with the seed of the noise given."""
+    if settings.relu and not backend.RECTIFIES:
+        settings = replace(settings, relu=False)
+        return F.relu(apply(backend, h, phi, noise, seed, running_mean, running_var, settings, draws))
     if h.dtype in backend.UNSUPPORTED:  # half precision
         noise = None if noise is None else noise.to(running_mean.dtype)
         x = h.to(running_mean.dtype)
         return apply(backend, x, phi, noise, seed, running_mean, running_var, settings, draws).to(h.dtype)
     if not torch.is_grad_enabled():
-        return backend.forward(h, phi, noise, seed, running_mean, running_var, settings, **_more_than_one(draws))[0]
+        more = _more_than_one(draws) | ({} if shortcut is None else {"shortcut": shortcut})
+        return backend.forward(h, phi, noise, seed, running_mean, running_var, settings, **more)[0]
     return _Perturb.apply(h, phi, noise, seed, running_mean, running_var, settings, backend)
 
 

@@ -43,7 +43,7 @@ class Settings:
     """What a site computes, apart from its tensors; `PerturbSite` documents them.
 
     `channel_ratio` is C / `channel_norm`, `size_ratio` H / `size_norm`; `clip` None does not clip. `expected` replaces
-    z by its expectation E[z | h].
+    z by its expectation E[z | h]. `relu`: of the result.
     """
 
     training: bool
@@ -54,6 +54,7 @@ class Settings:
     channel_ratio: float
     size_ratio: float
     expected: bool = False
+    relu: bool = False
 
 
 # E[softplus(μ + ε)] = softplus(μ) + u/4 · P(u)/Q(u) with u = 4 σ(μ) σ(−μ): coefficients of P and Q, from the constant
@@ -109,7 +110,8 @@ def perturb(h: Tensor, phi: Phi, mean: Tensor, var: Tensor, noise: Tensor | None
     if settings.gate:
         g = z * scale(mean, var, phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)[:, None, None]
     out = h * ((g - 1.0) * settings.strength + 1.0)
-    return out if settings.clip is None else out.clamp(max=settings.clip)
+    out = out if settings.clip is None else out.clamp(max=settings.clip)
+    return F.relu(out) if settings.relu else out
 
 
 def relative_noise(h: Tensor, phi: Phi, noise: Tensor, strength: float) -> Tensor:

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -27,11 +28,11 @@ namespace {
 constexpr int TAPS = 9, FEATURES = 4, LANES = 16;
 constexpr int64_t SHEET = 1024;  // values that a sheet of several planes has at most: several of them fit into the cache
 #if defined(__AVX512F__)
-constexpr int REGISTER = 64;  // bytes
+constexpr int REGISTER = 64, ROWS = 4;  // bytes; rows of a convolution that the registers have room for
 #elif defined(__AVX2__)
-constexpr int REGISTER = 32;
+constexpr int REGISTER = 32, ROWS = 2;
 #else
-constexpr int REGISTER = 16;
+constexpr int REGISTER = 16, ROWS = 2;
 #endif
 constexpr int SELF1 = 0, ALL1 = 9, SELF2 = 18, ALL2 = 27, SCALE_KERNELS = 36, SCALE_AFFINE = 72, PARAMETERS = 82;
 constexpr float TWO_PI_4 = 1.57079632679489662f;
@@ -46,10 +47,11 @@ enum Noise : int32_t { NO_NOISE = 0, DRAWN = 1, GIVEN = 2, EXPECTED = 3 };
 template <typename T>
 struct Site {
     int64_t batch, channels, height, width, draws;  // draws: of each image in one forward pass of evaluation
-    int32_t threads, training, noise, gate, relative, channels_last, h_gradient, phi_gradient;
+    int32_t threads, training, noise, gate, relative, relu, channels_last, h_gradient, phi_gradient;
     double strength, clip, channel_ratio, size_ratio, momentum;
     uint64_t seed;
     const T *h;            // [B, C, H, W], in memory [B, H, W, C] if `channels_last`: so are out, grad_out and grad_h
+    const T *shortcut;     // added to h, or null: not with channels_last, and only in `forward`
     const T *given_noise;  // [B, C, H, W] if noise is GIVEN
     const T *phi;          // [82]: self1, all1, self2, all2, scale_kernels, scale_affine
     T *running_mean;       // [C, 4]
@@ -125,6 +127,12 @@ inline float log_unit(float x) {
                           0.19900165498256683f, -0.17250829935073853f, 0.16222578287124634f, -0.1010689064860344f});
 }
 
+// What a site returns is at least this: 0 with a ReLU behind it, else nothing, which a NaN says, as it compares with nothing.
+template <typename T>
+inline T least(const Site<T> &site) {
+    return site.relu ? T(0) : std::numeric_limits<T>::quiet_NaN();
+}
+
 // z and its derivative by μ.
 template <typename T>
 struct Factor {
@@ -138,21 +146,30 @@ inline Factor<T> softplus(T a) {
 }
 
 // E[softplus(mu + ε)] by the formula of plain.py.
-template <typename T>
-inline Factor<T> expected_softplus(T mu) {
-    const T e = exp_negative(mu < T(0) ? mu : -mu), share = T(1) / (T(1) + e), u = T(4) * e * share * share;
+inline Factor<double> expected_softplus(double mu) {
+    const double e = exp_negative(mu < 0 ? mu : -mu), share = 1 / (1 + e), u = 4 * e * share * share;
     constexpr double P[] = EXPECTATION_P, Q[] = EXPECTATION_Q;
-    T p = T(P[4]), q = T(Q[4]), dp = T(0), dq = T(0);  // polynomials and their derivatives
-#pragma GCC unroll 4
+    double p = P[4], q = Q[4], dp = 0, dq = 0;  // polynomials and their derivatives
     for (int i = 3; i >= 0; --i) {
         dp = dp * u + p;
         dq = dq * u + q;
-        p = p * u + T(P[i]);
-        q = q * u + T(Q[i]);
+        p = p * u + P[i];
+        q = q * u + Q[i];
     }
-    const T ratio = p / q, du = (mu < T(0) ? u : -u) * (T(1) - e) * share;
-    return {relu(mu) + log1p_unit(e) + T(0.25) * u * ratio,
-            (mu < T(0) ? e : T(1)) * share + T(0.25) * du * (ratio + u * (dp - ratio * dq) / q)};
+    const double ratio = p / q, du = (mu < 0 ? u : -u) * (1 - e) * share;
+    return {relu(mu) + log1p_unit(e) + 0.25 * u * ratio,
+            (mu < 0 ? e : 1) * share + 0.25 * du * (ratio + u * (dp - ratio * dq) / q)};
+}
+
+// The same to 5e-7 in half the time: what it and its derivative have above those of relu is e = e^-|mu| times a ratio of
+// polynomials in e.
+inline Factor<float> expected_softplus(float mu) {
+    const float e = exp_negative(mu < 0 ? mu : -mu);
+    const float above = polynomial(e, {1.64872105f, 112.005076f, 1644.1391f, 5992.76338f, 4413.83637f, 179.627542f}) /
+                        (1 + polynomial(e, {70.1749306f, 1136.4958f, 5297.79247f, 6924.96263f, 1883.60911f}));
+    const float slope = polynomial(e, {1.64872081f, 142.007612f, 2635.67607f, 11975.9989f, 10650.5538f, 105.516621f}) /
+                        (1 + polynomial(e, {90.6125794f, 1950.82049f, 12638.51f, 24737.4237f, 11604.4224f}));
+    return {relu(mu) + above, mu < 0 ? slope : 1 - slope};
 }
 
 // --- noise: a pure function of (seed, plane, position in the plane), the same in every backend
@@ -294,6 +311,16 @@ inline Vector<T> load(const T *from) {
     return x;
 }
 
+// Into a register for several uses. GCC would load the value anew for each of them, and mostly from two cache lines.
+template <typename T>
+inline Vector<T> fetch(const T *from) {
+    Vector<T> x = load(from);
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
+
 template <typename T>
 inline void store(T *to, Vector<T> x) {
     std::memcpy(to, &x, sizeof x);
@@ -330,6 +357,7 @@ inline void prefetch(const T *from, int64_t count) {
 
 template <typename T>
 struct Sheet {
+    using Integer = typename Register<T>::Integer;
     int64_t height, width, channels;
     int64_t planes, groups;      // planes side by side in a sheet, and sheets an image
     int64_t span, pitch;         // of a row: values in the vectors that hold its planes, values from it to the next one
@@ -346,9 +374,9 @@ struct Sheet {
         first = LANES + pitch;  // what is left of a corner, too, can be loaded
         size = first + (height + 1) * pitch + LANES;
         for (int64_t group : {int64_t(0), groups - 1}) {
-            std::vector<T> &mask = group + 1 < groups ? inside_ : inside_last_;
-            mask.assign(span, T(0));
-            for (int64_t c = 0; c < planes_of(group); ++c) std::fill_n(&mask[c * (width + 1)], width, T(1));
+            std::vector<Integer> &mask = group + 1 < groups ? inside_ : inside_last_;
+            mask.assign(span, 0);
+            for (int64_t c = 0; c < planes_of(group); ++c) std::fill_n(&mask[c * (width + 1)], width, -1);
         }
     }
 
@@ -357,8 +385,8 @@ struct Sheet {
     // How many channels a sheet holds: all hold `planes`, but for the last.
     int64_t planes_of(int64_t group) const { return std::min(planes, channels - group * planes); }
 
-    // Of each row, 1 where a sheet has values, 0 elsewhere.
-    const T *inside(int64_t group) const { return (group + 1 < groups ? inside_ : inside_last_).data(); }
+    // Of each row, all bits where a sheet has values, none elsewhere.
+    const Integer *inside(int64_t group) const { return (group + 1 < groups ? inside_ : inside_last_).data(); }
 
     // Whether rows of values [H, W] are vectors as they are.
     bool whole() const { return span == width; }
@@ -395,10 +423,13 @@ struct Sheet {
     void share_sum(T *sheet, T factor) const {
         for (int64_t y = 0; y < height; ++y) {
             T *__restrict row = sheet + place(0, y);
-            for (int64_t c = 1; c < planes; ++c)
-                for (int64_t x = 0; x < width; ++x) row[x] += row[c * (width + 1) + x];
+            for (int64_t c = 1; c < planes; ++c) {
+                const T *__restrict other = row + c * (width + 1);
+#pragma omp simd
+                for (int64_t x = 0; x < width; ++x) row[x] += other[x];
+            }
             for (int64_t x = 0; x < width; ++x) row[x] *= factor;
-            for (int64_t c = 1; c < planes; ++c) std::copy_n(row, width, row + c * (width + 1));
+            for (int64_t c = 1; c < planes; ++c) copy_row(row, width, row + c * (width + 1));
         }
     }
 
@@ -406,7 +437,7 @@ struct Sheet {
     int64_t row(int64_t n) const { return whole_vectors(n * (width + 1) - 1); }
     int64_t place(int64_t c, int64_t y) const { return first + y * pitch + c * (width + 1); }
 
-    std::vector<T> inside_, inside_last_;
+    std::vector<Integer> inside_, inside_last_;
 };
 
 template <typename T>
@@ -420,11 +451,11 @@ struct Kernel {
     // Adds what it makes of vectors in `rows` rows, one below the other: what is loaded serves all of them.
     template <int rows>
     inline void apply(const T *x, int64_t pitch, Vector<T> (&sum)[rows]) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int from = -1; from <= rows; ++from) {
             const T *row = x + from * pitch;
-            const Vector<T> left = load(row - 1), middle = load(row), right = load(row + 1);
-#pragma GCC unroll 2
+            const Vector<T> left = fetch(row - 1), middle = fetch(row), right = fetch(row + 1);
+#pragma GCC unroll 4
             for (int to = 0; to < rows; ++to) {
                 const int tap = 3 * (from - to + 1);
                 if (tap < 0 || tap > 6) continue;
@@ -436,19 +467,18 @@ struct Kernel {
     }
 };
 
-// body(std::integral_constant<int, number of rows>, the first of them)
-template <typename Body>
-inline void two_rows_at_once(int64_t rows, Body body) {
-    int64_t y = 0;
-    for (; y + 1 < rows; y += 2) body(std::integral_constant<int, 2>{}, y);
-    if (y < rows) body(std::integral_constant<int, 1>{}, y);
+// body(std::integral_constant<int, number of rows>, the first of them): what is loaded serves several rows.
+template <int count = ROWS, typename Body>
+inline void rows_at_once(int64_t y, int64_t rows, Body body) {
+    for (; y + count <= rows; y += count) body(std::integral_constant<int, count>{}, y);
+    if constexpr (count > 1) rows_at_once<count / 2>(y, rows, body);
 }
 
 // out(kernel of `in`, plus `add` if there is one; x, y; their place in a sheet) for all vectors of a sheet.
 template <typename T, typename Out>
 inline void convolve(const Sheet<T> &p, const Kernel<T> kernel, const T *in, const T *add, Out out) {
     for (int64_t x = 0; x < p.span; x += Register<T>::width)
-        two_rows_at_once(p.height, [&](auto rows, int64_t y) {
+        rows_at_once(0, p.height, [&](auto rows, int64_t y) {
             constexpr int count = decltype(rows)::value;
             const int64_t at = p.first + y * p.pitch + x;
             Vector<T> sum[count];
@@ -469,16 +499,16 @@ template <typename T, typename Gradient>
 inline void correlate_with(const Sheet<T> &p, const T *in, double *gradient, Gradient d) {
     Vector<T> sum[TAPS]{};
     for (int64_t x = 0; x < p.span; x += Register<T>::width)
-        two_rows_at_once(p.height, [&](auto rows, int64_t y) {
+        rows_at_once(0, p.height, [&](auto rows, int64_t y) {
             constexpr int count = decltype(rows)::value;
             const T *v = in + p.first + y * p.pitch + x;
             Vector<T> incoming[count];
             for (int r = 0; r < count; ++r) incoming[r] = d(x, y + r);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int from = -1; from <= count; ++from) {
                 const T *row = v + from * p.pitch;
-                const Vector<T> left = load(row - 1), middle = load(row), right = load(row + 1);
-#pragma GCC unroll 2
+                const Vector<T> left = fetch(row - 1), middle = fetch(row), right = fetch(row + 1);
+#pragma GCC unroll 4
                 for (int to = 0; to < count; ++to) {
                     const int tap = 3 * (from - to + 1);
                     if (tap < 0 || tap > 6) continue;
@@ -559,11 +589,21 @@ class Buffer {
 template <typename T>
 class Image {
    public:
-    explicit Image(const Site<T> &site)
+    explicit Image(const Site<T> &site, bool sum = false)
         : channels_(site.channels),
           pixels_(site.height * site.width),
           copied_(site.channels_last),
-          copy_(copied_ ? channels_ * pixels_ : 0) {}
+          copy_(copied_ || sum ? channels_ * pixels_ : 0) {}
+
+    // The sum of two maps.
+    const T *read(const T *map, const T *other, int64_t b) {
+        if (!other) return read(map, b);
+        const T *__restrict x = map + b * channels_ * pixels_, *__restrict y = other + b * channels_ * pixels_;
+        T *__restrict sum = copy_();
+#pragma omp simd
+        for (int64_t i = 0; i < channels_ * pixels_; ++i) sum[i] = x[i] + y[i];
+        return sum;
+    }
 
     template <typename Map>  // of T, or of const T
     Map *read(Map *map, int64_t b) {
@@ -606,6 +646,7 @@ struct Workspace {
 
     // First layer of μ for one image: fills h, mean, hidden, hidden_mean, and `shared`, the all-kernel's part of layer two.
     void first_layer(const Site<T> &site, const T *image) {
+        using I = typename Register<T>::Integer;
         const Kernel<T> self(site.phi + SELF1), all(site.phi + ALL1), all2(site.phi + ALL2);
         const T share = T(1) / T(site.channels);
         std::fill_n(mean(), p.size, T(0));
@@ -617,11 +658,11 @@ struct Workspace {
         p.share_sum(mean(), share);
         convolve(p, all, mean(), shared());
         for (int64_t g = 0; g < p.groups; ++g) {
-            const T *inside = p.inside(g);
+            const I *inside = p.inside(g);
             T *out = hidden(g * p.size), *sum = hidden_mean();
             convolve(p, self, h(g * p.size), shared(), [=](Vector<T> value, int64_t x, int64_t, int64_t at) {
                 const Vector<T> zero{};
-                value = (load(inside + x) != zero) & (value >= zero | value != value) ? value : zero;
+                value = Vector<T>(Vector<I>(value < zero ? zero : value) & load(inside + x));
                 store(out + at, value);
                 store(sum + at, load(sum + at) + value);
             });
@@ -688,7 +729,7 @@ void compute_features(const Site<T> &site) {
                 for (int64_t x = 0; x < p.span; x += Register<T>::width) {
                     const Vector<T> zero{};
                     Vector<T> total[FEATURES]{};
-                    two_rows_at_once(p.height, [&](auto rows, int64_t y) {
+                    rows_at_once(0, p.height, [&](auto rows, int64_t y) {
                         constexpr int count = decltype(rows)::value;
                         typename Register<T>::Integers signs[count]{};
 #pragma GCC unroll 4
@@ -900,12 +941,12 @@ inline Factor<T> factor_of(T mu, T noise) {
 template <bool expected, typename T>
 void perturb(const Site<T> &site, int64_t values, const T *__restrict h, const T *__restrict mu, const T *__restrict noise,
              const T *__restrict s, T *__restrict out) {
-    const T strength = T(site.strength), clip = T(site.clip);
+    const T strength = T(site.strength), clip = T(site.clip), floor = least(site);
 #pragma omp simd
     for (int64_t i = 0; i < values; ++i) {
         const T z = factor_of<expected>(mu[i], noise[i]).z;
         const T x = h[i] * ((z * s[i] - T(1)) * strength + T(1));
-        out[i] = x > clip ? clip : x;
+        out[i] = x > clip ? clip : x < floor ? floor : x;
     }
 }
 
@@ -925,13 +966,13 @@ template <bool expected, typename T>
 void perturb_backward(const Site<T> &site, int64_t values, const T *__restrict h, const T *__restrict noise,
                       const T *__restrict s, const T *__restrict grad_out, T *__restrict mu, T *__restrict grad_h,
                       T *__restrict grad_s) {
-    const T strength = T(site.strength), clip = T(site.clip);
+    const T strength = T(site.strength), clip = T(site.clip), floor = least(site);
 #pragma omp simd
     for (int64_t i = 0; i < values; ++i) {
         const Factor<T> of_mu = factor_of<expected>(mu[i], noise[i]);
         const T factor = (of_mu.z * s[i] - T(1)) * strength + T(1);
         const T incoming = grad_out[i];  // loaded in any case: a load under a condition is no vector code
-        const T d = h[i] * factor > clip ? T(0) : incoming;
+        const T x = h[i] * factor, d = x > clip || x <= floor ? T(0) : incoming;
         const T grad_g = d * h[i] * strength;
         grad_h[i] = d * factor;
         grad_s[i] = grad_g * of_mu.z;
@@ -947,15 +988,15 @@ void forward(const Site<T> &site) {
     }
     if (!site.out) return;  // strength 0: only the statistics
     if (!site.relative) compute_scale(site);
-    const T strength = T(site.strength), clip = T(site.clip);
+    const T strength = T(site.strength), clip = T(site.clip), floor = least(site);
     const int64_t pixels = site.height * site.width;
 #pragma omp parallel num_threads(site.threads)
     {
         std::unique_ptr<Workspace<T>> w(site.noise == NO_NOISE ? nullptr : new Workspace<T>(site));
-        Image<T> of_h(site), of_out(site);
+        Image<T> of_h(site, site.shortcut), of_out(site);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
-            const T *image_h = of_h.read(site.h, b);
+            const T *image_h = of_h.read(site.h, site.shortcut, b);
             if (w) w->first_layer(site, image_h);
             for (int64_t d = 0; d < site.draws; ++d) {
                 const int64_t index = d * site.batch + b;
@@ -965,7 +1006,10 @@ void forward(const Site<T> &site) {
                     T *__restrict out = image_out + c * pixels;
                     const T factor = (site.scale[c] - T(1)) * strength + T(1);
 #pragma omp simd
-                    for (int64_t i = 0; i < pixels; ++i) out[i] = h[i] * factor > clip ? clip : h[i] * factor;
+                    for (int64_t i = 0; i < pixels; ++i) {
+                        const T x = h[i] * factor;
+                        out[i] = x > clip ? clip : x < floor ? floor : x;
+                    }
                 }
                 for (int64_t g = 0; w && g < w->p.groups; ++g) {
                     const int64_t first = g * w->p.planes, planes = w->p.planes_of(g);
@@ -1033,7 +1077,7 @@ void mu_backward(const Site<T> &site, Workspace<T> &w, Buffer<T> &grad_mu, T *im
 
 template <typename T>
 void backward(const Site<T> &site) {
-    const T strength = T(site.strength), clip = T(site.clip);
+    const T strength = T(site.strength), clip = T(site.clip), floor = least(site);
     const int64_t pixels = site.height * site.width, channels = site.channels;
     std::vector<double> image_grad_scale(site.batch * channels, 0.0);
     std::vector<double> image_grad_phi(site.phi_gradient ? site.batch * SCALE_AFFINE : 0, 0.0);
@@ -1062,7 +1106,7 @@ void backward(const Site<T> &site) {
 #pragma omp simd reduction(+ : sum)
                 for (int64_t i = 0; i < pixels; ++i) {
                     const T incoming = grad_out[i];
-                    const T d = h[i] * factor > clip ? T(0) : incoming;
+                    const T x = h[i] * factor, d = x > clip || x <= floor ? T(0) : incoming;
                     grad_h[i] = d * factor;
                     sum += d * h[i] * strength;
                 }

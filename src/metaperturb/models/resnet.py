@@ -20,7 +20,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.slot = Slot()
+        self.slot = Slot(relu=True)
         self.stride = stride
         self.pad = (channels - in_channels) // 2
 
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(out))
         if self.stride > 1 or self.pad:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(self.slot(out + x))
+        return self.slot(out, x)
 
 
 class ResNet(nn.Module):
@@ -66,7 +66,7 @@ class WideBlock(nn.Module):
         out = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv2(F.relu(self.bn2(self.conv1(out))))
-        return self.slot(out + shortcut)
+        return self.slot(out, shortcut)
 
 
 class WideResNet(nn.Module):
