@@ -346,15 +346,15 @@ def test_threads_follow_the_cores_and_their_load(tmp_path, monkeypatch, capsys, 
     assert capsys.readouterr().err.startswith(f"CPU threads: {threads} (")
 
 
-def test_bfloat16_is_left_where_it_is_imitated(monkeypatch, capsys):
-    for asked, device, has, chosen in (
-        ("bfloat16", "cpu", "fpu avx2", "float32"),
-        *(("bfloat16", "cpu", has, "bfloat16") for has in ("avx512_bf16", "amx_bf16 fpu", "asimd bf16")),
-        *(("float32", "cpu", "", "float32"), ("bfloat16", "cuda", "", "bfloat16")),
-    ):
-        monkeypatch.setattr("metaperturb.training._read", lambda path, has=has: f"flags : {has}")
-        assert choose_precision(asked, torch.device(device)) == chosen
-        assert ("no bfloat16 arithmetic" in capsys.readouterr().err) == (asked != chosen)
+@pytest.mark.parametrize(("seconds", "chosen"), [(8.0, "float32"), (0.5, "bfloat16")])
+def test_bfloat16_is_left_where_it_is_slower(monkeypatch, capsys, seconds, chosen):
+    monkeypatch.setattr("metaperturb.training._read", lambda path: "flags : fpu avx2")
+    monkeypatch.setattr("metaperturb.training.step_seconds", {"bfloat16": seconds, "float32": 1.0}.get)
+    assert choose_precision("bfloat16", torch.device("cpu")) == chosen
+    assert ("takes 8.0 times as long" in capsys.readouterr().err) == (chosen == "float32")
+    for asked, device, flags in (("float32", "cpu", ""), ("bfloat16", "cuda", ""), ("bfloat16", "cpu", "amx_bf16")):
+        monkeypatch.setattr("metaperturb.training._read", lambda path, flags=flags: f"flags : {flags}")
+        assert choose_precision(asked, torch.device(device)) == asked
 
 
 def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypatch):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,6 @@ def reference(source_settings, tmp_path_factory) -> Path:
 def here(source_settings, tmp_path) -> list[str]:
     """Settings of the reference, for a run of its own."""
     return [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
 
 
 def logged(run_dir: Path) -> list[dict]:
@@ -210,24 +205,92 @@ def test_launcher_killed_leaves_no_orphans(source_settings, tmp_path):
     wait_for(lambda: not any(alive(pid) for pid in workers), seconds=60)
 
 
-@pytest.mark.slow
-def test_a_machine_that_is_lost_ends_the_others(source_settings, tmp_path):
-    """Two torchruns, as on two machines, of which one is gone: the process of the other ends with a sentence."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
-    command += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "-m", "metaperturb.meta_train", "--set"]
-    command += [*source_settings, "steps=1000000", "gpus=cpu", "timeout=20", f"run_dir={tmp_path / 'src'}"]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    logs = [tmp_path / f"{i}.log" for i in range(2)]
-    machines = []
+@pytest.fixture
+def two_machines() -> Iterator[list[str]]:
+    """The names of two network namespaces, 10.77.0.1 and 10.77.0.2 on their `link0`."""
+    names = [f"metaperturb-{os.getpid()}-{i}" for i in range(2)]
+
+    def ip(words: str) -> None:
+        subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+
     try:
-        for log in logs:
-            streams = {"stdout": log.open("wb"), "stderr": subprocess.STDOUT, "start_new_session": True}
-            machines.append(subprocess.Popen(command, env=env, **streams))
-        wait_for(lambda: (tmp_path / "src/checkpoints/latest.json").exists() or any(m.poll() for m in machines))
-        for lost in (machines[1].pid, *children(machines[1].pid, b"meta_train")):
-            os.kill(lost, signal.SIGKILL)
-        wait_for(lambda: re.search(rb"error: process \d: lost contact with another process \(", logs[0].read_bytes()))
+        for name in names:
+            ip(f"netns add {name}")
+        ip(f"link add link0 netns {names[0]} type veth peer name link0 netns {names[1]}")
+        for i, name in enumerate(names):
+            ip(f"-n {name} address add 10.77.0.{i + 1}/24 dev link0")
+            for link in ("lo", "link0"):
+                ip(f"-n {name} link set {link} up")
+        yield names
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("two network namespaces need root and the program ip")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def under_torchrun(machines: list[str], folder: Path, settings: list[str]) -> list[subprocess.Popen]:
+    """A process on each machine, which meet as the documentation has it; what they say is in `<folder>/<i>.log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", "10.77.0.1:29511"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "link0"}
+    started = []
+    for i, name in enumerate(machines):
+        own = [
+            "--local-addr",
+            f"10.77.0.{i + 1}",
+            "--rdzv-conf",
+            f"is_host={1 - i}",
+            "-m",
+            "metaperturb.meta_train",
+            "--set",
+            *settings,
+        ]
+        with open(folder / f"{i}.log", "wb") as log:
+            streams = {"stdout": log, "stderr": log, "start_new_session": True}
+            started.append(subprocess.Popen(["ip", "netns", "exec", name, *command, *own], env=env, **streams))
+    return started
+
+
+def cut(machine: str, state: str) -> None:
+    subprocess.run(["ip", "-n", machine, "link", "set", "link0", state], check=True)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_cut_off_and_comes_back_changes_nothing(two_machines, source_settings, tmp_path):
+    settings = [*source_settings, "steps=60", "checkpoint_every=10", "gpus=cpu", "timeout=100"]
+    machines = under_torchrun(two_machines, tmp_path, [*settings, f"run_dir={tmp_path / 'src'}"])
+    try:
+        checkpoint = tmp_path / "src" / "checkpoints" / "latest.json"
+        wait_for(lambda: checkpoint.exists() or any(machine.poll() for machine in machines))
+        cut(two_machines[1], "down")
+        time.sleep(3)
+        before = checkpoint.read_text()
+        time.sleep(3)
+        assert checkpoint.read_text() == before, "it was not cut off"
+        cut(two_machines[1], "up")
+        assert [machine.wait(200) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'one'}"]) == 0
+    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(tmp_path / "one"))
+    assert logged(tmp_path / "src") == logged(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_cut_off_for_good_ends_both(two_machines, source_settings, tmp_path):
+    """Each process ends with a sentence. torchrun on the one that cannot reach the meeting place waits for TCP."""
+    settings = [*source_settings, "steps=1000000", f"run_dir={tmp_path / 'src'}", "gpus=cpu", "timeout=20"]
+    machines = under_torchrun(two_machines, tmp_path, settings)
+    try:
+        checkpoint = tmp_path / "src" / "checkpoints" / "latest.json"
+        wait_for(lambda: checkpoint.exists() or any(machine.poll() for machine in machines))
+        cut(two_machines[1], "down")
+        for rank in (0, 1):
+            sentence = f"error: process {rank}: lost contact with another process (".encode()
+            wait_for(lambda rank=rank, sentence=sentence: sentence in (tmp_path / f"{rank}.log").read_bytes(), 120)
+        assert machines[0].wait(120) == 1
     finally:
         for machine in machines:
             machine.kill()
