@@ -65,10 +65,10 @@ def test_the_parts_are_of_the_training_images(target_settings):
 def test_a_run_never_opens_the_test_set(target_settings, tmp_path, capsys, test):
     files = class_pictures(3, 5, "train")
     if test == "broken":
-        files |= {f"test/class{c:02}/0.png": b"no image" for c in range(3)}
+        files |= {f"{of}.png": b"no image" for of in ("train/class00/9", *(f"test/class{c:02}/0" for c in range(3)))}
     archive = write_zip(tmp_path / "images.zip", files)
     settings = [*target_settings, f"target_path={archive}", f"data_root={tmp_path}", "method=base", "steps=2"]
-    settings += [f"run_dir={tmp_path / 'tgt'}"]
+    settings += [f"run_dir={tmp_path / 'tgt'}", "skip_unreadable=true"]
     assert program.main(["--set", *settings]) == 1  # with the test set it cannot work
     assert not (tmp_path / "tgt" / "result.json").exists()
     capsys.readouterr()

@@ -277,6 +277,7 @@ def test_what_is_left_out_is_counted_aloud(tmp_path, capsys):
     folder = write_folder(tmp_path / "x", files)
     (folder / "train/cat/loop").symlink_to("..")
     os.mkfifo(folder / "train/cat/pipe.png")
+    (folder / "train/cat/to the pipe.png").symlink_to("pipe.png")
     for _ in range(2):  # built, and from the cache: says so again
         capsys.readouterr()
         assert [part.fingerprint for part in _load(folder, tmp_path)] == [part.fingerprint for part in plain]

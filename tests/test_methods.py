@@ -158,6 +158,11 @@ def test_dropblock_rises_linearly_over_the_whole_training(target_settings, tmp_p
     assert [p for p, _ in drawn[::3]] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2]) and len(drawn) == 15
 
 
+def test_dropout_at_every_site():
+    method, _ = prepared("dropout", dropout_prob=0.4)
+    assert [(type(site), site.p) for site in method.sites.sites] == 3 * [(nn.Dropout, 0.4)]
+
+
 # --- mixup, CutMix, Manifold Mixup
 
 

@@ -95,7 +95,7 @@ class Place:
             inner[:] = [name for name in inner if _is_shown(name) and not _leads_up(Path(here, name))]
             folders |= {os.path.join(base, name) for name in inner}
             for name, path in ((name, os.path.join(here, name)) for name in names if _is_shown(name)):
-                if os.path.isfile(path) or os.path.islink(path):  # neither is a pipe, which would be waited for
+                if os.path.isfile(path) or not os.path.exists(path):  # no pipe, which would be waited for
                     files[os.path.join(base, name)] = Path(path)
         return dict(sorted(files.items())), folders
 

@@ -118,10 +118,11 @@ def _reading(place: Path, advice: str) -> Iterator[None]:
             yield
     except (UserError, MemoryError):
         raise
-    except ImportError as error:  # of scipy: labels are MATLAB files
-        install = f"{sys.executable} -m pip install {error.name}"
-        raise UserError(f"{place}: reading its labels needs another package; {install}") from error
     except Exception as error:  # URLError, RuntimeError, EOFError, AssertionError, scipy's own: there is no end of them
+        missing = error.__context__ or error  # torchvision may hide which package it lacks
+        if isinstance(missing, ImportError):  # scipy: labels are MATLAB files
+            install = f"{sys.executable} -m pip install {missing.name}"
+            raise UserError(f"{place}: reading its labels needs another package; {install}") from error
         raise UserError(f"{place}: {advice} ({reason(error)})") from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metaperturb.errors import UserError
 from metaperturb.kernels.plain import Settings
 
 NO_NOISE, DRAWN, GIVEN, EXPECTED = range(4)  # as in site.cpp
@@ -20,7 +21,7 @@ def relative_settings(strength: float) -> Settings:
     return Settings(training=False, noise=True, gate=False, strength=strength, clip=None, channel_ratio=0, size_ratio=0)
 
 
-class Unavailable(Exception):
+class Unavailable(UserError):
     """No fused kernel here; the message says why and what to do, in one line."""
 
 

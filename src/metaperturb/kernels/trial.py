@@ -120,7 +120,7 @@ def check(module: str, device: torch.device) -> None:
     about, verdict = _circumstances(module, device), None
     with contextlib.ExitStack() as stack:
         path = None
-        with contextlib.suppress(Unavailable, UserError, OSError):  # without a folder they are tried each time
+        with contextlib.suppress(UserError, OSError):  # without a folder they are tried each time
             name = f"trial-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
             cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
             # Others that want the same verdict wait for it.
