@@ -113,7 +113,11 @@ def test_statistics_are_the_averages_over_the_batches(scale_free):
     for name, part in direct.named_modules():
         if isinstance(part, nn.BatchNorm2d | PerturbSite):
             part.train()
-            part.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+
+            def keep(_, args, kwargs, name=name):  # a site makes a block's sum itself
+                seen.setdefault(name, []).append(args[0] + kwargs.get("shortcut", 0.0))
+
+            part.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
         for x in batches():
             direct(x)
