@@ -524,7 +524,7 @@ class Slot(nn.Module):
         super().__init__()
         self.relu = relu
 
-    def forward(self, h: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, shortcut: Tensor | None = None, /) -> Tensor:
         h = h if shortcut is None else h + shortcut
         done = any(isinstance(site, PerturbSite) for site in self.children())
         return F.relu(h) if self.relu and not done else h
