@@ -108,7 +108,7 @@ def test_save_phi_writes_what_load_phi_reads(tmp_path, monkeypatch):
         refusal(save_phi, phi, path, card)
     for other in (model, model.metaperturb, make_phi().state_dict()):
         assert "expected a MetaPerturb" in refusal(save_phi, other, "other.pt")
-    assert os.listdir(tmp_path) == ["phi.pt"]
+    assert {*os.listdir(tmp_path)} - {".cache"} == {"phi.pt"}  # of the kernel, if nothing needed it before
     assert_loads("phi.pt")
     save_phi(make_phi().double(), "double.pt")
     assert load_phi("double.pt").flat.dtype == torch.float32
