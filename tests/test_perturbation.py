@@ -206,6 +206,16 @@ def test_a_site_owns_its_statistics_and_nothing_else():
     assert (other.running_mean == 0).all() and (other.running_var == 1).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu():
+    site, oracle = make_pair()
+    h, noise = maps(3, 3, 5, 5), maps(3, 3, 5, 5, seed=2)
+    site.cuda()
+    assert site.phi.flat.is_cuda
+    assert_same(site(h.cuda(), noise=noise.cuda()).cpu(), oracle.forward(h.numpy(), noise.numpy()))
+    site.cpu(), assert_same_statistics(site, oracle)
+
+
 # --- gradients
 
 
