@@ -142,6 +142,13 @@ def test_statistics_are_the_averages_over_the_batches(scale_free):
         assert not part.training
 
 
+def test_the_temperature_is_fitted_to_the_first_images(monkeypatch):
+    asked, predict = [], module.predict
+    monkeypatch.setattr(module, "predict", lambda model, x: asked.append(len(x)) or predict(model, x))
+    make_deterministic(network(), batches(), fitted=10)
+    assert asked == [8, 2]
+
+
 @pytest.mark.parametrize("scale_free", [False, True])
 def test_the_way_there_and_back(scale_free):
     model, x = network(phi=some_phi(scale_free)), images(4, 3, SIZE, SIZE)

@@ -145,7 +145,7 @@ def tables(*words: object) -> subprocess.CompletedProcess:
 
 def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tmp_path, image_folder):
     text = CELLS.replace("IMAGES", str(image_folder))
-    text += "  six: {rows: [Base, MetaPerturb, Dropout], set: {steps: 1500}}"  # long enough to be stopped on the way
+    text += "  six: {rows: [Base, MetaPerturb, Dropout], set: {steps: 800}}"  # long enough to be stopped on the way
     text = text.replace("checkpoint_every: 2,", "checkpoint_every: 1000,")  # it is saved only because it is asked to
     path = write_grid(tmp_path / "configs", text)
 

@@ -38,8 +38,6 @@ PIXELS = {"cpu": 2**16}
 PIXELS_ELSEWHERE = 2**20
 DRAWS = 20  # together: what runs once for all of them is then a small part of the work
 
-FITTED = 512  # images, the first ones, on which the temperature is fitted
-
 _bears_draws: "weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]]" = weakref.WeakKeyDictionary()
 
 
@@ -165,7 +163,7 @@ def _logits(model: nn.Module, x: Tensor, draws: int, shared: bool) -> Tensor:
 
 
 @torch.no_grad()
-def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Module:
+def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None, *, fitted: int = 512) -> nn.Module:
     """Turn `model` into one that predicts in one pass, in place, and return it. `make_stochastic` reverses it.
 
     Args:
@@ -173,8 +171,9 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
         batches: training images `[B, C, H, W]`, or tuples that begin with them, augmented as in training, and
             moved as those of `predict`. The running statistics of batch norm and of the sites become the average over
             these batches. Weight and bias of the classifier are divided by the temperature that brings one pass
-            closest to the mean over 20 draws, in cross-entropy on the first 512 images. A network without batch norm
-            needs no batches; then nothing of this is done.
+            closest to the mean over 20 draws, in cross-entropy. A network without batch norm needs no batches; then
+            nothing of this is done.
+        fitted: how many images, the first ones, the temperature is fitted to.
 
     The mode is in the state dict of the network, together with the statistics and the classifier from before.
 
@@ -194,13 +193,14 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
     if any(module.training for module in model.modules()):
         raise UserError("this network, or a part of it, is in training mode; call model.eval() first")
     images = _images(model, () if batches is None else batches)
-    first = []
-    while sum(map(len, first)) < FITTED and (x := next(images, None)) is not None:
+    first, few = [], []
+    while (left := fitted - sum(map(len, few))) > 0 and (x := next(images, None)) is not None:
         first.append(x)
+        few.append(x[:left])
     if not first and _norms(model):
         raise UserError("there are no batches, and this network has batch norm, whose statistics are taken anew")
     layer = _classifier(model, first[0]) if first else None
-    drawn = [predict(model, x) for x in first] if layer else []
+    drawn = [predict(model, x) for x in few] if layer else []
     if first:
         attachments[0].before = torch.cat([v.flatten().double().cpu() for v in _changed(model, layer)])
     for attachment in attachments:
@@ -208,7 +208,7 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None) -
     try:
         if first:
             _gather(model, chain(first, images))
-        cooled = layer is not None and _cool(model, layer, first, torch.cat(drawn))
+        cooled = layer is not None and _cool(model, layer, few, torch.cat(drawn))
         if first and not cooled:
             print("metaperturb: no classifier to scale; one pass may be surer of itself than draws", file=sys.stderr)
     except BaseException:
