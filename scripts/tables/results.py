@@ -1,5 +1,6 @@
 """One JSON a cell under `results/`: writing it, reading back those that belong to a grid, and what seeds say."""
 
+import functools
 import math
 import re
 import statistics
@@ -157,6 +158,7 @@ def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) 
     return Difference(mean, mean - half, mean + half, n)
 
 
+@functools.cache  # a table asks for a few numbers of seeds, in each of its cells
 def t_quantile(probability: float, freedom: int) -> float:
     """The value that Student's t with `freedom` degrees of freedom stays below with `probability` in [0.5, 1).
 

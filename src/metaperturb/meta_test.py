@@ -135,10 +135,10 @@ def meta_test(config: MetaTestConfig) -> dict:
             seed_torch(*key, step)
             yield once.batch(step)[0]
 
-    def evaluated_in_one_pass(fitted: int) -> dict[str, float]:
-        """The network is deterministic for the time of it."""
+    def evaluated_in_one_pass(**how: int) -> dict[str, float]:
+        """The network is deterministic for the time of it; `how` as `make_deterministic` takes it."""
         with eval_mode(model), training.autocast(device, precision):
-            make_deterministic(model, pictures(), fitted=fitted)
+            make_deterministic(model, pictures(), **how)
             try:
                 return evaluate(model, test_images, 1, config.eval_batch_size, tell)
             finally:
@@ -163,7 +163,7 @@ def meta_test(config: MetaTestConfig) -> dict:
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:
                 try:
-                    metrics = evaluated_in_one_pass(128) if once else evaluated(done, config.eval_samples)
+                    metrics = evaluated_in_one_pass(fitted=128) if once else evaluated(done, config.eval_samples)
                 except NotFinite as error:
                     progress.say(f"step {done}: {error}; not evaluated")  # training may yet bring it back
                     metrics = {}
@@ -210,7 +210,7 @@ def meta_test(config: MetaTestConfig) -> dict:
                 f"{config.run_dir}: after the last step {error}: it has diverged ({advice} may help, in a new run_dir)"
             ) from error
         try:
-            one_pass = evaluated_in_one_pass(512) if draws else {}
+            one_pass = evaluated_in_one_pass() if draws else {}
         except NotFinite as error:
             progress.say(f"not evaluated in one pass: {error}")
             one_pass = {}

@@ -384,12 +384,11 @@ class PerturbSite(UsesPhi):
         if shortcut is not None and (self.training or not usage.paper or usage.strength == 0.0):
             h, shortcut = h + shortcut, None
         if not usage.paper:
-            out = self._with_mean_one(h, noise, usage)
-            return F.relu(out) if self.relu else out
+            return self._rectified(self._with_mean_one(h, noise, usage))
         if usage.strength == 0.0 and not (
             self.training and h.dim() == 4 and h.shape[:2] == (h.shape[0], self.channels)
         ):
-            return F.relu(h) if self.relu else h
+            return self._rectified(h)
         self._check(h, noise)
         flat, settings = self._flat(h), self._settings(h, noise)
         backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
@@ -406,10 +405,13 @@ class PerturbSite(UsesPhi):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
                 self.running_var.lerp_(var.to(self.running_var.dtype), MOMENTUM)
         if settings.strength == 0.0:
-            return F.relu(h) if self.relu else h
+            return self._rectified(h)
         if settings.noise and not settings.expected and noise is None:
             noise = torch.randn_like(h)
         return plain.perturb(h, phi, mean, var, noise, settings)
+
+    def _rectified(self, out: Tensor) -> Tensor:
+        return F.relu(out) if self.relu else out
 
     def _with_mean_one(self, h: Tensor, noise: Tensor | None, usage: Usage) -> Tensor:
         strength = usage.strength * usage.amplitude
