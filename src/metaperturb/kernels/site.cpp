@@ -34,6 +34,7 @@ constexpr int REGISTER = 32, ROWS = 2;
 #else
 constexpr int REGISTER = 16, ROWS = 2;
 #endif
+#define INLINE [[gnu::always_inline]] inline  // a call within a loop keeps it from becoming vector code
 constexpr int SELF1 = 0, ALL1 = 9, SELF2 = 18, ALL2 = 27, SCALE_KERNELS = 36, SCALE_AFFINE = 72, PARAMETERS = 82;
 constexpr float TWO_PI_4 = 1.57079632679489662f;
 
@@ -70,26 +71,26 @@ namespace {
 
 // --- elementary functions, in float without calls or branches so that loops over them become vector code
 
-inline float as_float(uint32_t bits) {
+INLINE float as_float(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
 
-inline uint32_t as_bits(float x) {
+INLINE uint32_t as_bits(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return bits;
 }
 
 template <typename T>
-inline T relu(T x) {
+INLINE T relu(T x) {
     return x < T(0) ? T(0) : x;  // keeps a NaN
 }
 
 // P(x) · x with these coefficients of P, lowest first. They are minimax, to 4e-7 of what is approximated.
 template <int count>
-inline float polynomial(float x, const float (&coefficients)[count]) {
+INLINE float polynomial(float x, const float (&coefficients)[count]) {
     float p = coefficients[count - 1];
 #pragma GCC unroll 8
     for (int i = count - 2; i >= 0; --i) p = p * x + coefficients[i];
@@ -97,7 +98,7 @@ inline float polynomial(float x, const float (&coefficients)[count]) {
 }
 
 // e^x for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2.
-inline float exp_negative(float x) {
+INLINE float exp_negative(float x) {
     x = x < -87.0f ? -87.0f : x;
     const float shift = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, which the last bits then are
     const float shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
@@ -107,18 +108,18 @@ inline float exp_negative(float x) {
     return p * as_float((as_bits(shifted) << 23) + 0x3f800000u);
 }
 
-inline double exp_negative(double x) { return std::exp(x); }
+INLINE double exp_negative(double x) { return std::exp(x); }
 
 // log(1 + e) for 0 <= e <= 1: a polynomial, as dividing takes longer.
-inline float log1p_unit(float e) {
+INLINE float log1p_unit(float e) {
     return polynomial(e, {0.9999998211860657f, -0.4999740421772003f, 0.33275479078292847f, -0.24495457112789154f,
                           0.17745229601860046f, -0.10768155008554459f, 0.04408952221274376f, -0.008539178408682346f});
 }
 
-inline double log1p_unit(double e) { return std::log1p(e); }
+INLINE double log1p_unit(double e) { return std::log1p(e); }
 
 // log(x) for 0 < x <= 1, normal: x = 2^n (1 + t), sqrt(1/2) <= 1 + t < sqrt(2), and log(1 + t) like that of `log1p_unit`.
-inline float log_unit(float x) {
+INLINE float log_unit(float x) {
     const uint32_t bits = as_bits(x) - 0x3f3504f3u;  // bits of sqrt(1/2): the carry makes the exponent one of 1 + t
     const int32_t n = int32_t(bits) >> 23;
     const float t = as_float((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
@@ -129,7 +130,7 @@ inline float log_unit(float x) {
 
 // What a site returns is at least this: 0 with a ReLU behind it, else nothing, which a NaN says, as it compares with nothing.
 template <typename T>
-inline T least(const Site<T> &site) {
+INLINE T least(const Site<T> &site) {
     return site.relu ? T(0) : std::numeric_limits<T>::quiet_NaN();
 }
 
@@ -140,13 +141,13 @@ struct Factor {
 };
 
 template <typename T>
-inline Factor<T> softplus(T a) {
+INLINE Factor<T> softplus(T a) {
     const T e = exp_negative(a < T(0) ? a : -a);
     return {relu(a) + log1p_unit(e), (a < T(0) ? e : T(1)) / (T(1) + e)};
 }
 
 // E[softplus(mu + ε)] by the formula of plain.py.
-inline Factor<double> expected_softplus(double mu) {
+INLINE Factor<double> expected_softplus(double mu) {
     const double e = exp_negative(mu < 0 ? mu : -mu), share = 1 / (1 + e), u = 4 * e * share * share;
     constexpr double P[] = EXPECTATION_P, Q[] = EXPECTATION_Q;
     double p = P[4], q = Q[4], dp = 0, dq = 0;  // polynomials and their derivatives
@@ -163,7 +164,7 @@ inline Factor<double> expected_softplus(double mu) {
 
 // The same to 5e-7 in half the time: what it and its derivative have above those of relu is e = e^-|mu| times a ratio of
 // polynomials in e.
-inline Factor<float> expected_softplus(float mu) {
+INLINE Factor<float> expected_softplus(float mu) {
     const float e = exp_negative(mu < 0 ? mu : -mu);
     const float above = polynomial(e, {1.64872105f, 112.005076f, 1644.1391f, 5992.76338f, 4413.83637f, 179.627542f}) /
                         (1 + polynomial(e, {70.1749306f, 1136.4958f, 5297.79247f, 6924.96263f, 1883.60911f}));
@@ -175,7 +176,7 @@ inline Factor<float> expected_softplus(float mu) {
 // --- noise: a pure function of (seed, plane, position in the plane), the same in every backend
 
 // Two standard normals from two random words (Box and Muller 1958).
-inline void normal_pair(uint32_t first, uint32_t second, float &n0, float &n1) {
+INLINE void normal_pair(uint32_t first, uint32_t second, float &n0, float &n1) {
     const float u = (float(int32_t(first >> 1)) + 0.5f) * 4.656612873077393e-10f;  // (0, 1], step 2⁻³¹
     const float radius = std::sqrt(-2.0f * log_unit(u));
     // The low 30 bits of the second word are an angle in [−π/4, π/4), the high two say which quarter.
@@ -195,18 +196,18 @@ typedef uint64_t Words __attribute__((vector_size(64)));
 typedef uint32_t Halves __attribute__((vector_size(32)));
 constexpr int WORDS = 8;
 
-inline Words widen(const uint32_t *from) {
+INLINE Words widen(const uint32_t *from) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
     return __builtin_convertvector(halves, Words);
 }
 
-inline void narrow(Words words, uint32_t *to) {
+INLINE void narrow(Words words, uint32_t *to) {
     const Halves halves = __builtin_convertvector(words, Halves);
     std::memcpy(to, &halves, sizeof halves);
 }
 
-inline Words product(Words a, uint64_t factor) {
+INLINE Words product(Words a, uint64_t factor) {
     const Words b = Words{} + factor;
 #if defined(__AVX512F__)
     return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -305,7 +306,7 @@ template <typename T>
 using Vector = typename Register<T>::Vector;
 
 template <typename T>
-inline Vector<T> load(const T *from) {
+INLINE Vector<T> load(const T *from) {
     Vector<T> x;
     std::memcpy(&x, from, sizeof x);
     return x;
@@ -313,7 +314,7 @@ inline Vector<T> load(const T *from) {
 
 // Into a register for several uses. GCC would load the value anew for each of them, and mostly from two cache lines.
 template <typename T>
-inline Vector<T> fetch(const T *from) {
+INLINE Vector<T> fetch(const T *from) {
     Vector<T> x = load(from);
 #if defined(__AVX512F__)
     asm("" : "+v"(x));
@@ -322,7 +323,7 @@ inline Vector<T> fetch(const T *from) {
 }
 
 template <typename T>
-inline void store(T *to, Vector<T> x) {
+INLINE void store(T *to, Vector<T> x) {
     std::memcpy(to, &x, sizeof x);
 }
 
@@ -934,7 +935,7 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
 // --- the whole site
 
 template <bool expected, typename T>
-inline Factor<T> factor_of(T mu, T noise) {
+INLINE Factor<T> factor_of(T mu, T noise) {
     return expected ? expected_softplus(mu) : softplus(mu + noise);
 }
 
