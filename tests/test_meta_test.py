@@ -270,12 +270,9 @@ def test_another_kernel_on_resume_is_said(reference, unfinished, capsys):
 
 def test_settings_without_effect_are_said(settings, tmp_path, capsys):
     changes = ["method=base", "recipe=mixup", "mixup_alpha=0.5", "dropblock_prob=0.5", "clip=3", "steps=1"]
-    changes += ["init_batch_norm=keep", "holdout=0.5", "gpu=auto"]
-    train(tmp_path / "tgt", settings, *changes)
+    train(tmp_path / "tgt", settings, *changes, "gpu=auto")
     said = capsys.readouterr().err
     assert "method base does not use clip, phi, dropblock_prob\n" in said
-    assert "init_batch_norm does nothing without init\n" in said
-    assert "holdout does nothing without eval_split=holdout\n" in said
     assert said.count("running on") == 1
 
 
@@ -297,7 +294,7 @@ def test_what_lacks_its_settings_answers_for_no_others(reference, unfinished, re
     if rest == "result.json":
         shutil.copy(reference / rest, run_dir)
         shutil.rmtree(run_dir / "checkpoints")
-    assert "holds a run without its config.yaml" in refused(program, [*settings, "lr=0.5"])
+    assert "config.yaml: cannot read the settings" in refused(program, [*settings, "lr=0.5"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -358,7 +355,7 @@ def test_bfloat16_is_left_where_it_is_slower(monkeypatch, capsys, seconds, chose
 
 
 def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypatch):
-    clock = iter([0, 10, 20, 30, 1030, 1031, 1200, 1210])  # made, updated, then one a call
+    clock = iter([0, 10, 20, 30, 1030, 1031])  # made, updated, then one a call
     monkeypatch.setattr("metaperturb.runs.time.monotonic", lambda: next(clock))
     progress = StepProgress("base on cub", 100, 40, interval=1000)
     progress.update(50, loss=1.0)
@@ -366,9 +363,8 @@ def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypa
     progress.within(0.1)  # too soon after the line before
     progress.within(0.2)
     progress.within(0.6)
-    progress.within(0.61)
-    assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 60%  13:28 left\n"
-    progress.within(0.1)  # of the next evaluation
+    progress.within(0.61)  # too soon, too
+    assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 60%\n"
 
 
 def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, tmp_path, capsys):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from grid_files import tables
-from tables import choices
 from tables.grid import Grid
 from tables.results import take_recorded
 from tables.trainings import write_table
@@ -118,11 +117,7 @@ def test_report_makes_the_page_again(page, tmp_path):
     folder = tmp_path / page.stem
     shutil.copytree(page.with_suffix(""), folder)
     grid = Grid(ROOT / "configs" / f"{page.parent.name}.yaml", page.stem)
-    if page.parent.name == "select":
-        shutil.copy(page.with_suffix(".json"), tmp_path)
-        choices.take_rows(grid, folder)
-    else:
-        take_recorded(grid, folder)
+    take_recorded(grid, folder)
     made = write_table(grid, folder)
     for suffix in (".md", ".csv"):
         assert made.with_suffix(suffix).read_text() == page.with_suffix(suffix).read_text()

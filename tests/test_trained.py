@@ -51,7 +51,7 @@ def test_data_that_moved(runs, image_folder, tmp_path):
 
 
 def test_what_is_no_finished_run_is_said(runs, tmp_path, source_settings):
-    refused("no run folder", load_run, tmp_path)
+    refused("holds no finished run", load_run, tmp_path)
     run = shutil.copytree(runs / "base", tmp_path / "run")
     other = write_folder(tmp_path / "other", class_pictures(10, 8, "train", 13) | class_pictures(10, 5, "test", 13))
     refused("other images", load_run, run, target_path=str(other))
@@ -62,7 +62,7 @@ def test_what_is_no_finished_run_is_said(runs, tmp_path, source_settings):
     checkpoint.unlink()
     refused("was not kept", load_run, run)
     result.unlink()
-    refused("not finished", load_run, run)
+    refused("holds no finished run", load_run, run)
     for text in ('{"program": "meta_train", "config": {}}', "[1, 2", '"just text"', '{"program": "meta_test"}'):
         result.write_text(text)
         refused("a run of meta_train" if "train" in text else "result.json: ", load_run, run)
@@ -75,7 +75,7 @@ def test_a_flipped_byte_is_noticed(tmp_path, place):
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="does not match its checksum") as error, restoring(path):
+    with pytest.raises(UserError, match="is damaged, or no file of PyTorch") as error, restoring(path):
         load_tensors(path)
     assert "begin anew without its folder checkpoints" in one_line(error)
 

@@ -10,12 +10,12 @@ from metaperturb.cli import argument_parser
 from metaperturb.errors import UserError
 from metaperturb.identity import data_name, differences
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.storage import load_json, save_json, write_atomically
+from metaperturb.storage import save_json, write_atomically
 from metaperturb.weights import SHIPPED, load_phi, save_phi
-from tables.grid import Grid, config_of
+from tables.grid import config_of
 from tables.page import listed
-from tables.results import Results, read_record, record_files, shortened, summarize, take_recorded
-from tables.trainings import grid_parser, read_grid, results_folder, run_grid, write_table
+from tables.results import Entry, Results, shortened
+from tables.trainings import grid_parser, read_grid, run_grid
 
 Found = dict[str, dict[str, Any]]  # row → mean and deviation of accuracy, or how many seeds diverged
 TUNE = """Choose the regularizers' hyperparameters on held-out training images, as the paper did for its baselines.
@@ -46,10 +46,7 @@ The file keeps what its card says of source, settings, seed, code and selection,
 Markdown file beside it says the same to people.
 """
 # What the card of a φ must say of the meta-training, if it is to be shipped.
-NEEDED = {
-    **dict.fromkeys(("config", "source", "metrics", "versions", "hardware"), dict),
-    **{"commit": str, "seconds": (int, float)},
-}
+NEEDED = ("config", "source", "metrics", "versions", "hardware", "commit", "seconds")
 
 
 def tune_parser() -> argparse.ArgumentParser:
@@ -73,12 +70,13 @@ def ship_parser() -> argparse.ArgumentParser:
 
 def found_in(results: Results, column: str, rows: Iterable[str]) -> tuple[Found, list[str]]:
     """What is known of the accuracy of each row, and those of which trainings are missing."""
-    found: Found = {}
-    for row in rows:
-        summary, diverged = summarize([*results.accuracies(row, column).values()]), results.lost(row, column)
-        known = {"mean": summary.mean, "std": summary.std, "seeds": summary.n}
-        found[row] = {"diverged": diverged} if diverged else known  # which rules it out
+    entries = [Entry(results, row, column) for row in rows]
     seeds = len(results.grid.seeds)
+    found = {}
+    for entry in entries:
+        mean, std, n = entry.metrics["accuracy"]
+        known = {"mean": mean, "std": std, "seeds": n}
+        found[entry.row] = {"diverged": entry.diverged} if entry.diverged else known  # which rules it out
     return found, [row for row, one in found.items() if one.get("seeds", seeds) < seeds]
 
 
@@ -89,18 +87,15 @@ def tune(arguments: argparse.Namespace) -> None:
     grid = read_grid(arguments)
     if wrong := [cell.row for cell in grid.cells() if cell.config.eval_split != "holdout"]:
         raise UserError(f"{grid.path}: {wrong[0]}: eval_split must be holdout, so that tuning sees no test image")
-    if not run_grid(grid, arguments):
+    if not (page := run_grid(grid, arguments)):
         return
-    folder = results_folder(grid, arguments)
-    page = write_table(grid, folder)
-    chosen, accuracy = best_settings(Results(grid, folder))
-    path = folder.with_name(folder.name + ".json")
-    save_json({"chosen": chosen, "accuracy": accuracy}, path)
+    chosen, accuracy = best_settings(Results(grid, page.with_suffix("")))
+    save_json({"chosen": chosen, "accuracy": accuracy}, page.with_suffix(".json"))
     for column, methods in chosen.items():
         for method, settings in methods.items():
             if settings:
                 print(f"{column}: {method}: {listed(settings)}")
-    print(f"chosen: {path}   all values: {page}", file=sys.stderr)
+    print(f"chosen: {page.with_suffix('.json')}   all values: {page}", file=sys.stderr)
 
 
 def best_settings(results: Results) -> tuple[dict[str, Any], dict[str, Found]]:
@@ -140,10 +135,8 @@ def best_settings(results: Results) -> tuple[dict[str, Any], dict[str, Found]]:
 
 def select(arguments: argparse.Namespace) -> None:
     grid = read_grid(arguments)
-    folder = results_folder(grid, arguments)
     if arguments.report and not arguments.sources:
-        take_rows(grid, folder)
-        print(f"{write_table(grid, folder)}: of the choice that is recorded", file=sys.stderr)
+        print(f"{run_grid(grid, arguments)}: of the choice that is recorded", file=sys.stderr)
         return
     sources = find_sources(arguments)
     phis = {name: load_phi(path) for name, path in sources.items()}
@@ -156,10 +149,9 @@ def select(arguments: argparse.Namespace) -> None:
     config = grid.cells()[0].config
     if any(cell.config.eval_split == "test" for cell in grid.cells()):
         raise UserError(f"{grid.path}: eval_split must not be test: choosing on test images is cheating")
-    if not run_grid(grid, arguments):
+    if not (page := run_grid(grid, arguments)):
         return
-    page = write_table(grid, folder)
-    accuracy, missing = found_in(Results(grid, folder), next(iter(grid.columns)), sources)
+    accuracy, missing = found_in(Results(grid, page.with_suffix("")), next(iter(grid.columns)), sources)
     if missing:  # the choice would not be among all
         there = f"{accuracy[missing[0]]['seeds']} of {len(grid.seeds)} trainings are there"
         raise UserError(f"{missing[0]}: {there}; nothing was chosen")
@@ -169,7 +161,7 @@ def select(arguments: argparse.Namespace) -> None:
     seeds = ", ".join(map(str, grid.seeds))
     of = f"{data_name(config)}, {config.eval_split} images, {config.model}, {config.steps} steps, seeds {seeds}"
     selection = {"chosen": best, "evaluated": of, "accuracy": accuracy}
-    save_json(selection, folder.with_name(folder.name + ".json"))
+    save_json(selection, page.with_suffix(".json"))
     out = arguments.out or arguments.runs / "selected" / "phi.pt"
     save_phi(phis[best], out, {**phis[best].card, "selection": selection})
     for name, one in accuracy.items():
@@ -185,23 +177,10 @@ def find_sources(arguments: argparse.Namespace) -> dict[str, Path]:
         raise UserError(f'needs two or more finished meta-trainings, found {len(folders)} (SEED="0 1 …" ./run.sh src)')
     if no_run := [folder for folder in folders if not (folder / "phi.pt").is_file()]:
         raise UserError(f"{no_run[0]}: no folder of a finished meta-training (it holds no phi.pt)")
-    sources = {folder.absolute().name: folder / "phi.pt" for folder in folders}
+    sources = {folder.name: folder / "phi.pt" for folder in sorted(folder.absolute() for folder in folders)}
     if len(sources) < len(folders):
         raise UserError("two of the runs have the same folder name, by which the result would call both")
     return sources
-
-
-def take_rows(grid: Grid, folder: Path) -> None:
-    """The rows of a choice that was made, from its records: the files of its φ may be gone."""
-    path = folder.with_name(folder.name + ".json")
-    if not path.is_file():
-        raise UserError(f"{path}: no choice was made there yet; name two or more meta-trainings to choose from")
-    cells = [record["cell"] for record in map(read_record, record_files(folder))]
-    started = {cell["row"]: cell["needs"] for cell in cells}
-    for row in load_json(path)["accuracy"]:
-        if row in started:
-            grid.add_row(row, started[row]["phi"])
-    take_recorded(grid, folder)
 
 
 def other_settings(phis: Mapping[str, MetaPerturb]) -> list[str]:
@@ -228,9 +207,7 @@ def ship(arguments: argparse.Namespace) -> None:
     if source is None and not path.exists():
         raise UserError(f"{path}: no such φ yet; name the file to ship")
     phi = load_phi(source or path)
-    if isinstance(config := phi.card.get("config"), Mapping) and config.get("steps") == 0:
-        raise UserError(f"{source or path}: was not meta-trained (0 steps)")
-    if missing := [key for key, kind in NEEDED.items() if not isinstance(phi.card.get(key), kind)]:
+    if missing := [key for key in NEEDED if not phi.card.get(key)]:
         raise UserError(f"{source or path}: its card does not say how it was meta-trained: no {', '.join(missing)}")
     text = describe(name, phi.card)
     if source is not None:
@@ -241,7 +218,7 @@ def ship(arguments: argparse.Namespace) -> None:
 
 def describe(name: str, card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
-    config, source, metrics, versions, machine = (card[key] for key in [*NEEDED][:5])
+    config, source, metrics, versions, machine = (card[key] for key in NEEDED[:5])
     sizes = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]]
     facts = {
         "source": f"{source['name']}: {source['images']:,} images of {source['classes']} classes at "

@@ -32,7 +32,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, from_record, load_config, read_yaml
 from metaperturb.errors import UserError
@@ -44,18 +44,65 @@ PROGRAMS = {"meta_train": MetaTrainConfig, "meta_test": MetaTestConfig}
 _settings_in = functools.cache(read_yaml)
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 VERSUS = "versus"  # of a row: what it is compared with
+ABOUT = {VERSUS, "stands_for", "comparable"}  # what rows and columns say beside settings of the training
 # Settings that --set cannot give to cells, and how they are given.
 GIVEN_OTHERWISE = {"seed": "--seeds", "gpu": "--devices", "run_dir": "--runs", "data_root": "--data-root"}
 GIVEN_OTHERWISE |= {"phi": "--use", "init": "--use"}
 
 
-# --- the file
+# --- what may stand in the file: an expectation and its test; [each]; {name: …, "name?": may be absent, ...: any other
+# name}; or a function of the value that says which
 
 
-class Column(NamedTuple):
-    settings: Mapping[str, Any]
-    stands_for: str | None
-    comparable: bool | None
+def chosen(each: Any) -> Any:
+    """Names, or others in their place."""
+    return lambda value: {...: each} if isinstance(value, Mapping) else [TEXT]
+
+
+TEXT = "text", lambda value: isinstance(value, str)
+TRUTH = "true or false", lambda value: isinstance(value, bool)
+ANYTHING = "anything", lambda value: True
+LIST = "a list of names", lambda value: isinstance(value, list)
+LINES = "'name: value' lines", lambda value: isinstance(value, Mapping)
+SEEDS = "a list of whole numbers", lambda value: re.fullmatch(r"\[\d+(, \d+)*\]", str(value))
+NUMBER = "numbers such as 66.78±0.59", lambda value: re.match(r"[\d.]+(±|$)|None$", str(value))
+SETTINGS = {...: ANYTHING}
+COLUMN = {"stands_for?": TEXT, "comparable?": TRUTH, ...: ANYTHING}
+FILE = dict.fromkeys(("file", "sha256", "hint"), TEXT)
+PROGRAM = " or ".join(PROGRAMS), lambda value: value in [*PROGRAMS]
+RUN = {"program": PROGRAM, "config": TEXT, "set?": SETTINGS, "like?": [TEXT]}
+PRESET = {
+    **{"set?": SETTINGS, "seeds?": SEEDS, "needs?": {...: SETTINGS}, "columns?": chosen(COLUMN)},
+    **{"rows?": chosen(SETTINGS), "also?": {...: SETTINGS}, "comparable?": TRUTH, "tuned?": TEXT},
+}
+GRID = {
+    **{"title": TEXT, "config": TEXT, "set": SETTINGS, "seeds": SEEDS, "columns": {...: COLUMN}},
+    "needs": {...: lambda value: FILE if isinstance(value, Mapping) and "file" in value else RUN},
+    **{"rows": {...: SETTINGS}, "candidates": {...: {...: [ANYTHING]}}, "baselines": [TEXT], "paper": {...: [NUMBER]}},
+    "presets": {...: PRESET},
+}
+MAY_LACK = {key: {} for key in ("set", "needs", "rows", "candidates", "paper")} | {"baselines": []}
+
+
+def check(where: str, value: Any, kind: Any) -> None:
+    """Refuse what cannot stand at this place (`configs/table1.yaml: rows: Base`)."""
+    kind = kind(value) if callable(kind) else kind
+    if isinstance(kind, list):
+        check(where, value, LIST)
+        for item in value:
+            check(where, item, kind[0])
+    elif isinstance(kind, dict):
+        check(where, value, LINES)
+        kinds = {str(name).rstrip("?"): of for name, of in kind.items()}
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            raise UserError(f"{where}: {wrong[0]!r} is no text; put names like this in quotes")
+        check_known(f"{where}: key", () if ... in kind else value, kinds)
+        if lacking := [name for name in kind if name in kinds and name not in value]:
+            raise UserError(f"{where}: lacks {lacking[0]!r}")
+        for name, content in value.items():
+            check(f"{where}: {name}", content, kinds.get(name, kind.get(...)))
+    elif not kind[1](value):
+        raise UserError(f"{where}: expected {kind[0]}, got {value!r:.60}")
 
 
 def check_known(what: str, names: Iterable[Any], known: Iterable[Any]) -> None:
@@ -67,91 +114,6 @@ def check_known(what: str, names: Iterable[Any], known: Iterable[Any]) -> None:
             near = difflib.get_close_matches(str(name), texts, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(texts)})"
             raise UserError(f"{what} {name!r} is unknown{hint}")
-
-
-def checked(where: str, value: Any, kind: Any) -> Any:
-    """The value at this place (`configs/table1.yaml: rows: Base`), which must be of this kind.
-
-    That is a type; `[kind]`: a list; `{name: kind, "name?": one that may be left out, ...: any other}`; or a function
-    of place and value.
-    """
-    if isinstance(kind, list):
-        return [checked(where, item, kind[0]) for item in checked(where, value, list)]
-    if isinstance(kind, dict):
-        kinds = {str(name).rstrip("?"): of for name, of in kind.items()}
-        content = checked(where, {} if value is None else value, Mapping)
-        if wrong := [name for name in content if not isinstance(name, str) or not name]:
-            raise UserError(f"{where}: {wrong[0]!r} is no text; put names like this in quotes")
-        check_known(f"{where}: key", content if ... not in kind else (), kinds)
-        if lacking := [name for name in kind if name in kinds and name not in content]:
-            raise UserError(f"{where}: lacks {lacking[0]!r}")
-        return {name: checked(f"{where}: {name}", of, kinds.get(name, kind.get(...))) for name, of in content.items()}
-    if not isinstance(kind, type):
-        return kind(where, value)
-    if not isinstance(value, kind):
-        expected = {str: "text", bool: "true or false", list: "a list of names", Mapping: "'name: value' lines"}[kind]
-        raise UserError(f"{where}: expected {expected}, got {value!r:.60}")
-    return value
-
-
-def chosen(each: Any) -> Any:
-    """Names, or others in their place."""
-    return lambda where, value: checked(where, value, {...: each} if isinstance(value, Mapping) else [str])
-
-
-def seeds(where: str, value: Any) -> list[int]:
-    if isinstance(value, list) and value and all(type(seed) is int and seed >= 0 for seed in value):
-        return list(dict.fromkeys(value))
-    raise UserError(f"{where}: expected a list of whole numbers, got {value!r}")
-
-
-def number(where: str, value: Any) -> str | None:
-    """What the paper reports: `66.78±0.59`, or null."""
-    try:
-        float(str(0 if value is None else value).partition("±")[0])
-    except ValueError:
-        raise UserError(f"{where}: expected numbers such as 66.78±0.59, got {value!r}") from None
-    return None if value is None else str(value)
-
-
-def need(where: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, Mapping) and "file" in value:
-        return checked(where, value, dict.fromkeys(("file", "sha256", "hint"), str))
-    content = checked(where, value, {"program": str, "config": str, "set?": SETTINGS, "like?": [str]})
-    check_known(f"{where}: program", [content["program"]], PROGRAMS)
-    return content
-
-
-def column(where: str, value: Any) -> Column:
-    settings = checked(where, value, {"stands_for?": str, "comparable?": bool, ...: object})
-    return Column(settings, settings.pop("stands_for", None), settings.pop("comparable", None))
-
-
-SETTINGS = {...: object}
-PRESET = {
-    **{"set?": SETTINGS, "seeds?": seeds, "needs?": {...: SETTINGS}, "columns?": chosen(column)},
-    **{"rows?": chosen(SETTINGS), "also?": {...: SETTINGS}, "comparable?": bool, "tuned?": str},
-}
-GRID = {
-    **{"title": str, "config": str, "set": SETTINGS, "seeds": seeds, "needs": {...: need}, "columns": {...: column}},
-    **{"rows": {...: SETTINGS}, "candidates": {...: {...: [object]}}, "baselines": [str], "paper": {...: [number]}},
-    "presets": {...: PRESET},
-}
-
-
-def read_grid(path: Path) -> dict[str, Any]:
-    """The content, checked, with every part that a grid may leave out filled in."""
-    empty = {key: {} for key in ("set", "needs", "rows", "candidates", "paper")} | {"baselines": []}
-    content = checked(str(path), empty | read_yaml(path), GRID)
-    columns = content["columns"]
-    for row, numbers in content["paper"].items():
-        if len(numbers) != len(columns):
-            raise UserError(f"{path}: paper: {row}: has {len(numbers)} values for {len(columns)} columns")
-    for preset in (content, *content["presets"].values()):
-        own = preset.get("columns", {})
-        stand_ins = [some.stands_for for some in own.values()] if isinstance(own, Mapping) else []
-        check_known(f"{path}: stands_for: column", filter(None, stand_ins), columns)
-    return content
 
 
 # --- the trainings
@@ -197,56 +159,67 @@ class Cell:
         return {key: need.id for key, need in self.needs.items()}
 
 
-@dataclass(frozen=True)
-class Overrides:
-    """What the command line changes: `steps=100` for cells, `phi.steps=100` for the need `phi`."""
+@dataclass(eq=False)
+class Grid:
+    """One preset of a table; a `UserError` names what is wrong with its file or with what the command line changes."""
 
-    settings: tuple[str, ...] = ()
+    path: Path
+    preset: str = "paper"
+    sets: Sequence[str] = ()  # `steps=100` for all cells, `phi.steps=100` for the need `phi`
     files: Mapping[str, Path] = field(default_factory=dict)  # need → a file or run folder to use in its place
     paths: Mapping[str, str] = field(default_factory=dict)  # column, or need that is a run → where its data are
     data_root: str = "data"
-    tuned: Path | None = None
+    tuned_path: Path | None = None  # hyperparameters in place of the preset's
 
-
-class Grid:
-    """One preset of a table; a `UserError` names what is wrong with its file or the overrides of the command line."""
-
-    def __init__(self, path: Path, preset: str = "paper", overrides: Overrides = Overrides()) -> None:
-        self.path, self.name, self.preset, self.overrides = path, path.stem, preset, overrides
-        content = read_grid(path)
+    def __post_init__(self) -> None:
+        self.name, path, preset = self.path.stem, self.path, self.preset
+        content = MAY_LACK | read_yaml(path)
+        check(str(path), content, GRID)
         check_known(f"{path}: preset", [preset], content["presets"])
         chosen = content["presets"][preset]
         self.title, self.needs, self.baselines = content["title"], content["needs"], content["baselines"]
-        self._base = path.parent / content["config"]
-        load_config(MetaTestConfig, str(self._base))
         self.seeds: list[int] = chosen.get("seeds", content["seeds"])
-        self.settings = {**content["set"], **chosen.get("set", {})}
+        self.settings = content["set"] | chosen.get("set", {})
         self.tunes = bool(content["candidates"])  # what hyperparameters to take is what it asks
-        rows = content["rows"] | candidate_rows(content["candidates"])
-        self.rows = self._pick("row", rows, chosen.get("rows")) | chosen.get("also", {})
+        content["rows"] = content["rows"] | candidate_rows(content["candidates"])
+        self.rows = self._pick("row", content["rows"], chosen.get("rows")) | chosen.get("also", {})
         columns = self._pick("column", content["columns"], chosen.get("columns"))
-        comparable = chosen.get("comparable", True)
-        self.columns = {
-            name: Column(own, stands_for or name, comparable if said is None else said)
-            for name, (own, stands_for, said) in columns.items()
-        }
+        usual = {"comparable": chosen.get("comparable", True)}
+        self.columns = {name: {"stands_for": name, **usual, **own} for name, own in columns.items()}
+        for row, numbers in content["paper"].items():
+            if len(numbers) != len(content["columns"]):
+                raise UserError(
+                    f"{path}: paper: {row}: has {len(numbers)} values for {len(content['columns'])} columns"
+                )
         self.paper = {row: dict(zip(content["columns"], of, strict=True)) for row, of in content["paper"].items()}
         versus = [row[VERSUS] for row in self.rows.values() if VERSUS in row]
         for what, names in (("paper", self.paper), ("baselines", self.baselines), (VERSUS, versus)):
-            check_known(f"{path}: {what}: row", names, rows | self.rows)
-        self._of_paper = content["columns"], rows, content["set"]
-        self._preset_needs = chosen.get("needs", {})
+            check_known(f"{path}: {what}: row", names, content["rows"] | self.rows)
+        stand_ins = [own["stands_for"] for own in columns.values() if "stands_for" in own]
+        check_known(f"{path}: stands_for: column", stand_ins, content["columns"])
+        self._content, self._preset_needs = content, chosen.get("needs", {})
         check_known(f"{path}: presets: {preset}: need", self._preset_needs, self.needs)
-        self.tuned_path = overrides.tuned or (path.parent.parent / chosen["tuned"] if "tuned" in chosen else None)
+        if "tuned" in chosen:
+            self.tuned_path = self.tuned_path or path.parent.parent / chosen["tuned"]
         self.tuned = read_tuned(self.tuned_path, self.columns) if self.tuned_path else {}
         self.untuned = [column for column in self.columns if self.tuned_path and column not in self.tuned]
-        self._apply_command_line()
+        self._sets: dict[str, list[str]] = {"": []}  # need, or "" for cells → texts
+        for text in self.sets:
+            name, text_of_need = re.match(r"(?:(\w+)\.)?(.*)", text, re.DOTALL).groups("")
+            check_known(f"--set {text}: need", [name], ["", *self.needs])
+            if not name and (key := text.partition("=")[0].strip()) in GIVEN_OTHERWISE:
+                raise UserError(f"--set {text}: is given by {GIVEN_OTHERWISE[key]}")
+            self._sets.setdefault(name, []).append(text_of_need)
+        check_known("--use: need", self.files, self.needs)
+        runs = [name for name, spec in self.needs.items() if "program" in spec]
+        check_known("--path: column or need", self.paths, [*self.columns, *runs])
+        self.given = {name: given_need(name, path, self.needs[name]) for name, path in self.files.items()}
 
     def cells(self) -> list[Cell]:
         """All of them, seed by seed, so that a table that is interrupted has every row."""
         order = [(row, column, seed) for seed in self.seeds for column in self.columns for row in self.rows]
         first: dict[str, Cell] = {}
-        for cell in (self.cell(*place) for place in order):
+        for cell in (self.cell(*place) for place in dict.fromkeys(order)):
             if (other := first.setdefault(cell.id, cell)) is not cell:
                 what = " and ".join(f"{c.row!r} on {c.column!r}" for c in (other, cell))
                 raise UserError(f"{self.path}: {what}: the same settings under names that make the same file name")
@@ -274,52 +247,40 @@ class Grid:
 
     def paper_value(self, row: str, column: str) -> str | None:
         """What the paper reports, `"66.78±0.59"`."""
-        return self.paper.get(row, {}).get(self.columns[column].stands_for)
+        value = self.paper.get(row, {}).get(self.columns[column]["stands_for"])
+        return None if value is None else str(value)
 
     def cell(self, row: str, column: str, seed: int) -> Cell:
         """One training: its settings are those of the preset, then of the column, of the row, tuned ones, the seed."""
-        settings = {**self.settings, **self.columns[column].settings, **self.rows[row]}
-        settings |= {**self._tuned_values(column, settings), "seed": seed}
-        if column in self.overrides.paths:
-            settings["target_path"] = self.overrides.paths[column]
-        config, needs = self._resolve(settings, f"{row}, {column}", used=True)
+        place, given = f"{row}, {column}", {"seed": seed}
+        if column in self.paths:
+            given["target_path"] = self.paths[column]
+        layers = self.settings, self.columns[column], self.rows[row]
+        config, needs = self._resolve(self._merged(column, *layers) | given, place, used=True)
         id_ = f"{slug(row)}--{slug(column)}--seed{seed}--{fingerprint('meta_test', config)}"
-        return Cell(row, column, seed, id_, config, needs, tuple(self._differences(row, column, config, needs)))
+        # What it is in the paper, or stands for
+        standard = self._content["columns"].get(self.columns[column]["stands_for"], {})
+        layers = self._content["set"], standard, self._content["rows"].get(row, self.rows[row])
+        papers = self._resolve(self._merged(column, *layers), place, used=False)
+        return Cell(row, column, seed, id_, config, needs, tuple(departures(config, needs, *papers)))
 
     # --- the parts
 
-    def _tuned_values(self, column: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the method of a cell, and of those that its recipe adds."""
-        chosen = self.tuned.get(column, {})
+    def _merged(self, column: str, shared: Mapping[str, Any], *own: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings, with those that were tuned for the method of a cell and the methods that its recipe adds."""
+        settings = functools.reduce(lambda before, after: {**before, **after}, own, shared)
+        tuned = self.tuned.get(column, {})
         methods = [*settings.get("recipe", []), str(settings.get("method"))]
-        return {key: value for method in methods for key, value in chosen.get(method, {}).items()}
-
-    def _apply_command_line(self) -> None:
-        self._cell_texts, self._need_texts = [], {}
-        for text in self.overrides.settings:
-            key, separator, _ = text.partition("=")
-            need, dot, _ = key.partition(".")
-            if separator and dot:
-                check_known(f"--set {text}: need", [need], self.needs)
-                self._need_texts.setdefault(need, []).append(text[len(need) + 1 :])
-            elif key.strip() in GIVEN_OTHERWISE:
-                raise UserError(f"--set {text}: is given by {GIVEN_OTHERWISE[key.strip()]}")
-            else:
-                self._cell_texts.append(text)
-        check_known("--use: need", self.overrides.files, self.needs)
-        runs = [name for name, spec in self.needs.items() if "program" in spec]
-        check_known("--path: column or need", self.overrides.paths, [*self.columns, *runs])
-        self.given = {name: given_need(name, path, self.needs[name]) for name, path in self.overrides.files.items()}
+        values = {key: value for method in methods for key, value in tuned.get(method, {}).items()}
+        return {key: value for key, value in {**settings, **values}.items() if key not in ABOUT}
 
     def _resolve(self, settings: Mapping[str, Any], place: str, used: bool) -> tuple[MetaTestConfig, dict[str, Need]]:
         """A cell's configuration, in which ids stand for needs, and setting → need; `used`: see `_need`."""
         references = {key: REFERENCE.fullmatch(value) for key, value in settings.items() if isinstance(value, str)}
         needs = {key: self._need(match[1], settings, used) for key, match in references.items() if match}
-        values = {**_settings_in(self._base), **settings, **{key: need.id for key, need in needs.items()}}
-        values.pop(VERSUS, None)
-        texts = self._cell_texts if used else ()
-        config = load_config(MetaTestConfig, None, texts, values, f"{self.path}: {place}")
-        return dataclasses.replace(config, data_root=self.overrides.data_root), needs
+        values = {**settings, **{key: need.id for key, need in needs.items()}}
+        texts = self._sets[""] if used else ()
+        return self._config("meta_test", self._content["config"], values, texts, place), needs
 
     def _need(self, name: str, settings: Mapping[str, Any], used: bool) -> Need:
         """`used`: as this preset and the command line have it; otherwise as the paper has it."""
@@ -328,36 +289,21 @@ class Grid:
             return self.given[name]
         spec, texts = self.needs[name], []
         if "file" in spec:
-            file = Path(self.overrides.data_root).expanduser() / spec["file"]
+            file = Path(self.data_root).expanduser() / spec["file"]
             return Need(name, f"{name}-{spec['sha256'][:8]}", file=file, hint=spec["hint"], sha256=spec["sha256"])
-        like = {key: settings[key] for key in spec.get("like", []) if key in settings}
-        values = {**_settings_in(self.path.parent / spec["config"]), **spec.get("set", {}), **like}
+        program = spec["program"]
+        values = spec.get("set", {}) | {key: settings[key] for key in spec.get("like", []) if key in settings}
         if used:
             values |= self._preset_needs.get(name, {})
-            texts = self._need_texts.get(name, [])
-            if path := self.overrides.paths.get(name):
-                of_source = spec["program"] == "meta_train"
-                values |= {"source_paths": path.split(",")} if of_source else {"target_path": path}
-        config = load_config(PROGRAMS[spec["program"]], None, texts, values, f"{self.path}: needs: {name}")
-        config = dataclasses.replace(config, data_root=self.overrides.data_root)
-        return Need(name, f"{name}-seed{config.seed}-{fingerprint(spec['program'], config)}", spec["program"], config)
+            texts = self._sets.get(name, ())
+            if path := self.paths.get(name):
+                values |= {"source_paths": path.split(",")} if program == "meta_train" else {"target_path": path}
+        config = self._config(program, spec["config"], values, texts, f"needs: {name}")
+        return Need(name, f"{name}-seed{config.seed}-{fingerprint(program, config)}", program, config)
 
-    def _differences(self, row: str, column: str, config: MetaTestConfig, needs: Mapping[str, Need]) -> Iterable[str]:
-        """How a cell departs from the paper's setting of the cell that it is, or stands for."""
-        columns, rows, shared = self._of_paper
-        standard = columns.get(self.columns[column].stands_for)
-        settings = {**shared, **(standard.settings if standard else {}), **rows.get(row, self.rows[row])}
-        settings |= self._tuned_values(column, settings)
-        paper, paper_needs = self._resolve(settings, f"{row}, {column}", used=False)
-        paper, ours = (dataclasses.replace(some, image_size=image_size(some)) for some in (paper, config))
-        both = [key for key in needs if key in paper_needs]  # compared setting by setting
-        yield from differences(vars(paper), ours, without=INCIDENTAL.union(both))
-        for need, theirs in ((needs[key], paper_needs[key]) for key in both):
-            if need.config is not None:
-                changed = differences(vars(theirs.config), need.config, without=INCIDENTAL)
-                yield from (f"{theirs.name}: {change}" for change in changed)
-            elif need.id != theirs.id:
-                yield f"{theirs.name}: {need.file.name}, of which nothing is recorded"
+    def _config(self, program: str, file: str, values: Mapping[str, Any], texts: Iterable[str], place: str) -> Any:
+        values = {**_settings_in(self.path.parent / file), **values, "data_root": self.data_root}
+        return load_config(PROGRAMS[program], None, texts, values, f"{self.path}: {place}")
 
     def _pick(self, kind: str, known: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
         if chosen is None or isinstance(chosen, Mapping):
@@ -366,22 +312,33 @@ class Grid:
         return {name: known[name] for name in known if name in chosen}
 
 
+def departures(
+    ours: MetaTestConfig, needs: Mapping[str, Need], papers: MetaTestConfig, their_needs: Mapping[str, Need]
+) -> Iterable[str]:
+    """How a cell departs from the paper's setting."""
+    papers, ours = (dataclasses.replace(some, image_size=image_size(some)) for some in (papers, ours))
+    both = [key for key in needs if key in their_needs]  # compared setting by setting
+    yield from differences(vars(papers), ours, without=INCIDENTAL.union(both))
+    for need, theirs in ((needs[key], their_needs[key]) for key in both):
+        if need.config is not None:
+            for change in differences(vars(theirs.config), need.config, without=INCIDENTAL):
+                yield f"{theirs.name}: {change}"
+        elif need.id != theirs.id:
+            yield f"{theirs.name}: {need.file.name}, of which nothing is recorded"
+
+
 def given_need(name: str, path: Path, spec: Mapping[str, Any]) -> Need:
     """A file, run folder or shipped φ that the command line gives in place of a run; identified by its content."""
     is_run, program, card = path.is_dir(), spec.get("program"), None  # card: of its making, to hold it to the paper's
-    absent = UserError(f"--use {name}={path}: no such file or finished run")
-    if is_run and not (path / "result.json").is_file():
-        raise absent
     if program == "meta_train":
-        path = path / "phi.pt" if is_run else find_phi(path)
+        path = path / "phi.pt" if (path / "result.json").is_file() else find_phi(path)
         phi = load_phi(path)
         card, content = phi.card, phi_digest(phi)
     else:
         file = path / "checkpoints" / "latest.pt" if is_run else path
-        if not file.is_file():
-            raise absent
-        content = sha256(file)
-        card = load_json(path / "result.json") if is_run else None
+        if not file.is_file() or (is_run and not (path / "result.json").is_file()):
+            raise UserError(f"--use {name}={path}: no such file or finished run")
+        content, card = sha256(file), load_json(path / "result.json") if is_run else None
     id_ = name if name.endswith(f"_{content:.8}") else f"{name}-{content:.8}"
     return Need(name, id_, config=config_of(program, card) if program else None, file=path)
 
@@ -414,11 +371,9 @@ def read_tuned(path: Path, columns: Collection[str]) -> dict[str, dict[str, dict
         raise UserError(f"{path}: no such file; ./run.sh tune writes it")
     content = load_json(path)
     chosen = content.get("chosen") if isinstance(content, dict) else None
-    if not isinstance(chosen, dict):
-        raise UserError(f"{path}: holds no choice of hyperparameters; ./run.sh tune writes one")
-    tuned = {column: chosen[column] for column in columns if column in chosen}
+    tuned = {column: chosen[column] for column in columns if column in (chosen or ())}
     if not tuned:
-        raise UserError(f"{path}: nothing was tuned for {', '.join(columns)} (tuned: {', '.join(chosen)})")
+        raise UserError(f"{path}: nothing was tuned for {', '.join(columns)}; ./run.sh tune does it")
     return tuned
 
 

@@ -2,20 +2,22 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tables.grid import Grid
-from tables.results import Entry, Results, Summary, images_of, versions
+from tables.results import Entry, Results, finished, images_of, versions
 
 NONE = "–"
+PARTS = (("", "mean"), ("_std", "std"))  # of a metric, in the CSV
+Marks = Mapping[tuple[str, ...], str]  # way of departing from the paper's setting → its letter; "" for none
 
 
 def markdown(results: Results) -> str:
     """The page."""
     grid, entries = results.grid, results.entries()
     ways = dict.fromkeys(entry.differences for entry in entries if entry.differences)
-    marks = {way: f" ({_letter(i)})" for i, way in enumerate(ways)}  # of departing from the paper's setting
+    marks = {(): ""} | {way: f" ({_letter(i)})" for i, way in enumerate(ways)}
     paper = "The second line is the paper's number. " if grid.paper else ""
     usual = "the paper's" if grid.paper else "that of the preset `paper`"
     parts = [
@@ -37,50 +39,43 @@ def markdown(results: Results) -> str:
 def csv_text(results: Results) -> str:
     """One line a row and column."""
     out, entries = io.StringIO(), results.entries()
-    once = _measured_once(entries)
-    lines = [_csv_line(entry) | (_numbers("one_pass_", entry.one_pass) if once else {}) for entry in entries]
+    lines = [_csv_line(entry, _measured_once(entries)) for entry in entries]
     writer = csv.DictWriter(out, [*lines[0]], lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()
 
 
-def _csv_line(entry: Entry) -> dict[str, Any]:
-    mean, low, high, pairs = entry.difference or (None,) * 4
-    return {
-        **{"row": entry.row, "column": entry.column, "seeds": len(entry.records)},
-        **_numbers("", entry.metrics),
-        **{"paper": entry.paper, "ours_minus_paper": _number(entry.gap), "baseline": entry.versus},
-        **{"difference": _number(mean), "low_95": _number(low), "high_95": _number(high), "pairs": pairs},
-        "setting": "reduced" if entry.differences else "paper",
-        **{"departs_from_paper": "; ".join(entry.differences), "code": "; ".join(entry.code)},
-        "diverged": entry.diverged,
-    }
+def _csv_line(entry: Entry, once: bool) -> dict[str, Any]:
+    line = {"row": entry.row, "column": entry.column, "seeds": len(entry.records)}
+    line |= {f"{key}{end}": getattr(of, part) for key, of in entry.metrics.items() for end, part in PARTS}
+    line |= {"paper": entry.paper, "ours_minus_paper": entry.gap, "baseline": entry.versus}
+    line |= zip(("difference", "low_95", "high_95", "pairs"), entry.difference or (None,) * 4, strict=True)
+    line |= {"setting": "reduced" if entry.differences else "paper", "departs_from_paper": "; ".join(entry.differences)}
+    line |= {"code": "; ".join(entry.code), "diverged": entry.diverged}
+    once = entry.one_pass if once else {}
+    line |= {f"one_pass_{key}{end}": getattr(of, part) for key, of in once.items() for end, part in PARTS}
+    return {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in line.items()}
 
 
-def _numbers(prefix: str, metrics: Mapping[str, Summary]) -> dict[str, str]:
-    parts = (("", "mean"), ("_std", "std"))
-    return {f"{prefix}{key}{end}": _number(getattr(of, part)) for key, of in metrics.items() for end, part in parts}
-
-
-def _overview(grid: Grid, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
+def _overview(grid: Grid, entries: Sequence[Entry], marks: Marks) -> str:
     found = {}
     for entry in entries:
         ours = f"{entry.metrics['accuracy']} ({entry.seeds})" if entry.records else f"diverges ({entry.diverged})"
-        found[entry.row, entry.column] = ours + marks.get(entry.differences, "")
+        found[entry.row, entry.column] = ours + marks[entry.differences]
 
     def text(row: str, column: str) -> str:
         ours = found.get((row, column), NONE)
         return f"{ours}<br>{_paper(grid.paper_value(row, column))}" if grid.paper else ours
 
-    rows = [[row, *(text(row, column) for column in grid.columns)] for row in grid.rows]
-    return markdown_table(["", *grid.columns], rows)
+    return markdown_table(
+        ["", *grid.columns], [[row, *(text(row, name) for name in grid.columns)] for row in grid.rows]
+    )
 
 
-def _details(entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> str:
-    once = _measured_once(entries)
+def _details(entries: Sequence[Entry], marks: Marks) -> str:
     head = ["", "", "seeds", "accuracy %", "paper", "ours − paper", "difference to baseline", "NLL", "ECE %", "setting"]
-    head += ["one pass: accuracy %", "one pass: NLL", "one pass: ECE %"] if once else []
+    head += ["one pass: accuracy %", "one pass: NLL", "one pass: ECE %"] * _measured_once(entries)
     rows = []
     for entry in entries:
         (accuracy, nll, ece), one_pass = (map(str, of.values()) for of in (entry.metrics, entry.one_pass))
@@ -88,7 +83,7 @@ def _details(entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> 
         versus = f"{entry.difference} to {entry.versus}, n = {entry.difference.n}" if entry.difference else NONE
         setting = f"reduced{marks[entry.differences]}" if entry.differences else "paper"
         line = [entry.row, entry.column, entry.seeds, accuracy, _paper(entry.paper), gap, versus, nll, ece, setting]
-        rows.append([*line, *(one_pass if once else ())])
+        rows.append([*line, *one_pass][: len(head)])
     return markdown_table(head, rows)
 
 
@@ -96,16 +91,17 @@ def _measured_once(entries: Sequence[Entry]) -> bool:
     return any(entry.one_pass["accuracy"].n for entry in entries)
 
 
-def _notes(results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str, ...], str]) -> Iterable[str]:
+def _notes(results: Results, entries: Sequence[Entry], marks: Marks) -> Iterator[str]:
     """What a reader must know so as not to compare what cannot be compared."""
-    grid, records = results.grid, results.records
+    grid, done = results.grid, {place: record for place, record in results.records.items() if finished(record)}
     common = set.intersection(*(set(entry.differences) for entry in entries))
     if common:
         usual = "the paper" if grid.paper else "the preset `paper`"
         yield f" All cells differ from {usual} in: {'; '.join(c for c in entries[0].differences if c in common)}"
     for differences, mark in marks.items():
         own = [change for change in differences if change not in common]
-        yield f"{mark} {'; '.join(own) or 'differs in nothing else'}"
+        if mark:
+            yield f"{mark} {'; '.join(own) or 'differs in nothing else'}"
     if grid.tuned_path is not None:
         values = (
             (column, "; ".join(f"{name} {listed(own)}" for name, own in methods.items() if own))
@@ -120,30 +116,25 @@ def _notes(results: Results, entries: Sequence[Entry], marks: Mapping[tuple[str,
             " Hyperparameters of the regularizers are the defaults of their sources, unless this page names another "
             "value. They were not tuned for these data."
         )
-    others = []
-    for name, column in grid.columns.items():
-        if not any(grid.paper_value(row, name) for row in grid.rows):
-            continue
-        if column.stands_for != name:
-            how = "" if column.comparable else " Its images differ, so no difference to the paper is given."
-            yield f" `{name}` stands in for the paper's {column.stands_for}.{how}"
-        elif not column.comparable:
-            others.append(name)
-    if others:
+    reported = {name: of for name, of in grid.columns.items() if any(grid.paper_value(row, name) for row in grid.rows)}
+    for name, column in reported.items():
+        if column["stands_for"] != name:
+            how = "" if column["comparable"] else " Its images differ, so no difference to the paper is given."
+            yield f" `{name}` stands in for the paper's {column['stands_for']}.{how}"
+    if others := [name for name, of in reported.items() if of["stands_for"] == name and not of["comparable"]]:
         yield f" {', '.join(others)}: the images differ from the paper's, so its numbers are not comparable to ours."
-    for images, columns in _by_text((place[1], images_of(record)) for place, record in records.items()).items():
+    for images, columns in _by_text((place[1], images_of(record)) for place, record in done.items()).items():
         yield f" {columns}: {images}."
-    code = versions(results.kept())
-    if len(code) > 1:
-        yield f" The cells come from {len(code)} versions of the code. The CSV names the version of each."
-    elif code:
-        yield f" Code: {code[0]}."
-    if taken := sum("taken_from" in record["cell"] for record in records.values()):
+    code = versions(results.records.values())
+    several = f"The cells come from {len(code)} versions of the code. The CSV names the version of each."
+    yield f" {several if len(code) > 1 else f'Code: {code[0]}.'}"
+    if taken := sum("taken_from" in record["cell"] for record in done.values()):
         were = "was" if taken == 1 else "were"
         yield f" {taken} of these trainings {were} run for another table or preset. The records say for which."
-    for (row, column, seed), record in results.diverged.items():
-        yield f" {row} on {column}, seed {seed}, diverged: {record['diverged']}."
-    if missing := len(results.cells) - len(records) - len(results.diverged):
+    for (row, column, seed), record in results.records.items():
+        if not finished(record):
+            yield f" {row} on {column}, seed {seed}, diverged: {record['diverged']}."
+    if missing := len(results.cells) - len(results.records):
         yield f" {missing} of {len(results.cells)} cells have not run yet, or failed."
 
 
@@ -161,23 +152,22 @@ def listed(settings: Mapping[str, Any]) -> str:
 
 def _meta_trainings(results: Results) -> str:
     """Loss and time of each: what joint training saves over the lookahead, for one."""
-    cards: dict[tuple[str, str], Any] = {}  # of each φ, by its name in the grid and its id, as far as records have it
+    rows: dict[tuple[str, str], list[str]] = {}  # of each φ, by its name in the grid and its id
     for place, cell in results.cells.items():
-        if need := cell.needs.get("phi"):
-            key = need.name, need.id
-            cards[key] = results.records.get(place, {}).get("phi_card") or cards.get(key, {})
-    rows = []
-    for (name, id_), card in cards.items():
+        if not (need := cell.needs.get("phi")):
+            continue
+        row = rows.setdefault((need.name, need.id), [])
+        card = results.records.get(place, {}).get("phi_card") or {}
         if not (card.get("source") and card.get("hardware")):
-            continue  # a φ of which less is known
+            continue  # of which less is known
         steps, m, hardware = card["config"]["steps"], card["metrics"] or {}, card["hardware"]
         pace = f"{card['seconds'] / steps:.2f}" if steps else NONE
         losses = [f"{m[key]:.3f}" if key in m else NONE for key in ("train_loss", "test_loss")]
         processes = f"{card['processes']} process{'es' * (card['processes'] > 1)}"
         machine = f"{hardware['device']}, {processes} ({hardware['cpu']}, {hardware['cores']} cores)"
-        rows.append([name, f"{card['source']['images']:,}", str(steps), pace, *losses, machine, f"`{id_}`"])
+        row[:] = [need.name, f"{card['source']['images']:,}", str(steps), pace, *losses, machine, f"`{need.id}`"]
     head = ["φ", "images", "steps", "s / step", "loss on D_tr", "loss on D_te", "hardware", "run"]
-    return markdown_table(head, rows) if rows else ""
+    return markdown_table(head, known) if (known := [row for row in rows.values() if row]) else ""
 
 
 def _letter(i: int) -> str:
@@ -186,10 +176,6 @@ def _letter(i: int) -> str:
 
 def _paper(value: str | None) -> str:
     return NONE if value is None else value.replace("±", " ± ")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metaperturb.config import MetaTestConfig
 from metaperturb.data import DATA_SETS
 from metaperturb.errors import UserError
 from metaperturb.identity import INCIDENTAL, differences
@@ -37,42 +38,40 @@ def write_record(cell: Mapping[str, Any], run_dir: Path, path: Path) -> None:
 
 
 def write_diverged(
-    results: "Results", cell: Cell, images: Iterable[str], phi: str | None, run_dir: Path, said: str
+    cell: Mapping[str, Any], config: MetaTestConfig, images: Sequence[str], said: str, path: Path
 ) -> None:
     """The record of a run that diverged: its last message in place of metrics; `images`: their fingerprints."""
+    run_dir = Path(config.run_dir)
     record = {
         "program": "meta_test",
-        "cell": place_of(results.grid, cell),
-        "seed": cell.seed,
+        "cell": cell,
+        "seed": config.seed,
         "target": {"name": None, "train": None, "test": None, "fingerprints": [*images]},
         "metrics": None,
         "diverged": said.removeprefix(f"{run_dir}: ").replace(str(run_dir), run_dir.name),
         **dict.fromkeys(("init", "sites", "phi_digest", "kernel", "seconds", "versions", "hardware")),
-        "phi_card": shortened(load_phi(phi).card) if phi else None,
-        "config": shortened(asdict(cell.config)),
+        "phi_card": shortened(load_phi(config.phi).card) if config.method == "metaperturb" else None,
+        "config": shortened(asdict(config)),
         "commit": commit(),
         "code": code_digest(),
         "curve": [],
     }
-    save_json(record, results.diverged_path(cell))
-
-
-def place_of(grid: Grid, cell: Cell) -> dict[str, Any]:
-    return {"table": grid.name, "row": cell.row, "column": cell.column, "needs": cell.need_ids}
+    save_json(record, path)
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """A cell's record, also of one that diverged; any other file is refused."""
     record = read_result(path)
-    cell = record.get("cell")
-    if not (isinstance(cell, dict) and {"row", "column"} <= cell.keys() and isinstance(cell.get("needs"), dict)):
-        raise UserError(f"{path}: is no record of a table's cell; remove it")
-    return record
+    match record.get("cell"):
+        case {"row": _, "column": _, "needs": dict()}:
+            return record
+    raise UserError(f"{path}: is no record of a table's cell; remove it")
 
 
 def record_files(folder: Path) -> list[Path]:
     """The records in a folder, and those of trainings that diverged."""
-    return sorted([*folder.glob("*--*.json"), *folder.glob(f"{DIVERGED}/*--*.json")])
+    found = [*folder.glob("*--*.json"), *folder.glob(f"{DIVERGED}/*--*.json")]
+    return sorted(found, key=lambda path: path.name)
 
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
@@ -179,29 +178,21 @@ class Results:
     def __init__(self, grid: Grid, folder: Path) -> None:
         self.grid, self.folder = grid, folder
         self.cells = {cell.place: cell for cell in grid.cells()}
-        self.records: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self.diverged: dict[tuple[str, str, int], dict[str, Any]] = {}  # its records; a later result counts instead
+        self.records: dict[tuple[str, str, int], dict[str, Any]] = {}  # of trainings that diverged, too
         self.images: dict[str, list[str]] = {}  # column → fingerprints of its training and evaluation images
-        first: dict[str, Path] = {}
         for place, cell in self.cells.items():
-            for path, records in ((self.path(cell), self.records), (self.diverged_path(cell), self.diverged)):
-                if not path.exists():
-                    continue
-                records[place] = self._read(path, cell)
-                column, images = place[1], records[place]["target"]["fingerprints"]
-                if self.images.setdefault(column, images) != images:
+            path = self.path(cell) if self.path(cell).exists() else self.path(cell, diverged=True)
+            if path.exists():
+                self.records[place] = self._read(path, cell)
+                images = self.records[place]["target"]["fingerprints"]
+                if self.images.setdefault(cell.column, images) != images:
                     raise UserError(
-                        f"{path}: trained or evaluated on other images than {first[column].name}, and a column mixes "
-                        "no data; remove one"
+                        f"{path}: trained or evaluated on other images than the cells before it, and a column mixes no "
+                        "data; remove it or those"
                     )
-                first.setdefault(column, path)
-                break
 
-    def path(self, cell: Cell) -> Path:
-        return self.folder / f"{cell.id}.json"
-
-    def diverged_path(self, cell: Cell) -> Path:
-        return self.folder / DIVERGED / f"{cell.id}.json"
+    def path(self, cell: Cell, diverged: bool = False) -> Path:
+        return self.folder / (DIVERGED if diverged else "") / f"{cell.id}.json"
 
     def strangers(self) -> list[str]:
         """Records in the folder that are of other rows or settings than this grid's."""
@@ -214,21 +205,10 @@ class Results:
         known = [entry for entry in entries if entry.records or entry.diverged]
         return sorted(known, key=lambda entry: not entry.records)
 
-    def lost(self, row: str, column: str) -> int:
-        """How many seeds diverged."""
-        return sum(place[:2] == (row, column) for place in self.diverged)
-
     def of(self, row: str, column: str) -> dict[int, dict[str, Any]]:
         """Seed → record."""
         places = {seed: (row, column, seed) for seed in self.grid.seeds}
         return {seed: self.records[place] for seed, place in places.items() if place in self.records}
-
-    def accuracies(self, row: str, column: str) -> dict[int, float]:
-        """Seed → accuracy in %."""
-        return {seed: 100 * record["metrics"]["accuracy"] for seed, record in self.of(row, column).items()}
-
-    def kept(self) -> list[dict[str, Any]]:
-        return [*self.records.values(), *self.diverged.values()]
 
     def _read(self, path: Path, cell: Cell) -> dict[str, Any]:
         record = read_record(path)
@@ -247,25 +227,33 @@ class Entry:
 
     def __init__(self, results: Results, row: str, column: str) -> None:
         grid, self.row, self.column = results.grid, row, column
-        self.records, self.diverged = results.of(row, column), results.lost(row, column)  # which have no metrics
+        found = results.of(row, column)
+        self.records = {seed: record for seed, record in found.items() if finished(record)}
+        self.diverged = len(found) - len(self.records)  # which have no metrics
+        self.seeds = f"{len(self.records)}" + f"; {self.diverged} diverged" * bool(self.diverged)
         self.metrics = _summaries([record["metrics"] for record in self.records.values()])
         self.one_pass = _summaries([record["one_pass"] for record in self.records.values() if record.get("one_pass")])
         self.versus = grid.baseline(row) if self.records else None
-        accuracies = (results.accuracies(some, column) for some in (row, self.versus) if self.versus)
-        self.difference = paired_difference(*accuracies) if self.versus else None
+        theirs = results.of(self.versus, column) if self.versus else {}
+        self.difference = paired_difference(_accuracies(found), _accuracies(theirs))
         # From the paper's setting: those of settings, and which part of Tiny ImageNet cells started from.
         cells = {seed: results.cells[row, column, seed] for seed in grid.seeds}
         parts = [text for seed, record in self.records.items() for text in _part_of_source(cells[seed], record)]
         self.differences = tuple(dict.fromkeys([*cells[grid.seeds[0]].differences, *parts]))
         self.paper = grid.paper_value(row, column)
         shorter = any(change.startswith(("steps:", "batch_size:")) for change in self.differences)
-        comparable = self.records and self.paper is not None and grid.columns[column].comparable and not shorter
+        comparable = self.records and self.paper is not None and grid.columns[column]["comparable"] and not shorter
         self.gap = self.metrics["accuracy"].mean - float(self.paper.partition("±")[0]) if comparable else None
         self.code = versions(self.records.values())
 
-    @property
-    def seeds(self) -> str:
-        return f"{len(self.records)}; {self.diverged} diverged" if self.diverged else f"{len(self.records)}"
+
+def finished(record: Mapping[str, Any]) -> bool:
+    """Whether it is of a training that did not diverge."""
+    return record["metrics"] is not None
+
+
+def _accuracies(records: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    return {seed: 100 * record["metrics"]["accuracy"] for seed, record in records.items() if finished(record)}
 
 
 def _summaries(metrics: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
@@ -275,12 +263,12 @@ def _summaries(metrics: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
 def _part_of_source(cell: Cell, record: Mapping[str, Any]) -> Iterator[str]:
     """For each φ or network that a cell started from and that saw a part of Tiny ImageNet only: how many images."""
     for key, need in cell.needs.items():
-        made = record["phi_card" if key == "phi" else "init"] or {}
-        data = made.get("source") if key == "phi" else (made.get("run") or {}).get("data")
-        if not data or not str(data.get("name")).startswith("tiny_imagenet"):
-            continue
+        if key == "phi":
+            data = (record["phi_card"] or {}).get("source") or {}
+        else:
+            data = ((record["init"] or {}).get("run") or {}).get("data") or {}
         images, all_ = data.get("images", data.get("train")), IMAGES_A_CLASS * data.get("classes", CLASSES)
-        if images != all_:
+        if str(data.get("name")).startswith("tiny_imagenet") and images != all_:
             yield f"{need.name}: images: {all_} → {images}"
 
 
@@ -296,17 +284,19 @@ def versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
 def take_recorded(grid: Grid, folder: Path) -> list[Need]:
     """For reports: take what the records started from and may be gone, unless the command line names something else.
 
-    Nothing is taken where records started from several, or from one that a run of the table made.
+    Nothing is taken where records started from several, or from one that a run of the table made. Of a choice among
+    several φ each is a row, and not among those that are returned.
     """
     cards: dict[str, Any] = {}
     for record in map(read_record, record_files(folder)):
         for key, id_ in record["cell"]["needs"].items():
             cards[id_] = record["phi_card"] if key == "phi" else {"config": (record["init"] or {}).get("run")}
-    taken = []
-    made = {name: spec["program"] for name, spec in grid.needs.items() if "program" in spec and name not in grid.given}
-    for name, program in made.items():
+            if re.fullmatch(r"phi_[0-9a-f]{8}", id_) and record["cell"]["row"] not in grid.rows:
+                grid.add_row(record["cell"]["row"], id_)
+    taken = {}
+    for name, spec in grid.needs.items():
         ids = [id_ for id_ in cards if re.fullmatch(rf"{re.escape(name)}(-[0-9a-f]{{8}})?", id_)]
-        if len(ids) == 1:
-            taken.append(Need(name, ids[0], config=config_of(program, cards[ids[0]]), file=Path(ids[0])))
-            grid.given[name] = taken[-1]
-    return taken
+        if "program" in spec and name not in grid.given and len(ids) == 1:
+            taken[name] = Need(name, ids[0], config=config_of(spec["program"], cards[ids[0]]), file=Path(ids[0]))
+    grid.given |= taken
+    return [need for name, need in taken.items() if need.id != name]

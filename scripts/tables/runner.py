@@ -13,10 +13,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from metaperturb.cli import PARENT
@@ -63,76 +61,74 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries:
     began, waiting, failed = time.monotonic(), [job for job in jobs if not job.done], {}
     done, tried = {job.id for job in jobs if job.done}, Counter()
     before = len(done)
-    running: dict[Future, Job] = {}
-    processes: set[subprocess.Popen] = set()
-    free: SimpleQueue[str] = SimpleQueue()  # a device for each of those at once
-    for device in itertools.islice(itertools.cycle(devices), at_once):
-        free.put(device)
-    pool = ThreadPoolExecutor(at_once)
+    running: dict[subprocess.Popen, tuple[Job, str, int]] = {}  # with its device, and where its log began
+    free = [*itertools.islice(itertools.cycle(devices), at_once)]
+
+    def end(job: Job, became: str, said: str) -> None:
+        if became == "done":
+            done.add(job.id)
+            left = (time.monotonic() - began) / (len(done) - before) * (len(jobs) - len(done))
+            so_far = f"{len(done)} of {len(jobs)} done" + f", about {clock(left)} left" * (left > 0)
+            print(f"{job.id}: {said} ({so_far})", file=sys.stderr, flush=True)
+            return
+        if became == "failed" and tried[job.id] < retries:
+            tried[job.id] += 1
+            waiting.append(job)
+            became = "failed, will be tried again"
+        elif became != "diverged":
+            failed[job.id], became = said, "failed"
+        print(f"{job.id}: {became}: {said}", file=sys.stderr)
+
     try:
         while waiting or running:
             for job in [*waiting]:
                 if lost := [need.id for need in job.needs if need.id in failed]:
                     waiting.remove(job)
-                    failed[job.id] = f"not run, because {lost[0]} failed"
-                    print(f"{job.id}: failed: {failed[job.id]}", file=sys.stderr)
-                elif done.issuperset(need.id for need in job.needs):
+                    end(job, "hopeless", f"not run, because {lost[0]} failed")
+                elif free and done.issuperset(need.id for need in job.needs):
                     waiting.remove(job)
-                    running[pool.submit(_train, job, free, processes)] = job
-            for ended in wait(running, return_when=FIRST_COMPLETED).done:
-                job, (became, said) = running.pop(ended), ended.result()
-                if became == "done":
-                    done.add(job.id)
-                    left = (time.monotonic() - began) / (len(done) - before) * (len(jobs) - len(done))
-                    so_far = f"{len(done)} of {len(jobs)} done" + f", about {clock(left)} left" * (left > 0)
-                    print(f"{job.id}: {said} ({so_far})", file=sys.stderr, flush=True)
-                    continue
-                if became == "failed" and tried[job.id] < retries:
-                    tried[job.id] += 1
-                    waiting.append(job)
-                    became = "failed, will be tried again"
-                elif became != "diverged":
-                    failed[job.id], became = said, "failed"
-                print(f"{job.id}: {became}: {said}", file=sys.stderr)
+                    try:
+                        process, log_begin = _start(job, free[0])
+                        running[process] = job, free.pop(0), log_begin
+                    except (UserError, OSError) as error:  # one that cannot start does not end the others
+                        end(job, "hopeless", f"cannot be started ({reason(error)})")
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, device, log_begin = running.pop(process)
+                free.append(device)
+                end(job, *_outcome(job, process.returncode, last_line(job.run_dir / LOG, log_begin)))
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        for process in running:
             process.terminate()
-        pool.shutdown()
+        for process in running:
+            process.wait()
     return failed
 
 
-def _train(job: Job, free: SimpleQueue, processes: set[subprocess.Popen]) -> tuple[str, str]:
-    """One attempt: what became of it, and what was said last. What is `"hopeless"` need not be tried again."""
-    device = free.get()
-    try:
-        save_yaml(dataclasses.asdict(job.config), job.run_dir / SETTINGS)
-        command, log = job.command(device), job.run_dir / LOG
-        with open(log, "ab") as file:  # behind what earlier attempts said
-            file.write(f"$ {shlex.join(command)}\n".encode())
-            file.flush()
-            said_before = file.tell()
-            environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when we are gone
-            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            processes.add(process := subprocess.Popen(command, **streams, env=environment))
-            code = process.wait()
-        processes.remove(process)
-    except (UserError, OSError) as error:  # one that cannot start does not end the others
-        return "hopeless", f"cannot be started ({reason(error)})"
-    finally:
-        free.put(device)
-    said = last_line(log, said_before)
+def _start(job: Job, device: str) -> tuple[subprocess.Popen, int]:
+    """Its process, and where what this one says begins in its log, behind what earlier attempts said."""
+    save_yaml(dataclasses.asdict(job.config), job.run_dir / SETTINGS)
+    command = job.command(device)
+    with open(job.run_dir / LOG, "ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when we are gone
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        return subprocess.Popen(command, **streams, env=environment), file.tell()
+
+
+def _outcome(job: Job, code: int, said: str) -> tuple[str, str]:
+    """What became of an attempt, and what is to be said. What is `"hopeless"` need not be tried again."""
     try:
         if code == 0:
             job.finish()
             return "done" if job.done else "failed", said
-        if code == Diverged.exit_code:
-            if job.diverge is not None:
-                job.diverge(said)
-            return "hopeless" if job.diverge is None else "diverged", said
+        if code == Diverged.exit_code and job.diverge is not None:
+            job.diverge(said)
+            return "diverged", said
     except (UserError, OSError) as error:  # of keeping what came out
-        return ("failed", str(error)) if code == 0 else ("hopeless", f"{said}; {error}")
-    return "failed", said
+        return "failed", str(error)
+    return "hopeless" if code == Diverged.exit_code else "failed", said
 
 
 def last_line(log: Path, begin: int = 0) -> str:

@@ -13,38 +13,30 @@ whether it ran at the paper's setting.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cluster
 import torch
 
 from metaperturb.cli import argument_parser, pairs
-from metaperturb.config import MetaTestConfig, MetaTrainConfig
-from metaperturb.data.registry import load_parts, load_source_images
 from metaperturb.distributed import parse_devices
-from metaperturb.dry_run import watch
 from metaperturb.errors import UserError
 from metaperturb.finetuning import read_weights
-from metaperturb.identity import digest, image_size, small_network
-from metaperturb.provenance import available_cores, code_digest
+from metaperturb.identity import check_network, digest, fingerprints, image_size
+from metaperturb.provenance import available_cores
 from metaperturb.runs import read_result
 from metaperturb.storage import write_atomically
 from metaperturb.weights import load_phi
-from tables.grid import Cell, Grid, Need, Overrides, check_known, sha256
+from tables.grid import Cell, Grid, Need, check_known, sha256
 from tables.page import csv_text, markdown
-from tables.results import DIVERGED, Results, place_of, take_recorded, write_diverged, write_record
+from tables.results import DIVERGED, Results, finished, take_recorded, write_diverged, write_record
 from tables.runner import LOG, Job, run_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
-# What decides which images a run loads.
-DATA_SETTINGS = (
-    *("source", "source_paths", "classes", "target", "target_path", "train_per_class", "eval_split", "holdout"),
-    *("image_size", "skip_unreadable"),
-)
 
 
 def table_parser() -> argparse.ArgumentParser:
@@ -85,36 +77,28 @@ def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
 
 
 def make_table(arguments: argparse.Namespace) -> None:
-    grid = read_grid(arguments)
-    folder = results_folder(grid, arguments)
-    if arguments.report:
-        for need in take_recorded(grid, folder):
-            print(f"{need.name}: {need.id}, as of the records (--use {need.name}=… names another)", file=sys.stderr)
-    if not run_grid(grid, arguments):
-        return
-    page = write_table(grid, folder)
-    print(page.read_text(encoding="utf-8"))
-    print(f"table: {page}   numbers: {page.with_suffix('.csv')}", file=sys.stderr)
+    if page := run_grid(read_grid(arguments), arguments):
+        print(page.read_text(encoding="utf-8"))
+        print(f"table: {page}   numbers: {page.with_suffix('.csv')}", file=sys.stderr)
 
 
 def read_grid(arguments: argparse.Namespace) -> Grid:
     """The grid, with what the command line changes."""
-    files = {name: Path(path) for name, path in pairs("--use", arguments.use, "NAME=PATH").items()}
-    paths = pairs("--path", arguments.path, "NAME=PATH")
-    changed = Overrides(tuple(arguments.set), files, paths, arguments.data_root, arguments.tuned)
-    return Grid(arguments.grid, arguments.preset, changed)
-
-
-def results_folder(grid: Grid, arguments: argparse.Namespace) -> Path:
-    """Of this grid and preset; settings from the command line get one of their own."""
-    name = grid.preset + (f"-{digest(sorted(arguments.set))}" if arguments.set else "")
-    return arguments.results / grid.name / name
+    return Grid(
+        arguments.grid,
+        arguments.preset,
+        sets=arguments.set,
+        files={name: Path(path) for name, path in pairs("--use", arguments.use, "NAME=PATH").items()},
+        paths=pairs("--path", arguments.path, "NAME=PATH"),
+        data_root=arguments.data_root,
+        tuned_path=arguments.tuned,
+    )
 
 
 def write_table(grid: Grid, folder: Path) -> Path:
     """Markdown and CSV beside the folder of the records; the Markdown's path."""
     results = Results(grid, folder)
-    if not results.records and not results.diverged:
+    if not results.records:
         raise UserError(f"{folder}: no finished cell of this table yet")
     for name in results.strangers():
         print(f"not in the table: {folder / name} (another row, setting or φ)", file=sys.stderr)
@@ -124,46 +108,44 @@ def write_table(grid: Grid, folder: Path) -> Path:
     return page
 
 
-def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
-    """Train what is asked for and not there yet, here or on a cluster; returns whether all of it is there now."""
-    results = Results(grid, results_folder(grid, arguments))  # records that cannot be used are named now
+def run_grid(grid: Grid, arguments: argparse.Namespace) -> Path | None:
+    """Train what is asked for and not there yet, here or on a cluster; returns the page once all of it is there."""
+    own = f"-{digest(sorted(arguments.set))}" if arguments.set else ""  # other settings have a folder of their own
+    folder = arguments.results / grid.name / (grid.preset + own)
     if arguments.report:
-        return True
+        for need in take_recorded(grid, folder):
+            print(f"{need.name}: {need.id}, as of the records (--use {need.name}=… names another)", file=sys.stderr)
+        return write_table(grid, folder)
+    results = Results(grid, folder)  # records that cannot be used are named now
     cells = list(results.cells.values())
     for name, known in (("row", grid.rows), ("column", grid.columns), ("seed", grid.seeds)):
         wanted = getattr(arguments, f"{name}s")
         check_known(f"--{name}s", wanted or (), known)
         cells = [cell for cell in cells if wanted is None or getattr(cell, name) in wanted]
-    todo = [cell for cell in cells if cell.place not in results.records and cell.place not in results.diverged]
-    queue = cluster.Queue(arguments.runs / "slurm" / grid.name / results.folder.name)
-    images = Images()
-    jobs = grid_jobs(results, todo, arguments.runs, images)
+    there = {cell.id: results.records[cell.place] for cell in cells if cell.place in results.records}
+    todo = [cell for cell in cells if cell.id not in there]
+    queue = cluster.Queue(arguments.runs / "slurm" / grid.name / folder.name)
+    jobs = grid_jobs(results, todo, arguments.runs)
     title = f"{grid.name} {grid.preset}"
     if arguments.status:
-        cluster.tell_status(title, queue, jobs, [cell.id for cell in cells if cell not in todo])
-        return False
-    if diverged := [cell.id for cell in cells if cell.place in results.diverged]:
-        where = f"without their JSONs in {results.folder / DIVERGED} they run again"
+        return cluster.tell_status(title, queue, jobs, [*there])
+    if diverged := [id_ for id_, record in there.items() if not finished(record)]:
+        where = f"without their JSONs in {folder / DIVERGED} they run again"
         print(f"{len(diverged)} cells diverged before: {', '.join(diverged)}; {where}", file=sys.stderr)
     if not todo:
-        return True
-    code = code_digest()
-    if old := sum(record["code"] != code for record in results.kept()):
-        where = f"to make them anew, remove their JSONs in {results.folder}"
-        print(f"{old} finished cells were made by another version of the code and are kept; {where}", file=sys.stderr)
+        return write_table(grid, folder)
     if untuned := [column for column in grid.untuned if any(cell.column == column for cell in todo)]:
         raise UserError(f"{grid.tuned_path}: nothing was tuned for {', '.join(untuned)}; --columns names others")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
     if arguments.slurm is not None:
         options = cluster.parse_options(arguments.slurm)
-        check(results, todo, jobs, images)
+        check(results, todo, jobs)
         device = "0" if options.get("gpus") else arguments.devices
-        cluster.submit(queue, [(job, (cluster.one_job, job, device)) for job in jobs if not job.done], options)
-        return False
+        return cluster.submit(queue, [(job, (cluster.one_job, job, device)) for job in jobs if not job.done], options)
     devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
-    check(results, todo, jobs, images)
+    check(results, todo, jobs)
     threads = max(cell.config.threads or available_cores() for cell in todo)
     at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads))
     head = f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}"
@@ -173,61 +155,47 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> bool:
         lines = [f"  {id_}: {why} (log: {logs[id_]})" for id_, why in failed.items()]
         head = f"{len(lines)} runs failed; the same command tries them again, and --report makes the table"
         raise UserError("\n".join([f"{head}:", *lines]))
-    return True
+    return write_table(grid, folder)
 
 
 # --- before anything runs
 
 
-class Images:
-    """Fingerprints of the images of runs, each data set loaded once."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple, list[str]] = {}
-
-    def __call__(self, config: MetaTestConfig | MetaTrainConfig) -> list[str]:
-        key = tuple(str(getattr(config, name, None)) for name in DATA_SETTINGS)
-        if key not in self.seen:
-            parts = load_parts(config) if isinstance(config, MetaTestConfig) else [load_source_images(config)]
-            self.seen[key] = [part.fingerprint for part in parts]
-        return self.seen[key]
-
-
-def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job], images: Images) -> None:
+def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job]) -> None:
     """Find now what would stop a run in hours: missing files or data, other images, networks that do not run.
 
     Data are fetched and decoded here once, so that several runs do not do it at the same time.
     """
     wrong: list[str] = []
 
-    @contextlib.contextmanager
-    def attempt(what: str) -> Iterator[None]:
+    def attempt(what: str, do: Callable[..., None], *arguments: Any) -> None:
         try:
-            yield
+            do(*arguments)
         except UserError as error:
             wrong.append(f"  {what}: {error}")
 
     for cell in {cell.column: cell for cell in cells}.values():
-        with attempt(f"column {cell.column}"):
-            found = images(cell.config)
-            if found != results.images.get(cell.column, found):
-                other = f"these are other images than those of the cells in {results.folder}"
-                raise UserError(f"{other}; a column mixes no data")
+        attempt(f"column {cell.column}", check_images, results, cell)
     made = {job.id: job.record for job in jobs if job.done}
     for key, need in {need.id: (key, need) for cell in cells for key, need in cell.needs.items()}.values():
-        if need.id not in made or need.name in results.grid.overrides.paths:
-            with attempt(f"need {need.name}"):
-                check_need(key, need, made.get(need.id), images)
+        if need.id not in made or need.name in results.grid.paths:
+            attempt(f"need {need.name}", check_need, key, need, made.get(need.id))
     for cell in {(cell.config.model, image_size(cell.config)): cell for cell in reversed(cells)}.values():
-        with attempt(f"row {cell.row}, column {cell.column}"):
-            watch(small_network(cell.config), image_size(cell.config))
+        attempt(f"row {cell.row}, column {cell.column}", check_network, cell.config)
     if wrong:
         raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
     write_atomically(results.folder / ".writable", lambda file: None)
     (results.folder / ".writable").unlink()
 
 
-def check_need(key: str, need: Need, made: Path | None, images: Images) -> None:
+def check_images(results: Results, cell: Cell) -> None:
+    found = fingerprints(cell.config)
+    if found != results.images.get(cell.column, found):
+        other = f"these are other images than those of the cells in {results.folder}"
+        raise UserError(f"{other}; a column mixes no data")
+
+
+def check_need(key: str, need: Need, made: Path | None) -> None:
     """A file is the one meant and can be read. The images of a run are there, and those that it was made from."""
     if need.file is not None:
         if not need.file.exists():
@@ -236,7 +204,7 @@ def check_need(key: str, need: Need, made: Path | None, images: Images) -> None:
             raise UserError(f"{need.file} is another file than the one meant (sha256 {need.sha256[:12]}…)")
         (load_phi if key == "phi" else read_weights)(need.file)
         return
-    found, result = images(need.config), read_result(made) if made else None
+    found, result = fingerprints(need.config), read_result(made) if made else None
     if result and found != ([result["source"]["fingerprint"]] if key == "phi" else result["target"]["fingerprints"]):
         raise UserError(f"{made.parent}: was made from other images than --path names; remove it or give other --runs")
 
@@ -244,31 +212,29 @@ def check_need(key: str, need: Need, made: Path | None, images: Images) -> None:
 # --- jobs
 
 
-def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path, images: Images) -> list[Job]:
+def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path) -> list[Job]:
     """The runs of these cells, behind those of what they need."""
     needs: dict[str, Job] = {}
     for need in (need for cell in cells for need in cell.needs.values() if need.file is None):
         run_dir = runs / "needs" / need.id
         config = dataclasses.replace(need.config, run_dir=str(run_dir))
         needs[need.id] = Job(need.id, need.program, config, run_dir / "result.json")
-    return [*needs.values(), *(cell_job(results, cell, runs, images, needs) for cell in cells)]
+    return [*needs.values(), *(cell_job(results, cell, runs, needs) for cell in cells)]
 
 
-def cell_job(results: Results, cell: Cell, runs: Path, images: Images, needs: Mapping[str, Job]) -> Job:
-    record, lost = results.path(cell), results.diverged_path(cell)
+def cell_job(results: Results, cell: Cell, runs: Path, needs: Mapping[str, Job]) -> Job:
+    record, lost = results.path(cell), results.path(cell, diverged=True)
     run_dir = runs / results.grid.name / results.folder.name / cell.id
     made = {key: str(need.outcome(runs / "needs")) for key, need in cell.needs.items()}
+    config = dataclasses.replace(cell.config, **made, run_dir=str(run_dir))
+    place = {"table": results.grid.name, "row": cell.row, "column": cell.column, "needs": cell.need_ids}
 
     def finish() -> None:
-        write_record(place_of(results.grid, cell), run_dir, record)
+        write_record(place, run_dir, record)
         lost.unlink(missing_ok=True)
 
-    return Job(
-        id=cell.id,
-        program="meta_test",
-        config=dataclasses.replace(cell.config, **made, run_dir=str(run_dir)),
-        record=record,
-        finish=finish,
-        needs=tuple(needs[id_] for id_ in cell.need_ids.values() if id_ in needs),
-        diverge=lambda said: write_diverged(results, cell, images(cell.config), made.get("phi"), run_dir, said),
-    )
+    def diverge(said: str) -> None:
+        write_diverged(place, config, fingerprints(config), said, lost)
+
+    before = tuple(needs[id_] for id_ in cell.need_ids.values() if id_ in needs)
+    return Job(cell.id, "meta_test", config, record, finish, before, diverge)

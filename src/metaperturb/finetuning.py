@@ -45,8 +45,7 @@ def read_weights(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str
     if not path.is_file():
         raise UserError(f"init: {path}: no such file or run folder (./run.sh pretrain makes one)")
     content = load_tensors(path)
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+    content = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
         raise UserError(f"init: {path}: holds no network (expected a checkpoint of a run, or a state dict)")
     return dict(content), run
@@ -83,58 +82,37 @@ def initialize(
     norms = {*batch_norms(model)} if batch_norm == "drop" else set()
     fresh = tuple(f"{name}." for name, module in model.named_modules() if name == classifier or module in norms)
     added = {PERTURBATION, REGULARIZER}
-    given = {n: value for n, value in state.items() if n in own or added.isdisjoint(n.split("."))}
+    given = {name: value for name, value in state.items() if name in own or added.isdisjoint(name.split("."))}
     # Batch norm did not always count its batches, and does not use the number: files may lack it.
     absent = {name for name in own if name.endswith("num_batches_tracked") and name not in given}
     taken = [name for name in own if not name.startswith(fresh) and name not in absent]
-    _check_same_network(taken, own, given, source)
-    with torch.no_grad():
-        for name in taken:
-            own[name].copy_(given[name])
-    if verbose:
-        norms = f"the classifier {classifier} starts fresh; batch norm "
-        norms += "starts fresh" if batch_norm == "drop" else "taken, too"
-        print(f"init: {len(taken)} tensors from {source}; {norms}", file=sys.stderr)
-    return {
-        "from": os.fspath(source),
-        "sha256": _digest({name: own[name] for name in taken}),
-        "tensors": len(taken),
-        "classifier": classifier,
-        "batch_norm": batch_norm,
-        "run": run,
-    }
-
-
-def _check_same_network(taken: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: Any) -> None:
     wrong = [f"lacks {name}" for name in taken if name not in given]
     wrong += [f"has unknown {name:.60}" for name in given if name not in own]
     wrong += [text for name in taken if name in given and (text := _mismatch(name, own[name], given[name]))]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"init: {source}: not the weights of this network: {', '.join(wrong[:3])}{more}")
-    for name in taken:
-        if not torch.isfinite(given[name]).all():
-            raise UserError(f"init: {source}: {name} holds values that are not finite")
+    if not_finite := [name for name in taken if not torch.isfinite(given[name]).all()]:
+        raise UserError(f"init: {source}: {not_finite[0]} holds values that are not finite")
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name in taken:
+            value = own[name].copy_(given[name])
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if verbose:
+        norms = f"the classifier {classifier} starts fresh; batch norm "
+        norms += "starts fresh" if batch_norm == "drop" else "taken, too"
+        print(f"init: {len(taken)} tensors from {source}; {norms}", file=sys.stderr)
+    return {
+        **{"from": os.fspath(source), "sha256": digest.hexdigest(), "tensors": len(taken)},
+        **{"classifier": classifier, "batch_norm": batch_norm, "run": run},
+    }
 
 
 def _mismatch(name: str, own: Tensor, given: Any) -> str:
-    """How an entry of a file differs from what the network needs, or nothing. Files may hold odd kinds of tensors."""
-    if (
-        isinstance(given, Tensor)
-        and given.layout == torch.strided
-        and given.device.type == "cpu"
-        and not given.is_quantized
-        and given.shape == own.shape
-        and (given.is_floating_point(), given.is_complex()) == (own.is_floating_point(), own.is_complex())
-    ):
+    """How an entry of a file differs from what the network needs, or nothing."""
+    if isinstance(given, Tensor) and given.shape == own.shape and given.is_floating_point() == own.is_floating_point():
         return ""
     found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
     return f"{name} should be {list(own.shape)}, found {found}"
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

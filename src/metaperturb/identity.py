@@ -18,7 +18,7 @@ import torch
 from metaperturb import finetuning, methods, models
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of, read_yaml
 from metaperturb.data import DATA_SETS
-from metaperturb.data.registry import load_parts
+from metaperturb.data.registry import load_parts, load_source_images
 from metaperturb.distributed import parse_devices
 from metaperturb.dry_run import watch
 from metaperturb.errors import UserError
@@ -98,36 +98,28 @@ def check_folder(config: Any, program: str) -> None:
     """Refuse a folder that holds a run with other settings, or one without a record of them."""
     if not config.run_dir:
         raise UserError("run_dir: must name a folder")
-    folder = Path(config.run_dir)
-    path = folder / "config.yaml"
-    something_done = any(folder.glob("checkpoints/latest.*")) or (folder / "result.json").exists()
-    if not something_done:  # a run that failed at its start may be put right and started again
-        return
-    if not path.exists():
-        raise UserError(f"{folder}: holds a run without its config.yaml; choose another run_dir or remove the folder")
+    folder, elsewhere = Path(config.run_dir), "choose another run_dir or remove the folder"
+    if not (any(folder.glob("checkpoints/latest.*")) or (folder / "result.json").exists()):
+        return  # a run that failed at its start may be put right and started again
     try:
-        old = read_yaml(path)
+        old = read_yaml(folder / "config.yaml")
     except UserError as error:
-        raise UserError(f"{error}; choose another run_dir") from error
+        raise UserError(f"{error}; {elsewhere}") from error
     other_program = [f"program: {old.get('program')} → {program}"] if old.get("program") != program else []
     if changed := other_program or differences(old, config, by_content=True):
-        raise UserError(
-            f"{config.run_dir}: holds a run with other settings ({'; '.join(changed)}); "
-            "choose another run_dir or remove the folder"
-        )
+        raise UserError(f"{config.run_dir}: holds a run with other settings ({'; '.join(changed)}); {elsewhere}")
 
 
 def check_finished(config: MetaTestConfig, result: Mapping[str, Any]) -> None:
     """A finished run answers only for the images, φ and initial weights that it saw, under whatever names."""
     try:
-        parts = load_parts(dataclasses.replace(config, download=False))
-        phi = load_phi(config.phi) if config.method == "metaperturb" else None
+        data = fingerprints(dataclasses.replace(config, download=False))
+        phi = phi_digest(load_phi(config.phi)) if config.method == "metaperturb" else None
         init = initial_weights(config)
     except UserError as error:
         raise unanswered(config.run_dir, "result.json", error) from error
-    now = {"data": [part.fingerprint for part in parts], "phi": phi and phi_digest(phi), "init": init}
     saw = {"data": result["target"]["fingerprints"], "phi": result["phi_digest"], "init": result["init"]}
-    _refuse_others(config, saw, now)
+    _refuse_others(config, saw, data, phi, init)
 
 
 def unanswered(run_dir: str, file: str, error: UserError) -> UserError:
@@ -144,15 +136,25 @@ def check_resumed(config: MetaTestConfig, state: Mapping[str, Any], data: list[s
     except UserError as error:
         print(f"{config.run_dir}: not compared with what it began with: {error}", file=sys.stderr)
         init = state["init"]
-    _refuse_others(config, state, {"data": data, "phi": phi, "init": init})
+    _refuse_others(config, state, data, phi, init)
 
 
-def _refuse_others(config: MetaTestConfig, saw: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    saw, now = ({**some, "init": (some["init"] or {}).get("sha256")} for some in (saw, now))
-    names = {"data": "the target", "phi": f"φ in {config.phi}", "init": f"the network in {config.init}"}
-    for key, name in names.items():
-        if saw[key] != now[key]:
-            raise UserError(f"{config.run_dir}: {name} changed since this run began; choose another run_dir")
+def _refuse_others(
+    config: MetaTestConfig, saw: Mapping[str, Any], data: list[str], phi: str | None, init: Mapping[str, Any] | None
+) -> None:
+    for what, before, now in (
+        ("the target", saw["data"], data),
+        (f"φ in {config.phi}", saw["phi"], phi),
+        (f"the network in {config.init}", (saw["init"] or {}).get("sha256"), (init or {}).get("sha256")),
+    ):
+        if before != now:
+            raise UserError(f"{config.run_dir}: {what} changed since this run began; choose another run_dir")
+
+
+def fingerprints(config: MetaTestConfig | MetaTrainConfig) -> list[str]:
+    """Of the images of a run, which are loaded."""
+    parts = load_parts(config) if isinstance(config, MetaTestConfig) else [load_source_images(config)]
+    return [part.fingerprint for part in parts]
 
 
 def initial_weights(config: MetaTestConfig) -> dict[str, Any] | None:
@@ -174,8 +176,6 @@ def check_settings(config: MetaTestConfig) -> torch.device:
     Returns:
         the device that `config.gpu` names.
     """
-    if config.target not in DATA_SETS:
-        raise UserError(f"target: unknown {config.target!r} (known: {', '.join(DATA_SETS)})")
     if config.eval_split not in (*DATA_SETS[config.target].splits, "holdout"):
         raise UserError(
             f"eval_split: {config.target} has no {config.eval_split} images (eval_split=holdout needs none)"
@@ -193,23 +193,22 @@ def check_settings(config: MetaTestConfig) -> torch.device:
     if len(devices) != 1:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     phi = load_phi(config.phi) if perturbed else None
-    if perturbed:
+    if phi is not None:
         tell_phi(config.phi, phi)
         tell_other_ablation(config, phi.card)
     methods.create(config, phi)
     if unused := methods.unused_settings(config):
         print(f"method {config.method} does not use {', '.join(unused)}", file=sys.stderr)
-    if config.init is None and config.init_batch_norm != MetaTestConfig.init_batch_norm:
-        print("init_batch_norm does nothing without init", file=sys.stderr)
-    if config.eval_split != "holdout" and config.holdout != MetaTestConfig.holdout:
-        print("holdout does nothing without eval_split=holdout", file=sys.stderr)
-    if perturbed:
-        find_sites(small_network(config), image_size(config))
-    else:
-        watch(small_network(config), image_size(config))
+    check_network(config)
     if not (Path(config.run_dir) / "checkpoints" / "latest.pt").exists():
         initial_weights(config)
     return devices[0]
+
+
+def check_network(config: MetaTestConfig) -> None:
+    """Refuse a network that does not run on images of this size, or has no site."""
+    look = find_sites if config.method == "metaperturb" else watch
+    look(small_network(config), image_size(config))
 
 
 def small_network(config: MetaTestConfig) -> torch.nn.Module:

@@ -71,29 +71,21 @@ class Run:
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """What a run left: its `result.json`, or a record of it under `results/`, which has the same shape.
 
-    Of both programs: `program`, `config`, `seed`, `metrics`, `kernel`, `seconds`, `versions`, `commit`, `code`,
-    `hardware`; of meta-testing also `target` with the fingerprints of its images, `init`, `sites`, `phi_card`,
-    `phi_digest` and, where it was measured, `one_pass`. A record adds `cell`, its place in a table, and `curve`, its
-    evaluations. One of a training that diverged has `diverged`, what it said last, and no `metrics`.
+    A record adds `cell`, its place in a table, and `curve`, its evaluations. One of a training that diverged has
+    `diverged`, what it said last, and no `metrics`.
 
     Raises:
         UserError: the file cannot be read, or is none of these.
     """
     result = load_json(Path(path))
-    try:
-        whole = result["program"] in ("meta_train", "meta_test") and isinstance(result["config"], dict)
-        if whole and result["program"] == "meta_test":
-            _ = result["config"]["seed"], result["phi_digest"], result["init"]
-            if (metrics := result["metrics"]) is None:
-                whole = isinstance(result["diverged"], str)
-            else:
-                whole = all(isinstance(metrics[name], int | float) for name in ("accuracy", "nll", "ece"))
-            whole = whole and len(result["target"]["fingerprints"]) == 2
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: is no result of a run; remove it")
-    return result
+    match result:
+        case {"program": "meta_train", "config": dict()}:
+            return result
+        case {"program": "meta_test", "config": {"seed": _}, "target": {"fingerprints": [_, _]}, "phi_digest": _, **of}:
+            match of:
+                case {"init": _, "metrics": {"accuracy": _, "nll": _, "ece": _}} | {"metrics": None, "diverged": str()}:
+                    return result
+    raise UserError(f"{path}: is no result of a run; remove it")
 
 
 def finished_result(run_dir: str | os.PathLike) -> dict[str, Any] | None:
@@ -106,8 +98,7 @@ def finished_meta_test(folder: str | os.PathLike) -> dict[str, Any]:
     """The content of `result.json` of a finished run of meta-testing; any other folder is refused."""
     result = finished_result(folder)
     if result is None:
-        what = "this run is not finished" if (Path(folder) / "config.yaml").exists() else "is no run folder"
-        raise UserError(f"{folder}: {what} (no result.json; the command that began a run also continues it)")
+        raise UserError(f"{folder}: holds no finished run (no result.json; what began a run also continues it)")
     if result["program"] != "meta_test":
         raise UserError(f"{folder}: a run of {result['program']}, which trains no network on a target")
     return result
@@ -133,7 +124,6 @@ class StepProgress:
         self.terminal, self.started = sys.stderr.isatty(), time.monotonic()
         self.interval = 0.2 if self.terminal else interval
         self.last = self.started - self.interval  # so that the first update prints
-        self.evaluation = (0.0, 2.0)  # when the one that is under way first told, and which share it told
 
     def update(self, done: int, **metrics: float) -> None:
         now, self.done = time.monotonic(), done
@@ -145,12 +135,8 @@ class StepProgress:
     def within(self, share: float) -> None:
         """How much is done of what takes its time between two steps or after the last: an evaluation."""
         now = time.monotonic()
-        if share <= self.evaluation[1]:  # another one
-            self.evaluation = (now, share)
         if now - self.last >= self.interval:
-            since, first = self.evaluation
-            left = f"  {clock((now - since) / (share - first) * (1 - share))} left" if share > first else ""
-            self._tell(now, f"evaluating: {share:.0%}{left}")
+            self._tell(now, f"evaluating: {share:.0%}")
 
     def say(self, text: str) -> None:
         """A line of its own."""

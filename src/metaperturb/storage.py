@@ -1,7 +1,6 @@
 """Files that are either complete or absent, and reading that executes nothing."""
 
 import contextlib
-import errno
 import fcntl
 import io
 import json
@@ -21,7 +20,6 @@ import yaml
 from metaperturb.errors import Damaged, UserError
 
 TEMPORARY = ".unfinished"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # of a file system
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -30,10 +28,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         UserError: disk full, read-only folder, a device or folder of this name and the like, with the path.
     """
-    if not path.name:
-        raise UserError(f"{path}: is the name of no file")
     # Not by the process's number: containers that share a folder have the same ones.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is no file that could be replaced; choose another name")
@@ -59,9 +55,8 @@ def remove_leftovers(folder: Path) -> None:
 def hold(path: Path, wait: bool = False) -> IO | None:
     """A lock that is held until it is closed, or this process is gone; None: another process holds it.
 
-    With `wait` it is waited for, and never None.
-
-    Where the file system has no locks, that is said, and nothing keeps others away.
+    With `wait` it is waited for, and never None. Where the file system has no locks, that is said, and nothing keeps
+    others away.
 
     Raises:
         UserError: the file cannot be written.
@@ -76,9 +71,7 @@ def hold(path: Path, wait: bool = False) -> IO | None:
     except BlockingIOError:
         lock.close()
         return None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(f"{path}: cannot lock this file: {reason(error)}") from error
+    except OSError:
         print(f"{path.parent}: no locks here: nothing keeps two processes from doing the same work", file=sys.stderr)
     return lock
 
@@ -114,14 +107,11 @@ def load_tensors(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as parts:
-                damaged = parts.testzip()
-            if damaged is not None:
-                raise Damaged(f"{path}: damaged ({damaged} does not match its checksum)")
+                if damaged := parts.testzip():
+                    raise zipfile.BadZipFile(damaged)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on odd files; the caller judges the content
             return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except pickle.UnpicklingError as error:
         raise Damaged(
             f"{path}: not loaded, because it is damaged or holds more than tensors and plain values (it could run code)"
