@@ -131,6 +131,11 @@ def result(run_dir: Path) -> dict:
     return json.loads((run_dir / "result.json").read_text())
 
 
+def logged(run_dir: Path) -> list[dict]:
+    """The lines of `metrics.jsonl`, without the time."""
+    return [{**json.loads(line), "seconds": 0} for line in (run_dir / "metrics.jsonl").open()]
+
+
 def start(program: str, settings: list[str], **options) -> subprocess.Popen:
     """`python -m metaperturb.<program> --set …` in a process group of its own, output captured as text."""
     command = [sys.executable, "-m", f"metaperturb.{program}", "--set", *settings]

@@ -1,7 +1,6 @@
 """Meta-testing as a process: resumable to the bit, every test image counts, bad input in one line."""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import model_state, result, run, start, train, wait_for
+from conftest import logged, model_state, result, run, start, train, wait_for
 
 import metaperturb.meta_test as program
 from metaperturb import kernels, models
@@ -46,7 +45,7 @@ def test_run_folder_is_complete(reference):
     assert (found["target"]["train"], found["target"]["test"]) == (80, 50)
     assert found["phi_card"] == {"note": "random"}
     assert found["metrics"]["accuracy"] * 50 == pytest.approx(round(found["metrics"]["accuracy"] * 50), abs=1e-9)
-    lines = [json.loads(line) for line in (reference / "metrics.jsonl").open()]
+    lines = logged(reference)
     assert [line["step"] for line in lines if "test_accuracy" in line] == [4, 8]
     assert lines[-1]["test_samples"] == 3 and lines[1]["test_samples"] == 2
     assert lines[-1]["test_nll"] == pytest.approx(found["metrics"]["nll"], abs=1e-6)
@@ -59,8 +58,7 @@ def check_equal(run_dir: Path, reference: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert result(run_dir)["metrics"] == result(reference)["metrics"]
-    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (run_dir, reference)]
-    assert [without_seconds(line) for line in logs[0]] == [without_seconds(line) for line in logs[1]]
+    assert logged(run_dir) == logged(reference)
 
 
 @pytest.mark.parametrize(("at", "saved"), [(("theta_step", 2), 3), (("evaluate", 4), 4), (("evaluate", STEPS), STEPS)])
@@ -173,10 +171,6 @@ def test_bad_settings_are_one_line(settings, tmp_path, refused, changes, expecte
     assert not (tmp_path / "tgt").exists()
 
 
-def without_seconds(line: str) -> dict:
-    return {key: value for key, value in json.loads(line).items() if key != "seconds"}
-
-
 def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path, refused):
     run_dir = tmp_path / "tgt"
     changes = ["lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"]
@@ -220,8 +214,7 @@ def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp
     (error,) = [line for line in said if line.startswith("error: ")]
     assert "after the last step the network's output is not finite" in error and "diverged" in error
     assert not (run_dir / "result.json").exists()
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert lines and not any("test_accuracy" in line for line in lines)
+    assert logged(run_dir) and not any("test_accuracy" in line for line in logged(run_dir))
     assert "clip_eval=true may help" in error
     clipped = train(tmp_path / "clipped", settings, *changes, "clip_eval=true")
     assert load_run(clipped).model.metaperturb.clip_eval and math.isfinite(result(clipped)["metrics"]["nll"])
@@ -304,9 +297,8 @@ def test_on_a_gpu(settings, tmp_path):
 
 def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, capsys):
     run_dir = train(tmp_path / "tgt", settings, "precision=bfloat16")
-    half, full = (json.loads((folder / "metrics.jsonl").open().readline()) for folder in (run_dir, reference))
-    assert half["train_loss"] != full["train_loss"]
-    assert half["train_loss"] == pytest.approx(full["train_loss"], rel=0.05)
+    half, full = (logged(folder)[0]["train_loss"] for folder in (run_dir, reference))
+    assert half != full and half == pytest.approx(full, rel=0.05)
     assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 1
     assert "precision: bfloat16 → float32" in capsys.readouterr().err
 
@@ -373,8 +365,7 @@ def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, setti
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
     results = [result(run_dir), result(reference)]
     assert all(results[0][key] == results[1][key] for key in ("metrics", "one_pass"))
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    assert [line["test_samples"] for line in lines if "test_samples" in line] == [1, 1, 1, 3]
+    assert [line["test_samples"] for line in logged(run_dir) if "test_samples" in line] == [1, 1, 1, 3]
     trained = load_run(run_dir)
     seen, test = (torch.tensor(part.images).float() / 127.5 - 1 for part in (trained.train, trained.test))
     seed_torch(0, 0, "one_pass")

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import alive, children, error_line, run, start, wait_for
+from conftest import alive, children, error_line, logged, run, start, wait_for
 
 import metaperturb.meta_train as program
 from metaperturb import kernels
@@ -52,8 +52,15 @@ def here(source_settings, tmp_path) -> list[str]:
     return [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
 
 
-def logged(run_dir: Path) -> list[dict]:
-    return [{**json.loads(line), "seconds": 0} for line in (run_dir / "metrics.jsonl").open()]
+def latest(tmp_path: Path) -> Path:
+    return tmp_path / "src" / "checkpoints" / "latest.json"
+
+
+def started(settings: list[str], tmp_path: Path) -> subprocess.Popen:
+    """A process that trains for long, and has saved."""
+    process = start("meta_train", [*settings, "steps=100000", f"run_dir={tmp_path / 'src'}"])
+    wait_for(lambda: latest(tmp_path).exists() or process.poll() is not None)
+    return process
 
 
 def test_run_folder_is_complete(reference):
@@ -61,7 +68,7 @@ def test_run_folder_is_complete(reference):
     assert result["config"]["steps"] == STEPS and result["seed"] == 0 and result["processes"] == 1
     assert result["versions"]["torch"] == str(torch.__version__)
     assert set(result["metrics"]) == {"train_loss", "test_loss", "train_accuracy", "test_accuracy"}
-    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(reference)
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
     phi = load_phi(reference / "phi.pt")
@@ -79,12 +86,11 @@ def test_bits_do_not_depend_on_the_number_of_processes(reference, here, tmp_path
 
 
 BARS = """
-import torch
-from tqdm import tqdm
+import torch, tqdm
 from metaperturb.distributed import launch
 
 def bar(group):
-    tqdm(total=1).close()
+    tqdm.tqdm(total=1).close()
 
 if __name__ == "__main__":
     launch(bar, (), [torch.device("cpu")] * 2)
@@ -134,7 +140,7 @@ def test_bits_after_sigkill_and_resume_with_other_processes(reference, source_se
     run_dir = tmp_path / "src"
     settings = [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}"]
     killed = start("meta_train", [*settings, "gpus=cpu,cpu"])
-    wait_for(lambda: (run_dir / "checkpoints" / "latest.json").exists() or killed.poll() is not None)
+    wait_for(lambda: latest(tmp_path).exists() or killed.poll() is not None)
     time.sleep(delay)
     os.killpg(killed.pid, signal.SIGKILL)  # launcher and workers alike, wherever they are
     killed.communicate()
@@ -145,20 +151,16 @@ def test_bits_after_sigkill_and_resume_with_other_processes(reference, source_se
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step" in resumed.stderr
     assert torch.equal(phi_bits(run_dir), phi_bits(reference))
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert logged(run_dir) == logged(reference)
 
 
-def test_finished_run_is_not_run_again(reference, here, capsys):
+def test_a_finished_run_is_not_run_again_and_answers_for_no_other_settings(reference, here, capsys, refused):
     before = (reference / "phi.pt").stat().st_mtime_ns
     assert program.main(["--set", *here, f"run_dir={reference}"]) == 0
     assert "already finished" in capsys.readouterr().err
-    assert (reference / "phi.pt").stat().st_mtime_ns == before
-
-
-def test_other_settings_are_refused(reference, here, refused):
     line = refused(program, [*here, "steps=7", "seed=1", f"run_dir={reference}"])
     assert "steps: 6 → 7" in line and "seed: 0 → 1" in line
+    assert (reference / "phi.pt").stat().st_mtime_ns == before
 
 
 def test_changed_images_are_refused(source_settings, image_folder, tmp_path, capsys):
@@ -179,9 +181,7 @@ def test_changed_images_are_refused(source_settings, image_folder, tmp_path, cap
 
 @pytest.mark.slow
 def test_worker_killed_ends_all_within_seconds(source_settings, tmp_path):
-    settings = [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu,cpu"]
-    launcher = start("meta_train", settings)
-    wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
+    launcher = started([*source_settings, "gpus=cpu,cpu,cpu"], tmp_path)
     workers = children(launcher.pid)
     assert len(workers) == 3
     os.kill(workers[1], signal.SIGKILL)
@@ -190,14 +190,12 @@ def test_worker_killed_ends_all_within_seconds(source_settings, tmp_path):
     assert time.monotonic() - killed_at < 15
     line = error_line(subprocess.CompletedProcess([], launcher.returncode, out, err))
     assert "process 1 (cpu) was killed by SIGKILL" in line and "goes on with what is saved" in line
-    assert not any(alive(pid) for pid in workers)
-    assert (tmp_path / "src" / "checkpoints" / "latest.json").exists()
+    assert not any(alive(pid) for pid in workers) and latest(tmp_path).exists()
 
 
 @pytest.mark.slow
 def test_launcher_killed_leaves_no_orphans(source_settings, tmp_path):
-    launcher = start("meta_train", [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", "gpus=cpu,cpu"])
-    wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
+    launcher = started([*source_settings, "gpus=cpu,cpu"], tmp_path)
     workers = children(launcher.pid)
     assert len(workers) == 2
     launcher.kill()
@@ -229,27 +227,20 @@ def two_machines() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
-def under_torchrun(machines: list[str], folder: Path, settings: list[str]) -> list[subprocess.Popen]:
-    """A process on each machine, which meet as the documentation has it; what they say is in `<folder>/<i>.log`."""
+def under_torchrun(machines: list[str], tmp_path: Path, settings: list[str]) -> list[subprocess.Popen]:
+    """A process on each machine, which meet as the documentation has it, and have saved; `<i>.log`: what they say."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", "10.77.0.1:29511"]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "link0"}
-    started = []
+    own = ["-m", "metaperturb.meta_train", "--set", *settings, f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
+    env, processes = {**os.environ, "GLOO_SOCKET_IFNAME": "link0"}, []
     for i, name in enumerate(machines):
-        own = [
-            "--local-addr",
-            f"10.77.0.{i + 1}",
-            "--rdzv-conf",
-            f"is_host={1 - i}",
-            "-m",
-            "metaperturb.meta_train",
-            "--set",
-            *settings,
-        ]
-        with open(folder / f"{i}.log", "wb") as log:
+        place = ["--local-addr", f"10.77.0.{i + 1}", "--rdzv-conf", f"is_host={1 - i}"]
+        with open(tmp_path / f"{i}.log", "wb") as log:
             streams = {"stdout": log, "stderr": log, "start_new_session": True}
-            started.append(subprocess.Popen(["ip", "netns", "exec", name, *command, *own], env=env, **streams))
-    return started
+            command_there = ["ip", "netns", "exec", name, *command, *place, *own]
+            processes.append(subprocess.Popen(command_there, env=env, **streams))
+    wait_for(lambda: latest(tmp_path).exists() or any(process.poll() for process in processes))
+    return processes
 
 
 def cut(machine: str, state: str) -> None:
@@ -258,22 +249,20 @@ def cut(machine: str, state: str) -> None:
 
 @pytest.mark.slow
 def test_a_machine_that_is_cut_off_and_comes_back_changes_nothing(two_machines, source_settings, tmp_path):
-    settings = [*source_settings, "steps=60", "checkpoint_every=10", "gpus=cpu", "timeout=100"]
-    machines = under_torchrun(two_machines, tmp_path, [*settings, f"run_dir={tmp_path / 'src'}"])
+    settings = [*source_settings, "steps=60", "checkpoint_every=10", "timeout=100"]
+    machines = under_torchrun(two_machines, tmp_path, settings)
     try:
-        checkpoint = tmp_path / "src" / "checkpoints" / "latest.json"
-        wait_for(lambda: checkpoint.exists() or any(machine.poll() for machine in machines))
         cut(two_machines[1], "down")
         time.sleep(3)
-        before = checkpoint.read_text()
+        before = latest(tmp_path).read_text()
         time.sleep(3)
-        assert checkpoint.read_text() == before, "it was not cut off"
+        assert latest(tmp_path).read_text() == before, "it was not cut off"
         cut(two_machines[1], "up")
         assert [machine.wait(200) for machine in machines] == [0, 0]
     finally:
         for machine in machines:
             machine.kill()
-    assert program.main(["--set", *settings, f"run_dir={tmp_path / 'one'}"]) == 0
+    assert program.main(["--set", *settings, "gpus=cpu", f"run_dir={tmp_path / 'one'}"]) == 0
     assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(tmp_path / "one"))
     assert logged(tmp_path / "src") == logged(tmp_path / "one")
 
@@ -281,11 +270,8 @@ def test_a_machine_that_is_cut_off_and_comes_back_changes_nothing(two_machines, 
 @pytest.mark.slow
 def test_a_machine_that_is_cut_off_for_good_ends_both(two_machines, source_settings, tmp_path):
     """Each process ends with a sentence. torchrun on the one that cannot reach the meeting place waits for TCP."""
-    settings = [*source_settings, "steps=1000000", f"run_dir={tmp_path / 'src'}", "gpus=cpu", "timeout=20"]
-    machines = under_torchrun(two_machines, tmp_path, settings)
+    machines = under_torchrun(two_machines, tmp_path, [*source_settings, "steps=1000000", "timeout=20"])
     try:
-        checkpoint = tmp_path / "src" / "checkpoints" / "latest.json"
-        wait_for(lambda: checkpoint.exists() or any(machine.poll() for machine in machines))
         cut(two_machines[1], "down")
         for rank in (0, 1):
             sentence = f"error: process {rank}: lost contact with another process (".encode()
@@ -301,8 +287,7 @@ def test_a_machine_that_is_cut_off_for_good_ends_both(two_machines, source_setti
     ("gpus", "number"), [("cpu", signal.SIGINT), ("cpu,cpu", signal.SIGINT), ("cpu,cpu", signal.SIGTERM)]
 )
 def test_interrupt_ends_all_and_says_how_to_go_on(source_settings, tmp_path, gpus, number):
-    launcher = start("meta_train", [*source_settings, "steps=100000", f"run_dir={tmp_path / 'src'}", f"gpus={gpus}"])
-    wait_for(lambda: (tmp_path / "src" / "checkpoints" / "latest.json").exists())
+    launcher = started([*source_settings, f"gpus={gpus}"], tmp_path)
     workers = children(launcher.pid)
     if number == signal.SIGINT:
         os.killpg(launcher.pid, number)  # as Ctrl-C on a terminal
@@ -311,7 +296,7 @@ def test_interrupt_ends_all_and_says_how_to_go_on(source_settings, tmp_path, gpu
     _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == 128 + number
     what = "interrupted" if number == signal.SIGINT else "stopped"
-    step = json.loads((tmp_path / "src" / "checkpoints" / "latest.json").read_text())["step"]
+    step = json.loads(latest(tmp_path).read_text())["step"]
     assert f"{what}; saved after step {step} of 100000; the same command" in err and "Traceback" not in err
     assert not any(alive(pid) for pid in workers)
 
@@ -335,17 +320,15 @@ def test_interrupt_while_starting_is_quiet(here, gpus):
 def test_nan_stops_and_keeps_the_last_good_checkpoint(here, tmp_path, refused, gpus):
     line = refused(program, [*here, "phi_lr=1e30", "checkpoint_every=1", f"gpus={gpus}"], code=Diverged.exit_code)
     assert "not finite" in line and "task 0, step 2" in line
-    checkpoints = tmp_path / "src" / "checkpoints"
-    assert json.loads((checkpoints / "latest.json").read_text())["step"] == 1
-    state = load_tensors(checkpoints / "step-000001" / "task-00.pt")
+    assert json.loads(latest(tmp_path).read_text())["step"] == 1
+    state = load_tensors(latest(tmp_path).with_name("step-000001") / "task-00.pt")
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
 
 
 def test_no_checkpoint_of_parameters_that_are_not_finite(here, tmp_path, refused):
     """float32 overflows in φ's first update, not yet in any loss."""
     line = refused(program, [*here, "phi_lr=1e38", "checkpoint_every=1"], code=Diverged.exit_code)
-    assert "φ, step 1" in line and "not finite" in line
-    assert not (tmp_path / "src" / "checkpoints" / "latest.json").exists()
+    assert "φ, step 1" in line and "not finite" in line and not latest(tmp_path).exists()
 
 
 @pytest.mark.parametrize(
@@ -353,10 +336,6 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(here, tmp_path, refused
     [
         (["gpus=cpu,cpu,cpu,cpu,cpu,cpu"], "6 processes for 5 tasks"),
         (["gpus=99"], "no GPU 99"),
-        (["gpus=first"], "expected GPU numbers or 'cpu'"),
-        (["steps=many"], "steps: expected a whole number, got 'many'"),
-        (["stepps=3"], "did you mean steps?"),
-        (["tasks=11"], "11"),
         (["tasks=6"], "tasks 6: some get one class only, of the 10 there are"),
         (["classes=11"], "11 classes are asked for, the data has 10"),
         (["classes=4"], "5 tasks need 5 classes, the data has 4"),
@@ -364,14 +343,10 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(here, tmp_path, refused
         (["model=resnet21", "source_paths=nowhere.zip"], "model: unknown 'resnet21' (near: resnet"),  # seen first
         (["split=paired"], "split paired: needs an even number of tasks, got 5"),
         (["split_file=nowhere.json"], "nowhere.json: cannot be read"),
-        (["threads=100000"], "threads: must be between 1 and 1024"),
-        (["batch_size=1"], "batch_size: must be at least 2"),
         (["noise=false", "scale_free=true"], "scale_free: is about the noise, and with noise=false there is none"),
         (["model=resnet8,resnet21"], "model: unknown 'resnet21' (near: resnet"),
         (["model=resnet8,,conv4"], "model: unknown ''"),
         (["model=resnet8,conv4,resnet8", "image_size=12,16"], "needs one at each image size, together 6, got 5"),
-        (["image_size=12,,16"], "image_size: expected a whole number, got ''"),
-        (["image_size=12,4"], "image_size: must be at least 8, got 4"),
         (["steps=4", "keep_phi=3,4"], "keep_phi: step 4 is not before the last, 4"),
         (["noise=false", "gate=false"], "noise, gate: with both false φ does nothing"),
         (["keep_phi=1", "anneal=0.4"], "keep_phi: with annealing, φ on the way is not the φ of a shorter run"),
@@ -384,7 +359,7 @@ def test_bad_settings_are_one_line(here, tmp_path, refused, settings, expected):
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "0"), (4, "0,1,2,3"), (8, "0,1,2,3,4")])
 def test_auto_is_every_gpu_that_has_something_to_do(gpus, expected, monkeypatch, capsys):
-    monkeypatch.setattr("metaperturb.distributed.count_gpus", lambda: gpus)
+    monkeypatch.setattr("metaperturb.distributed.count_gpus", lambda: (gpus, "none"))
     devices = choose_devices("auto", tasks=5)
     assert ",".join("cpu" if device.type == "cpu" else str(device.index) for device in devices) == expected
     said = capsys.readouterr().err
@@ -405,29 +380,25 @@ def test_what_torchrun_lacks_is_one_line(here, refused, monkeypatch):
     assert "has the address 127.0.1.1, where other machines cannot reach it; set GLOO_SOCKET_IFNAME" in line
 
 
-def test_run_folder_in_use(here, refused):
+def test_a_run_folder_in_use_and_one_that_cannot_be_written(here, tmp_path, refused):
+    """The second is said before PyTorch is imported."""
     running = Run(load_config(MetaTrainConfig, None, here), "meta_train")
     assert "in use by another process" in refused(program, here)
     assert (running.dir / "config.yaml").exists()
+    (tmp_path / "file").write_text("no folder")
+    line = error_line(run("meta_train", [*here, f"run_dir={tmp_path / 'file' / 'src'}"]))
+    assert "run_dir: " in line and "cannot be written" in line
 
 
 @pytest.mark.parametrize("damage", ["latest.json", "phi.pt"])
 def test_a_checkpoint_of_another_program_is_one_line(reference, here, tmp_path, refused, damage):
     shutil.copytree(reference, tmp_path / "src")
     (tmp_path / "src" / "result.json").unlink()
-    checkpoints = tmp_path / "src" / "checkpoints"
     if damage == "latest.json":
-        (checkpoints / damage).write_text("[]")
+        latest(tmp_path).write_text("[]")
     else:
-        save_tensors({"a": 1}, checkpoints / f"step-{STEPS:06}" / damage)
+        save_tensors({"a": 1}, latest(tmp_path).with_name(f"step-{STEPS:06}") / damage)
     assert "latest.json: is no checkpoint of this run; remove it, or choose" in refused(program, here)
-
-
-def test_run_folder_that_cannot_be_written(here, tmp_path):
-    """Said before PyTorch is imported."""
-    (tmp_path / "file").write_text("no folder")
-    line = error_line(run("meta_train", [*here, f"run_dir={tmp_path / 'file' / 'src'}"]))
-    assert "run_dir: " in line and "cannot be written" in line
 
 
 # --- one process, from inside
@@ -450,37 +421,18 @@ def setting(source_settings, tmp_path):
     return build
 
 
-def leaves(loss: torch.Tensor) -> set[int]:
-    """Identities of the tensors that `loss.backward()` would give a gradient to."""
-    found, waiting, seen = set(), [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting += [parent for parent, _ in node.next_functions]
-    return found
-
-
 def test_no_gradient_is_computed_that_is_thrown_away(setting, monkeypatch):
-    _, phi, tasks = setting()
-    losses, graphs = [], []
-    cross_entropy = F.cross_entropy
+    _, phi, (task, *_) = setting()
+    wanted, cross_entropy = [], F.cross_entropy
 
     def recording(logits, labels):
-        losses.append(cross_entropy(logits, labels))
-        graphs.append(leaves(losses[-1]))
-        return losses[-1]
+        wanted.append(({p.requires_grad for p in task.theta}, phi.flat.requires_grad))
+        return cross_entropy(logits, labels)
 
     monkeypatch.setattr(F, "cross_entropy", recording)
-    task = tasks[0]
     task.theta_step(0)
     task.phi_gradient(0)
-    theta, phi_ids = {id(p) for p in task.theta}, {id(p) for p in phi.parameters()}
-    assert graphs[0] == theta
-    assert graphs[1] == phi_ids
+    assert wanted == [({True}, False), ({False}, True)]
 
 
 def test_against_a_plain_loop_of_algorithm_1(setting, tmp_path):
@@ -720,10 +672,8 @@ def test_steps_never_wait_for_the_gpu(source_settings, tmp_path):
 
 @needs_gpu
 @pytest.mark.parametrize("gpus", ["0", "0,0"])
-def test_on_one_gpu_alone_and_shared(source_settings, tmp_path, gpus):
-    settings = [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", f"gpus={gpus}"]
-    completed = run("meta_train", settings)
-    assert completed.returncode == 0, completed.stderr
+def test_on_one_gpu_alone_and_shared(here, tmp_path, gpus):
+    assert program.main(["--set", *here, f"gpus={gpus}"]) == 0
     assert torch.isfinite(phi_bits(tmp_path / "src")).all()
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 from metaperturb.errors import UserError
 
@@ -28,7 +29,7 @@ class Stopped(BaseException):
     """A signal, raised where the program is, so that what it started is ended too; `saved` says what is (`RESUME`)."""
 
     def __init__(self, number: int = signal.SIGTERM, saved: str = "") -> None:
-        super().__init__(saved)
+        super().__init__(number, saved)
         self.number, self.saved = number, saved
 
 
@@ -115,40 +116,27 @@ class Stop:
         self.forward()
 
 
-class _Unbreakable:
-    """A stream whose reader may go away or whose disk may be full: what it does not take is dropped."""
+class _Unbreakable(io.FileIO):
+    """A file whose reader may go away or whose disk may be full: what it does not take is dropped."""
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (None where it is closed from the start)
-
-    def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, do: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            do(*arguments)
-        except BrokenPipeError:  # for good; what the stream still holds would fail again when Python ends
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        except OSError:
-            pass
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
 
 
 @contextlib.contextmanager
 def unbreakable_output() -> Iterator[None]:
     """A report that nobody takes (`| head -1`, a full disk) does not end the work that it is about."""
-    with contextlib.redirect_stdout(_Unbreakable(sys.stdout)), contextlib.redirect_stderr(_Unbreakable(sys.stderr)):
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
+    with contextlib.ExitStack() as stack:
+        for redirect, stream in (contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr):
+            if stream is None:  # closed from the start
+                stack.enter_context(redirect(stack.enter_context(open(os.devnull, "w"))))
+            elif isinstance(getattr(stream, "buffer", None), io.BufferedWriter | io.FileIO):  # no notebook's
+                raw = _Unbreakable(stream.fileno(), "w", closefd=False)
+                file = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True)
+                stack.enter_context(redirect(stack.enter_context(file)))
+        yield
 
 
 def keep_freed_memory() -> None:

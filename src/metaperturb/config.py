@@ -7,26 +7,28 @@ began with: they may have moved.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
+import math
+import operator
 import os
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from metaperturb.cli import argument_parser
+from metaperturb.cli import argument_parser, run_program
 from metaperturb.data_sets import DATA_SETS, SOURCES
 from metaperturb.errors import UserError
 from metaperturb.regularizers import REGULARIZERS
 
 Config = TypeVar("Config")
-_types_of = functools.cache(typing.get_type_hints)
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 def option(
@@ -46,9 +48,8 @@ def option(
     commas. Of these, as of files `by_content`, a leading `~` is the home folder: shells leave that of `run_dir=~/runs`.
     """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    bounds = {"low": low, "high": high, "below": below}
     about = {"identity": identity and not path, "by_content": by_content, "path": path or by_content}
-    return dataclasses.field(**factory, metadata={"doc": doc, **bounds, **about})
+    return dataclasses.field(**factory, metadata={"doc": doc, "bounds": (low, high, below), **about})
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,6 @@ class CommonConfig:
     )
     log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.metadata["path"]:
-                object.__setattr__(self, field.name, _at_home(getattr(self, field.name)))
-
 
 @dataclass(frozen=True)
 class MetaTrainConfig(CommonConfig):
@@ -119,7 +115,6 @@ class MetaTrainConfig(CommonConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "model", ",".join(name.strip() for name in self.model.split(",")))
 
     @property
@@ -194,7 +189,6 @@ class MetaTestConfig(CommonConfig):
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1, identity=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "recipe", sorted(self.recipe))  # their order changes nothing: one run, one identity
 
     @property
@@ -202,13 +196,6 @@ class MetaTestConfig(CommonConfig):
         """What `target_path` names: of Tiny ImageNet, which is published in parts, several, separated by commas."""
         paths = (self.target_path or "").split(",") if self.target == "tiny_imagenet" else [self.target_path or ""]
         return [path.strip() for path in paths if path.strip()]
-
-
-def _at_home(path: Any) -> Any:
-    """The same path or paths with the home folder for a leading `~`."""
-    if isinstance(path, list):
-        return [_at_home(part) for part in path]
-    return ",".join(map(os.path.expanduser, path.split(","))) if isinstance(path, str) else path
 
 
 # --- filling and checking
@@ -227,30 +214,26 @@ def load_config(
         UserError: unknown key, wrong type, value out of range, or unreadable file; the message names the key.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    types_of = _types_of(cls)
-    settings: dict[str, Any] = {}
-
-    def put(key: str, value: Any, origin: str, convert: Callable[[Any, Any], Any]) -> None:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise UserError(f"{origin}: unknown setting {key!r} ({hint})")
-        try:
-            settings[key] = convert(value, types_of[key])
-            _check_range(settings[key], fields[key].metadata)
-        except ValueError as error:
-            raise UserError(f"{origin}: {key}: {error}") from None
-
-    if path is not None:
-        for key, value in read_yaml(Path(path)).items():
-            put(key, value, path, _from_yaml)
-    for key, value in (values or {}).items():
-        put(key, value, origin, _from_yaml)
+    given = [] if path is None else [(path, *item) for item in read_yaml(Path(path)).items()]
+    given += [(origin, *item) for item in (values or {}).items()]
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator:
             raise UserError(f"--set {assignment}: expected key=value")
-        put(key.strip(), text.strip(), f"--set {assignment}", _from_text)
+        given.append((f"--set {assignment}", key.strip(), text.strip()))
+    settings: dict[str, Any] = {}
+    for source, key, value in given:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise UserError(f"{source}: unknown setting {key!r} ({hint})")
+        try:
+            settings[key] = _convert(value, fields[key].type)
+            _check_bounds(settings[key], *fields[key].metadata["bounds"])
+        except ValueError as error:
+            raise UserError(f"{source}: {key}: {error}") from None
+        if fields[key].metadata["path"]:
+            settings[key] = _at_home(settings[key])
     return cls(**settings)
 
 
@@ -262,22 +245,26 @@ def parse_arguments(cls: type, doc: str, argv: list[str] | None = None, module: 
     parser = argument_parser(doc)
     parser.prog = f"python -m {module}" if module else parser.prog
     parser.epilog = "settings (--set key=value):\n" + "\n".join(
-        f"  {field.name:<24}{field.metadata['doc']} [{'null' if default_of(field) is None else default_of(field)}]"
-        for field in dataclasses.fields(cls)
+        f"  {field.name:<24}{field.metadata['doc']} [{'null' if default is None else default}]"
+        for field, default in zip(dataclasses.fields(cls), vars(cls()).values(), strict=True)
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
     return parser.parse_args(argv)
 
 
+def run_configured(program: Callable[[Config], Any], cls: type[Config], doc: str, argv: list[str] | None) -> int:
+    """Run `program` with the settings of a command line; returns the exit code."""
+    arguments = parse_arguments(cls, doc, argv)
+    return run_program(
+        lambda: program(load_config(cls, arguments.config, arguments.set)), show_traceback=arguments.traceback
+    )
+
+
 def from_record(cls: type[Config], recorded: Mapping[str, Any]) -> Config:
     """The configuration that a run kept; without settings that no longer exist."""
     known = {field.name for field in dataclasses.fields(cls)}
     return cls(**{key: value for key, value in recorded.items() if key in known})
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -287,94 +274,72 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the settings ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f", line {line + 1}"
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping | None):
         raise UserError(f"{path}: expected 'key: value' lines")
-    return {str(key): value for key, value in content.items()}
+    return {str(key): value for key, value in (content or {}).items()}
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
-    """The members of an `A | None`, else the type itself."""
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-
-
-def _meant(kind: Any, several: bool) -> Any:
-    """Of `A | None` A, of `A | list[A]` the list where there are several values."""
-    members = _members(kind)
-    return members[-1] if several and typing.get_origin(members[-1]) is list else members[0]
-
-
-def _from_yaml(value: Any, kind: Any) -> Any:
-    members = _members(kind)
-    if value is None:
-        if type(None) in members:
-            return None
-        raise ValueError(f"expected {_describe(kind)}, got nothing")
-    target = _meant(kind, isinstance(value, list) and len(value) > 1)
-    if typing.get_origin(target) is Literal:
-        if value in typing.get_args(target):
+def _convert(value: Any, kind: Any) -> Any:
+    """What a file or a command line has for a setting, as its type; of several types the first that takes it."""
+    if isinstance(kind, UnionType):
+        for member in sorted(get_args(kind), key=lambda member: member is not NoneType):
+            try:
+                return _convert(value, member)
+            except ValueError:
+                pass
+    elif get_origin(kind) is Literal:
+        if value in get_args(kind):
             return value
-    elif typing.get_origin(target) is list:
+    elif get_origin(kind) is list:
+        if isinstance(value, str):
+            text = value.strip("[] ")
+            value = [item.strip() for item in text.split(",")] if text else []
         if isinstance(value, list):
-            return [_from_yaml(item, typing.get_args(target)[0]) for item in value]
-    elif target is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a point, as text
-            return _number(value, float, kind)
-    elif isinstance(value, target) and isinstance(value, bool) == (target is bool):
+            return [_convert(item, get_args(kind)[0]) for item in value]
+    elif isinstance(value, str) and kind is not str:
+        with contextlib.suppress(LookupError, ValueError, ZeroDivisionError):
+            return _from_text(value, kind)
+    elif type(value) is kind:
         return value
-    quotes = "; put it in quotes" if target is str and isinstance(value, int | float) else ""  # as in `gpu: 0`
-    raise ValueError(f"expected {_describe(kind)}, got {value!r}{quotes}")
+    elif type(value) is int and kind in (float, str):  # as in `lr: 1` and `gpu: 0`
+        return kind(value)
+    raise ValueError(f"expected {_describe(kind)}, got {'nothing' if value is None else repr(value)}")
 
 
-def _from_text(text: str, kind: Any) -> Any:
-    """A value given as text on the command line."""
-    members, target = _members(kind), _meant(kind, "," in text)
-    if text.lower() in ("null", "none") and type(None) in members:
-        return None
-    if typing.get_origin(target) is list:
-        items = [item.strip() for item in text.strip("[]").split(",")]
-        return [_from_text(item, typing.get_args(target)[0]) for item in items if item or target is not members[0]]
-    if target is bool:
-        return _from_yaml({"true": True, "false": False}.get(text.lower(), text), kind)
-    if target in (int, float):
-        return _number(text, target, kind)
-    return _from_yaml(text, kind)
-
-
-def _number(text: str, target: type, kind: Any) -> Any:
-    above, slash, below = text.replace("_", "").partition("/")
-    try:
-        return target(above) / target(below) if slash and target is float else target(above + slash + below)  # 8/255
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"expected {_describe(kind)}, got {text!r}") from None
-
-
-def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
-    low, high, below = metadata["low"], metadata["high"], metadata["below"]
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            if not (number == number and abs(number) != float("inf")):
-                raise ValueError(f"must be finite, got {number}")
-            too_high = (high is not None and number > high) or (below is not None and number >= below)
-            if (low is not None and number < low) or too_high:
-                bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-                bounds += "" if below is None else f" and below {below:g}"
-                raise ValueError(f"must be {bounds}, got {number}")
+def _from_text(text: str, kind: type) -> Any:
+    """Also where YAML 1.1 reads as text what is none, as in `1e-3`, without a point."""
+    if kind is float:
+        return functools.reduce(operator.truediv, map(float, text.split("/")))  # 8/255
+    words = {bool: {"true": True, "false": False}, NoneType: {"null": None, "none": None}}
+    return words[kind][text.lower()] if kind in words else kind(text)
 
 
 def _describe(kind: Any) -> str:
-    members = _members(kind)
-    target = members[0]
-    if typing.get_origin(target) is Literal:
-        text = "one of " + ", ".join(typing.get_args(target))
-    elif typing.get_origin(target) is list:
-        text = "a list"
-    else:
-        text = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[target]
-    return text + (" or null" if type(None) in members else " or a list of several" if len(members) > 1 else "")
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_describe, get_args(kind)))
+    return KINDS.get(kind, "a list")
+
+
+def _check_bounds(value: Any, low: float | None, high: float | None, below: float | None) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):
+            raise ValueError(f"must be finite, got {number}")
+        too_high = (high is not None and number > high) or (below is not None and number >= below)
+        if (low is not None and number < low) or too_high:
+            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            bounds += "" if below is None else f" and below {below:g}"
+            raise ValueError(f"must be {bounds}, got {number}")
+
+
+def _at_home(path: str | list[str] | None) -> str | list[str] | None:
+    """The same path or paths with the home folder for a leading `~`."""
+    if isinstance(path, list):
+        return [_at_home(part) for part in path]
+    return path and ",".join(map(os.path.expanduser, path.split(",")))

@@ -6,15 +6,18 @@ one collective gathers a row of numbers a task, and every process reduces the sa
 
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +27,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metaperturb.cli import (
-    EXIT_ERROR,
-    EXIT_SIGNAL,
     RESUME,
     Stop,
     Stopped,
@@ -34,15 +35,29 @@ from metaperturb.cli import (
     keep_freed_memory,
     unbreakable_output,
 )
-from metaperturb.errors import Diverged, UserError
+from metaperturb.errors import UserError
 from metaperturb.storage import reason
 
-EXIT_PEER_LOST = 75  # this process is well, but another one is gone
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
 INSTALL_OLDER = (
     f"install a PyTorch for older ones: {sys.executable} -m pip install --force-reinstall 'torch>=2.11' torchvision "
     "--index-url https://download.pytorch.org/whl/cu126"
 )
+
+
+class PeerLost(UserError):
+    """A collective failed because another process is gone; that process knows why."""
+
+    exit_code = 75
+
+
+@contextlib.contextmanager
+def peer_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        where = f"process {dist.get_rank()}: lost contact with another process"
+        raise PeerLost(f"{where} ({reason(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -83,10 +98,9 @@ class Group:
     def of_first(self, decide: Callable[[], str]) -> str:
         """What rank 0 decides, on every process."""
         texts = [decide() if self.rank == 0 else ""]
-        if self.size == 1:
-            return texts[0]
-        with peer_errors():
-            dist.broadcast_object_list(texts, src=0)
+        if self.size > 1:
+            with peer_errors():
+                dist.broadcast_object_list(texts, src=0)
         return texts[0]
 
     def barrier(self) -> None:
@@ -96,61 +110,42 @@ class Group:
                 dist.barrier()
 
 
-class PeerLost(Exception):
-    """A collective failed because another process is gone; that process knows why."""
-
-
-@contextlib.contextmanager
-def peer_errors() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, dist.DistError) as error:
-        raise PeerLost(reason(error)) from error
-
-
 def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
     """`"0,1"`, `"cpu"`, `"cpu,cpu"` or `"auto"` (the GPUs, at most so many, else the CPU; said on stderr) → devices.
 
     Raises:
         UserError: not such a list, or a GPU that is not there; it names the setting, `key`.
     """
+    count, why_none = count_gpus()
     if text == "auto":
-        text = ",".join(map(str, range(min(count_gpus(), most)))) or "cpu"
-        what = f"the CPU ({why_no_gpu()})" if text == "cpu" else f"GPU {text}"
-        print(f"running on {what}", file=sys.stderr)
+        text = ",".join(map(str, range(min(count, most)))) or "cpu"
+        print(f"running on {f'GPU {text}' if count else f'the CPU ({why_none})'}", file=sys.stderr)
     devices = []
-    for item in (item.strip() for item in text.split(",")):
-        if item == "cpu":
-            devices.append(torch.device("cpu"))
-            continue
-        if not item.isdecimal():
+    for item in map(str.strip, text.split(",")):
+        if item != "cpu" and not item.isdecimal():
             raise UserError(f"{key}: expected GPU numbers or 'cpu', separated by commas, got {text!r}")
-        count = count_gpus()
-        if int(item) >= count:
-            there = f"this machine has {count}, numbered from 0" if count else f"{why_no_gpu()}; 'cpu' works"
+        if item != "cpu" and int(item) >= count:
+            there = f"this machine has {count}, numbered from 0" if count else f"{why_none}; 'cpu' works"
             raise UserError(f"{key}: no GPU {item} ({there})")
-        devices.append(torch.device("cuda", int(item)))
+        devices.append(torch.device("cpu") if item == "cpu" else torch.device("cuda", int(item)))
     return devices
 
 
-def count_gpus() -> int:
-    """How many GPUs this PyTorch can use; `device_count` also counts those whose driver is too old for it."""
+def count_gpus() -> tuple[int, str]:
+    """How many GPUs this PyTorch can use, and why none: an old driver told from no GPU, with what helps."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `why_no_gpu` says it
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def why_no_gpu() -> str:
-    """An old driver told from no GPU, with what helps."""
+        warnings.simplefilter("ignore")  # of an old driver; what is returned says it
+        if torch.cuda.is_available():
+            return torch.cuda.device_count(), ""
     if torch.version.cuda is None and torch.version.hip is None:
-        return "this PyTorch is a build for CPUs"
+        return 0, "this PyTorch is a build for CPUs"
     try:
         torch.cuda.init()
     except Exception as error:  # of several kinds
         if "too old" in str(error):
             needs = f"this PyTorch, which needs CUDA {torch.version.cuda}"
-            return f"the NVIDIA driver is too old for {needs}: update it, or {INSTALL_OLDER}"
-    return "PyTorch sees none here"
+            return 0, f"the NVIDIA driver is too old for {needs}: update it, or {INSTALL_OLDER}"
+    return 0, "PyTorch sees none here"
 
 
 def make_current(device: torch.device) -> None:
@@ -183,7 +178,6 @@ class _Job(NamedTuple):
     work: Callable[..., None]
     arguments: tuple
     devices: list[torch.device]
-    traceback: bool
     timeout: timedelta
 
     def meet(self, local: int, **place: Any) -> Group:
@@ -198,17 +192,16 @@ def launch(
     work: Callable[..., None],
     arguments: tuple,
     devices: list[torch.device],
-    traceback: bool = False,
     timeout: timedelta = timedelta(minutes=10),
 ) -> None:
     """Call `work(group, *arguments)`, a module-level function, in one process a device of this machine.
 
-    Processes print a `traceback` when they fail, if that is wanted, and wait at most so long for another.
+    Processes wait at most so long for another.
 
     Raises:
         UserError: the first error of any process; all processes have ended by then.
     """
-    job = _Job(work, arguments, devices, traceback, timeout)
+    job = _Job(work, arguments, devices, timeout)
     if under_torchrun():
         _run_as_torchrun_worker(job)
     elif len(devices) == 1:
@@ -229,7 +222,7 @@ def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
     if size > tasks:
         raise UserError(f"torchrun: {size} processes for {tasks} tasks; start at most {tasks}")
     if gpus == "auto":
-        count = count_gpus()
+        count, _ = count_gpus()
         return [torch.device("cuda", i % count) if count else torch.device("cpu") for i in range(local_size)]
     devices = parse_devices(gpus, "gpus")
     if len(devices) != local_size:
@@ -247,25 +240,23 @@ def backend_for(devices: list[torch.device]) -> str:
 
 
 def _run_as_torchrun_worker(job: _Job) -> None:
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local = int(os.environ["LOCAL_RANK"])
     make_current(job.devices[local])
-    _check_address(size, job.devices)
+    _check_address(job.devices)
     try:
         group = job.meet(local)
     except (RuntimeError, dist.DistError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"process {rank}: could not meet the others at {address} ({reason(error)})") from error
+        where = "process {RANK}: could not meet the others at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        raise UserError(f"{where} ({reason(error)})") from error
     try:
         job.work(group, *job.arguments)
-    except PeerLost as error:
-        raise UserError(f"process {rank}: lost contact with another process ({error})") from error
     finally:
         dist.destroy_process_group()
 
 
-def _check_address(size: int, devices: list[torch.device]) -> None:
+def _check_address(devices: list[torch.device]) -> None:
     """Where several machines meet by gloo, it tells the others the address that this machine's name has here."""
-    if size == int(os.environ["LOCAL_WORLD_SIZE"]) or backend_for(devices) != "gloo":
+    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"] or backend_for(devices) != "gloo":
         return
     name = socket.gethostname()
     try:
@@ -284,44 +275,39 @@ def _check_address(size: int, devices: list[torch.device]) -> None:
 
 def _spawn(job: _Job) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=job.timeout)
-    # Ctrl-C reaches the whole group, workers that still import, too; they ignore it, and the launcher passes it on.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    context = multiprocessing.spawn(_worker, (job, store.port, os.getpid()), nprocs=len(job.devices), join=False)
-    signal.signal(signal.SIGINT, handler)
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder)
+        # Ctrl-C reaches the whole group, workers that still import, too; they ignore it, and the launcher passes it on.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        place = (store.port, os.getpid(), said)
+        context = multiprocessing.spawn(_worker, (job, *place), nprocs=len(job.devices), join=False)
+        signal.signal(signal.SIGINT, handler)
 
-    def forward() -> None:  # they end themselves, all after the same step
-        for process in context.processes:
-            process.terminate()
+        def forward() -> None:  # they end themselves, all after the same step
+            for process in context.processes:
+                process.terminate()
 
-    stop = Stop(tell=False, forward=forward)
-    try:
-        with stop:
-            while not context.join(grace_period=GRACE_SECONDS):
-                pass
-    except multiprocessing.ProcessExitedException as first:
-        raise _cause(context.processes, first, job.devices, store, stop.number) from None
-    finally:
-        for process in context.processes:
-            process.kill()
+        stop = Stop(tell=False, forward=forward)
+        try:
+            with stop:
+                while not context.join(grace_period=GRACE_SECONDS):
+                    pass
+        except multiprocessing.ProcessExitedException as first:
+            codes = [process.exitcode for process in context.processes]
+            raise _cause(first.error_index, codes, job.devices, said, stop.number) from None
+        finally:
+            for process in context.processes:
+                process.kill()
 
 
-def _cause(
-    processes: list[Any],
-    first: multiprocessing.ProcessExitedException,
-    devices: list[torch.device],
-    store: dist.Store,
-    stopped: int,
-) -> BaseException:
-    """Of the processes that failed, the one that did not merely lose contact with another, and what it said."""
-    codes = [process.exitcode for process in processes]
-    own = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_PEER_LOST)]
-    said = [rank for rank in own if store.check([f"said by {rank}"])]
-    rank = first.error_index if first.error_index in own else (said or own or [first.error_index])[0]
-    if store.check([f"said by {rank}"]):
-        message = store.get(f"said by {rank}").decode()
-        if codes[rank] > EXIT_SIGNAL:
-            return Stopped(stopped or codes[rank] - EXIT_SIGNAL, message)
-        return (Diverged if codes[rank] == Diverged.exit_code else UserError)(message)
+def _cause(first: int, codes: list[int], devices: list[torch.device], said: Path, stopped: int) -> BaseException:
+    """What the first process said that did not merely lose contact with another, or how one ended without a word."""
+    own = [rank for rank, code in enumerate(codes) if code not in (0, PeerLost.exit_code)]
+    file = said / ("cause" if own else "lost")
+    if file.exists():
+        cause = pickle.loads(file.read_bytes())
+        return Stopped(stopped or cause.number, cause.saved) if isinstance(cause, Stopped) else cause
+    rank = first if first in own or not own else own[0]
     code = codes[rank]
     if stopped and code == -signal.SIGTERM:  # before it could save anything
         return Stopped(stopped)
@@ -330,31 +316,24 @@ def _cause(
     return UserError(f"process {rank} ({devices[rank]}) {how}{hint}; all others were stopped; {RESUME}")
 
 
-def _worker(rank: int, job: _Job, port: int, launcher: int) -> None:
+def _worker(rank: int, job: _Job, port: int, launcher: int, said: Path) -> None:
     end_with(launcher)
     keep_freed_memory()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which os._exit below would leave behind
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=job.timeout)
-    code, message = 0, None
+    code = 0
     with unbreakable_output():
         try:
             make_current(job.devices[rank])
-            group = job.meet(rank, store=store, rank=rank, world_size=len(job.devices))
-            job.work(group, *job.arguments)
+            job.work(job.meet(rank, store=store, rank=rank, world_size=len(job.devices)), *job.arguments)
             dist.destroy_process_group()
-        except PeerLost as error:
-            code, message = EXIT_PEER_LOST, f"process {rank} lost contact with another process ({error})"
-        except Stopped as stop:
-            code, message = EXIT_SIGNAL + stop.number, stop.saved
-        except UserError as error:
-            code, message = error.exit_code, str(error)
-        except Exception as error:
-            code, message = EXIT_ERROR, f"process {rank}: {describe_unexpected(error)}"
-        if code and job.traceback:
-            traceback.print_exc()
-        if message:
-            with contextlib.suppress(RuntimeError):
-                store.set(f"said by {rank}", message)
-        sys.stdout.flush()
+        except (Exception, Stopped) as error:
+            known = isinstance(error, UserError | Stopped)
+            cause = error if known else UserError(f"process {rank}: {describe_unexpected(error)}")
+            cause.add_note(traceback.format_exc())
+            code = getattr(cause, "exit_code", UserError.exit_code)
+            name = "lost" if isinstance(cause, PeerLost) else "cause"
+            with contextlib.suppress(OSError), open(said / name, "xb") as file:  # the first one
+                pickle.dump(cause, file)
     # Not sys.exit: after a lost peer the process group's threads may never let the interpreter finish.
     os._exit(code)

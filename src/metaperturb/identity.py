@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from metaperturb import finetuning, methods, models
-from metaperturb.config import MetaTestConfig, MetaTrainConfig, default_of, read_yaml
+from metaperturb.config import MetaTestConfig, MetaTrainConfig, read_yaml
 from metaperturb.data import DATA_SETS
 from metaperturb.data.registry import load_parts, load_source_images
 from metaperturb.distributed import parse_devices
@@ -39,8 +39,9 @@ def settings(cls: type, recorded: Mapping[str, Any], without: Collection[str] = 
 
     One that is missing came with a later version and was at its default.
     """
+    known = {**vars(cls()), **recorded}
     return {
-        field.name: recorded.get(field.name, default_of(field))
+        field.name: known[field.name]
         for field in dataclasses.fields(cls)
         if field.metadata["identity"] and field.name not in without
     }

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from metaperturb import finetuning, identity, kernels, methods, models, training
-from metaperturb.cli import Stop, Stopped, run_program
-from metaperturb.config import MetaTestConfig, load_config, parse_arguments
+from metaperturb.cli import Stop, Stopped
+from metaperturb.config import MetaTestConfig, run_configured
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
 from metaperturb.data.registry import load_parts
 from metaperturb.distributed import make_current
@@ -34,11 +34,7 @@ from metaperturb.weights import load_phi, phi_digest
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(MetaTestConfig, __doc__, argv)
-    return run_program(
-        lambda: meta_test(load_config(MetaTestConfig, arguments.config, arguments.set)),
-        show_traceback=arguments.traceback,
-    )
+    return run_configured(meta_test, MetaTestConfig, __doc__, argv)
 
 
 def meta_test(config: MetaTestConfig) -> dict:
@@ -102,13 +98,6 @@ def meta_test(config: MetaTestConfig) -> dict:
                 kernels.tell_change(state["kernel"], how["kernel"], str(run.dir))
         print(f"{run.dir}: resuming after step {start}", file=sys.stderr)
     run.rewind(start)
-    samples = config.final_samples if method.stochastic else 1
-    if (passes := samples * len(test) / (3 * config.batch_size * config.steps)) > 1:  # a step costs three passes
-        print(
-            f"the evaluation of {len(test):,} images with {samples} samples will take about {passes:.0f} times as long "
-            "as the training (a smaller final_samples is faster)",
-            file=sys.stderr,
-        )
     progress = StepProgress(f"{config.method} on {identity.data_name(config)}", config.steps, start)
 
     metrics: dict[str, float] = {}
@@ -145,7 +134,7 @@ def meta_test(config: MetaTestConfig) -> dict:
                 make_stochastic(model)
 
     def save(done: int) -> None:
-        training.check_finite_parameters(model.parameters(), "θ", done, config.run_dir)
+        training.check_finite("a parameter", {f"θ, step {done}": model.parameters()}, config.run_dir)
         learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         given = {"data": data, "phi": phi_id, "init": origin}
         save_tensors({**learned, **given, **how, "recent": recent, "step": done, "seconds": run.seconds}, checkpoint)
@@ -158,7 +147,8 @@ def meta_test(config: MetaTestConfig) -> dict:
         saves = done % config.checkpoint_every == 0 or last
         if done % config.log_every == 0 or evaluates or saves:
             values = torch.stack(recent).cpu()  # the only place where the host waits for the device
-            training.check_finite(values, done - len(values), config.run_dir)
+            steps = {f"step {done - len(values) + i}": [row] for i, row in enumerate(values, 1)}
+            training.check_finite("the loss or a gradient", steps, config.run_dir)
             mean_loss, mean_accuracy = values.mean(dim=0).tolist()
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from metaperturb import identity, kernels, models, training
 from metaperturb.attach import attach
-from metaperturb.cli import Stop, Stopped, run_program
-from metaperturb.config import MetaTrainConfig, load_config, parse_arguments
+from metaperturb.cli import Stop, Stopped
+from metaperturb.config import MetaTrainConfig, run_configured
 from metaperturb.data import ImageArrays
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_padding
 from metaperturb.data.registry import load_source_images
@@ -51,14 +51,10 @@ METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")  # a ta
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(MetaTrainConfig, __doc__, argv)
-    return run_program(
-        lambda: meta_train(load_config(MetaTrainConfig, arguments.config, arguments.set), arguments.traceback),
-        show_traceback=arguments.traceback,
-    )
+    return run_configured(meta_train, MetaTrainConfig, __doc__, argv)
 
 
-def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
+def meta_train(config: MetaTrainConfig) -> None:
     """One meta-training run in as many processes as `config.gpus` lists."""
     identity.check_folder(config, "meta_train")
     if finished_result(config.run_dir):
@@ -89,7 +85,7 @@ def meta_train(config: MetaTrainConfig, show_traceback: bool = False) -> None:
     if config.keep_phi and config.anneal > 0:
         raise UserError("keep_phi: with annealing, φ on the way is not the φ of a shorter run")
     load_tasks(config)
-    launch(work, (config,), devices, show_traceback, timedelta(seconds=config.timeout))
+    launch(work, (config,), devices, timedelta(seconds=config.timeout))
 
 
 def check_kept(config: MetaTrainConfig, done: int) -> None:
@@ -292,8 +288,8 @@ def work(group: Group, config: MetaTrainConfig) -> None:
         progress = StepProgress("meta-train", config.steps, start)
 
     def save(done: int) -> None:
-        for name, module in {"φ": phi, **{f"task {task.index}": task.model for task in tasks}}.items():
-            training.check_finite_parameters(module.parameters(), name, done, config.run_dir)
+        parameters = {f"task {task.index}, step {done}": task.theta for task in tasks}
+        training.check_finite("a parameter", {f"φ, step {done}": [phi.flat], **parameters}, config.run_dir)
         folder = checkpoints / f"step-{done:06}"
         for task in tasks:
             state = {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict()}
@@ -338,7 +334,10 @@ def work(group: Group, config: MetaTrainConfig) -> None:
             stops = (group.on_host or looks) and stopping.item() and not last
             if looks or stops:
                 tables = torch.stack(recent).cpu()  # the host waits for the device only here (and with gloo)
-                training.check_finite(tables, done - len(tables), config.run_dir)
+                steps = range(done - len(tables) + 1, done + 1)
+                where = [f"task {task}, step {step}" for step in steps for task in range(config.tasks)]
+                rows = dict(zip(where, tables.flatten(0, 1).split(1), strict=True))
+                training.check_finite("the loss or a gradient", rows, config.run_dir)
             if looks:
                 recent.clear()
                 if run is not None:

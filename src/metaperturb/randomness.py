@@ -11,22 +11,9 @@ import torch
 
 cuda_is_available = functools.cache(torch.cuda.is_available)
 
-# Purposes keep their numbers for ever: they are part of what a seed means.
-PURPOSES = {
-    "phi": 0,
-    "init": 1,
-    "order_train": 2,
-    "order_test": 3,
-    "theta_step": 4,
-    "phi_step": 5,
-    "evaluate": 6,
-    "method_init": 7,
-    "attack": 8,
-    "attacked": 9,
-    "calibration": 10,
-    "scales": 11,
-    "one_pass": 12,
-}
+# The place of a purpose is part of what a seed means for ever: new ones come last.
+PURPOSES = """phi init order_train order_test theta_step phi_step evaluate method_init attack attacked calibration
+scales one_pass"""
 
 
 def numpy_generator(seed: int, task: int, purpose: str, step: int = 0) -> np.random.Generator:
@@ -48,4 +35,4 @@ def seed_torch(seed: int, task: int, purpose: str, step: int = 0) -> None:
 
 
 def _sequence(seed: int, task: int, purpose: str, step: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence((seed, task, PURPOSES[purpose], step))
+    return np.random.SeedSequence((seed, task, PURPOSES.split().index(purpose), step))

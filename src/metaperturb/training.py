@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,32 +145,16 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Of soft labels `[B, K]` each prediction counts what its class has.
     """
-    prediction = logits.detach().argmax(dim=1)
-    if labels.dim() == 2:
-        return labels.gather(1, prediction[:, None]).mean()
-    return (prediction == labels).float().mean()
+    prediction = logits.detach().argmax(dim=1, keepdim=True)
+    correct = labels.gather(1, prediction) if labels.dim() == 2 else prediction == labels[:, None]
+    return correct.float().mean()
 
 
-def check_finite(values: Tensor, first_step: int, run_dir: str) -> None:
-    """Stop before a checkpoint could follow a loss or gradient that is not finite, naming the step and task.
-
-    `values` are those of consecutive steps `[steps, T, K]`, or `[steps, K]` without tasks, after the `first_step`.
-    """
-    bad = (~torch.isfinite(values).all(dim=-1)).nonzero()
-    if len(bad):
-        step, *task = bad[0].tolist()
-        where = f"task {task[0]}, " if task else ""
-        _diverged("the loss or a gradient", f"{where}step {first_step + step + 1}", run_dir)
-
-
-def check_finite_parameters(parameters: Iterable[Tensor], whose: str, step: int, run_dir: str) -> None:
-    """The same for what a checkpoint after `step` steps is about to hold; `whose`: `"task 3"`, `"φ"`, `"θ"`."""
-    if not all(torch.isfinite(p).all() for p in parameters):
-        _diverged("a parameter", f"{whose}, step {step}", run_dir)
-
-
-def _diverged(what: str, where: str, run_dir: str) -> NoReturn:
-    raise Diverged(
-        f"{where}: {what} is not finite; stopped, the last good checkpoint is kept in {run_dir} (a smaller lr or clip "
-        "may help, in a new run_dir)"
-    )
+def check_finite(what: str, values: Mapping[str, Iterable[Tensor]], run_dir: str) -> None:
+    """Stop before a checkpoint could follow what is not finite; `values`: by where they are, `"task 3, step 7"`."""
+    for where, tensors in values.items():
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise Diverged(
+                f"{where}: {what} is not finite; stopped, the last good checkpoint is kept in {run_dir} (a smaller lr "
+                "or clip may help, in a new run_dir)"
+            )

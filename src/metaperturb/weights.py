@@ -22,15 +22,8 @@ from metaperturb.storage import load_tensors, reason, save_tensors
 FORMAT, VERSION = "metaperturb-phi", 2
 SHIPPED = Path(__file__).parent / "shipped"
 
-# The authors' names and ours. Theirs have singleton dimensions that ours lack; the values are the same.
-AUTHORS_NAMES = {
-    "phi_1.w_identity": "self1",
-    "phi_1.w_all": "all1",
-    "phi_2.w_identity": "self2",
-    "phi_2.w_all": "all2",
-    "kernel": "scale_kernels",
-    "fc.weight": "scale_affine",
-}
+# The authors' names, in our order. Theirs have singleton dimensions that ours lack; the values are the same.
+AUTHORS = ("phi_1.w_identity", "phi_1.w_all", "phi_2.w_identity", "phi_2.w_all", "kernel", "fc.weight")
 
 
 def save_phi(phi: MetaPerturb, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> None:
@@ -83,7 +76,8 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no φ (expected a file of save_phi or the authors' state dict)")
 
-    state = {AUTHORS_NAMES.get(name, name): value for name, value in content.items()}
+    ours = dict(zip(AUTHORS, PHI_SHAPES._fields, strict=True))
+    state = {ours.get(name, name): value for name, value in content.items()}
     scale_free |= state.pop("scale_free_mark", None) is not None  # of a bare state dict
     with torch.random.fork_rng(devices=[]):  # what comes next draws the same with φ as without
         phi = MetaPerturb(scale_free)
@@ -117,13 +111,12 @@ def _is_plain(value: Any) -> bool:
 
 def find_phi(source: str | os.PathLike) -> Path:
     """The file behind a path or a shipped name."""
-    path = Path(source).expanduser()
+    path, shipped = Path(source).expanduser(), SHIPPED / f"{source}.pt"
     if path.is_file():
         return path
-    shipped = sorted(p.stem for p in SHIPPED.glob("*.pt"))
-    if str(source) in shipped:
-        return SHIPPED / f"{source}.pt"
+    if shipped in SHIPPED.glob("*.pt"):
+        return shipped
     if path.is_dir():
         raise UserError(f"{path}: is a folder; φ is a file, for instance {path / 'phi.pt'}")
-    names = f"shipped names: {', '.join(shipped)}" if shipped else "./run.sh src makes one"
-    raise UserError(f"{source}: no such φ file ({names})")
+    names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt")))
+    raise UserError(f"{source}: no such φ file (shipped names: {names})")

@@ -18,10 +18,9 @@ bit.
 0.2
 """
 
-import dataclasses
 import importlib
 
-from metaperturb.config import MetaTestConfig, default_of
+from metaperturb.config import MetaTestConfig
 from metaperturb.errors import UserError
 from metaperturb.methods.base import Method, Perturbation, Recipe
 from metaperturb.perturbation import MetaPerturb
@@ -64,8 +63,5 @@ def unused_settings(config: MetaTestConfig) -> list[str]:
     """
     others = REGULARIZERS.keys() - {config.method, *config.recipe}
     theirs = {setting for name in others for setting in REGULARIZERS[name].settings}
-    return [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.name in theirs and getattr(config, field.name) != default_of(field)
-    ]
+    usual = vars(MetaTestConfig())
+    return [name for name, value in vars(config).items() if name in theirs and value != usual[name]]

@@ -1,4 +1,4 @@
-"""One pass in place of many draws: E[z | h], batch norm's statistics, round trips, refusals, and export."""
+"""Means over draws, which share what they can, and one pass in their place: E[z | h], statistics, refusals, export."""
 
 import copy
 import io
@@ -11,19 +11,8 @@ import torch.fx.experimental.optimization
 import torchvision
 from torch import nn
 
-from metaperturb import (
-    MetaPerturb,
-    PerturbSite,
-    UserError,
-    attach,
-    detach,
-    load_phi,
-    make_deterministic,
-    make_stochastic,
-    models,
-    predict,
-)
-from metaperturb import prediction as module
+from metaperturb import MetaPerturb, PerturbSite, UserError, attach, detach, load_phi, models, predict, prediction
+from metaperturb.prediction import make_deterministic, make_stochastic
 
 SIZE = 16
 
@@ -143,8 +132,8 @@ def test_statistics_are_the_averages_over_the_batches(scale_free):
 
 
 def test_the_temperature_is_fitted_to_the_first_images(monkeypatch):
-    asked, predict = [], module.predict
-    monkeypatch.setattr(module, "predict", lambda model, x: asked.append(len(x)) or predict(model, x))
+    asked = []
+    monkeypatch.setattr(prediction, "predict", lambda model, x: asked.append(len(x)) or predict(model, x))
     make_deterministic(network(), batches(), fitted=10)
     assert asked == [8, 2]
 
@@ -216,17 +205,15 @@ def test_under_autocast_the_scaled_classifier_is_used_at_once():
         assert torch.equal(draw(make_stochastic(model), x), drawn)
 
 
-def weight_norm(net):
-    torch.nn.utils.parametrizations.weight_norm(net.fc)
+CHANGES = {
+    "weight norm": lambda net: torch.nn.utils.parametrizations.weight_norm(net.fc),
+    "a norm behind": lambda net: setattr(net, "fc", nn.Sequential(net.fc, nn.BatchNorm1d(5))),
+}
 
 
-def norm_behind(net):
-    net.fc = nn.Sequential(net.fc, nn.BatchNorm1d(5))
-
-
-@pytest.mark.parametrize("change", [weight_norm, norm_behind])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_classifier_that_cannot_be_scaled_stays(change, capsys):
-    change(net := models.create("resnet8", 5, SIZE))
+    CHANGES[change](net := models.create("resnet8", 5, SIZE))
     model = network(net=net)
     before, parameters = state(model), [p.clone() for p in model.parameters()]
     make_deterministic(model, batches())
@@ -242,17 +229,6 @@ def test_statistics_in_bfloat16_are_averages_of_however_many_batches():
         make_deterministic(model, [images(2, 3, SIZE, SIZE).bfloat16()] * count)
         found.append(model.metaperturb.sites[0].running_var.float())
     assert torch.allclose(*found, rtol=0.05)
-
-
-def test_draws_that_overflow_leave_the_network_as_it_was():
-    model = network()
-    model.metaperturb.sites[0].register_forward_hook(
-        lambda site, _, out: out if site.attachment.deterministic else out * torch.inf
-    )
-    before = state(model)
-    with pytest.raises(UserError, match="outputs are not finite"):
-        make_deterministic(model, batches())
-    assert same(state(model), before)
 
 
 def test_nothing_but_batch_norm_and_sites_is_in_training_mode():
@@ -280,27 +256,32 @@ def failing():
     raise OSError("the disk is gone")
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (None, "there are no batches"),
-        ([], "there are no batches"),
-        ([*batches(1), images(1, 3, SIZE, SIZE)], "batch 2 holds one image"),
-        ([images(8, 3, 32, 32)], "φ was attached for a height of 16"),
-        ([*batches(1), images(8, 3, SIZE, 24)], "batch 2 holds images .* after others of"),
-        ([images(8, 1, SIZE, SIZE)], "batch 1: the network does not take images"),
-        ([images(3, SIZE, SIZE)], r"batch 1: expected images \[B, C, H, W\], got \[3, 16, 16\]"),
-        ([{"image": 1}], "batch 1: expected images .* got dict"),
-        ([batches(1)[0].mul(torch.inf)], "not finite"),
-        (failing(), "the disk is gone"),
-    ],
-    ids=["none", "empty", "one", "height", "width", "channels", "image", "dict", "infinite", "failing"],
-)
-def test_batches_that_are_none_leave_the_network_as_it_was(given, message):
+def overflow(site, _, out):
+    return out if site.attachment.deterministic else out * torch.inf
+
+
+BAD_BATCHES = {
+    "there are no batches": [],
+    "batch 2 holds one image": [*batches(1), images(1, 3, SIZE, SIZE)],
+    "φ was attached for a height of 16": [images(8, 3, 32, 32)],
+    "batch 2 holds images .* after others of": [*batches(1), images(8, 3, SIZE, 24)],
+    "batch 1: the network does not take images": [images(8, 1, SIZE, SIZE)],
+    r"batch 1: expected images \[B, C, H, W\], got \[3, 16, 16\]": [images(3, SIZE, SIZE)],
+    "batch 1: expected images .* got dict": [{"image": 1}],
+    "statistics that are not finite": [batches(1)[0].mul(torch.inf)],
+    "outputs are not finite": batches(),  # with draws that overflow
+    "the disk is gone": failing(),
+}
+
+
+@pytest.mark.parametrize("message", BAD_BATCHES)
+def test_batches_that_are_none_leave_the_network_as_it_was(message):
     model = network()
     before = state(model)
+    if message == "outputs are not finite":
+        model.metaperturb.sites[0].register_forward_hook(overflow)
     with pytest.raises((UserError, OSError), match=message) as error:
-        make_deterministic(model, given)
+        make_deterministic(model, BAD_BATCHES[message])
     assert "\n" not in str(error.value)
     assert same(state(model), before) and not model.metaperturb.deterministic
     assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -312,10 +293,10 @@ def test_networks_that_cannot_be_turned():
     before = state(model)
     with pytest.raises(UserError, match="training mode"):
         make_deterministic(model.train(), batches())
-    with pytest.raises(UserError, match="is not deterministic"):
-        make_stochastic(model)
     assert same(state(model), before) and model.training
-    once = state(make_deterministic(model.eval(), batches()))
+    with pytest.raises(UserError, match="there are no batches"):
+        make_deterministic(model.eval())
+    once = state(make_deterministic(model, batches()))
     with pytest.raises(UserError, match="deterministic already"):
         make_deterministic(model, batches())
     assert same(state(model), once)
@@ -337,7 +318,7 @@ def test_predictions_are_means_over_draws(together, monkeypatch):
     model.bn1.eval()
     modes = [m.training for m in model.modules()]
     model.register_forward_hook(lambda _, args, out: calls.append(out.softmax(dim=1).view(-1, 4, 5)))
-    monkeypatch.setitem(module.PIXELS, "cpu", together * x.numel() // 3)
+    monkeypatch.setitem(prediction.PIXELS, "cpu", together * x.numel() // 3)
     p = predict(model, x, samples=7)
     assert [len(draws) for draws in calls] == {1: [1] * 7, 3: [3, 3, 1], 7: [7]}[together]
     draws = torch.cat(calls)
@@ -352,7 +333,7 @@ def test_one_pass_where_nothing_is_drawn():
     assert torch.allclose(predict(model, x, samples=20), expected, atol=1e-7) and calls == [4]
     make_stochastic(model).metaperturb.strength = 0.0
     predict(model, x)
-    module.log_prediction(model, x, samples=20)
+    prediction.log_prediction(model, x, samples=20)
     assert calls == [4, 4, 4]
 
 
@@ -365,15 +346,101 @@ def test_images_are_converted_to_the_precision_of_the_network():
 
 
 def test_what_cannot_be_predicted():
-    model = network()
+    model, x = network(), images(2, 3, SIZE, SIZE)
     with pytest.raises(UserError, match="at least 1"):
-        predict(model, images(2, 3, SIZE, SIZE), samples=0)
+        predict(model, x, samples=0)
     with pytest.raises(UserError, match="expected images"):
-        predict(model, images(3, SIZE, SIZE))
+        predict(model, x[0])
     model.register_forward_hook(lambda _, args, out: (out, out))
     with pytest.raises(UserError, match="returns tuple"):
-        predict(model.train(), images(2, 3, SIZE, SIZE))
+        predict(model.train(), x)
     assert model.training
+
+
+# --- several draws at once
+
+
+class Custom(nn.Module):
+    """Two convolutions and a linear layer, put together by `join(self, x)`."""
+
+    def __init__(self, join, **norm):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.fc, self.norm, self.join = nn.Linear(4, 5), nn.BatchNorm2d(4, **norm), join
+
+    def forward(self, x):
+        return self.fc(self.join(self, x).mean(dim=(2, 3)))
+
+
+BEAR = {
+    "resnet20": lambda: models.create("resnet20", 5, 32),
+    "densenet": lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=5),
+    "googlenet": lambda: torchvision.models.GoogLeNet(5, init_weights=False, aux_logits=False),
+    "shufflenet": lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5),
+    "one after the other": lambda: Custom(lambda net, x: net.three(net.one(x))),
+}
+BEAR_NOT = {
+    "branches": lambda net, x: torch.cat([net.one(x), net.two(x)], dim=3),
+    "sum of branches": lambda net, x: net.one(x) + net.two(x),
+    "meets what is before": lambda net, x: torch.cat([net.one(x), net.two(x)], dim=3),
+    "reshapes by the images": lambda net, x: net.one(x).view(len(x), 4, -1, 1),
+    "averages over draws": lambda net, x: net.one(x).unflatten(0, (-1, len(x))).mean(0),
+    "statistics of the batch": lambda net, x: net.norm(net.three(net.one(x))),
+    "means of the batch": lambda net, x: net.one(x - 0.5 * x.mean(dim=0)),
+}
+SITES = {"one after the other": ["one", "three"], "branches": ["one", "two"], "sum of branches": ["one", "two"]}
+
+
+ONE = [(name, 1) for name in ("one after the other", *BEAR_NOT)]
+
+
+@pytest.mark.parametrize(("name", "count"), [*((name, 3) for name in [*BEAR, *BEAR_NOT]), *ONE])
+def test_draws_share_what_comes_before_the_first_site_where_the_network_allows(name, count):
+    torch.manual_seed(0)
+    net = BEAR[name]() if name in BEAR else Custom(BEAR_NOT[name], track_running_stats=False)
+    model = attach(net, some_phi(), 32, SITES.get(name, None if name in BEAR else ["one"]), verbose=False)
+    for seed in range(3):
+        draw(model, images(8, 3, 32, 32, seed=seed))
+    model.eval()
+    x, sizes, rng = images(count, 3, 32, 32), [], torch.get_rng_state()
+    assert prediction.bears_draws(model, x) == prediction.bears_draws(model, x) == (name in BEAR)
+    assert torch.equal(torch.get_rng_state(), rng)
+    next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(
+        lambda _, args: sizes.append(len(args[0]))
+    )
+    torch.manual_seed(5)
+    found = prediction.log_prediction(model, x, samples=4)
+    assert sizes == [count if name in BEAR else 4 * count]
+    p = draw(model, x.repeat(4, 1, 1, 1), seed=5).softmax(dim=1).view(4, count, -1)
+    assert torch.allclose(found.exp(), p.mean(dim=0), atol=1e-5) and p.std(dim=0).max() > 1e-5
+
+
+def test_what_was_found_holds_for_the_network_as_it_was_then():
+    model, x = network(), images(2, 3, SIZE, SIZE)
+    model.fc = nn.Linear(model.fc.in_features, 5)
+    nn.init.zeros_(model.fc.weight)
+    assert not prediction.bears_draws(model, x)  # all outputs are equal, which says nothing
+    nn.init.normal_(model.fc.weight)
+    assert prediction.bears_draws(model, x)
+    for name, value in (("strength", 0.0), ("deterministic", True)):
+        before = getattr(model.metaperturb, name)
+        setattr(model.metaperturb, name, value)
+        assert prediction.log_prediction(model, x, 3).shape == (2, 5)
+        setattr(model.metaperturb, name, before)
+    model.compile(backend="eager")
+    assert prediction.log_prediction(model, x, 3).shape == (2, 5)
+
+
+def test_many_draws_of_many_images_go_in_parts(monkeypatch):
+    model, x, sizes, told = network(), images(7, 3, SIZE, SIZE), [], []
+    monkeypatch.setitem(prediction.PIXELS, "cpu", 40 * SIZE**2)
+    expected = torch.stack([prediction.log_prediction(model, x, 50) for _ in range(9)]).exp()
+    model.fc.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    found = prediction.log_prediction(model, x, 50, told.append).exp()
+    assert sizes == [40, 40, 20] * 3 + [20, 20, 10] and told[-1] == 1 and told == sorted(set(told))
+    assert len(told) == len(sizes)
+    deviation = (found - expected.mean(dim=0)) / expected.std(dim=0)
+    assert 0.3 < deviation.abs().mean() < 3
 
 
 # --- export
