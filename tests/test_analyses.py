@@ -293,7 +293,9 @@ def test_the_spread_of_the_noise_is_that_of_many_draws(perturbed):
     sites = run.model.metaperturb.sites
     seen = {}
     for site in sites:
-        site.register_forward_hook(lambda site, args, out: seen.update({site: args[0]}))
+        site.register_forward_hook(
+            lambda site, args, more, out: seen.update({site: args[0] + more.get("shortcut", 0.0)}), with_kwargs=True
+        )
     found = [at["spread"] for at in learned_scales(run, images=1)]
     assert [len(spread) for spread in found] == [16, 32, 64]
     generator = torch.Generator().manual_seed(0)

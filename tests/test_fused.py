@@ -233,7 +233,7 @@ def test_strength_0_only_moves_the_running_statistics(backend):
     expected = by_plain_operators(h, h, h, settings())[-2:]
     phi, x = make_phi(torch.float32).to(device), h.float().to(device)
     running = [s.float().to(device) for s in statistics(5)]
-    assert fused.perturb(backend, x, phi, None, *running, settings(strength=0.0)).equal(x)
+    assert fused.site(backend, x, phi, None, *running, settings(strength=0.0)).equal(x)
     assert_equal(backend, [s.double() for s in running], expected)
 
 
@@ -257,10 +257,10 @@ def test_a_shortcut_is_added_in_the_same_pass(backend, shape, site):
     h, shortcut, noise = (maps(*shape, seed=seed).float() for seed in (1, 2, 3))
     rest = make_phi(torch.float32), noise, None, *(s.float() for s in statistics(shape[1])), settings(False, **site)
     with torch.no_grad():
-        assert fused.adds(backend, h, shortcut)
+        assert fused.alike(h, shortcut)
         out = fused.apply(backend, h, *rest, shortcut=shortcut)
         assert out.equal(fused.apply(backend, h + shortcut, *rest)) and not out.equal(fused.apply(backend, h, *rest))
-        assert not fused.adds(backend, h, shortcut[:1]) and not fused.adds(backend, h, shortcut.double())
+        assert not fused.alike(h, shortcut[:1]) and not fused.alike(h, shortcut.double())
 
 
 # --- noise

@@ -321,7 +321,8 @@ def test_scale_free_noise_does_not_grow_with_the_map(paper):
     """A map ten times as large is multiplied by the same factors; in evaluation, once the running size has followed."""
     factors = {}
     for scale_free, size in itertools.product((False, True), (1.0, 10.0)):
-        site = PerturbSite(make_phi(scale_free=scale_free), 3, gate=not paper)
+        site = PerturbSite(make_phi(scale_free=scale_free), 3)
+        site.gate = not paper
         site.attachment._write(site.attachment.current()._replace(paper=paper, clip=None))
         h, noise = size * maps(4, 3, 5, 5), maps(4, 3, 5, 5, seed=5)
         found = [site(h, noise=noise) / h]
@@ -371,8 +372,9 @@ def test_a_saved_site_evaluates_identically(tmp_path, scale_free):
 def test_ablations_switch_off_one_component_each():
     phi = make_phi()
     h, noise = maps(3, 3, 4, 4), maps(3, 3, 4, 4, seed=2)
-    only_scale = PerturbSite(phi, 3, 7, 11, noise=False)
-    only_noise = PerturbSite(phi, 3, 7, 11, gate=False)
+    only_scale = PerturbSite(phi, 3, 7, 11)
+    only_noise = PerturbSite(phi, 3, 7, 11)
+    only_scale.noise = only_noise.gate = False
     scale = only_scale.scale(h)[:, None, None]
     torch.testing.assert_close(only_scale(h, noise=noise), h * scale)
     torch.testing.assert_close(only_noise(h, noise=noise), h * F.softplus(phi.noise_mean(h) + noise))

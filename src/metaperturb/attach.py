@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
@@ -103,13 +102,9 @@ def attach(
     with torch.inference_mode(False):
         usage = {"noise": noise, "gate": gate, "paper": paper, "clip": clip, "clip_eval": clip_eval}
         attachment = Attachment(phi, **usage, amplitude=1.0 if paper else amplitude(specs))
-        made = []
-        for spec in specs:
-            host = model.get_submodule(spec.module)
-            relu = isinstance(host, Slot) and host.relu
-            made.append(PerturbSite(phi, spec.channels, widest, height, attachment=attachment, relu=relu))
-        attachment.specs, attachment.sites = specs, made
-        made[0].add_module("shared", attachment)  # once in the network's state
+        attachment.specs = specs
+        attachment.sites = [PerturbSite(phi, spec.channels, widest, height, attachment) for spec in specs]
+        attachment.sites[0].add_module("shared", attachment)  # once in the network's state
     place(model, attachment, PERTURBATION, verbose=verbose)
     if verbose and not paper:
         print(f"{PERTURBATION}: noise of mean one, amplitude {attachment.amplitude:.2f}", file=sys.stderr)
@@ -133,31 +128,32 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
     becomes the attribute `name` of the network, which may have none yet. `verbose`: say on stderr where they are.
     """
     specs = sites.specs
-    hosts = [model.get_submodule(spec.module) for spec in specs]
-    for host in [model, *hosts]:
+    placed = [(spec, model.get_submodule(spec.module)) for spec in specs]
+    for host in [model, *(host for _, host in placed)]:
         if hasattr(host, name):
             raise UserError(f"{type(host).__name__} has a {name!r} of its own; rename that")
     parameter = next(model.parameters(), None)
-    for spec, site, host in zip(specs, sites.sites, hosts, strict=True):
+    for (spec, host), site in zip(placed, sites.sites, strict=True):
         site.train(host.training)
         if parameter is not None:
             site.to(parameter.device)
         host.add_module(name, _Aside(site) if isinstance(host, nn.Sequential) else site)
+        if isinstance(host, Slot):
+            continue  # runs its children itself
         if type(host).__module__.startswith("torch.nn.modules") and not isinstance(host, nn.Sequential):
             host.__class__ = _with_site(type(host))
-        if isinstance(host, Slot):
-            host.register_forward_pre_hook(_InSlot(name))
-        elif spec.where == "output":
-            host.register_forward_hook(_OnOutput(name))
+        if spec.where == "output":
+            host.register_forward_hook(_OnOutput(name, site))
         elif spec.where == "input":
-            host.register_forward_pre_hook(_OnInput(name))
+            host.register_forward_pre_hook(_OnInput(name, site))
         else:
-            last = _BeforeLastCall(name, site, host, spec)
+            last = _BeforeLastCall(name, site, spec)
             host.register_forward_pre_hook(last.begin)
             host.get_submodule(spec.where).register_forward_pre_hook(last.act)
             host.register_forward_hook(last.end, always_call=True)
     model.__dict__[name] = sites  # no child: the network's children stay what they are
-    model.register_forward_pre_hook(_Check(name))
+    acting = [host if spec.where in ("output", "input") else host.get_submodule(spec.where) for spec, host in placed]
+    model.register_forward_pre_hook(_Check(name, dict(zip(specs, acting, strict=True))))
     _forget_compiled()
     if verbose:
         shown = [spec.name for spec in specs]
@@ -182,8 +178,10 @@ def detach(model: nn.Module) -> nn.Module:
                     module._forward_hooks_always_called.pop(key, None)
                     module._modules.pop(hook.name, None)
                     vars(module).pop(hook.name, None)
-                    if type(module) is _with_site(kind := type(module).__base__):
-                        module.__class__ = kind
+        if isinstance(module, Slot):
+            module._modules.clear()
+        elif type(module) is _with_site(kind := type(module).__base__):
+            module.__class__ = kind
     _forget_compiled()
     return model
 
@@ -217,7 +215,7 @@ def _new_with_site(kind: type) -> nn.Module:
     return object.__new__(_with_site(kind))
 
 
-# --- acting. Hooks are objects that find their site in the module that they are called with: a copy has its own.
+# --- acting. Hooks are objects, so that a copy of the network has its own.
 
 
 class _Aside(nn.Module):
@@ -232,80 +230,51 @@ class _Aside(nn.Module):
 
 
 class _Hook:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, site: nn.Module | None = None) -> None:
+        self.name, self.site = name, site
 
     @property
     def __name__(self) -> str:
         """What torch.jit.script asks every hook for."""
         raise UserError("torch.jit.script cannot compile a network with φ; use torch.export, or torch.jit.trace")
 
-    def site_in(self, module: nn.Module) -> nn.Module | None:
-        child = module._modules.get(self.name)
-        return child.site if isinstance(child, _Aside) else child
-
-    def perturbed(self, module: nn.Module, h: Any, **shortcut: Any) -> Any:
-        site = self.site_in(module)
-        if site is None:  # quantization keeps the hooks of a layer that it exchanges
-            kind = type(module).__name__
-            raise UserError(f"{kind} has taken the place of a layer with φ; attach after such changes")
-        return site(h, **shortcut)
-
-
-class _InSlot(_Hook):
-    """Between the sum and the ReLU of a slot; a site of φ makes all three itself."""
-
-    def __call__(self, slot: nn.Module, args: tuple) -> tuple:
-        h, *shortcut = args
-        if shortcut and isinstance(self.site_in(slot), PerturbSite):
-            return (self.perturbed(slot, h, shortcut=shortcut[0]),)
-        return (self.perturbed(slot, h + shortcut[0] if shortcut else h),)
-
 
 class _OnOutput(_Hook):
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if type(output) is not tuple:
-            return self.perturbed(module, output)
-        h = self.perturbed(module, output[0])  # a block that returns its feature map with something else
+            return self.site(output)
+        h = self.site(output[0])  # a block that returns its feature map with something else
         return tuple(h if value is output[0] else value for value in output)
 
 
 class _OnInput(_Hook):
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        return self.perturbed(module, args[0]), *args[1:]
+        return self.site(args[0]), *args[1:]
 
 
 class _BeforeLastCall(_Hook):
     """Acts on what an activation gets in its last call in a block, where the block runs one module several times."""
 
-    def __init__(self, name: str, site: nn.Module, block: nn.Module, spec: SiteSpec) -> None:
-        super().__init__(name)
-        self.site, self.block, self.spec = site, block, spec
+    def __init__(self, name: str, site: nn.Module, spec: SiteSpec) -> None:
+        super().__init__(name, site)
+        self.spec = spec
         self.count: int | None = None  # calls in the present pass; None outside the block's forward pass
 
-    def site_in(self, module: nn.Module) -> nn.Module | None:
-        if module is not self.block:  # the activation
-            return None
-        hooks = module.get_submodule(self.spec.where)._forward_pre_hooks.values()
-        return super().site_in(module) if any(getattr(h, "__self__", h) is self for h in hooks) else None
-
-    def begin(self, module: nn.Module, args: tuple) -> None:
+    def begin(self, block: nn.Module, args: tuple) -> None:
         self.count = 0
 
     def act(self, activation: nn.Module, args: tuple) -> tuple | None:
         if self.count is None:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # a backward pass
+                raise UserError(
+                    "torch.utils.checkpoint of a part of a residual block: its backward pass would run that part "
+                    "without the perturbation; checkpoint whole blocks"
+                )
             return None
         self.count += 1
-        if self.count != self.spec.calls:
-            return None
-        if not torch.compiler.is_compiling() and self._in_checkpoint():
-            raise UserError(
-                "torch.utils.checkpoint of a part of a residual block: its backward pass would run that part without "
-                "the perturbation; checkpoint whole blocks"
-            )
-        return self.site(args[0]), *args[1:]
+        return (self.site(args[0]), *args[1:]) if self.count == self.spec.calls else None
 
-    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def end(self, block: nn.Module, args: tuple, output: Any) -> None:
         count, self.count = self.count, None
         if isinstance(output, torch.fx.Proxy):  # a trace does not run the hooks of the activation
             node, tracer = output.node, output.tracer
@@ -319,20 +288,13 @@ class _BeforeLastCall(_Hook):
                 "there, or name other modules: sites=[…]"
             )
 
-    def _in_checkpoint(self) -> bool:
-        """Whether the block calls us from within activation checkpointing, which runs its part again without us."""
-        frame = sys._getframe(2)
-        while frame is not None:
-            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self.block:
-                return False
-            if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:
-                return True
-            frame = frame.f_back
-        return False
-
 
 class _Check(_Hook):
-    """Before each pass of the network: whether every site is still where it acts."""
+    """Before each pass of the network: whether every module that runs a site is still in it."""
+
+    def __init__(self, name: str, acting: dict[SiteSpec, nn.Module]) -> None:
+        super().__init__(name)
+        self.acting = acting
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling():
@@ -343,27 +305,9 @@ class _Check(_Hook):
             raise UserError("φ acts on whole batches: there are no gradients of single ones (grad_sample)")
         if getattr(model, "_is_replica", False):
             raise UserError("nn.DataParallel: its replicas would share the sites; use DistributedDataParallel")
-        sites = vars(model)[self.name]
-        placed = list(zip(sites.specs, sites.sites, strict=True))
-        lost = [spec for spec, site in placed if self._acting_at(model, spec.module) is not site]
-        if lost:  # unless its module has moved to another place, which is searched for only then
-            acting = {id(site) for module in model.modules() if (site := self._acting(module)) is not None}
-            lost = [spec for spec, site in placed if id(site) not in acting]
-        if lost:
+        present = set(model.modules())
+        if lost := [spec.module for spec, module in self.acting.items() if module not in present]:
             raise UserError(
-                f"{type(model).__name__}: {lost[0].module!r} ({len(lost)} in all) was replaced after attach, by fusing "
-                "or the like, and is not perturbed; detach(model), and attach after such changes"
+                f"{type(model).__name__}: {lost[0]!r} ({len(lost)} in all) was replaced after attach, by fusing or the "
+                "like, and is not perturbed; detach(model), and attach after such changes"
             )
-
-    def _acting_at(self, model: nn.Module, path: str) -> nn.Module | None:
-        try:
-            return self._acting(model.get_submodule(path))
-        except AttributeError:
-            return None
-
-    def _acting(self, module: nn.Module) -> nn.Module | None:
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            hook = getattr(hook, "__self__", hook)
-            if isinstance(hook, _Hook) and hook is not self and hook.name == self.name:
-                return hook.site_in(module)
-        return None

@@ -108,9 +108,18 @@ class Usage(NamedTuple):
     deterministic: bool = False
     amplitude: float = 1.0
 
+    @property
+    def draws(self) -> bool:
+        """Whether the sites draw noise."""
+        return self.noise and self.strength > 0 and not self.deterministic
+
 
 class UsesPhi(nn.Module):
-    """Uses φ without owning it: φ is neither its child, nor among its parameters."""
+    """Uses φ without owning it: φ is neither its child, nor among its parameters. `Usage` is what all share."""
+
+    @property
+    def phi(self) -> MetaPerturb:
+        return self.attachment._phi[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "phi":  # the property cannot refuse it: nn.Module makes a module its child before it asks
@@ -129,15 +138,15 @@ class Attachment(UsesPhi):
     Attributes:
         phi: the shared φ, not to be set. It is referred to, not owned: `parameters()` is empty.
         strength: c in [0, 1]; 0 makes every site the identity.
+        noise: whether the sites multiply by z; a choice of `attach`, as are `gate`, `paper` and `amplitude`.
+        gate: whether the sites multiply by s.
         paper: whether the sites compute what the paper says, or multiply by noise of mean one.
-        amplitude: of the noise of mean one at strength 1; a choice of `attach`, not to be set here.
+        amplitude: of the noise of mean one at strength 1.
         clip: k, the bound of what sites return, or None: in the paper's arithmetic from above and in training only,
             else of the absolute value and always.
         clip_eval: whether the paper's bound holds in evaluation, too.
         deterministic: whether the sites multiply by E[z | h] in place of a draw of z; `make_deterministic` sets it.
         before: batch norm's statistics from before that, one after the other, or None.
-        noise: whether the sites multiply by z; a choice of `attach`, not to be set here.
-        gate: whether the sites multiply by s; likewise.
         specs: where the sites are, in the order in which the network runs them.
         sites: the sites, likewise.
 
@@ -153,40 +162,30 @@ class Attachment(UsesPhi):
         self.specs: list[Any] = []
         self.sites: list[PerturbSite] = []
         self.before: Tensor | None = None
-        like = phi.flat
-        with torch.inference_mode(False):
-            self.register_buffer("usage", torch.zeros(len(Usage._fields), device=like.device, dtype=_precision(like)))
-        self._write(Usage(**usage))
+        self._renew(phi.flat, Usage(**usage))
 
     @property
-    def phi(self) -> MetaPerturb:
-        return self._phi[0]
-
-    attachment = property(lambda self: self)  # for what it has in common with its sites
+    def attachment(self) -> "Attachment":
+        return self
 
     @property
     def draws(self) -> bool:
-        """Whether the sites draw noise, as they are now."""
-        usage = self.current()
-        return usage.noise and usage.strength > 0 and not usage.deterministic
+        return self.current().draws
 
     def current(self) -> Usage:
-        """What the buffer says; a GPU is waited for only where something has changed the buffer."""
+        """What the buffer says; it is read, and a GPU waited for, only where something else has written to it."""
         buffer = self.usage
-        if (
+        if not (
             torch.compiler.is_compiling()
             or type(buffer) is not Tensor
             or buffer.is_meta
             or torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+            or self._seen == _content(buffer)
         ):
-            return self._usage
-        if buffer.device.type != "cpu" and self._seen == _identity(buffer):
-            return self._usage
-        values = buffer.tolist()
-        if values != self._written:
-            original = self._original() if self._original else None
-            self._write(original.current() if original else _usage(values))
-        self._seen = _identity(self.usage)
+            if original := self._original and self._original():
+                self._write(original.current())
+            else:
+                self._usage, self._seen = _usage(buffer.tolist()), _content(buffer)
         return self._usage
 
     def _write(self, usage: Usage) -> None:
@@ -197,12 +196,18 @@ class Attachment(UsesPhi):
         values = torch.tensor([float(value or 0) for value in usage], dtype=self.usage.dtype, device="cpu")
         with torch.no_grad():
             self.usage.copy_(values)
-        self._usage, self._written, self._seen = usage, values.tolist(), _identity(self.usage)
+        self._usage, self._seen = usage, _content(self.usage)
+
+    def _renew(self, like: Tensor, usage: Usage) -> None:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32  # half would round the strength
+        with torch.inference_mode(False):
+            self.register_buffer("usage", torch.empty(len(usage), device=like.device, dtype=dtype))
+        self._write(usage)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
         memo[id(self)] = copied = self.__class__.__new__(self.__class__)
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        copied.__dict__["_original"] = weakref.ref(self)
+        copied.__dict__.update(_original=weakref.ref(self), _seen=_content(copied.usage))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,8 +217,7 @@ class Attachment(UsesPhi):
     def _apply(self, fn, recurse: bool = True):
         usage = self.current()
         super()._apply(fn, recurse)
-        self.usage = self.usage.to(_precision(self.usage))  # .half() would round the strength
-        self._write(usage)
+        self._renew(self.usage, usage)
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -230,29 +234,25 @@ class Attachment(UsesPhi):
         self.before = before.cpu().double() if len(before) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        saved = state_dict.get(f"{prefix}usage")
-        if saved is None:
-            return super()._load_from_state_dict(state_dict, prefix, *arguments)
-        usage = _usage(saved.tolist())
-        for name in ("noise", "gate", "paper"):
-            was, own = getattr(usage, name), getattr(self._usage, name)
-            if was != own:
-                raise UserError(f"this state was saved with {name}={was}, the network was attached with {own}")
+        if (saved := state_dict.get(f"{prefix}usage")) is not None:
+            usage = _usage(saved.tolist())
+            for name in ("noise", "gate", "paper"):
+                was, own = getattr(usage, name), getattr(self._usage, name)
+                if was != own:
+                    raise UserError(f"this state was saved with {name}={was}, the network was attached with {own}")
+            self._original = None
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self._original = None
-        self._write(usage)
+        self.current()
 
     def extra_repr(self) -> str:
         return "\n".join(map(str, (self._usage, *self.specs)))
 
 
-def _precision(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
-def _identity(buffer: Tensor) -> tuple[int, int] | None:
-    """Of a buffer as it is now; another one when something has written to it."""
-    return None if buffer.is_inference() else (id(buffer), buffer._version)
+def _content(buffer: Tensor) -> Any:
+    """What tells whether something has written to a buffer: its values, or what is known of them without a wait."""
+    if buffer.device.type == "cpu":
+        return buffer.tolist()
+    return id(buffer), None if buffer.is_inference() else buffer._version
 
 
 def _usage(values: list[float]) -> Usage:
@@ -264,16 +264,20 @@ def _usage(values: list[float]) -> Usage:
     return Usage(min(max(strength, 0.0), 1.0), noise > 0.5, gate > 0.5, clip or None, *switches, amplitude)
 
 
-def _shared(name: str, settable: bool = True) -> property:
-    def get(self: "Attachment | PerturbSite") -> Any:
+def _shared(name: str) -> property:
+    def get(self: UsesPhi) -> Any:
         return getattr(self.attachment.current(), name)
 
-    def set_(self: "Attachment | PerturbSite", value: Any) -> None:
-        if name in ("paper", "clip_eval", "deterministic") and not isinstance(value, bool):
+    def set_(self: UsesPhi, value: Any) -> None:
+        if isinstance(Usage._field_defaults[name], bool) and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
         self.attachment._write(self.attachment.current()._replace(**{name: value}))
 
-    return property(get, set_ if settable else None)
+    return property(get, set_)
+
+
+for _name in Usage._fields:
+    setattr(UsesPhi, _name, _shared(_name))
 
 
 @contextlib.contextmanager
@@ -307,14 +311,11 @@ class PerturbSite(UsesPhi):
         channels: C of the feature map.
         channel_norm: channels of the widest perturbed layer of the network (default: `channels`).
         size_norm: height of the network's input images in pixels.
-        noise: False is an ablation of table 3 (a), which sets z to 1.
-        gate: False is another, which sets s to 1.
         attachment: what it shares with the other sites of a network; else it has one of its own, with the paper's
             arithmetic.
-        relu: whether a ReLU follows, which the site then computes.
 
     Attributes:
-        strength, clip, paper, clip_eval: those of the `Attachment`, for all its sites.
+        strength, clip, …: those of the `Attachment`, for all its sites.
         running_mean: `[C, 4]`, what evaluation computes the scale from.
         running_var: `[C, 4]`, likewise.
         running_rms: of a scale-free φ: the root mean square of the map, a scalar, likewise; else None.
@@ -346,19 +347,14 @@ class PerturbSite(UsesPhi):
         channels: int,
         channel_norm: int | None = None,
         size_norm: int = 32,
-        *,
-        noise: bool = True,
-        gate: bool = True,
         attachment: Attachment | None = None,
-        relu: bool = False,
     ) -> None:
         super().__init__()
-        self.relu = relu
         channel_norm = channels if channel_norm is None else channel_norm
         if min(channels, channel_norm, size_norm) < 1:
             sizes = f"{channels}, {channel_norm}, {size_norm}"
             raise ValueError(f"channels, channel_norm and size_norm must be positive, got {sizes}")
-        self._attachment = (attachment or Attachment(phi, noise=noise, gate=gate),)
+        self._attachment = (attachment or Attachment(phi),)
         self.channels, self.channel_norm, self.size_norm = channels, channel_norm, size_norm
         statistics = (channels, NUM_SCALE_FEATURES)
         like = {"device": phi.flat.device, "dtype": phi.flat.dtype}
@@ -370,79 +366,54 @@ class PerturbSite(UsesPhi):
     def attachment(self) -> Attachment:
         return self._attachment[0]
 
-    @property
-    def phi(self) -> MetaPerturb:
-        return self.attachment.phi
-
-    def forward(self, h: Tensor, noise: Tensor | None = None, shortcut: Tensor | None = None) -> Tensor:
-        """Perturb `h` `[B, C, H, W]`, or `h + shortcut`; `noise` `[B, C, H, W]` replaces the drawn ε."""
+    def forward(
+        self, h: Tensor, noise: Tensor | None = None, shortcut: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """Perturb `h` `[B, C, H, W]`, or `h + shortcut`; `noise` replaces the drawn ε; `relu`: rectify the result."""
         if isinstance(h, torch.fx.Proxy):
             # In a trace by torch.fx, a module that the graph calls: what is inside depends on values.
-            added = {} if shortcut is None else {"shortcut": shortcut}
-            return h.tracer.create_proxy("call_module", h.tracer.path_of_module(self), (h,), added)
+            options = {"shortcut": shortcut, "relu": relu}
+            return h.tracer.create_proxy("call_module", h.tracer.path_of_module(self), (h,), options)
         usage = self.attachment.current()
-        if shortcut is not None and (self.training or not usage.paper or usage.strength == 0.0):
+        idle = usage.strength == 0.0 or not (usage.paper or usage.draws or noise is not None)
+        if idle and not (self.training and usage.paper):  # whose statistics move at strength 0, too
+            h = h if shortcut is None else h + shortcut
+            return F.relu(h) if relu else h
+        backend = fused_backend(h, self.phi.flat, noise, self.running_mean, self.running_var)
+        whole = backend is not None and backend.WHOLE_SLOT and not torch.is_grad_enabled()
+        if shortcut is not None and (self.training or not (usage.paper and whole and fused.alike(h, shortcut))):
             h, shortcut = h + shortcut, None
-        if not usage.paper:
-            return self._rectified(self._with_mean_one(h, noise, usage))
-        if usage.strength == 0.0 and not (
-            self.training and h.dim() == 4 and h.shape[:2] == (h.shape[0], self.channels)
-        ):
-            return self._rectified(h)
         self._check(h, noise)
-        flat, settings = self._flat(h), self._settings(h, noise)
-        backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
-        if shortcut is not None and (backend is None or not fused.adds(backend, h, shortcut)):
-            h, shortcut = h + shortcut, None
-        draws, h = self._draws(h, backend) if noise is None and settings.noise and not settings.expected else (1, h)
-        if backend is not None:
-            running = self.running_mean, self.running_var
-            return fused.perturb(backend, h, flat, noise, *running, settings, draws, shortcut)
-        phi = Phi.of(flat)
-        mean, var = self._statistics(h, phi)
-        if settings.training:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
-                self.running_var.lerp_(var.to(self.running_var.dtype), MOMENTUM)
-        if settings.strength == 0.0:
-            return self._rectified(h)
-        if settings.noise and not settings.expected and noise is None:
-            noise = torch.randn_like(h)
-        return plain.perturb(h, phi, mean, var, noise, settings)
-
-    def _rectified(self, out: Tensor) -> Tensor:
-        return F.relu(out) if self.relu else out
-
-    def _with_mean_one(self, h: Tensor, noise: Tensor | None, usage: Usage) -> Tensor:
+        flat, draws = self._flat(h), 1
+        if noise is None and usage.draws and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            draws = _draws_due.get()
+            _draws_due.set(1)
+        if draws > 1 and not whole:
+            h, draws = h.repeat(draws, 1, 1, 1), 1
+        more = {"draws": draws} if whole else {}
+        if usage.paper:
+            arguments = h, flat, noise, self.running_mean, self.running_var, self._settings(h, noise, relu)
+            if backend is None:
+                return plain.site(*arguments)
+            return fused.site(backend, *arguments, **more, **({} if shortcut is None else {"shortcut": shortcut}))
         strength = usage.strength * usage.amplitude
-        if strength == 0.0 or (usage.deterministic and noise is None):
-            return h
-        self._check(h, noise)
-        flat = self._flat(h)
-        backend = fused_backend(h, flat, noise, self.running_mean, self.running_var)
-        draws, h = self._draws(h, backend) if noise is None else (1, h)
         if backend is not None:
-            factor = fused.relative_noise(backend, h, flat, noise, strength, draws)
+            factor = fused.relative_noise(backend, h, flat, noise, strength, **more)
         else:
             noise = torch.randn_like(h) if noise is None else noise
             factor = plain.relative_noise(h, Phi.of(flat), noise, strength)
         out = (factor.unflatten(0, (draws, -1)) * h).flatten(0, 1) if draws > 1 else h * factor
-        return out if usage.clip is None else out.clamp(-usage.clip, usage.clip)
+        out = out if usage.clip is None else out.clamp(-usage.clip, usage.clip)
+        return F.relu(out) if relu else out
 
     def scale(self, h: Tensor) -> Tensor:
         """s: `[C]`, from the batch in training mode, from the running statistics in evaluation mode."""
         self._check(h)
         phi, settings = self.phi.tensors(), self._settings(h)
-        return plain.scale(*self._statistics(h, phi), phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)
+        mean, var = plain.batch_statistics(h, phi) if settings.training else (self.running_mean, self.running_var)
+        return plain.scale(mean, var, phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)
 
-    def _draws(self, h: Tensor, backend: Any) -> tuple[int, Tensor]:
-        """How many draws of each image are due here, and `h`, repeated where the kernel draws but once an image."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or (draws := _draws_due.get()) == 1:
-            return 1, h
-        _draws_due.set(1)
-        return (draws, h) if backend is not None and backend.MANY_DRAWS else (1, h.repeat(draws, 1, 1, 1))
-
-    def _settings(self, h: Tensor, noise: Tensor | None = None) -> Settings:
+    def _settings(self, h: Tensor, noise: Tensor | None = None, relu: bool = False) -> Settings:
         usage = self.attachment.current()
         return Settings(
             training=self._uses_batch(h),
@@ -453,7 +424,7 @@ class PerturbSite(UsesPhi):
             channel_ratio=self.channels / self.channel_norm,
             size_ratio=h.shape[2] / self.size_norm,
             expected=usage.deterministic and noise is None,
-            relu=self.relu,
+            relu=relu,
         )
 
     def _flat(self, h: Tensor) -> Tensor:
@@ -469,10 +440,6 @@ class PerturbSite(UsesPhi):
 
     def _uses_batch(self, h: Tensor) -> bool:
         return self.training and h.shape[0] > 1
-
-    def _statistics(self, h: Tensor, phi: Phi) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased variance over the batch (training) or the running ones: `[C, 4]` each."""
-        return plain.batch_statistics(h, phi) if self._uses_batch(h) else (self.running_mean, self.running_var)
 
     def _check(self, h: Tensor, noise: Tensor | None = None) -> None:
         if h.dim() != 4 or h.shape[1] != self.channels:
@@ -507,11 +474,6 @@ def _is_batched(h: Tensor) -> bool:
     return False
 
 
-for _name in Usage._fields:
-    setattr(Attachment, _name, _shared(_name, settable=_name not in ("noise", "gate", "amplitude")))
-    setattr(PerturbSite, _name, _shared(_name))
-
-
 class Slot(nn.Module):
     """Marks, inside a network's own forward pass, a place for a site; without an attached φ it returns what it gets.
 
@@ -527,6 +489,10 @@ class Slot(nn.Module):
         self.relu = relu
 
     def forward(self, h: Tensor, shortcut: Tensor | None = None, /) -> Tensor:
+        sites = list(self.children())
+        if len(sites) == 1 and isinstance(sites[0], PerturbSite):
+            return sites[0](h, relu=self.relu, **({} if shortcut is None else {"shortcut": shortcut}))
         h = h if shortcut is None else h + shortcut
-        done = any(isinstance(site, PerturbSite) for site in self.children())
-        return F.relu(h) if self.relu and not done else h
+        for site in sites:
+            h = site(h)
+        return F.relu(h) if self.relu else h

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError
+from metaperturb.perturbation import PerturbSite
 from metaperturb.randomness import seed_torch
 from metaperturb.trained import TrainedRun
 
@@ -38,9 +39,11 @@ def learned_scales(run: TrainedRun, images: int = 64) -> list[dict[str, Any]]:
     if not run.config.gate:
         raise UserError(f"{run.dir}: was trained without scales s (gate=false)")
     attachment, received = run.model.metaperturb, {}
-    handles = [
-        site.register_forward_pre_hook(lambda site, args: received.update({site: args[0]})) for site in attachment.sites
-    ]
+
+    def receive(site: PerturbSite, args: tuple, more: dict[str, Any]) -> None:
+        received[site] = args[0] + more.get("shortcut", 0.0)
+
+    handles = [site.register_forward_pre_hook(receive, with_kwargs=True) for site in attachment.sites]
     device = next(run.model.parameters()).device
     batch, _ = DeviceImages(run.test, device).take(torch.arange(min(images, len(run.test)), device=device))
     seed_torch(0, 0, "scales")  # what a site sees depends on the noise before it

@@ -1,4 +1,12 @@
-"""What the fused backends, `cpp` and `triton_site`, share."""
+"""What the fused backends, `cpp` and `triton_site`, share. Each is a module with
+
+| name | what it is |
+|---|---|
+| `forward`, `backward`, `track`, `relative_noise`, `draw_noise` | what it computes; shapes and results in `cpp.py` |
+| `NAME` | as users are told |
+| `UNSUPPORTED` | precisions of a map that it cannot take |
+| `WHOLE_SLOT` | whether it rectifies, and without gradients gives several draws and, in evaluation, adds a shortcut |
+"""
 
 import math
 import os

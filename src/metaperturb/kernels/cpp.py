@@ -33,8 +33,7 @@ from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATUR
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 NAME = "cpp"
 UNSUPPORTED = HALF_PRECISION
-MANY_DRAWS = True  # of an image in one call
-RECTIFIES = True  # where the settings ask for it; and adds a shortcut
+WHOLE_SLOT = True
 SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
 

@@ -6,6 +6,7 @@ again and draws the noise again from its seed.
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from metaperturb.kernels import plain
 from metaperturb.kernels.backend import DRAWN, draw_seed, noise_source
-from metaperturb.kernels.plain import Phi, Settings
+from metaperturb.kernels.plain import HALF_PRECISION, Phi, Settings
 
 
-def perturb(
+def site(
     backend: ModuleType,
     h: Tensor,
     phi: Tensor,
@@ -24,14 +25,11 @@ def perturb(
     running_mean: Tensor,
     running_var: Tensor,
     settings: Settings,
-    draws: int = 1,
-    shortcut: Tensor | None = None,
+    **whole: Any,
 ) -> Tensor:
-    """Perturb `h` `[B, C, H, W]` by φ `[82]` and, in training, move the running statistics `[C, 4]`.
+    """`plain.site` by a backend, which draws ε from a seed that PyTorch's generator of the device gives.
 
-    Without `noise` `[B, C, H, W]`, ε is drawn in the kernel, from a seed that PyTorch's generator of the device gives.
-    A `shortcut` that `adds` allows is added to `h`.
-    A backend with `MANY_DRAWS` gives several draws of each image, `[draws · B, C, H, W]`, without gradients.
+    `whole` are the `draws` and the `shortcut` of a backend with `WHOLE_SLOT`, without gradients and in evaluation.
     """
     if settings.strength == 0.0:
         if settings.training:
@@ -39,15 +37,13 @@ def perturb(
             backend.track(x.detach(), phi, running_mean, running_var)
         return F.relu(h) if settings.relu else h
     seed = draw_seed(h.device) if noise_source(settings, noise) == DRAWN else None
-    return apply(backend, h, phi, noise, seed, running_mean, running_var, settings, draws, shortcut)
+    return apply(backend, h, phi, noise, seed, running_mean, running_var, settings, **whole)
 
 
-def adds(backend: ModuleType, h: Tensor, shortcut: Tensor) -> bool:
-    """Whether the kernel can add the shortcut itself: in evaluation, to a map like it."""
+def alike(h: Tensor, shortcut: Tensor) -> bool:
+    """Whether a kernel can add a shortcut: it lies in memory as the map does."""
     return (
-        backend.RECTIFIES
-        and not torch.is_grad_enabled()
-        and h.dtype == shortcut.dtype not in backend.UNSUPPORTED
+        h.dtype == shortcut.dtype not in HALF_PRECISION
         and h.shape == shortcut.shape
         and h.device == shortcut.device
         and h.is_contiguous()
@@ -56,14 +52,14 @@ def adds(backend: ModuleType, h: Tensor, shortcut: Tensor) -> bool:
 
 
 def relative_noise(
-    backend: ModuleType, h: Tensor, phi: Tensor, noise: Tensor | None, strength: float, draws: int = 1
+    backend: ModuleType, h: Tensor, phi: Tensor, noise: Tensor | None, strength: float, **whole: Any
 ) -> Tensor:
     """`plain.relative_noise`, a factor `[B, C, H, W]` in the precision of `h`; ε is drawn where it is not given."""
     seed = draw_seed(h.device) if noise is None else None
     x, phi = h.detach(), phi.detach()
     if h.dtype in backend.UNSUPPORTED:  # half precision
         x, noise = x.to(phi.dtype), None if noise is None else noise.to(phi.dtype)
-    return backend.relative_noise(x, phi, noise, seed, strength, **_more_than_one(draws)).to(h.dtype)
+    return backend.relative_noise(x, phi, noise, seed, strength, **whole).to(h.dtype)
 
 
 def apply(
@@ -75,25 +71,19 @@ def apply(
     running_mean: Tensor,
     running_var: Tensor,
     settings: Settings,
-    draws: int = 1,
-    shortcut: Tensor | None = None,
+    **whole: Any,
 ) -> Tensor:
     """The same at a strength above 0, with the seed of the noise given."""
-    if settings.relu and not backend.RECTIFIES:
+    if settings.relu and not backend.WHOLE_SLOT:
         settings = replace(settings, relu=False)
-        return F.relu(apply(backend, h, phi, noise, seed, running_mean, running_var, settings, draws))
+        return F.relu(apply(backend, h, phi, noise, seed, running_mean, running_var, settings))
     if h.dtype in backend.UNSUPPORTED:  # half precision
         noise = None if noise is None else noise.to(running_mean.dtype)
         x = h.to(running_mean.dtype)
-        return apply(backend, x, phi, noise, seed, running_mean, running_var, settings, draws).to(h.dtype)
+        return apply(backend, x, phi, noise, seed, running_mean, running_var, settings, **whole).to(h.dtype)
     if not torch.is_grad_enabled():
-        more = _more_than_one(draws) | ({} if shortcut is None else {"shortcut": shortcut})
-        return backend.forward(h, phi, noise, seed, running_mean, running_var, settings, **more)[0]
+        return backend.forward(h, phi, noise, seed, running_mean, running_var, settings, **whole)[0]
     return _Perturb.apply(h, phi, noise, seed, running_mean, running_var, settings, backend)
-
-
-def _more_than_one(draws: int) -> dict[str, int]:
-    return {"draws": draws} if draws > 1 else {}
 
 
 class _Perturb(torch.autograd.Function):

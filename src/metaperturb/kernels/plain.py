@@ -94,6 +94,26 @@ def scale(mean: Tensor, var: Tensor, phi: Phi, channel_ratio: float, size_ratio:
     return torch.sigmoid(statistics + weight[-2] * channel_ratio + weight[-1] * size_ratio)
 
 
+def site(
+    h: Tensor, phi: Tensor, noise: Tensor | None, running_mean: Tensor, running_var: Tensor, settings: Settings
+) -> Tensor:
+    """Perturb `h` `[B, C, H, W]` by φ `[82]` and, in training, move the running statistics `[C, 4]`.
+
+    ε is drawn where no `noise` `[B, C, H, W]` is given. At strength 0 only the statistics are left to do.
+    """
+    named, mean, var = Phi.of(phi), running_mean, running_var
+    if settings.training:
+        mean, var = batch_statistics(h, named)
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), MOMENTUM)
+            running_var.lerp_(var.to(running_var.dtype), MOMENTUM)
+    if settings.strength == 0.0:
+        return F.relu(h) if settings.relu else h
+    if settings.noise and not settings.expected and noise is None:
+        noise = torch.randn_like(h)
+    return perturb(h, named, mean, var, noise, settings)
+
+
 def perturb(h: Tensor, phi: Phi, mean: Tensor, var: Tensor, noise: Tensor | None, settings: Settings) -> Tensor:
     """`h ∘ ((s ∘ z − 1)·c + 1)`, clipped from above.
 

@@ -20,8 +20,7 @@ from metaperturb.kernels.triton_blocks import triton
 from metaperturb.storage import reason
 
 NAME = "triton"
-MANY_DRAWS = False  # of an image in one call
-RECTIFIES = False  # what it returns
+WHOLE_SLOT = False
 UNSUPPORTED = ()
 PARAMETERS, AFFINE = 82, 72  # all parameters of φ; where the affine map of the scale begins among them
 
