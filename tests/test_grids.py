@@ -256,7 +256,7 @@ def test_ablations_of_table_3_train_on_the_target_without_the_same_part():
         ("baselines: [Base, FT]", "baselines: Base", "baselines: expected a list of names, got 'Base'"),
         ("baselines: [Base, FT]", "baselines: [Basis]", "baselines: row 'Basis' is unknown; did you mean 'Base'?"),
         ("FT: {method: base", "FT: {versus: Bse, method: base", "versus: row 'Bse' is unknown; did you mean 'Base'?"),
-        ("  Base: [66.78±0.59, 30.63±0.66]", "  Base: [1]", "paper: Base: has 1 values for 2 columns"),
+        ("  Base: [66.78±0.59, 30.63±0.66]", "  Base: [1]", "paper: Base: expected 2 values, one a column"),
         ("  Base: [66.78±0.59,", "  Base: [many,", "paper: Base: expected numbers such as 66.78±0.59, got 'many'"),
         ("  paper: {}", "  paper: {rows: 5}", "presets: paper: rows: expected a list of names, got 5"),
         ("  paper: {}", "  paper: {rows: [Bas]}", "presets: paper: row 'Bas' is unknown; did you mean 'Base'?"),

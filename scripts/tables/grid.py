@@ -1,26 +1,6 @@
 """A table of the paper as data: a YAML file of rows × columns × seeds, and the training runs it stands for.
 
-    title: what the table shows
-    config: tgt.yaml             # settings of every cell, a file beside this one; then `set`, column, row
-    set: {threads: 1}
-    seeds: [0, 1, 2]
-    needs:                       # what cells start from, made once: ${name} in a setting stands for its outcome
-      phi: {program: meta_train, config: src.yaml, set: {…}}      # phi.pt of that run
-      pretrained: {program: meta_test, config: pretrain.yaml, like: [model]}  # its run folder; model as in the cell
-      authors: {file: phi.pth, sha256: …, hint: where to get it}  # a file under data_root
-    columns: {STL10: {target: stl10}, …}
-    rows: {Base: {method: base}, MetaPerturb: {method: metaperturb, phi: "${phi}"}, …}
-    candidates: {dropout: {dropout_prob: [0.1, 0.2]}, …}          # to tune: further rows, every combination of a method
-    baselines: [Base]            # each row is compared with the nearest of these above it, or with `versus: <row>`
-    paper: {Base: ["66.78±0.59", …], …}                           # a value a column; null: none reported
-    presets:
-      paper: {}                  # what the others are measured against
-      quick: {set: …, seeds: …, needs: {phi: {steps: 100}}, rows: [names] , columns: [names] or {name: settings},
-              also: {another row, or settings of one: settings},
-              tuned: file that ./run.sh tune wrote}
-
-A column that stands in for one of the paper says so: `stands_for: CUB`, and `comparable: false` (of a preset: for all
-its columns) where the data differ so much that a difference between the numbers would mean nothing.
+docs/experiments.md says what is in the file.
 """
 
 import dataclasses
@@ -186,18 +166,16 @@ class Grid:
         columns = self._pick("column", content["columns"], chosen.get("columns"))
         usual = {"comparable": chosen.get("comparable", True)}
         self.columns = {name: {"stands_for": name, **usual, **own} for name, own in columns.items()}
-        for row, numbers in content["paper"].items():
-            if len(numbers) != len(content["columns"]):
-                raise UserError(
-                    f"{path}: paper: {row}: has {len(numbers)} values for {len(content['columns'])} columns"
-                )
+        number = len(content["columns"])
+        if wrong := [row for row, numbers in content["paper"].items() if len(numbers) != number]:
+            raise UserError(f"{path}: paper: {wrong[0]}: expected {number} values, one a column")
         self.paper = {row: dict(zip(content["columns"], of, strict=True)) for row, of in content["paper"].items()}
         versus = [row[VERSUS] for row in self.rows.values() if VERSUS in row]
         for what, names in (("paper", self.paper), ("baselines", self.baselines), (VERSUS, versus)):
             check_known(f"{path}: {what}: row", names, content["rows"] | self.rows)
         stand_ins = [own["stands_for"] for own in columns.values() if "stands_for" in own]
         check_known(f"{path}: stands_for: column", stand_ins, content["columns"])
-        self._content, self._preset_needs = content, chosen.get("needs", {})
+        self._base, self._preset_needs = content["config"], chosen.get("needs", {})
         check_known(f"{path}: presets: {preset}: need", self._preset_needs, self.needs)
         if "tuned" in chosen:
             self.tuned_path = self.tuned_path or path.parent.parent / chosen["tuned"]
@@ -235,7 +213,7 @@ class Grid:
 
     def add_row(self, row: str, name: str) -> None:
         """A further row: MetaPerturb with the φ that `add_phi` called so when it had the file."""
-        self.needs = {**self.needs, name: {"program": "meta_train", "config": "src.yaml"}}
+        self.needs[name] = self.papers.needs[name] = {"program": "meta_train", "config": "src.yaml"}
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
 
     def baseline(self, row: str) -> str | None:
@@ -250,55 +228,55 @@ class Grid:
         value = self.paper.get(row, {}).get(self.columns[column]["stands_for"])
         return None if value is None else str(value)
 
+    @functools.cached_property
+    def papers(self) -> "Grid":
+        """The same table at the paper's settings."""
+        return Grid(self.path, data_root=self.data_root)
+
     def cell(self, row: str, column: str, seed: int) -> Cell:
         """One training: its settings are those of the preset, then of the column, of the row, tuned ones, the seed."""
         place, given = f"{row}, {column}", {"seed": seed}
         if column in self.paths:
             given["target_path"] = self.paths[column]
-        layers = self.settings, self.columns[column], self.rows[row]
-        config, needs = self._resolve(self._merged(column, *layers) | given, place, used=True)
+        settings = self._merged(column, self.settings, self.columns[column], self.rows[row])
+        config, needs = self._resolve(settings | given, place)
         id_ = f"{slug(row)}--{slug(column)}--seed{seed}--{fingerprint('meta_test', config)}"
-        # What it is in the paper, or stands for
-        standard = self._content["columns"].get(self.columns[column]["stands_for"], {})
-        layers = self._content["set"], standard, self._content["rows"].get(row, self.rows[row])
-        papers = self._resolve(self._merged(column, *layers), place, used=False)
-        return Cell(row, column, seed, id_, config, needs, tuple(departures(config, needs, *papers)))
+        papers = self.papers  # of what it is there, or stands for
+        standard = papers.columns.get(self.columns[column]["stands_for"], {})
+        settings = self._merged(column, papers.settings, standard, papers.rows.get(row, self.rows[row]))
+        changed = departures((config, needs), papers._resolve(settings, place))
+        return Cell(row, column, seed, id_, config, needs, tuple(changed))
 
     # --- the parts
 
-    def _merged(self, column: str, shared: Mapping[str, Any], *own: Mapping[str, Any]) -> dict[str, Any]:
+    def _merged(self, column: str, *layers: Mapping[str, Any]) -> dict[str, Any]:
         """Settings, with those that were tuned for the method of a cell and the methods that its recipe adds."""
-        settings = functools.reduce(lambda before, after: {**before, **after}, own, shared)
-        tuned = self.tuned.get(column, {})
-        methods = [*settings.get("recipe", []), str(settings.get("method"))]
-        values = {key: value for method in methods for key, value in tuned.get(method, {}).items()}
-        return {key: value for key, value in {**settings, **values}.items() if key not in ABOUT}
+        settings = {key: value for layer in layers for key, value in layer.items() if key not in ABOUT}
+        for method in [*settings.get("recipe", []), settings.get("method")]:
+            settings |= self.tuned.get(column, {}).get(method, {})
+        return settings
 
-    def _resolve(self, settings: Mapping[str, Any], place: str, used: bool) -> tuple[MetaTestConfig, dict[str, Need]]:
-        """A cell's configuration, in which ids stand for needs, and setting → need; `used`: see `_need`."""
+    def _resolve(self, settings: Mapping[str, Any], place: str) -> tuple[MetaTestConfig, dict[str, Need]]:
+        """A cell's configuration, in which ids stand for needs, and setting → need."""
         references = {key: REFERENCE.fullmatch(value) for key, value in settings.items() if isinstance(value, str)}
-        needs = {key: self._need(match[1], settings, used) for key, match in references.items() if match}
+        needs = {key: self._need(match[1], settings) for key, match in references.items() if match}
         values = {**settings, **{key: need.id for key, need in needs.items()}}
-        texts = self._sets[""] if used else ()
-        return self._config("meta_test", self._content["config"], values, texts, place), needs
+        return self._config("meta_test", self._base, values, self._sets[""], place), needs
 
-    def _need(self, name: str, settings: Mapping[str, Any], used: bool) -> Need:
-        """`used`: as this preset and the command line have it; otherwise as the paper has it."""
+    def _need(self, name: str, settings: Mapping[str, Any]) -> Need:
         check_known(f"{self.path}: need", [name], self.needs)
-        if used and name in self.given:
+        if name in self.given:
             return self.given[name]
-        spec, texts = self.needs[name], []
+        spec = self.needs[name]
         if "file" in spec:
             file = Path(self.data_root).expanduser() / spec["file"]
             return Need(name, f"{name}-{spec['sha256'][:8]}", file=file, hint=spec["hint"], sha256=spec["sha256"])
         program = spec["program"]
-        values = spec.get("set", {}) | {key: settings[key] for key in spec.get("like", []) if key in settings}
-        if used:
-            values |= self._preset_needs.get(name, {})
-            texts = self._sets.get(name, ())
-            if path := self.paths.get(name):
-                values |= {"source_paths": path.split(",")} if program == "meta_train" else {"target_path": path}
-        config = self._config(program, spec["config"], values, texts, f"needs: {name}")
+        like = {key: settings[key] for key in spec.get("like", []) if key in settings}
+        values = {**spec.get("set", {}), **like, **self._preset_needs.get(name, {})}
+        if path := self.paths.get(name):
+            values |= {"source_paths": path.split(",")} if program == "meta_train" else {"target_path": path}
+        config = self._config(program, spec["config"], values, self._sets.get(name, ()), f"needs: {name}")
         return Need(name, f"{name}-seed{config.seed}-{fingerprint(program, config)}", program, config)
 
     def _config(self, program: str, file: str, values: Mapping[str, Any], texts: Iterable[str], place: str) -> Any:
@@ -312,13 +290,15 @@ class Grid:
         return {name: known[name] for name in known if name in chosen}
 
 
-def departures(
-    ours: MetaTestConfig, needs: Mapping[str, Need], papers: MetaTestConfig, their_needs: Mapping[str, Need]
-) -> Iterable[str]:
-    """How a cell departs from the paper's setting."""
-    papers, ours = (dataclasses.replace(some, image_size=image_size(some)) for some in (papers, ours))
-    both = [key for key in needs if key in their_needs]  # compared setting by setting
-    yield from differences(vars(papers), ours, without=INCIDENTAL.union(both))
+Resolved = tuple[MetaTestConfig, Mapping[str, Need]]
+
+
+def departures(ours: Resolved, papers: Resolved) -> Iterable[str]:
+    """How a cell departs from the paper's setting; what both start from is compared setting by setting."""
+    (config, needs), (standard, their_needs) = ours, papers
+    config, standard = (dataclasses.replace(some, image_size=image_size(some)) for some in (config, standard))
+    both = [key for key in needs if key in their_needs]
+    yield from differences(vars(standard), config, without=INCIDENTAL.union(both))
     for need, theirs in ((needs[key], their_needs[key]) for key in both):
         if need.config is not None:
             for change in differences(vars(theirs.config), need.config, without=INCIDENTAL):

@@ -1,6 +1,7 @@
 """One JSON a cell under `results/`: writing it, reading back those that belong to a grid, and what seeds say."""
 
 import functools
+import itertools
 import math
 import re
 import statistics
@@ -237,9 +238,9 @@ class Entry:
         theirs = results.of(self.versus, column) if self.versus else {}
         self.difference = paired_difference(_accuracies(found), _accuracies(theirs))
         # From the paper's setting: those of settings, and which part of Tiny ImageNet cells started from.
-        cells = {seed: results.cells[row, column, seed] for seed in grid.seeds}
-        parts = [text for seed, record in self.records.items() for text in _part_of_source(cells[seed], record)]
-        self.differences = tuple(dict.fromkeys([*cells[grid.seeds[0]].differences, *parts]))
+        first, *_ = cells = [results.cells[row, column, seed] for seed in grid.seeds]
+        parts = (_part_of_source(cell, self.records[cell.seed]) for cell in cells if cell.seed in self.records)
+        self.differences = tuple(dict.fromkeys([*first.differences, *itertools.chain(*parts)]))
         self.paper = grid.paper_value(row, column)
         shorter = any(change.startswith(("steps:", "batch_size:")) for change in self.differences)
         comparable = self.records and self.paper is not None and grid.columns[column]["comparable"] and not shorter
@@ -262,11 +263,9 @@ def _summaries(metrics: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
 
 def _part_of_source(cell: Cell, record: Mapping[str, Any]) -> Iterator[str]:
     """For each φ or network that a cell started from and that saw a part of Tiny ImageNet only: how many images."""
+    phi, network = (record["phi_card"] or {}).get("source"), ((record["init"] or {}).get("run") or {}).get("data")
     for key, need in cell.needs.items():
-        if key == "phi":
-            data = (record["phi_card"] or {}).get("source") or {}
-        else:
-            data = ((record["init"] or {}).get("run") or {}).get("data") or {}
+        data = (phi if key == "phi" else network) or {}
         images, all_ = data.get("images", data.get("train")), IMAGES_A_CLASS * data.get("classes", CLASSES)
         if str(data.get("name")).startswith("tiny_imagenet") and images != all_:
             yield f"{need.name}: images: {all_} → {images}"

@@ -112,9 +112,10 @@ def _start(job: Job, device: str) -> tuple[subprocess.Popen, int]:
     with open(job.run_dir / LOG, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
+        begin = file.tell()  # before the process moves it
         environment = {**os.environ, PARENT: str(os.getpid())}  # it ends when we are gone
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        return subprocess.Popen(command, **streams, env=environment), file.tell()
+        return subprocess.Popen(command, **streams, env=environment), begin
 
 
 def _outcome(job: Job, code: int, said: str) -> tuple[str, str]:
