@@ -113,12 +113,12 @@ def trained(trained_runs) -> dict:
     return {method: load_run(folder) for method, folder in trained_runs.items()}
 
 
-def train(run_dir: Path, settings: list[str], *more: str) -> Path:
-    """A run of meta-testing that ends well, in this process; `more` may hold several settings each."""
+def train(run_dir: Path, settings: list[str], *more: str, code: int = 0) -> Path:
+    """A run of meta-testing in this process, which ends with `code`; `more` may hold several settings each."""
     import metaperturb.meta_test as program
 
     own = [setting for text in more for setting in listed(text) if setting]
-    assert program.main(["--set", *settings, *own, f"run_dir={run_dir}"]) == 0
+    assert program.main(["--set", *settings, f"run_dir={run_dir}", *own]) == code
     return run_dir
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import logged, model_state, result, run, start, train, wait_for
+from image_files import write_folder
 
 import metaperturb.meta_test as program
 from metaperturb import kernels, models
@@ -40,7 +41,12 @@ def reference(settings, tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("reference") / "tgt", settings)
 
 
-def test_run_folder_is_complete(reference):
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    return tmp_path / "tgt"
+
+
+def test_run_folder_is_complete(reference, phi_file):
     found = result(reference)
     assert (found["target"]["train"], found["target"]["test"]) == (80, 50)
     assert found["phi_card"] == {"note": "random"}
@@ -50,6 +56,9 @@ def test_run_folder_is_complete(reference):
     assert lines[-1]["test_samples"] == 3 and lines[1]["test_samples"] == 2
     assert lines[-1]["test_nll"] == pytest.approx(found["metrics"]["nll"], abs=1e-6)
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
+    state = model_state(reference)  # φ is frozen, and saved with the network
+    (saved,) = [value for key, value in state.items() if key.endswith("metaperturb.shared._extra_state")]
+    assert torch.equal(saved[:82], program.load_phi(phi_file).flat)
 
 
 def check_equal(run_dir: Path, reference: Path) -> None:
@@ -63,7 +72,7 @@ def check_equal(run_dir: Path, reference: Path) -> None:
 
 @pytest.mark.parametrize(("at", "saved"), [(("theta_step", 2), 3), (("evaluate", 4), 4), (("evaluate", STEPS), STEPS)])
 def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(
-    reference, settings, tmp_path, monkeypatch, capsys, at, saved
+    reference, settings, run_dir, monkeypatch, capsys, at, saved
 ):
     """In training, in an evaluation and in the last one, also where no checkpoint is due for long."""
     seed_torch = program.seed_torch
@@ -74,20 +83,19 @@ def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(
         seed_torch(seed, task, *where)
 
     monkeypatch.setattr(program, "seed_torch", signalled)
-    arguments = ["--set", *settings, "checkpoint_every=100", f"run_dir={tmp_path / 'tgt'}"]
-    assert program.main(arguments) == 128 + signal.SIGTERM
+    train(run_dir, settings, "checkpoint_every=100", code=128 + signal.SIGTERM)
     assert f"stopped; saved after step {saved} of {STEPS}; the same command goes on" in capsys.readouterr().err
-    monkeypatch.setattr(program, "seed_torch", seed_torch)
-    assert program.main(arguments) == 0 and f"resuming after step {saved}" in capsys.readouterr().err
-    check_equal(tmp_path / "tgt", reference)
+    monkeypatch.undo()
+    train(run_dir, settings, "checkpoint_every=100")
+    assert f"resuming after step {saved}" in capsys.readouterr().err
+    check_equal(run_dir, reference)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("samples", "step"), [(3, 2), (500, STEPS)])
-def test_bits_after_sigkill_and_resume(reference, settings, tmp_path, samples, step):
+def test_bits_after_sigkill_and_resume(reference, settings, run_dir, tmp_path, samples, step):
     """Killed in training, and in the last evaluation, which begins anew."""
-    settings = [*settings, f"final_samples={samples}"]
-    run_dir, checkpoint = tmp_path / "tgt", tmp_path / "tgt" / "checkpoints" / "latest.pt"
+    settings, checkpoint = [*settings, f"final_samples={samples}"], run_dir / "checkpoints" / "latest.pt"
     killed = start("meta_test", [*settings, f"run_dir={run_dir}"])
     wait_for(lambda: checkpoint.exists() and load_tensors(checkpoint)["step"] >= step)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -95,17 +103,7 @@ def test_bits_after_sigkill_and_resume(reference, settings, tmp_path, samples, s
     assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
     resumed = run("meta_test", [*settings, f"run_dir={run_dir}"])
     assert resumed.returncode == 0 and "resuming after step" in resumed.stderr
-    if samples != 3:
-        reference = train(tmp_path / "never", settings)
-    check_equal(run_dir, reference)
-
-
-def test_phi_is_frozen_and_saved_with_the_network(reference, phi_file):
-    (saved,) = [
-        value for key, value in model_state(reference).items() if key.endswith("metaperturb.shared._extra_state")
-    ]
-    expected = torch.cat([p.flatten() for p in program.load_phi(phi_file).parameters()])
-    assert torch.equal(saved[:82], expected)
+    check_equal(run_dir, reference if samples == 3 else train(tmp_path / "never", settings))
 
 
 def test_some_images_of_each_class(target_settings, tmp_path):
@@ -171,8 +169,7 @@ def test_bad_settings_are_one_line(settings, tmp_path, refused, changes, expecte
     assert not (tmp_path / "tgt").exists()
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path, refused):
-    run_dir = tmp_path / "tgt"
+def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, run_dir, refused):
     changes = ["lr=1e30", "checkpoint_every=1", f"run_dir={run_dir}"]
     line = refused(program, [*settings, *changes], code=Diverged.exit_code)
     assert "step" in line and "not finite" in line
@@ -181,126 +178,114 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(settings, tmp_path, refuse
 
 
 @pytest.fixture
-def unfinished(reference, settings, tmp_path) -> tuple[Path, list[str]]:
-    """The reference as a kill just before its end would have left it, and its settings."""
-    run_dir = shutil.copytree(reference, tmp_path / "tgt")
+def unfinished(reference, settings, run_dir) -> list[str]:
+    """The reference as a kill just before its end would have left it: the settings to go on with."""
+    shutil.copytree(reference, run_dir)
     (run_dir / "result.json").unlink()
-    return run_dir, [*settings, f"run_dir={run_dir}"]
+    return [*settings, f"run_dir={run_dir}"]
 
 
 def test_a_run_goes_on_with_phi_at_another_place_and_other_evaluations(
-    reference, unfinished, phi_file, tmp_path, capsys
+    reference, unfinished, run_dir, phi_file, tmp_path, capsys
 ):
-    run_dir, settings = unfinished
-    moved = [f"phi={shutil.copy(phi_file, tmp_path / 'moved.pt')}", "eval_every=1", "eval_samples=1"]
+    moved = f"phi={shutil.copy(phi_file, tmp_path / 'moved.pt')}"
     for told in ("resuming after step 8", "already finished"):
-        assert program.main(["--set", *settings, *moved]) == 0
+        train(run_dir, unfinished, moved, "eval_every=1 eval_samples=1")
         assert told in capsys.readouterr().err
     check_equal(run_dir, reference)
 
 
-def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, tmp_path, capsys):
+def test_a_network_that_is_finite_in_training_alone_gets_no_result(settings, run_dir, tmp_path, capsys):
     """φ's noise grows with its input, from block to block; training clips it, evaluation does not."""
     phi = MetaPerturb()
-    with torch.no_grad():
-        for parameter in phi.parameters():
-            parameter.fill_(1e4)
+    phi.flat.data.fill_(1e4)
     save_phi(phi, tmp_path / "explosive.pt")
-    run_dir = tmp_path / "tgt"
-    changes = [f"phi={tmp_path / 'explosive.pt'}", "steps=4", "eval_every=2", "lr=1e-6", "anneal=0"]
-    assert program.main(["--set", *settings, *changes, f"run_dir={run_dir}"]) == Diverged.exit_code
-    said = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("step 2: the network's output is not finite for ") for line in said)
-    (error,) = [line for line in said if line.startswith("error: ")]
-    assert "after the last step the network's output is not finite" in error and "diverged" in error
+    changes = f"phi={tmp_path / 'explosive.pt'} steps=4 eval_every=2 lr=1e-6 anneal=0"
+    train(run_dir, settings, changes, code=Diverged.exit_code)
+    said = capsys.readouterr().err
+    assert "\nstep 2: the network's output is not finite for " in said and "clip_eval=true may help" in said
+    assert "after the last step the network's output is not finite" in said and "diverged" in said
     assert not (run_dir / "result.json").exists()
     assert logged(run_dir) and not any("test_accuracy" in line for line in logged(run_dir))
-    assert "clip_eval=true may help" in error
-    clipped = train(tmp_path / "clipped", settings, *changes, "clip_eval=true")
+    clipped = train(tmp_path / "clipped", settings, changes, "clip_eval=true")
     assert load_run(clipped).model.metaperturb.clip_eval and math.isfinite(result(clipped)["metrics"]["nll"])
 
 
-def test_another_phi_or_target_under_the_same_name_is_refused(settings, phi_file, image_folder, tmp_path, capsys):
+def test_another_phi_or_target_under_the_same_name_is_refused(
+    settings, phi_file, image_folder, run_dir, tmp_path, refused, capsys
+):
     """By a run that is finished and by one that goes on; for what is gone a finished run does not answer."""
     phi = shutil.copy(phi_file, tmp_path / "phi.pt")
     images = shutil.copytree(image_folder, tmp_path / "images")
-    run_dir = tmp_path / "tgt"
     settings = [*settings, f"phi={phi}", f"target_path={images}", f"run_dir={run_dir}"]
-    assert program.main(["--set", *settings]) == 0
+    train(run_dir, settings)
     answer = capsys.readouterr().out
     moved = images.rename(tmp_path / "moved")
-    assert program.main(["--set", *settings]) == 1
-    told = capsys.readouterr()
-    assert not told.out and f"{run_dir}: a finished run cannot answer for what is not there: {images}: " in told.err
-    assert program.main(["--set", *settings, f"target_path={moved}"]) == 0
-    told = capsys.readouterr()
-    assert told.out == answer and not told.err.count("error")
+    told = refused(program, settings)
+    assert f"{run_dir}: a finished run cannot answer for what is not there: {images}: " in told
+    train(run_dir, settings, f"target_path={moved}")
+    assert capsys.readouterr().out == answer
     other = shutil.copytree(moved, images)
     shutil.copy(other / "test/class00/0.png", other / "test/class01/0.png")
 
-    def refused(changed: str, *more: str) -> None:
-        assert program.main(["--set", *settings, *more]) == 1
-        assert f"error: {run_dir}: {changed} changed since this run began; choose another" in capsys.readouterr().err
+    def changed(what: str, *more: str) -> None:
+        told = refused(program, [*settings, *more])
+        assert f"error: {run_dir}: {what} changed since this run began; choose another" in told
 
-    refused("the target")
+    changed("the target")
     (run_dir / "result.json").rename(tmp_path / "result.json")
-    refused("the target")
+    changed("the target")
     save_phi(MetaPerturb(), phi)
-    refused(f"φ in {phi}", f"target_path={moved}")
+    changed(f"φ in {phi}", f"target_path={moved}")
     (tmp_path / "result.json").rename(run_dir / "result.json")
-    refused(f"φ in {phi}", f"target_path={moved}")
+    changed(f"φ in {phi}", f"target_path={moved}")
 
 
 @pytest.mark.skipif(kernels.kernel_name() == "plain", reason="needs a C++ compiler")
-def test_another_kernel_on_resume_is_said(reference, unfinished, capsys):
-    run_dir, settings = unfinished
+def test_another_kernel_on_resume_is_said(reference, unfinished, run_dir, capsys):
     assert result(reference)["kernel"] == "cpp"
     with kernels.use_kernel("auto"):  # the program's choice ends here
-        assert program.main(["--set", *settings, "kernel=plain"]) == 0
+        train(run_dir, unfinished, "kernel=plain")
     assert "goes on with the plain kernel where it began with cpp" in capsys.readouterr().err
     assert result(run_dir)["kernel"] == "plain"
 
 
-def test_settings_without_effect_are_said(settings, tmp_path, capsys):
-    changes = ["method=base", "recipe=mixup", "mixup_alpha=0.5", "dropblock_prob=0.5", "clip=3", "steps=1"]
-    train(tmp_path / "tgt", settings, *changes, "gpu=auto")
+def test_settings_without_effect_are_said(settings, run_dir, capsys):
+    changes = "method=base recipe=mixup mixup_alpha=0.5 dropblock_prob=0.5 clip=3 steps=1"
+    train(run_dir, settings, changes, "gpu=auto")
     said = capsys.readouterr().err
     assert "method base does not use clip, phi, dropblock_prob\n" in said
     assert said.count("running on") == 1
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04 half a file", b"", {"a": 1}, [1]])
-def test_a_checkpoint_that_is_none_is_one_line(unfinished, refused, content):
-    run_dir, settings = unfinished
+def test_a_checkpoint_that_is_none_is_one_line(unfinished, run_dir, refused, content):
     checkpoint = run_dir / "checkpoints" / "latest.pt"
     checkpoint.write_bytes(content) if isinstance(content, bytes) else save_tensors(content, checkpoint)
-    line = refused(program, settings)
     way_out = "begin anew without its folder checkpoints" if isinstance(content, bytes) else "remove it, or choose"
-    assert way_out in line
-    assert f"error: {checkpoint}: " in line
+    line = refused(program, unfinished)
+    assert way_out in line and f"error: {checkpoint}: " in line
 
 
 @pytest.mark.parametrize("rest", ["result.json", "checkpoints/latest.pt"])
-def test_what_lacks_its_settings_answers_for_no_others(reference, unfinished, refused, rest):
-    run_dir, settings = unfinished
+def test_what_lacks_its_settings_answers_for_no_others(reference, unfinished, run_dir, refused, rest):
     (run_dir / "config.yaml").unlink()
     if rest == "result.json":
         shutil.copy(reference / rest, run_dir)
         shutil.rmtree(run_dir / "checkpoints")
-    assert "config.yaml: cannot read the settings" in refused(program, [*settings, "lr=0.5"])
+    assert "config.yaml: cannot read the settings" in refused(program, [*unfinished, "lr=0.5"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(settings, tmp_path):
-    train(tmp_path / "tgt", settings, "gpu=0")
+def test_on_a_gpu(settings, run_dir):
+    train(run_dir, settings, "gpu=0")
 
 
-def test_bfloat16_is_another_run_and_comes_near(reference, settings, tmp_path, capsys):
-    run_dir = train(tmp_path / "tgt", settings, "precision=bfloat16")
+def test_bfloat16_is_another_run_and_comes_near(reference, settings, run_dir, refused):
+    train(run_dir, settings, "precision=bfloat16")
     half, full = (logged(folder)[0]["train_loss"] for folder in (run_dir, reference))
     assert half != full and half == pytest.approx(full, rel=0.05)
-    assert program.main(["--set", *settings, f"run_dir={run_dir}"]) == 1
-    assert "precision: bfloat16 → float32" in capsys.readouterr().err
+    assert "precision: bfloat16 → float32" in refused(program, [*settings, f"run_dir={run_dir}"])
 
 
 LOADS = [  # busy, quota, OMP_NUM_THREADS, threads
@@ -312,26 +297,22 @@ LOADS = [  # busy, quota, OMP_NUM_THREADS, threads
 @pytest.mark.parametrize(("busy", "quota", "variable", "threads"), LOADS)
 def test_threads_follow_the_cores_and_their_load(tmp_path, monkeypatch, capsys, busy, quota, variable, threads):
     """Four CPUs on two cores, of which others keep a share busy; a container may have less of them."""
-    proc, sys_ = tmp_path / "proc", tmp_path / "sys"
-    for cpu in range(4):
-        path = sys_ / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        path.parent.mkdir(parents=True)
-        path.write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
-    (sys_ / "fs/cgroup").mkdir(parents=True)
-    (sys_ / "fs/cgroup/cpu.max").write_text(quota)
-    proc.mkdir()
+    topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    siblings = {topology.format(cpu): f"{cpu % 2},{cpu % 2 + 2}\n".encode() for cpu in range(4)}
+    write_folder(tmp_path, {**siblings, "sys/fs/cgroup/cpu.max": quota.encode()})
     counts = iter([(0, 0), (busy, 100 - busy)])  # since the machine started: at work, idle
 
     def wait(_: float = 0.0) -> None:
         work, idle = next(counts)
-        (proc / "stat").write_text("".join(f"cpu{cpu} {work} 0 0 {idle} 0 0 0 0 0 0\n" for cpu in range(4)))
+        lines = [f"cpu{cpu} {work} 0 0 {idle} 0 0 0 0 0 0\n" for cpu in range(4)]
+        write_folder(tmp_path, {"proc/stat": "".join(lines).encode()})
 
     wait()
     monkeypatch.setattr("metaperturb.training.time.sleep", wait)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     monkeypatch.setattr(torch, "get_num_threads", lambda: int(variable or 0))
-    assert choose_threads(proc, sys_) == threads
+    assert choose_threads(tmp_path) == threads
     assert capsys.readouterr().err.startswith(f"CPU threads: {threads} (")
 
 
@@ -359,8 +340,8 @@ def test_a_long_evaluation_tells_now_and_then_how_long_it_takes(capsys, monkeypa
     assert capsys.readouterr().err == "base on cub: step 50/100  evaluating: 60%\n"
 
 
-def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, tmp_path, capsys):
-    run_dir = train(tmp_path / "tgt", settings, "eval=one_pass eval_every=2")
+def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, settings, run_dir, capsys):
+    train(run_dir, settings, "eval=one_pass eval_every=2")
     ours, theirs = model_state(run_dir), model_state(reference)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
     results = [result(run_dir), result(reference)]

@@ -52,6 +52,23 @@ def here(source_settings, tmp_path) -> list[str]:
     return [*source_settings, f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
 
 
+@pytest.fixture
+def src(here, tmp_path):
+    """`src(*changes)` runs in this process with changed settings, ends with `code`, and returns the run's folder."""
+
+    def train(*changes: str, code: int = 0) -> Path:
+        assert program.main(["--set", *here, *changes]) == code
+        return tmp_path / "src"
+
+    return train
+
+
+def check_equal(run_dir: Path, reference: Path) -> None:
+    """φ to the bit, and the log."""
+    assert torch.equal(phi_bits(run_dir), phi_bits(reference))
+    assert logged(run_dir) == logged(reference)
+
+
 def latest(tmp_path: Path) -> Path:
     return tmp_path / "src" / "checkpoints" / "latest.json"
 
@@ -79,10 +96,8 @@ def test_run_folder_is_complete(reference):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_bits_do_not_depend_on_the_number_of_processes(reference, here, tmp_path, processes):
-    assert program.main(["--set", *here, "gpus=" + ",".join(["cpu"] * processes)]) == 0
-    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
-    assert logged(tmp_path / "src") == logged(reference)
+def test_bits_do_not_depend_on_the_number_of_processes(reference, src, processes):
+    check_equal(src("gpus=" + ",".join(["cpu"] * processes)), reference)
 
 
 BARS = """
@@ -105,16 +120,16 @@ def test_progress_on_a_terminal_leaves_no_semaphore(tmp_path):
 
 
 @pytest.mark.slow
-def test_bits_under_torchrun(reference, source_settings, tmp_path):
+def test_bits_under_torchrun(reference, here, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "metaperturb.meta_train", "--set", *source_settings, f"steps={STEPS}", "gpus=cpu,cpu"]
-    completed = subprocess.run([*command, f"run_dir={tmp_path / 'src'}"], capture_output=True, text=True, timeout=200)
+    command += ["-m", "metaperturb.meta_train", "--set", *here, "gpus=cpu,cpu"]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert completed.returncode == 0, completed.stderr
-    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
+    check_equal(tmp_path / "src", reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(reference, here, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(reference, src, monkeypatch, capsys, number):
     """Also where no checkpoint is due for long."""
     joint_step = program.joint_step
 
@@ -124,59 +139,50 @@ def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(reference, here,
         return joint_step(step, *arguments)
 
     monkeypatch.setattr(program, "joint_step", signalled)
-    settings = ["--set", *here, "checkpoint_every=100"]
-    assert program.main(settings) == 128 + number
+    src("checkpoint_every=100", code=128 + number)
     what = "interrupted" if number == signal.SIGINT else "stopped"
     assert f"\n{what}; saved after step 3 of {STEPS}; the same command goes on from there\n" in capsys.readouterr().err
-    monkeypatch.setattr(program, "joint_step", joint_step)
-    assert program.main(settings) == 0 and "resuming after step 3" in capsys.readouterr().err
-    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(reference))
-    assert logged(tmp_path / "src") == logged(reference)
+    monkeypatch.undo()
+    check_equal(src("checkpoint_every=100"), reference)
+    assert "resuming after step 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("delay", "then"), [(0.0, "cpu"), (0.15, "cpu,cpu,cpu")])
-def test_bits_after_sigkill_and_resume_with_other_processes(reference, source_settings, tmp_path, delay, then):
-    run_dir = tmp_path / "src"
-    settings = [*source_settings, f"steps={STEPS}", f"run_dir={run_dir}"]
-    killed = start("meta_train", [*settings, "gpus=cpu,cpu"])
+def test_bits_after_sigkill_and_resume_with_other_processes(reference, here, tmp_path, delay, then):
+    killed = start("meta_train", [*here, "gpus=cpu,cpu"])
     wait_for(lambda: latest(tmp_path).exists() or killed.poll() is not None)
     time.sleep(delay)
     os.killpg(killed.pid, signal.SIGKILL)  # launcher and workers alike, wherever they are
     killed.communicate()
-    assert not (run_dir / "result.json").exists(), "finished before the kill: the test shows nothing"
-    with (run_dir / "metrics.jsonl").open("a") as file:
+    assert not (tmp_path / "src" / "result.json").exists(), "finished before the kill: the test shows nothing"
+    with (tmp_path / "src" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "half')  # as a kill in mid-write leaves it
-    resumed = run("meta_train", [*settings, f"gpus={then}"])
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step" in resumed.stderr
-    assert torch.equal(phi_bits(run_dir), phi_bits(reference))
-    assert logged(run_dir) == logged(reference)
+    resumed = run("meta_train", [*here, f"gpus={then}"])
+    assert resumed.returncode == 0 and "resuming after step" in resumed.stderr, resumed.stderr
+    check_equal(tmp_path / "src", reference)
 
 
-def test_a_finished_run_is_not_run_again_and_answers_for_no_other_settings(reference, here, capsys, refused):
+def test_a_finished_run_is_not_run_again_and_answers_for_no_other_settings(reference, here, src, capsys, refused):
     before = (reference / "phi.pt").stat().st_mtime_ns
-    assert program.main(["--set", *here, f"run_dir={reference}"]) == 0
+    src(f"run_dir={reference}")
     assert "already finished" in capsys.readouterr().err
     line = refused(program, [*here, "steps=7", "seed=1", f"run_dir={reference}"])
     assert "steps: 6 → 7" in line and "seed: 0 → 1" in line
     assert (reference / "phi.pt").stat().st_mtime_ns == before
 
 
-def test_changed_images_are_refused(source_settings, image_folder, tmp_path, capsys):
+def test_changed_images_are_refused(here, src, image_folder, tmp_path, refused):
     """By a run that is finished and by one that goes on; a finished run does not answer for what is gone."""
     images = shutil.copytree(image_folder, tmp_path / "images")
-    settings = [*source_settings, f"source_paths={images}", f"steps={STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    assert program.main(["--set", *settings]) == 0
-    assert program.main(["--set", *settings, f"source_paths={tmp_path / 'gone'}"]) == 1
-    told = capsys.readouterr().err
+    run_dir = src(f"source_paths={images}")
+    told = refused(program, [*here, f"source_paths={tmp_path / 'gone'}"])
     assert "a finished run cannot answer for what is not there: " in told and "gone" in told
     shutil.copy(images / "train/class00/0.png", images / "train/class01/0.png")
     for finished in (True, False):
         if not finished:
-            (tmp_path / "src" / "result.json").unlink()  # as if it had been killed just before
-        assert program.main(["--set", *settings]) == 1
-        assert "src: the source or its split changed" in capsys.readouterr().err
+            (run_dir / "result.json").unlink()  # as if it had been killed just before
+        assert "src: the source or its split changed" in refused(program, [*here, f"source_paths={images}"])
 
 
 @pytest.mark.slow
@@ -263,8 +269,7 @@ def test_a_machine_that_is_cut_off_and_comes_back_changes_nothing(two_machines, 
         for machine in machines:
             machine.kill()
     assert program.main(["--set", *settings, "gpus=cpu", f"run_dir={tmp_path / 'one'}"]) == 0
-    assert torch.equal(phi_bits(tmp_path / "src"), phi_bits(tmp_path / "one"))
-    assert logged(tmp_path / "src") == logged(tmp_path / "one")
+    check_equal(tmp_path / "src", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -483,16 +488,12 @@ def test_lookahead_gradient_against_finite_differences(setting):
     gradient, *_ = task.lookahead_gradient(0)
     assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
     for index in (4, 13, 22, 31, 54, 77):  # one of each part
-        step = 1e-6
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                phi.flat[index] += sign * step
-            values.append(task.lookahead_gradient(0)[1])
-            with torch.no_grad():
-                phi.flat[index] -= sign * step
-        numeric = (values[0] - values[1]) / (2 * step)
-        assert torch.isclose(gradient[index], numeric, rtol=1e-4, atol=1e-8)
+        losses, value = [], phi.flat[index].item()
+        for moved in (value + 1e-6, value - 1e-6):
+            phi.flat.data[index] = moved
+            losses.append(task.lookahead_gradient(0)[1])
+        phi.flat.data[index] = value
+        assert torch.isclose(gradient[index], (losses[0] - losses[1]) / 2e-6, rtol=1e-4, atol=1e-8)
 
 
 ABLATIONS = ["noise=false", "gate=false", "scale_free=true", "sites=before_pooling", "sites=top", "sites=bottom"]
@@ -533,31 +534,33 @@ def test_networks_and_image_sizes_are_spread_over_the_tasks(setting):
         assert torch.equal(tasks[0].model.state_dict()[key], value)
 
 
-def test_lookahead_annealing_and_bfloat16_change_the_result(here, tmp_path):
-    results = {}
+def test_lookahead_annealing_and_bfloat16_change_the_result(src, tmp_path):
+    results = set()
     for setting in ("lr=1e-3", "lookahead=0.01", "anneal=1", "precision=bfloat16"):  # the first is the default
-        settings = [*here, "steps=2", "tasks=2", f"run_dir={tmp_path / setting}", setting]
-        assert program.main(["--set", *settings]) == 0
-        results[setting] = tuple(phi_bits(tmp_path / setting).tolist())
-    assert len(set(results.values())) == 4
+        src("steps=2", "tasks=2", f"run_dir={tmp_path / setting}", setting)
+        results.add(tuple(phi_bits(tmp_path / setting).tolist()))
+    assert len(results) == 4
 
 
-def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, source_settings, tmp_path):
-    settings = [*source_settings, "steps=9", f"keep_phi=1,{STEPS}", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    assert program.main(["--set", *settings]) == 0
-    assert sorted(path.name for path in (tmp_path / "src").glob("phi*")) == ["phi-000001.pt", "phi-000006.pt", "phi.pt"]
-    kept, shorter = load_phi(tmp_path / "src" / f"phi-{STEPS:06}.pt"), load_phi(reference / "phi.pt")
-    for name, value in shorter.state_dict().items():
-        assert torch.equal(kept.state_dict()[name], value)
+def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, here, src, refused):
+    settings = ["steps=9", f"keep_phi=1,{STEPS}"]
+    run_dir = src(*settings)
+    assert sorted(path.name for path in run_dir.glob("phi*")) == ["phi-000001.pt", "phi-000006.pt", "phi.pt"]
+    kept, shorter = load_phi(run_dir / f"phi-{STEPS:06}.pt"), load_phi(reference / "phi.pt")
+    assert torch.equal(kept.flat, shorter.flat)
     assert kept.card["metrics"] == shorter.card["metrics"] and kept.card["config"]["steps"] == STEPS
-    assert load_phi(tmp_path / "src" / "phi.pt").card["config"]["steps"] == 9
+    assert load_phi(run_dir / "phi.pt").card["config"]["steps"] == 9
+    for finished in (True, False):
+        if not finished:  # as if killed before its end
+            (run_dir / "result.json").unlink()
+        line = refused(program, [*here, "steps=9", "keep_phi=1,5"])
+        assert f"error: keep_phi: {run_dir} is past step 5, its φ is gone" in line
+        src(*settings)
 
 
-def test_phi_that_is_kept_belongs_to_a_run_on_record(source_settings, tmp_path, monkeypatch, capsys):
+def test_phi_that_is_kept_belongs_to_a_run_on_record(here, src, tmp_path, monkeypatch, refused, capsys):
     """Killed right behind it, the run holds its folder: no other settings may begin there and leave that φ."""
-    settings = ["--set", *source_settings, "steps=6", "keep_phi=2", "checkpoint_every=100", "gpus=cpu"]
-    settings += [f"run_dir={tmp_path / 'src'}"]
-    joint_step = program.joint_step
+    settings, joint_step = ["keep_phi=2", "checkpoint_every=100"], program.joint_step
 
     def killed(step, *arguments):
         if step == 3:
@@ -565,57 +568,44 @@ def test_phi_that_is_kept_belongs_to_a_run_on_record(source_settings, tmp_path, 
         return joint_step(step, *arguments)
 
     monkeypatch.setattr(program, "joint_step", killed)
-    assert program.main(settings) != 0
+    src(*settings, code=130)
     assert (tmp_path / "src" / "phi-000002.pt").exists()
-    monkeypatch.setattr(program, "joint_step", joint_step)
-    assert program.main([*settings, "lr=0.1"]) == 1
-    assert "holds a run with other settings (lr: 0.001 → 0.1)" in capsys.readouterr().err
-    assert program.main(settings) == 0 and "resuming after step 2" in capsys.readouterr().err
+    monkeypatch.undo()
+    line = refused(program, [*here, *settings, "lr=0.1"])
+    assert "holds a run with other settings (lr: 0.001 → 0.1)" in line
+    src(*settings)
+    assert "resuming after step 2" in capsys.readouterr().err
 
 
-def test_phi_of_a_step_that_is_past_cannot_be_kept(reference, here, tmp_path, refused):
-    src = shutil.copytree(reference, tmp_path / "src")
-    (src / "phi-000002.pt").write_bytes(b"kept on the way")
-    for finished in (True, False):
-        if not finished:  # as if killed before its end
-            (src / "result.json").unlink()
-        assert f"error: keep_phi: {src} is past step 5, its φ is gone" in refused(program, [*here, "keep_phi=2,5"])
-        assert program.main(["--set", *here, "keep_phi=2"]) == 0
-
-
-def test_no_step_at_all_is_phi_as_it_is_drawn(source_settings, tmp_path):
+def test_no_step_at_all_is_phi_as_it_is_drawn(src):
     """The control of what meta-training brings: no kernel or weight has left N(0, 0.01²)."""
-    settings = [*source_settings, "steps=0", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    assert program.main(["--set", *settings]) == 0
-    phi = load_phi(tmp_path / "src" / "phi.pt")
-    values = phi_bits(tmp_path / "src")
-    assert 0.007 < values.std() < 0.013 and values.abs().max() < 0.05
+    run_dir = src("steps=0")
+    phi = load_phi(run_dir / "phi.pt")
+    assert 0.007 < phi.flat.std() < 0.013 and phi.flat.abs().max() < 0.05
     assert phi.card["config"]["steps"] == 0 and not phi.scale_free and phi.card["metrics"] is None
-    assert (tmp_path / "src" / "result.json").exists() and not (tmp_path / "src" / "curves.png").exists()
+    assert (run_dir / "result.json").exists() and not (run_dir / "curves.png").exists()
 
 
-def test_a_split_from_a_file_is_recorded_as_it_was_made(source_settings, tmp_path, capsys):
+def test_a_split_from_a_file_is_recorded_as_it_was_made(here, src, tmp_path, refused):
     drawn, read = (tmp_path / name for name in ("drawn", "read"))
-    settings = ["--set", *source_settings, "steps=1", "tasks=4", "gpus=cpu"]
-    assert program.main([*settings, "split=paired", "seed=7", f"run_dir={drawn}"]) == 0
-    given = [*settings, f"split_file={drawn / 'split.json'}", f"run_dir={read}"]
-    assert program.main(given) == 1
-    assert "split.json: has split=paired, the settings ask for split=disjoint" in capsys.readouterr().err
-    assert program.main([*given, "split=paired"]) == 0
+    settings = ["steps=1", "tasks=4"]
+    src(*settings, "split=paired", "seed=7", f"run_dir={drawn}")
+    settings.append(f"split_file={drawn / 'split.json'}")
+    line = refused(program, [*here, *settings])
+    assert "split.json: has split=paired, the settings ask for split=disjoint" in line
+    src(*settings, "split=paired", f"run_dir={read}")
     assert (read / "split.json").read_bytes() == (drawn / "split.json").read_bytes()
     assert not torch.equal(phi_bits(read), phi_bits(drawn))  # of another seed
-    assert program.main([*given[:-1], "split=paired", "seed=7", f"run_dir={tmp_path / 'again'}"]) == 0
-    assert torch.equal(phi_bits(tmp_path / "again"), phi_bits(drawn))
+    check_equal(src(*settings, "split=paired", "seed=7"), drawn)
     card = load_phi(read / "phi.pt").card
     assert (card["split_seed"], card["seed"], card["config"]["split"]) == (7, 0, "paired")
 
 
-def test_some_classes(reference, source_settings, tmp_path):
-    settings = [*source_settings, "steps=1", "tasks=3", "classes=6", f"run_dir={tmp_path / 'src'}", "gpus=cpu"]
-    assert program.main(["--set", *settings]) == 0
-    split = json.loads((tmp_path / "src" / "split.json").read_text())["tasks"]
+def test_some_classes(reference, src):
+    run_dir = src("steps=1", "tasks=3", "classes=6")
+    split = json.loads((run_dir / "split.json").read_text())["tasks"]
     assert len({c for task in split for c in task["classes"]}) == sum(len(task["classes"]) for task in split) == 6
-    card = load_phi(tmp_path / "src" / "phi.pt").card
+    card = load_phi(run_dir / "phi.pt").card
     assert card["source"]["classes"] == 6 and card["source"]["images"] == 48
     assert load_phi(reference / "phi.pt").card["source"]["classes"] == 10
 
@@ -672,9 +662,8 @@ def test_steps_never_wait_for_the_gpu(source_settings, tmp_path):
 
 @needs_gpu
 @pytest.mark.parametrize("gpus", ["0", "0,0"])
-def test_on_one_gpu_alone_and_shared(here, tmp_path, gpus):
-    assert program.main(["--set", *here, f"gpus={gpus}"]) == 0
-    assert torch.isfinite(phi_bits(tmp_path / "src")).all()
+def test_on_one_gpu_alone_and_shared(src, gpus):
+    assert torch.isfinite(phi_bits(src(f"gpus={gpus}"))).all()
 
 
 BACKENDS = [("cpu cpu", "gloo"), ("cuda:0 cuda:1", "nccl"), ("cuda:0 cuda:0", "gloo"), ("cuda:0 cpu", "gloo")]

@@ -31,23 +31,13 @@ Config = TypeVar("Config")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-def option(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    identity: bool = True,
-    path: bool = False,
-    by_content: bool = False,
-) -> Any:
+def option(default: Any, doc: str, low=None, high=None, below=None, identity=True, path=False, by_content=False) -> Any:
     """A dataclass field with its one-line description and, for numbers, bounds: `low` and `high` are allowed values.
 
     `identity` and `by_content`: see above. `path`: where something is, of one or several files or folders, separated by
     commas. Of these, as of files `by_content`, a leading `~` is the home folder: shells leave that of `run_dir=~/runs`.
     """
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    factory = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     about = {"identity": identity and not path, "by_content": by_content, "path": path or by_content}
     return dataclasses.field(**factory, metadata={"doc": doc, "bounds": (low, high, below), **about})
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+import timeit
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=fast)
 
 
-def choose_threads(proc: Path = Path("/proc"), sys_: Path = Path("/sys")) -> int:
+def choose_threads(root: Path = Path("/")) -> int:
     """CPU threads for a training that is alone in its process; said on stderr.
 
     `OMP_NUM_THREADS` where it is set; else the processor's cores, as many as this process may use, less those that
@@ -58,22 +59,22 @@ def choose_threads(proc: Path = Path("/proc"), sys_: Path = Path("/sys")) -> int
         print(f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS)", file=sys.stderr)
         return torch.get_num_threads()
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    siblings = (_read(sys_ / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus)
+    siblings = (_read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus)
     cores = len(set(siblings))  # CPUs that share a core have the same list
-    quota, _, period = _read(sys_ / "fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdecimal():  # of a container
         cores = max(1, min(cores, int(quota) // int(period)))
-    idle = _idle_share(cpus, proc)
+    idle = _idle_share(cpus, root / "proc/stat")
     threads = cores if idle > 0.75 else max(1, round(cores * idle))
     print(f"CPU threads: {threads} ({cores} cores, {1 - idle:.0%} busy; threads=… sets others)", file=sys.stderr)
     return threads
 
 
-def _idle_share(cpus: list[int], proc: Path, seconds: float = 0.2) -> float:
+def _idle_share(cpus: list[int], stat: Path, seconds: float = 0.2) -> float:
     """How idle these CPUs are, in [0, 1], while this process waits; 1 where the system does not say."""
 
     def times() -> tuple[int, int]:
-        lines = (line.split() for line in _read(proc / "stat").splitlines())
+        lines = (line.split() for line in _read(stat).splitlines())
         counts = [list(map(int, line[1:])) for line in lines if line[0] in {f"cpu{cpu}" for cpu in cpus}]
         return sum(count[3] + count[4] for count in counts), sum(map(sum, counts))  # idle and waiting for disks
 
@@ -109,14 +110,13 @@ def choose_precision(asked: str, device: torch.device) -> str:
 def step_seconds(precision: str) -> float:
     """The shortest of three steps of a small convolution on the CPU."""
     convolution, x = torch.nn.Conv2d(16, 16, 3, padding=1), torch.rand(32, 16, 32, 32)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
+
+    def step() -> None:
         with autocast(x.device, precision):
             loss = convolution(x).relu().mean()
         loss.backward()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+
+    return min(timeit.repeat(step, number=1, repeat=3))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
