@@ -65,22 +65,23 @@ OF_A_METHOD = {*OF_A_RUN, *OF_PHI, *HYPERPARAMETERS, "recipe", "init", "init_bat
 class Finished:
     """A finished run, as far as its `result.json` or its record tells."""
 
+    phi = ""  # its name in pictures of runs that have several
+
     def __init__(self, path: Path, result: Mapping[str, Any]) -> None:
         self.path, self.result = path, result  # its folder, or the record's file
         self.config = config = vars(from_record(PROGRAMS[result["program"]], result["config"]))
         self.seed, self.steps, self.model = config["seed"], config["steps"], config["model"]
         self.is_target = result["program"] == "meta_test"
         self.has_network = self.is_target and path.is_dir()
-        if not self.is_target or result["metrics"] is None:
-            return
-        self.method, self.accuracy = config["method"], result["metrics"]["accuracy"]
-        size, split = config["image_size"], config["eval_split"]
-        # As pictures call it, without `train_per_class`.
-        self.data = data_name(config) + (f", {size} px" if size else "") + (f", {split}" if split != "test" else "")
-        self.train_images, self.images = result["target"]["train"], result["target"]["fingerprints"]
-        self.phi, self.phi_key = "", result["phi_digest"] or ""  # its name where runs have several; its identity
-        file, cell = Path(config["phi"] or ""), result.get("cell") or {"needs": {}}
-        self.phi_names = file.stem, cell["needs"].get("phi", file.parent.name), self.phi_key[:8]
+        if self.is_target:
+            self.method, self.accuracy = config["method"], result["metrics"]["accuracy"]
+            size, split = config["image_size"], config["eval_split"]
+            # As pictures call it, without `train_per_class`.
+            self.data = data_name(config) + f", {size} px" * bool(size) + f", {split}" * (split != "test")
+            self.train_images, self.images = result["target"]["train"], result["target"]["fingerprints"]
+            self.phi_key, file = result["phi_digest"] or "", Path(config["phi"] or "")
+            need = result.get("cell", {"needs": {}})["needs"].get("phi", file.parent.name)
+            self.phi_names = file.stem, need, self.phi_key[:8]
 
     @property
     def dir(self) -> Path:
@@ -94,8 +95,8 @@ class Finished:
         """Its evaluations, as `results.curve` has them; refused where there are none."""
         found = self.result.get("curve") if self.path.is_file() else curve(self.path)
         if not found:
-            lacking = "holds no evaluation" if self.path.is_dir() else "is a record without its curve"
-            raise UserError(f"{self.path}: {lacking}; this picture needs the metrics.jsonl of the run's folder")
+            lacking = "this picture needs the metrics.jsonl of the run's folder"
+            raise UserError(f"{self.path}: holds no evaluation; {lacking}")
         return found
 
     @property
@@ -103,32 +104,32 @@ class Finished:
         """The method as pictures call it: `base, finetuned`, `metaperturb, φ selected, sites top`, `base, mixup`."""
         changed = [key for key in OF_PHI if self.method == "metaperturb" and self.config[key] != DEFAULTS[key]]
         parts = [self.method, self.phi, *(f"{key} {self.config[key]}" for key in changed)]
-        parts += ["finetuned" if self.config["init"] else "", *self.config["recipe"]]
-        return ", ".join(filter(None, parts))
+        return ", ".join(filter(None, [*parts, "finetuned" * bool(self.config["init"]), *self.config["recipe"]]))
 
-    def title(self, with_steps: bool = True, with_amount: bool = True) -> str:
-        amount = self.config["train_per_class"] if with_amount else None
-        parts = [self.data, f"{amount} images a class" if amount else "", self.model]
-        return ", ".join(filter(None, [*parts, f"{self.steps} steps" if with_steps else ""]))
+    def title(self, without: str = "") -> str:
+        """What all runs of a picture have in common, but for this setting."""
+        known = {"train_per_class": f"{self.config['train_per_class']} images a class", "steps": f"{self.steps} steps"}
+        amount, steps = (text * (key != without and self.config[key] is not None) for key, text in known.items())
+        return ", ".join(filter(None, [self.data, amount, self.model, steps]))
 
 
 def find_runs(sources: Iterable[Path]) -> list[Finished]:
     """The finished runs in and below folders, and records, each training once; meta-trainings of a step or more."""
     found: dict[Path, Finished] = {}
-    known: dict[str, Finished] = {}
+    known: dict[str, Path] = {}
     for path in (path for source in sources for path in _results(source)):
         content = load_json(path)
         if not (isinstance(content, dict) and content.get("program") in PROGRAMS):
             continue
-        run = Finished(path.parent if path.name == "result.json" else path, read_result(path))
-        if not run.is_target and run.path.is_dir() and run.steps > 0:
-            found[run.path.resolve()] = run
-        elif run.is_target and run.result["metrics"] is not None:
-            first = known.setdefault(training(run.result), run)
-            if first is not run and run.path.is_file() and first.path.resolve() != run.path.resolve():
-                print(f"{run.path}: left out, is the same training as {first.path}", file=sys.stderr)
-            else:
-                found[run.path.resolve()] = run
+        result, place = read_result(path), path.parent if path.name == "result.json" else path
+        if result["program"] == "meta_test" and result["metrics"] is not None:
+            first = known.setdefault(training(result), place)
+            if place.is_file() and first.resolve() != place.resolve():
+                print(f"{place}: left out, is the same training as {first}", file=sys.stderr)
+                continue
+        elif result["program"] == "meta_test" or place.is_file() or not result["config"]["steps"]:
+            continue
+        found[place.resolve()] = Finished(place, result)
     return [*found.values()]
 
 
@@ -158,37 +159,37 @@ def tell_phis_apart(runs: Sequence[Finished], called: Mapping[str, str]) -> None
     of several seeds.
     """
     phis = grouped([run for run in runs if run.phi_key], lambda run: run.phi_key)
-    alternatives = [*zip(*(same[0].phi_names for same in phis.values()), strict=True)]
-    own = next((names for names in alternatives if len({*names}) == len(phis)), (alternatives or [()])[-1])
     known = {key: {name for run in same for name in run.phi_names} for key, same in phis.items()}
+    alternatives = [*zip(*(same[0].phi_names for same in phis.values()), strict=True)] or [()]
+    own = next((names for names in alternatives if len({*names}) == len(phis)), alternatives[-1])
     if unknown := called.keys() - set().union(*known.values()):
         raise UserError(f"--call {min(unknown)}: no run has a φ of this name ({', '.join(own) or 'none at all'})")
-    if len(phis) < 2 and not called:
-        return
     for (key, same), name in zip(phis.items(), own, strict=True):
-        for run in same:
+        for run in same if len(phis) > 1 or called else ():
             run.phi = next((called[other] for other in called if other in known[key]), f"φ {name}")
 
 
 def by_method(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     """Checked runs under the name of their method, in the order of `REGULARIZERS`."""
     check_settings(runs)
-    methods = grouped(runs, lambda run: run.name)
-    for name, same in methods.items():
-        _check_seeds(same, f"runs of {name} with")
-    order = [*REGULARIZERS]
+    methods, order = grouped(runs, lambda run: run.name), [*REGULARIZERS]
     place = {name: (one.config["init"] or "", order.index(one.method), name) for name, (one, *_) in methods.items()}
-    return {name: methods[name] for name in sorted(methods, key=place.get)}
+    return {name: _of_other_seeds(methods[name], name) for name in sorted(methods, key=place.get)}
 
 
 def by_making(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     """Runs of meta-training that differ in their seed alone, under the settings in which others differ."""
     made = {run.path: settings(MetaTrainConfig, run.config, INCIDENTAL) for run in runs}
-    differ = [key for key in next(iter(made.values())) if len({str(making[key]) for making in made.values()}) > 1]
+    differ = [key for key in made[runs[0].path] if len({str(making[key]) for making in made.values()}) > 1]
     groups = grouped(runs, lambda run: ", ".join(f"{key} {made[run.path][key]}" for key in differ) or "MetaPerturb")
-    for same in groups.values():
-        _check_seeds(same, "meta-trainings with these settings and")
-    return groups
+    return {name: _of_other_seeds(same, name) for name, same in groups.items()}
+
+
+def _of_other_seeds(same: Sequence[Finished], name: str) -> Sequence[Finished]:
+    """The runs, which are averaged; refused where two have one seed (and φ)."""
+    if len({(run.seed, run.is_target and run.phi_key) for run in same}) < len(same):
+        raise UserError(f"{same[-1].path}: there are two runs of {name} with one seed; name those that are meant")
+    return same
 
 
 def meta_training(run: Finished) -> dict[str, Any] | None:
@@ -212,12 +213,6 @@ def check_settings(runs: Sequence[Finished], varied: str | None = None) -> None:
         if changed := differences(first.config, MetaTestConfig(**other.config), without=expected | {varied}):
             what = f"runs of {other.name}" if expected is OF_A_RUN else "runs"
             raise UserError(f"{other.path}: {what} are averaged or compared, but this one has {'; '.join(changed)}")
-
-
-def _check_seeds(same: Sequence[Finished], what: str) -> None:
-    """Refuse runs with the same seed among those that are averaged."""
-    if len({run.seed for run in same}) < len(same):
-        raise UserError(f"{same[-1].path}: there are two {what} one seed; name those that are meant")
 
 
 # --- the command
@@ -249,12 +244,10 @@ def figures(arguments: argparse.Namespace) -> None:
     if arguments.figure == "phi":
         every_number(arguments)
         return
-    called = pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix")
     found = find_runs(arguments.sources or [arguments.runs])
     sources = [run for run in found if not run.is_target]
     targets = [run for run in found if run.is_target and run.method in (arguments.methods or [run.method])]
-    if everything or chosen[0].draw is not learning:
-        tell_phis_apart(targets, called)
+    tell_phis_apart(targets, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
     if everything:
         every_figure([*targets, *sources], arguments)
         return
@@ -263,10 +256,9 @@ def figures(arguments: argparse.Namespace) -> None:
     if not runs:
         what = "meta-training (./run.sh src)" if figure.draw is learning else "these methods (./run.sh tgt, table1, …)"
         raise UserError(f"no finished run of {what} there")
-    for run in runs[1:]:
-        if figure.alike(run) != figure.alike(runs[0]):
-            about = f"{run.path}: has another {figure.one} than {runs[0].path}"
-            raise UserError(f"{about}, and a picture shows one (./run.sh figures draws each)")
+    if others := [run for run in runs if figure.alike(run) != figure.alike(runs[0])]:
+        about = f"{others[0].path}: has another {figure.one} than {runs[0].path}"
+        raise UserError(f"{about}, and a picture shows one (./run.sh figures draws each)")
     figure.draw(runs, arguments)
 
 
@@ -296,7 +288,7 @@ class NothingToShow(UserError):
 
 def draw(arguments: argparse.Namespace, kind: str, plot: Callable[..., None], content: Any, title: str) -> None:
     """Draw `content` into a file named after kind and title, and after the folder where runs are of several."""
-    path = arguments.out / (slug(f"{kind} {title}") + (f"-{arguments.where}" if arguments.where else ""))
+    path = arguments.out / slug(f"{kind} {title} {arguments.where}")
     if path in arguments.drawn:
         raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
     arguments.drawn.add(path)
@@ -317,13 +309,8 @@ def chosen_device(text: str) -> torch.device:
 
 def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
     places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
-    folder, device = run.dir, chosen_device(arguments.device)
-    try:
-        return load_run(folder, device, **{key: value for key, value in places.items() if value is not None})
-    except UserError as error:
-        path = arguments.target_path or run.config["target_path"]
-        hint = "" if path is None or Path(path).exists() else " (--target-path says where they are now)"
-        raise UserError(f"{error}{hint}") from error
+    places = {key: value for key, value in places.items() if value is not None}
+    return load_run(run.dir, chosen_device(arguments.device), **places)
 
 
 def read_settings(classes: Sequence[type], texts: Sequence[str]) -> dict[type, Any]:
@@ -368,12 +355,10 @@ def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         network = trained[run.dir]
         calibrated[name].append(measure_calibration(network, sampling, kept(run, "calibration", sampling)))
         attacked[name].append(measure_robustness(network, attack, kept(run, "robustness", attack, without=NORMS)))
-    for kind, results, plot in (
-        ("calibration", calibrated, plots.plot_reliability),
-        ("samples", calibrated, plots.plot_samples),
-        ("robustness", attacked, plots.plot_robustness),
-    ):
-        draw(arguments, f"fig6 {kind}", plot, results, runs[0].title())
+    title = runs[0].title()
+    draw(arguments, "fig6 calibration", plots.plot_reliability, calibrated, title)
+    draw(arguments, "fig6 samples", plots.plot_samples, calibrated, title)
+    draw(arguments, "fig6 robustness", plots.plot_robustness, attacked, title)
 
 
 def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -381,23 +366,23 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     perturbed = [run for run in runs if run.method == "metaperturb"]
     if not perturbed:
         raise UserError(f"{runs[0].dir}: method {runs[0].method} has no scales s, nor has any other run here")
-    steps_differ = len({run.steps for run in perturbed}) > 1
+    several = len({run.steps for run in perturbed}) > 1
     by_data: dict[str, list[list[dict]]] = {}
     for same in grouped(perturbed, lambda run: (data_of(run), run.steps)).values():
         for name, of_name in by_method(same).items():
-            name = name.replace("metaperturb", of_name[0].data, 1)
-            name += f", {of_name[0].steps} steps" if steps_differ else ""
+            name = name.replace("metaperturb", same[0].data, 1) + f", {same[0].steps} steps" * several
             if name in by_data:
                 raise UserError(f"{of_name[0].dir}: is about other images than another run about {name}")
-            for run in of_name:
-                own = {"run": run.dir.name, "seed": run.seed}
-                by_data.setdefault(name, []).append([at | own for at in learned_scales(loaded(run, arguments))])
-    networks = [[(at["site"], at["channels"]) for at in scales] for same in by_data.values() for scales in same]
-    if any(sites != networks[0] for sites in networks):
+            by_data[name] = [
+                [at | {"run": run.dir.name, "seed": run.seed} for at in learned_scales(loaded(run, arguments))]
+                for run in of_name
+            ]
+    networks = {str([(at["site"], at["channels"]) for at in of_run]) for same in by_data.values() for of_run in same}
+    if len(networks) > 1:
         raise UserError("the runs are of different networks, whose blocks cannot be set side by side")
-    names = dict.fromkeys(run.data for run in perturbed)
-    names = ", ".join(names) if len(names) < 4 else f"{len(names)} data sets"
-    draw(arguments, "fig7 scales", plots.plot_scales, by_data, f"{names}, {perturbed[0].model}")
+    names = [*dict.fromkeys(run.data for run in perturbed)]
+    title = f"{', '.join(names) if len(names) < 4 else f'{len(names)} data sets'}, {perturbed[0].model}"
+    draw(arguments, "fig7 scales", plots.plot_scales, by_data, title)
 
 
 def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
@@ -418,11 +403,11 @@ def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 def growth(runs: Sequence[Finished], arguments: argparse.Namespace, kind: str, setting: str, of: str) -> None:
     """Final accuracy against the number `of` runs, which a setting gives, over the seeds that a method has for all."""
     unit = {"steps": "training steps", "train_images": "training images"}[of]
-    amounts = grouped(runs, operator.attrgetter(of))
-    if len(amounts) < 2:
+    by_amount = grouped(sorted(runs, key=operator.attrgetter(of)), operator.attrgetter(of))
+    if len(by_amount) < 2:
         raise NothingToShow(f"all runs have {getattr(runs[0], of)} {unit}; this picture needs several numbers of them")
     check_settings(runs, varied=setting)
-    by_amount = {n: by_method(same) for n, same in sorted(amounts.items())}
+    by_amount = {n: by_method(same) for n, same in by_amount.items()}
     results: dict[str, dict[int, list[float]]] = {}
     for method in dict.fromkeys(name for methods in by_amount.values() for name in methods):
         found = {n: methods[method] for n, methods in by_amount.items() if method in methods}
@@ -430,12 +415,11 @@ def growth(runs: Sequence[Finished], arguments: argparse.Namespace, kind: str, s
         for n, same in found.items():
             if left_out := sorted({run.seed for run in same} - common):
                 print(f"{method}, {n} {unit}: left out, as others lack them: seeds {left_out}", file=sys.stderr)
-            if accuracies := [run.accuracy for run in same if run.seed in common]:
-                results.setdefault(method, {})[n] = accuracies
+            if common:
+                results.setdefault(method, {})[n] = [run.accuracy for run in same if run.seed in common]
     if not results:
         raise UserError(f"no method has one seed for all numbers of {unit}")
-    about = runs[0].title(with_steps=setting != "steps", with_amount=setting != "train_per_class")
-    draw(arguments, kind, plots.plot_growth, {unit: results}, about)
+    draw(arguments, kind, plots.plot_growth, {unit: results}, runs[0].title(without=setting))
 
 
 EFFORT = {  # what φ's card says of its meta-training → what the picture calls it
@@ -453,7 +437,7 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """
     runs = [copy.copy(run) for run in runs if run.method in ("base", "metaperturb")]
     for run in runs:
-        run.phi = ""
+        run.phi = ""  # all are one method
     trained = [(run, made) for run in runs if (made := meta_training(run)) is not None]
     panels, shown = {}, set()
     for key, label in EFFORT.items():
@@ -468,18 +452,14 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
         raise NothingToShow(
             "no two runs of MetaPerturb whose φ differ in the steps, tasks or classes of their meta-training alone"
         )
-    check_settings(runs)
-    for method, same in grouped(runs, lambda run: run.method).items():
-        if len(names := [*grouped(same, lambda run: run.name)]) > 1:
+    methods = by_method(runs)
+    for method, names in grouped(methods, lambda name: name.partition(",")[0]).items():
+        if len(names) > 1:
             raise UserError(f"this picture shows one use of {method}, but the runs are of {' and of '.join(names[:2])}")
-        for twice in grouped(same, lambda run: (run.phi_key, run.seed)).values():
-            if len(twice) > 1:
-                seed = f"seed {twice[1].seed} and the same φ"
-                raise UserError(f"{twice[1].path}: there are two runs of {method} with {seed}")
     for run, _ in trained:
         if run.path not in shown:
             print(f"{run.path}: left out, its φ differs in more than one number from those drawn", file=sys.stderr)
-    base = [run.accuracy for run in runs if run.method == "base"]
+    base = [run.accuracy for run in methods.get("base", ())]
     draw(arguments, "effort", functools.partial(plots.plot_growth, level=base), panels, runs[0].title())
 
 
@@ -494,10 +474,9 @@ def every_number(arguments: argparse.Namespace) -> None:
     """The 82 numbers of a φ each."""
     if not arguments.sources:
         raise UserError("name a φ: its file, or a shipped one")
-    for source in map(str, arguments.sources):
-        values = {name: value.detach().numpy() for name, value in load_phi(source).tensors()._asdict().items()}
-        name = Path(source).stem
-        name = Path(source).resolve().parent.name if name == "phi" else name
+    for source in arguments.sources:
+        values = {name: value.detach().numpy() for name, value in load_phi(str(source)).tensors()._asdict().items()}
+        name = source.resolve().parent.name if source.stem == "phi" else source.stem
         draw(arguments, "phi", plots.plot_phi, values, name)
 
 

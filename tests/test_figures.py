@@ -168,7 +168,7 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path):
     older = json.loads((folder / "meta--bugs.json").read_text())
     del older["curve"]
     (tmp_path / "older--bugs.json").write_text(json.dumps(older))
-    refused("older--bugs.json: is a record without its curve; this picture", "fig5", tmp_path / "older--bugs.json")
+    refused("older--bugs.json: holds no evaluation; this picture", "fig5", tmp_path / "older--bugs.json")
     for figure in ("fig6", "fig7", "fig8"):
         needed = "meta--bugs.json: is a record of a run; this picture needs the run's folder"
         refused(needed, figure, folder / "meta--bugs.json")
@@ -260,7 +260,7 @@ def test_effort_of_meta_training(runs, tmp_path):
         ([more / "paper", more / "other"], alone),
         ([more / "paper", more / "small"], alone),
         ([more, tmp_path / "top"], "but the runs are of metaperturb and of metaperturb, sites top"),
-        ([more, tmp_path / "twice"], "there are two runs of metaperturb with seed 0 and the same φ"),
+        ([more, tmp_path / "twice"], "there are two runs of metaperturb with one seed"),
         ([more, runs], "one use of base, but the runs are of base and of base, finetuned"),
     ):
         refused(said, "effort", *some)
@@ -296,7 +296,7 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
             assert row[column] == pytest.approx(statistics.mean(norms), abs=2e-5)  # metrics have five digits
 
     twin = shutil.copytree(meta_trainings / "0", tmp_path / "twin")
-    refused("two meta-trainings with these settings and one seed", "learning", meta_trainings / "0", twin)
+    refused("two runs of MetaPerturb with one seed", "learning", meta_trainings / "0", twin)
     content = result(twin)
     content["source"]["fingerprint"] = "other"
     (twin / "result.json").write_text(json.dumps(content))
@@ -381,7 +381,7 @@ def test_damaged_runs_are_named(runs, tmp_path):
         ("fig5", lambda run: (run / "result.json").write_text('{"program": "meta_test"}'), "is no result of a run"),
         ("fig7", broken_network("bn1.running_mean"), "holds values that are not finite"),
         ("fig8", broken_network("metaperturb.running_var"), "holds values that are not finite"),
-        ("fig8", replaced("result.json", images, "/elsewhere"), "(--target-path says where they are now)"),
+        ("fig8", replaced("result.json", images, "/elsewhere"), "/elsewhere: no such file or folder"),
     ):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         change(shutil.copytree(runs / "meta", tmp_path / "run"))
@@ -429,7 +429,7 @@ def test_curves_of_one_evaluation(tmp_path):
     before = {**line, "step": 4, "test_samples": 1}
     plots.plot_convergence({"metaperturb": [[before, line]]}, "bugs", tmp_path / "two")
     one, two = ((tmp_path / f"{name}.svg").read_text() for name in ("one", "two"))
-    assert "(3 Monte-Carlo samples)" in one and "before" not in one
+    assert "(last point: 3 Monte-Carlo samples)" in one and "before" not in one
     assert "last point: 3 Monte-Carlo samples, before: 1" in two
     color = plots.COLORS["metaperturb"].lower()
     with Image.open(tmp_path / "one.png") as image:

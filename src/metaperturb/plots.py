@@ -53,12 +53,7 @@ MARKERS = ("o", "s", "^", "D")  # of a method's variants, as the dashes: a point
 FEW = 10  # images: too few for an accuracy to be drawn
 NORM_LABELS = {"linf": "$L_\\infty$", "l2": "$L_2$", "l1": "$L_1$"}
 FORMATS = (".png", ".svg")
-# What is read from final metrics → column, factor, label of its axis.
-FINAL = {
-    "accuracy": ("accuracy_percent", 100, "test accuracy (%)"),
-    "nll": ("nll", 1, "test loss (NLL, nats)"),
-    "ece": ("ece_percent", 100, "ECE (%)"),
-}
+PERCENT = {"accuracy": 100, "ece": 100}  # what numbers in [0, 1] are multiplied with
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # name in the picture → of each of its runs what was found
 Histories = Mapping[str, Iterable[Sequence[Mapping[str, Any]]]]  # name → for each seed, the lines of `metrics.jsonl`
@@ -81,7 +76,6 @@ def save_figure(figure: Figure, path: Path) -> None:
 def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], Callable[..., None]]:
     """Make of a function that draws one that takes `title` and `path`, too, and writes the files.
 
-    The numbers are written as `.csv` beside the picture, unless `path` names one format. None is an empty cell.
     `legend`: columns of the one legend for all panels, which stands below them; 0: none. `style`: besides `STYLE`.
     """
 
@@ -99,7 +93,7 @@ def _picture(legend: int = 4, **style: Any) -> Callable[[Callable[..., Drawn]], 
                 save_figure(figure, path)
             if path.suffix not in FORMATS and rows:
                 text = io.StringIO()
-                csv.writer(text, lineterminator="\n").writerows(rows)
+                csv.writer(text, lineterminator="\n").writerows(rows)  # None is an empty cell
                 write_atomically(path.with_name(path.name + ".csv"), lambda file: file.write(text.getvalue().encode()))
 
         return write
@@ -111,10 +105,6 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     """A figure of this size in inches, and its axes `[rows, columns]`."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _with_std(names: Iterable[str]) -> list[str]:
-    return [column for name in names for column in (name, f"{name}_std")]
 
 
 # --- training
@@ -130,26 +120,22 @@ def plot_learning(runs: Histories) -> Drawn:
     Raises:
         ValueError: seeds of a name have no step in common, or lines lack a number.
     """
-    quantities = {
-        "test_loss": r"cross-entropy on $D^{te}$ (nats)",
-        "test_accuracy_percent": r"accuracy on $D^{te}$ (%)",
-        "norm_of_mu": "norm of μ's kernels",
-        "norm_of_scale": "norm of the scale's parameters",
-    }
-    rows = [("name", "step", *_with_std(quantities), "seeds")]
+    columns = ("test_loss", "test_accuracy_percent", "norm_of_mu", "norm_of_scale")
+    rows = [("name", "step", *(name + std for name in columns for std in ("", "_std")), "seeds")]
     figure, grid = _panels(2, 2, (9, 6), sharex=True)
     for i, (name, histories) in enumerate(runs.items()):
-        steps, values = _at_common_steps(name, histories, _learned)
+        learned = [{line["step"]: _learned(line) for line in history} for history in histories]
+        steps, (*values, train_loss, train_accuracy) = _common(name, learned)
         drawn: list[np.ndarray] = []
-        for axes, of_quantity, label in zip(grid.flat, values, quantities.values(), strict=False):
+        for axes, of_quantity in zip(grid.flat, values, strict=True):
             drawn += _draw_band(axes, name, steps, of_quantity, color=SERIES[i % len(SERIES)])
-            axes.set(ylabel=label)
-        rows += [(name, *row, len(histories)) for row in zip(steps, *drawn, strict=True)]
-        for axes, of_quantity in zip(grid[0], values[4:] if len(runs) == 1 else (), strict=False):
-            train = {"color": "0.4", "linestyle": ":", "label": r"on $D^{tr}$, where θ learns"}
-            axes.plot(steps, of_quantity.mean(axis=0), **train, **_alone(steps))
-    for axes in grid[1]:
-        axes.set(xlabel="meta-training step", ylim=(0, None))
+        rows += [(name, *row, len(learned)) for row in zip(steps, *drawn, strict=True)]
+        for axes, of_quantity in zip(grid[0], (train_loss, train_accuracy), strict=True) if len(runs) == 1 else ():
+            axes.plot(steps, of_quantity.mean(axis=0), ":", color="0.4", label=r"on $D^{tr}$, where θ learns")
+    grid[0, 0].set(ylabel=r"cross-entropy on $D^{te}$ (nats)")
+    grid[0, 1].set(ylabel=r"accuracy on $D^{te}$ (%)")
+    for axes, of in zip(grid[1], ("μ's kernels", "the scale's parameters"), strict=True):
+        axes.set(xlabel="meta-training step", ylabel=f"norm of {of}", ylim=(0, None))
     return figure, rows
 
 
@@ -167,50 +153,41 @@ def _learned(line: Mapping[str, Any]) -> tuple[float, ...]:
 def plot_convergence(histories: Histories) -> Drawn:
     """Test loss and accuracy against training steps (figure 5); a `seed` in the lines is among the numbers.
 
-    A loss that leaps at a single evaluation would press all curves flat: the axis ends below it, and says so. So does
-    the other axis where the last evaluation averages more samples than those before it.
+    A loss that leaps at a single evaluation would press all curves flat: the axis ends below it. The other axis says
+    where the last evaluation averages more samples than those before it.
     """
     columns = ("seed", "step", "test_nll", "test_accuracy", "test_ece")
     rows, lines = [("method", *columns)], _lines(histories)
-    losses: list[tuple[int, float, str]] = []  # all that is drawn: step, mean, color
-    top, last, before = 0.0, 1, set()  # of the axis of losses; samples of the last evaluation and of others
+    highest, top, samples, before = 0.0, 0.0, 1, set()  # losses; of the last evaluation, of those before
     figure, ((left, right),) = _panels(1, 2, (9, 3.4))
     for method, runs in histories.items():
         evaluated = [[line for line in run if "test_accuracy" in line] for run in runs]
-        steps, values = _at_common_steps(
-            method, evaluated, lambda line: (line["test_nll"], 100 * line["test_accuracy"])
-        )
-        mean, std = _draw_band(left, method, steps, values[0], **lines[method])
-        _draw_band(right, method, steps, values[1], **lines[method])
-        losses += [(step, loss, lines[method]["color"]) for step, loss in zip(steps, mean, strict=True)]
+        of_runs = [{at["step"]: (at["test_nll"], 100 * at["test_accuracy"]) for at in run} for run in evaluated]
+        steps, (loss, accuracy) = _common(method, of_runs)
+        mean, std = _draw_band(left, method, steps, loss, **lines[method])
+        _draw_band(right, method, steps, accuracy, **lines[method])
         padded = np.pad(mean + std, 1, mode="edge")
+        highest = max(highest, *mean)
         top = max(top, *np.median([padded[:-2], padded[1:-1], padded[2:]], axis=0))  # of three in a row
         for run in evaluated:
-            *others, of_last = (line.get("test_samples", 1) for line in run)
-            last, before = max(last, of_last), before.union(others)
+            *others, last = (line.get("test_samples", 1) for line in run)
+            samples, before = max(samples, last), before.union(others)
         rows += [(method, *map(line.get, columns)) for run in evaluated for line in run]
-    if max(loss for _, loss, _ in losses) > 2 * top:
+    if highest > 2 * top:
         left.set_ylim(top=1.1 * top)
-        for step, loss, color in losses:
-            if loss > 1.1 * top:
-                left.annotate(f"↑ {loss:.1f}", (step, 1.1 * top), color=color, ha="center", va="top")
+    note = f", before: {max(before)}" if before else ""
+    note = f"\n(last point: {samples} Monte-Carlo samples{note})" if samples != max(before, default=1) else ""
     left.set(xlabel="training step", ylabel="test loss (NLL, nats)")
-    note = f"\n({last} Monte-Carlo samples)" if last > 1 and not before else ""
-    if before and last != max(before):
-        note = f"\n(last point: {last} Monte-Carlo samples, before: {max(before)})"
     right.set(xlabel=f"training step{note}", ylabel="test accuracy (%)")
     return figure, rows
 
 
-def _at_common_steps(
-    name: str, histories: Iterable[Sequence[Mapping[str, Any]]], numbers: Callable[[Mapping[str, Any]], Sequence[float]]
-) -> tuple[list[int], np.ndarray]:
-    """The steps that all seeds have, and the numbers of their lines: `[quantities, seeds, steps]`."""
-    by_step = [{line["step"]: numbers(line) for line in history} for history in histories]
-    steps = sorted(set.intersection(*map(set, by_step)))
-    if not steps:
+def _common(name: str, by_place: Sequence[Mapping[Any, Sequence[float]]]) -> tuple[list[Any], np.ndarray]:
+    """The places (steps, radii) that all seeds have, and what each has there: `[quantities, seeds, places]`."""
+    places = sorted(set.intersection(*map(set, by_place)))
+    if not places:
         raise ValueError(f"{name}: no step that all seeds have")
-    return steps, np.moveaxis(np.array([[of_seed[step] for step in steps] for of_seed in by_step]), -1, 0)
+    return places, np.moveaxis(np.array([[of_seed[place] for place in places] for of_seed in by_place]), -1, 0)
 
 
 # --- final accuracy
@@ -244,37 +221,34 @@ def plot_growth(
             mean, std = _mean_std(100 * np.array(level))
             axes.axhline(mean, label=_with_seeds("base", len(level)), color=lines["base"]["color"])
             axes.axhspan(mean - std, mean + std, color=lines["base"]["color"], alpha=0.2, linewidth=0)
-        _amounts(axes, {n for of_method in results.values() for n in of_method}, unit)
+        ticks = sorted({n for of_method in results.values() for n in of_method})
+        if ticks[0] > 0:
+            axes.set_xscale("log")
+        else:  # where there is none of it: a φ of no meta-training step
+            axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.5)
+            axes.autoscale_view(scaley=False)  # limits are kept from before, of a linear axis
+        axes.set_xlabel(f"{unit} (logarithmic)")
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axes.minorticks_off()
     if level:
         rows.append(("base", "", "", mean, std, len(level)))
     grid[0].set(ylabel="test accuracy (%)")
     return figure, rows
 
 
-def _amounts(axes: Axes, amounts: Iterable[int], unit: str) -> None:
-    """A logarithmic axis, which begins at 0 where there is none of it: a φ of no meta-training step."""
-    ticks = sorted(amounts)
-    if ticks[0] > 0:
-        axes.set_xscale("log")
-    else:
-        axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.5)
-        axes.autoscale_view(scaley=False)  # limits are kept from before, of a linear axis
-    axes.set_xlabel(f"{unit} (logarithmic)")
-    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axes.minorticks_off()
-
-
 @_picture(legend=0)
 def plot_comparison(results: Mapping[str, Sequence[Mapping[str, float]]]) -> Drawn:
     """Final accuracy, loss and calibration of methods, one below the other: a point a seed; a bar is their mean."""
     lines, labels = _lines(results), [_with_seeds(method, len(same)) for method, same in results.items()]
-    rows: list[list[Any]] = [["name", *_with_std(column for column, *_ in FINAL.values()), "seeds"]]
+    quantities = {"accuracy": "test accuracy (%)", "nll": "test loss (NLL, nats)", "ece": "ECE (%)"}
+    columns = [key + "_percent" * (key in PERCENT) for key in quantities]
+    rows: list[list[Any]] = [["name", *(name + std for name in columns for std in ("", "_std")), "seeds"]]
     size = 7 + 0.08 * max(map(len, labels)), 1.3 + 0.32 * len(results)
-    figure, (grid,) = _panels(1, len(FINAL), size, sharey=True)
+    figure, (grid,) = _panels(1, len(quantities), size, sharey=True)
     for place, (method, of_method) in enumerate(results.items()):
         color, seeds, numbers = lines[method]["color"], len(of_method), []
-        for axes, (key, (_, factor, label)) in zip(grid, FINAL.items(), strict=True):
-            values = factor * np.array([metrics[key] for metrics in of_method])
+        for axes, (key, label) in zip(grid, quantities.items(), strict=True):
+            values = PERCENT.get(key, 1) * np.array([metrics[key] for metrics in of_method])
             mean, std = _mean_std(values)
             axes.plot(values, np.full(seeds, place), "o", color=color, markersize=5, alpha=0.6)
             axes.plot(mean, place, "|", color=color, markersize=16, markeredgewidth=2)
@@ -297,27 +271,25 @@ def plot_robustness(results: Results) -> Drawn:
     The ε that all seeds of a name have are drawn. A method with one seed has no band, but bars: the standard error
     that comes from the choice of images.
     """
-    panels: dict[str, dict[str, tuple[list[float], np.ndarray]]] = {}
+    found, norms = {}, set()
     for name, runs in results.items():
-        by_place = [{(at["norm"], at["eps"]): at["accuracy"] for at in run["points"]} for run in runs]
-        places = sorted(set.intersection(*map(set, by_place)))
-        for norm, of_norm in itertools.groupby(places, key=lambda place: place[0]):
-            eps = [at for _, at in of_norm]
-            accuracies = 100 * np.array([[of_seed[norm, at] for at in eps] for of_seed in by_place])
-            panels.setdefault(norm, {})[name] = eps, accuracies
+        by_place = [{(at["norm"], at["eps"]): (100 * at["accuracy"],) for at in run["points"]} for run in runs]
+        places, (accuracy,) = _common(name, by_place)
+        found[name] = np.array(places, dtype=object).T, accuracy
+        norms |= {norm for norm, _ in places}
     lines, first = _lines(results), next(iter(results.values()))[0]
     rows, attack, bars = [("name", "norm", "eps", "accuracy_percent", "std", "seeds")], first["settings"], ""
-    figure, (grid,) = _panels(1, len(panels), (4 * len(panels), 4.0), sharey=True)
-    for axes, norm in zip(grid, [norm for norm in NORM_LABELS if norm in panels], strict=True):
-        for name, (eps, accuracy) in panels[norm].items():
+    figure, (grid,) = _panels(1, len(norms), (4 * len(norms), 4.0), sharey=True)
+    for axes, norm in zip(grid, sorted(norms, key=[*NORM_LABELS].index), strict=True):
+        for name, ((of_norm, of_eps), of_places) in found.items():
+            eps, accuracy = of_eps[of_norm == norm].astype(float), of_places[:, of_norm == norm]
             mean, std = _draw_band(axes, name, eps, accuracy, **lines[name], **POINTS)
             if len(accuracy) == 1:  # no band: what the choice of images does, the binomial's standard error
                 error = np.sqrt(mean * (100 - mean).clip(0) / attack["images"])
                 axes.errorbar(eps, mean, error, fmt="none", ecolor=lines[name]["color"], alpha=0.5, capsize=2)
                 bars = "; bars: one standard error, of these images"
             rows += [(name, norm, *row, len(accuracy)) for row in zip(eps, mean, std, strict=True)]
-        chance = 100 / first["target"]["classes"]
-        axes.axhline(chance, color="0.5", linestyle=":", linewidth=1.2, label="chance")
+        axes.axhline(100 / first["target"]["classes"], color="0.5", linestyle=":", linewidth=1.2, label="chance")
         axes.set(xlabel=f"ε in {NORM_LABELS[norm]}, pixels in [0, 1]", ylim=(0, None))
         axes.set_xlim(left=0)
     grid[0].set(ylabel="accuracy under attack (%)")
@@ -336,20 +308,17 @@ def plot_reliability(results: Results) -> Drawn:
     figure, ((upper,), (lower,)) = _panels(2, 1, (5, 5.6), sharex=True, height_ratios=(3, 1))
     upper.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1.2)
     for name, runs in results.items():
-        counts, *means = (
-            np.array([run["reliability"][key] for run in runs], float) for key in ("count", "confidence", "accuracy")
-        )
-        count = counts.sum(axis=0)  # [bins]; an empty bin has means that are NaN
+        bins = [[run["reliability"][key] for run in runs] for key in ("count", "confidence", "accuracy")]
+        counts, *means = np.array(bins, float)  # [runs, bins] each; an empty bin has means that are NaN
+        count = counts.sum(axis=0)
         confidence, accuracy = (np.nansum(counts * mean, axis=0) / count.clip(1) for mean in means)
-        ece = 100 * np.array([np.mean(run["counts"][-1]["ece"]) for run in runs])
-        samples = runs[0]["counts"][-1]["samples"]
-        spread = f" ± {ece.std(ddof=1):.1f}" if len(ece) > 1 else ""
-        mean_of = f", {samples} samples" if samples > 1 else ""
-        label = f"{name_of(name)}{mean_of}: ECE {ece.mean():.1f}{spread} %"
+        last = [run["counts"][-1] for run in runs]
+        mean, std = _mean_std(100 * np.array([np.mean(of["ece"]) for of in last]))
+        samples = f", {last[0]['samples']} samples" if last[0]["samples"] > 1 else ""
+        label = f"{name_of(name)}{samples}: ECE {mean:.1f}" + (f" ± {std:.1f} %" if len(runs) > 1 else " %")
         full = count >= FEW
         upper.plot(100 * confidence[full], 100 * accuracy[full], label=label, clip_on=False, **lines[name], **POINTS)
-        edges = np.linspace(0, 100, len(count) + 1)
-        lower.stairs(100 * count / count.sum(), edges, linewidth=1.4, **lines[name])
+        lower.stairs(100 * count / count.sum(), np.linspace(0, 100, len(count) + 1), linewidth=1.4, **lines[name])
         columns = zip(count.astype(int), confidence, accuracy, strict=True)
         rows += [(name, k, n, *(both if n else (None, None))) for k, (n, *both) in enumerate(columns, 1)]
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
@@ -367,11 +336,7 @@ def plot_samples(results: Results) -> Drawn:
     keys = ("accuracy", "accuracy_scatter", "ece", "ece_scatter", "nll", "seconds")
     rows, lines = [("name", "samples", *keys, "seeds")], _lines(results)
     ticks = sorted({of["samples"] for runs in results.values() for of in runs[0]["counts"]})
-    panels = {
-        "accuracy": (100, "accuracy (%)"),
-        "ece": (100, "ECE (%)"),
-        "seconds": (1, "time for all test images (s)"),
-    }
+    panels = {"accuracy": "accuracy (%)", "ece": "ECE (%)", "seconds": "time for all test images (s)"}
     figure, (grid,) = _panels(1, 3, (12, 3.6))
     for name, runs in results.items():
         samples = [of["samples"] for of in runs[0]["counts"]]
@@ -381,20 +346,18 @@ def plot_samples(results: Results) -> Drawn:
             key, scatter, _ = key.partition("_scatter")
             over = np.std if scatter else np.mean
             found[key + scatter] = np.array([[over(of[key]) for of in run["counts"]] for run in runs])
-        for axes, (key, (factor, label)) in zip(grid, panels.items(), strict=True):
-            values = factor * found[key]
+        for axes, (key, label) in zip(grid, panels.items(), strict=True):
+            values = PERCENT.get(key, 1) * found[key]
             x, drawn = (samples, values) if noisy else ([1, ticks[-1]], values.repeat(2, axis=1))
             _draw_band(axes, name, x, drawn, **lines[name], **(POINTS if noisy else {}))
-            if noisy and key != "seconds":
-                scatter = factor * found[f"{key}_scatter"].mean(axis=0)
+            if noisy and key in PERCENT:
+                scatter = PERCENT[key] * found[f"{key}_scatter"].mean(axis=0)
                 axes.errorbar(x, values.mean(axis=0), scatter, fmt="none", ecolor=lines[name]["color"], capsize=3)
-            axes.set(xlabel="Monte-Carlo samples", ylabel=label)
+            axes.set(xlabel="Monte-Carlo samples", ylabel=label, xscale="log")
+            axes.set_xticks(ticks, map(str, ticks), minor=False)
+            axes.minorticks_off()
         columns = zip(samples, *(found[key].mean(axis=0) for key in keys), strict=True)
         rows += [(name, *column, len(runs)) for column in columns]
-    for axes in grid:
-        axes.set(xscale="log")
-        axes.set_xticks(ticks, map(str, ticks), minor=False)
-        axes.minorticks_off()
     grid[2].set(yscale="log")
     locators = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
     grid[2].yaxis.set(major_formatter="{x:g}", **locators)
@@ -523,17 +486,13 @@ def _with_seeds(method: str, seeds: int) -> str:
     return f"{name_of(method)} ({seeds} seed{'s' * (seeds > 1)})"
 
 
-def _alone(points: Sequence[Any]) -> dict[str, Any]:
-    """A line of one point, which would not be seen, gets a marker."""
-    return POINTS if len(points) == 1 else {}
-
-
 def _draw_band(
     axis: Axes, name: str, x: Sequence[float], values: np.ndarray, **line: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of `values` `[seeds, points]` against `x`, in a band of a standard deviation; both."""
     mean, std = _mean_std(values)
-    (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **_alone(x) | line)
+    line = (POINTS if len(x) == 1 else {}) | line  # one point alone would not be seen
+    (drawn,) = axis.plot(x, mean, label=_with_seeds(name, len(values)), **line)
     axis.fill_between(x, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, linewidth=0)
     return mean, std
 
