@@ -55,24 +55,20 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
         images; `reliability` of the largest count, lists over the bins of `count`, `confidence` and `accuracy` (means;
         None where a bin is empty); `seconds_per_sample`; versions and hardware.
     """
-    counts = sorted(set(sampling.counts)) if run.stochastic else [1]
     settings = {"counts": sorted(set(sampling.counts)), "batch_size": sampling.batch_size, "seed": sampling.seed}
-    parts = {"counts": [], "reliability": {}}
-    content = begun(path, run, "calibration", settings, parts)
-    if content["counts"]:
-        return content
-    about = {key: value for key, value in content.items() if key not in parts}
+    about = begun(path, run, "calibration", settings, {"counts": [], "reliability": {}})
+    if about["counts"]:
+        return about
+    counts = settings["counts"] if run.stochastic else [1]
     images = DeviceImages(run.test, next(run.model.parameters()).device)
-    labels = images.take(torch.arange(len(run.test), device=images.device))[1]
-    examined: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
-    totals: dict[int, Tensor] = {}  # of each count, the log of the sum of the samples since its last mean
-    seconds: list[float] = []  # of each sample
+    labels = torch.tensor(run.test.labels)
+    # Of each count, what its repetitions gave, and the log of the sum of the samples since its last mean.
+    state = {"about": about, "found": {count: [] for count in counts}, "totals": {}, "seconds": []}
     partial = path.with_suffix(".partial.pt")
-    if partial.exists() and (state := load_tensors(partial))["about"] == about:
-        examined, seconds = state["examined"], state["seconds"]
-        totals = {count: total.to(images.device) for count, total in state["totals"].items()}
-    progress = StepProgress(f"Monte-Carlo samples of {run.dir.name}", counts[-1], len(seconds))
-    saved = time.monotonic()
+    if partial.exists() and (saved := load_tensors(partial))["about"] == about:
+        state = saved
+    found, totals, seconds = state["found"], state["totals"], state["seconds"]
+    progress, last = StepProgress(f"Monte-Carlo samples of {run.dir.name}", counts[-1], len(seconds)), time.monotonic()
     for done in range(len(seconds) + 1, counts[-1] + 1):
         began = time.monotonic()
         seed_torch(sampling.seed, 0, "calibration", done - 1)
@@ -82,23 +78,21 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
             totals[count] = log_p if (done - 1) % count == 0 else torch.logaddexp(totals[count], log_p)
             if done % count == 0:
                 mean = totals[count] - math.log(count)
-                examined[count].append(metrics(mean, labels))
+                found[count].append(metrics(mean, labels))
         progress.update(done)
-        if time.monotonic() - saved > SAVE_SECONDS and done < counts[-1]:
-            save_tensors({"about": about, "examined": examined, "seconds": seconds, "totals": totals}, partial)
-            saved = time.monotonic()
+        if time.monotonic() - last > SAVE_SECONDS and done < counts[-1]:
+            save_tensors(state, partial)
+            last = time.monotonic()
     progress.close()
     each = median(seconds[1:] or seconds)  # the first one starts things up
     confidence, prediction = mean.exp().max(dim=1)
     count, *sums = (column.tolist() for column in reliability_bins(confidence, prediction == labels))
     bins = [[total / n if n else None for total, n in zip(of, count, strict=True)] for of in sums]
-    found = []
-    for of, repetitions in examined.items():
-        columns = {key: [one[key] for one in repetitions] for key in repetitions[0]}
-        found.append({"samples": of, **columns, "seconds": of * each})
-    content = {
-        **about,
-        "counts": found,
+    content = about | {
+        "counts": [
+            {"samples": n, **{key: [one[key] for one in found[n]] for key in found[n][0]}, "seconds": n * each}
+            for n in counts
+        ],
         "reliability": {"samples": counts[-1], "count": [*map(int, count)], "confidence": bins[0], "accuracy": bins[1]},
         "seconds_per_sample": each,
         **provenance(images.device),
@@ -110,10 +104,10 @@ def measure_calibration(run: TrainedRun, sampling: Sampling, path: Path) -> dict
 
 @torch.no_grad()
 def _sample(run: TrainedRun, images: DeviceImages, batch_size: int) -> Tensor:
-    """Log-probabilities `[N, K]` of all test images, by one draw of the noise."""
+    """Log-probabilities `[N, K]` of all test images, by one draw of the noise, on the CPU."""
     chunks = torch.arange(len(run.test), device=images.device).split(batch_size)
     with autocast(images.device, run.config.precision):
         log_p = torch.cat([run.model(normalize(images.take(chunk)[0])) for chunk in chunks]).float().log_softmax(dim=1)
     if not torch.isfinite(log_p).all():  # waits for the device, so that the time is that of the work
         raise UserError(f"{run.dir}: the network returns numbers that are not finite")
-    return log_p
+    return log_p.cpu()

@@ -52,6 +52,7 @@ from metaperturb.trained import TrainedRun
 REVISION = 2  # of the attack: results of another one are not continued
 NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}  # name → order, in the order of figure 6
 ORDER = [*NORMS]
+ATTACKS = {"linf": "LinfPGD", "l2": "L2PGD", "l1": "SparseL1DescentAttack"}  # of foolbox
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,21 @@ class AttackedModel(nn.Module):
     Args:
         model: images in [-1, 1] → logits `[B, K]`, in evaluation mode.
         draws: E of a forward pass; they pass the network as one batch of E·B images.
+        samples: S of `predict`; 1 for a network without noise.
     """
 
-    def __init__(self, model: nn.Module, draws: int) -> None:
+    def __init__(self, model: nn.Module, draws: int, samples: int = 1) -> None:
         super().__init__()
-        self.model, self.draws = model, draws
+        self.model, self.draws, self.samples = model, draws, samples
 
     def forward(self, images: Tensor) -> Tensor:
         return self._log_sum(images, self.draws) - math.log(self.draws)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, samples: int) -> Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         """The same over `samples` draws, at most `draws` at once."""
-        parts = [self._log_sum(images, min(self.draws, samples - done)) for done in range(0, samples, self.draws)]
-        return torch.stack(parts).logsumexp(dim=0) - math.log(samples)
+        counts = [min(self.draws, self.samples - done) for done in range(0, self.samples, self.draws)]
+        return torch.stack([self._log_sum(images, n) for n in counts]).logsumexp(dim=0) - math.log(self.samples)
 
     def _log_sum(self, images: Tensor, draws: int) -> Tensor:
         """Log of the sum of softmax over draws: `[B, K]`."""
@@ -128,94 +130,50 @@ def margin(log_p: Tensor, labels: Tensor) -> Tensor:
     return (others.amax(dim=1) - own).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
-class _KeepWorst:
-    """What is done otherwise than in foolbox's attacks, which leave these three methods to be overridden."""
-
-    def begin(self, images: Tensor) -> None:
-        self.worst, self.margin = images, torch.full_like(images[:, 0, 0, 0], -math.inf)
-
-    def get_loss_fn(self, model, labels):
-        def loss_fn(images: Tensor) -> Tensor:
-            log_p = model(images)
-            self.consider(images, log_p, labels.raw)
-            own, others = split_off(log_p, labels.raw)
-            return (others.logsumexp(dim=1) - own).sum()
-
-        return loss_fn
-
-    def value_and_grad(self, loss_fn, x):
-        images = x.raw.detach().requires_grad_()
-        loss = loss_fn(images)
-        (gradient,) = torch.autograd.grad(loss, images)  # of images alone: weights need none
-        # Where the network has been driven beyond what is finite, there is nothing left to ascend.
-        return loss, type(x)(gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-
-    @torch.no_grad()
-    def consider(self, images: Tensor, log_p: Tensor, labels: Tensor) -> None:
-        """Keep those images that are worse than all before."""
-        found = margin(log_p, labels)
-        worse = found >= self.margin
-        self.worst = torch.where(worse[:, None, None, None], images.detach(), self.worst)
-        self.margin = torch.where(worse, found, self.margin)
-
-
-class _Sparse(_KeepWorst):
-    """Besides, an L1 projection that ends in the ball."""
-
-    def project(self, x, x0, epsilon):
-        delta = super().project(x, x0, epsilon).raw - x0.raw
-        norm = torch.linalg.vector_norm(delta, 1, dim=(1, 2, 3), keepdim=True)
-        return x0 + type(x0)(delta * (epsilon / norm.clamp_min(epsilon)))
-
-
 def perturb(
-    model: AttackedModel,
-    images: Tensor,
-    labels: Tensor,
-    norm: str,
-    eps: float,
-    steps: int,
-    step_size: float,
-    judges: int = 0,
+    model: AttackedModel, images: Tensor, labels: Tensor, norm: str, eps: float, steps: int, step_size: float
 ) -> Tensor:
     """The worst images `[B, 3, S, S]` found in the ball of radius `eps` > 0 about `images`, within [0, 1].
 
-    Random start and noise come from PyTorch's global generators. `judges`: draws of the noise by which kept and last
-    iterate are compared; 0: the network, which is in evaluation mode, has no noise.
+    Random start and noise come from PyTorch's global generators. Kept and last iterate are compared by the model's
+    `samples` draws of the noise; with one, the network, which is in evaluation mode, has no noise.
     """
     foolbox = _foolbox()
-    bases = {
-        "linf": (_KeepWorst, foolbox.attacks.LinfPGD),
-        "l2": (_KeepWorst, foolbox.attacks.L2PGD),
-        "l1": (_Sparse, foolbox.attacks.SparseL1DescentAttack),
-    }
-    attack = type("Attack", bases[norm], {})(steps=steps, rel_stepsize=step_size, random_start=True)
-    attack.begin(images)
-    bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
-    last = attack.run(bounded, images, labels, epsilon=eps)
-    if judges == 0:
-        with torch.no_grad():
-            attack.consider(last, model(last), labels)
-        worst = attack.worst
-    else:
-        seed = int(torch.randint(2**31, ()))
-        margins = []
-        for candidate in (attack.worst, last):
-            torch.manual_seed(seed)
-            margins.append(margin(model.predict(candidate, judges), labels))
-        worst = torch.where((margins[1] > margins[0])[:, None, None, None], last, attack.worst)
-    check_within(worst, images, norm, eps)
-    return worst
+    from eagerpy import astensor  # foolbox's tensors
+
+    attack, bounds, x0 = getattr(foolbox.attacks, ATTACKS[norm])(), foolbox.types.Bounds(0, 1), astensor(images)
+    x = attack.get_random_start(x0, eps).clip(0, 1)
+    worst, most = images, torch.full_like(images[:, 0, 0, 0], -math.inf)
+    for step in range(steps + (model.samples == 1)):
+        found, gradient = ascent(model, x.raw, labels)
+        worse = found >= most
+        worst, most = torch.where(worse[:, None, None, None], x.raw, worst), torch.where(worse, found, most)
+        if step < steps:
+            x = x + step_size * eps * attack.normalize(astensor(gradient), x=x, bounds=bounds)
+            x = attack.project(x, x0, eps)
+            if norm == "l1":
+                delta = (x - x0).raw
+                distance = torch.linalg.vector_norm(delta, 1, dim=(1, 2, 3), keepdim=True)
+                x = x0 + astensor(delta * (eps / distance.clamp_min(eps)))
+            x = x.clip(0, 1)
+    if model.samples == 1:
+        return worst
+    seed = int(torch.randint(2**31, ()))
+    margins = []
+    for candidate in (worst, x.raw):
+        torch.manual_seed(seed)
+        margins.append(margin(model.predict(candidate), labels))
+    return torch.where((margins[1] > margins[0])[:, None, None, None], x.raw, worst)
 
 
-def check_within(perturbed: Tensor, images: Tensor, norm: str, eps: float) -> None:
-    """Refuse what is not finite, not in [0, 1], or not within `eps` of `images`, but for rounding and 1e-4 of it."""
-    order, low, high = NORMS[norm], *(value.item() for value in perturbed.aminmax())
-    distance = torch.linalg.vector_norm((perturbed - images).double().flatten(1), order, dim=1).max().item()
-    rounding = torch.finfo(images.dtype).eps * (1 if order == math.inf else images[0].numel() ** (1 / order))
-    if not (low >= 0 and high <= 1 and distance <= eps * (1 + 1e-4) + rounding):  # true of no number: NaN
-        found = f"pixels in [{low:g}, {high:g}] instead of [0, 1], or an image at a distance of {distance:g}"
-        raise UserError(f"attack {norm}, ε = {eps:g}: foolbox returned {found}")
+def ascent(model: AttackedModel, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The margins `[B]` of images, and the gradient of log((1 − p(y)) / p(y)) with respect to them."""
+    images = images.detach().requires_grad_()
+    log_p = model(images)
+    own, others = split_off(log_p, labels)
+    (gradient,) = torch.autograd.grad((others.logsumexp(dim=1) - own).sum(), images)  # weights need none
+    # Where the network has been driven beyond what is finite, there is nothing left to ascend.
+    return margin(log_p.detach(), labels), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str, Any]:
@@ -231,33 +189,59 @@ def measure_robustness(run: TrainedRun, attack: Attack, path: Path) -> dict[str,
         versions and hardware.
     """
     version = check_attack(run, attack)
-    victim = _Victim(run, attack)
     settings = {key: value for key, value in dataclasses.asdict(attack).items() if key not in NORMS}
-    settings |= {"images": victim.count, "foolbox": version, "revision": REVISION}
+    settings |= {"images": attack.images or len(run.test), "foolbox": version, "revision": REVISION}
     record = begun(path, run, "robustness", settings, {"clean": [], "points": [], "seconds": 0.0})
     known = {(point["norm"], point["eps"]): point for point in record["points"]}
     points = [known.setdefault((norm, e), {"norm": norm, "eps": e, "correct": []}) for norm, e in attack.points]
     record["points"] = [known[place] for place in sorted(known, key=lambda place: (ORDER.index(place[0]), place[1]))]
-    batches = range(len(victim.batches))
-    left = [(point, number) for point in points for number in batches[len(point["correct"]) :]]
+    device = next(run.model.parameters()).device
+    model = AttackedModel(run.model, *((attack.draws, attack.samples) if run.stochastic else (1, 1))).eval()
+    batches = attacked_images(run, settings["images"], attack.batch_size // model.draws, device)
+    left = [(point, number) for point in points for number in range(len(point["correct"]), len(batches))]
     if not left:
         return {**record, "points": points}
+
+    def answers(x: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Which predictions are correct and which are finite, bool `[B]` each."""
+        # The same noise at every ε (common random numbers), and other noise than that of the attack.
+        seed_torch(attack.seed, 0, "attacked", number)
+        log_p = model.predict(x)
+        finite = ~log_p.isnan().any(dim=1)
+        return (log_p.argmax(dim=1) == labels) & finite, finite
+
     total = len(points) * len(batches)
     progress = StepProgress(f"attacks on {run.dir.name}", total, total - len(left))
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # which PyTorch has convolutions use on a GPU
-    with eval_mode(victim.model), exact:
-        clean = [victim.clean(number) for number in batches]
-        record |= {"clean": [int(correct.sum()) for correct in clean], **provenance(victim.device)}
+    with eval_mode(model), exact:
+        clean = [answers(images.float() / 255, labels, number) for number, (images, labels) in enumerate(batches)]
+        if not all(finite.all() for _, finite in clean):
+            raise UserError(f"{run.dir}: the network returns numbers that are not finite")
+        record |= {"clean": [int(correct.sum()) for correct, _ in clean], **provenance(device)}
         for done, (point, number) in enumerate(left, total - len(left) + 1):
-            began = time.monotonic()
-            point["correct"].append(victim.withstands(number, point["norm"], point["eps"], clean[number]))
-            attacked = sum(len(labels) for _, labels in victim.batches[: number + 1])
-            point["accuracy"] = sum(point["correct"]) / attacked
+            began, norm, eps = time.monotonic(), point["norm"], point["eps"]
+            (images, labels), (correct, finite) = batches[number], clean[number]
+            if eps > 0:
+                seed_torch(attack.seed, ORDER.index(norm), "attack", number)
+                worst = perturb(model, images.float() / 255, labels, norm, eps, attack.steps, attack.step_size)
+                withstood, finite = answers(worst, labels, number)
+                correct = correct & withstood
+            if broken := int((~finite).sum()):
+                said = f"at {broken} perturbed images the network returns what is not finite, which counts as wrong"
+                print(f"{run.dir.name}: {norm}, ε = {eps:g}: {said}", file=sys.stderr)
+            point["correct"].append(int(correct.sum()))
+            point["accuracy"] = sum(point["correct"]) / sum(len(labels) for _, labels in batches[: number + 1])
             record["seconds"] = round(record["seconds"] + time.monotonic() - began, 3)
             save_json(record, path)
             progress.update(done, accuracy=point["accuracy"])
     progress.close()
     return {**record, "points": points}
+
+
+def attacked_images(run: TrainedRun, count: int, batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Batches of 8-bit test images and their labels: the first `count` of an order that is the same for all runs."""
+    order = torch.from_numpy(shuffled(np.arange(len(run.test)), np.random.PCG64(0))[:count]).to(device)
+    return [*map(DeviceImages(run.test, device).take, order.split(max(1, batch_size)))]
 
 
 def check_attack(run: TrainedRun, attack: Attack) -> str:
@@ -279,49 +263,3 @@ def _foolbox() -> ModuleType:
     except ImportError as error:
         how = '.venv/bin/pip install foolbox, or with the package, in the clone: pip install -e ".[analyses]"'
         raise UserError(f"foolbox cannot be imported ({reason(error)}): install it by {how}") from error
-
-
-class _Victim:
-    """A run's network and images as `measure_robustness` attacks them."""
-
-    def __init__(self, run: TrainedRun, attack: Attack) -> None:
-        self.count = len(run.test) if attack.images is None else attack.images
-        self.dir, self.attack = run.dir, attack
-        draws, self.samples = (attack.draws, attack.samples) if run.stochastic else (1, 1)
-        self.judges = attack.samples if run.stochastic else 0
-        self.device = next(run.model.parameters()).device
-        self.model = AttackedModel(run.model, draws).eval()
-        images = DeviceImages(run.test, self.device)
-        order = shuffled(np.arange(len(run.test)), np.random.PCG64(0))[: self.count]
-        parts = torch.from_numpy(order).to(self.device).split(max(1, attack.batch_size // draws))
-        self.batches = [images.take(part) for part in parts]  # 8-bit images and labels
-
-    def clean(self, number: int) -> Tensor:
-        """Which images of a batch are classified correctly as they are: bool `[B]`."""
-        images, labels = self.batches[number]
-        correct, finite = self._answers(images.float() / 255, labels, number)
-        if not finite.all():
-            raise UserError(f"{self.dir}: the network returns numbers that are not finite")
-        return correct
-
-    def withstands(self, number: int, norm: str, eps: float, clean: Tensor) -> int:
-        """How many images of a batch are classified correctly as they are and after the attack."""
-        if eps == 0:
-            return int(clean.sum())
-        images, labels = self.batches[number]
-        seed_torch(self.attack.seed, ORDER.index(norm), "attack", number)
-        how = self.attack.steps, self.attack.step_size, self.judges
-        worst = perturb(self.model, images.float() / 255, labels, norm, eps, *how)
-        correct, finite = self._answers(worst, labels, number)
-        if broken := int((~finite).sum()):
-            said = f"at {broken} perturbed images the network returns what is not finite, which counts as wrong"
-            print(f"{self.dir.name}: {norm}, ε = {eps:g}: {said}", file=sys.stderr)
-        return int((clean & correct).sum())
-
-    def _answers(self, x: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Which predictions are correct and which are finite, bool `[B]` each."""
-        # The same noise at every ε (common random numbers), and other noise than that of the attack.
-        seed_torch(self.attack.seed, 0, "attacked", number)
-        log_p = self.model.predict(x, self.samples)
-        finite = ~log_p.isnan().any(dim=1)
-        return (log_p.argmax(dim=1) == labels) & finite, finite

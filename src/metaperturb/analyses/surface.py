@@ -14,6 +14,7 @@ What is drawn is the cross-entropy of training images, not augmented, with choic
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,14 @@ def filter_normalized_directions(model: nn.Module, generator: torch.Generator) -
     Returns:
         of each direction, parameter name → its part; only of parameters that move.
     """
-    moving = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    moving = {name: parameter.data for name, parameter in model.named_parameters() if parameter.dim() > 1}
     directions: tuple[dict[str, Tensor], ...] = ({}, {})
     for of_regularizer in (False, True):
         for direction in directions:
-            for name, parameter in moving.items():
-                if (REGULARIZER in name.split(".")) != of_regularizer:
-                    continue
-                random = torch.randn(parameter.shape, generator=generator).to(parameter)
-                axes = tuple(range(1, parameter.dim()))
-                norm, wanted = (torch.linalg.vector_norm(w, dim=axes, keepdim=True) for w in (random, parameter.data))
+            for name in (name for name in moving if (REGULARIZER in name.split(".")) == of_regularizer):
+                random = torch.randn(moving[name].shape, generator=generator).to(moving[name])
+                axes = tuple(range(1, random.dim()))
+                norm, wanted = (torch.linalg.vector_norm(w, dim=axes, keepdim=True) for w in (random, moving[name]))
                 direction[name] = random * wanted / norm
     return directions
 
@@ -97,12 +96,12 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
     rows: list[list[float]] = record["loss"]
     if len(rows) == plane.points:
         return record
-    measured = _Measured(run, plane)
+    loss = _loss(run, plane)
     progress = StepProgress(f"loss surface of {run.dir.name}", plane.points**2, len(rows) * plane.points)
     for a in plane.coordinates[len(rows) :]:
         row = []
         for b in plane.coordinates:
-            row.append(measured.loss(a, b))
+            row.append(loss(a, b))
             progress.update(len(rows) * plane.points + len(row), loss=row[-1])
         rows.append(row)
         save_json(record, path)
@@ -110,39 +109,32 @@ def loss_surface(run: TrainedRun, plane: Plane, path: Path) -> dict[str, Any]:
     return record
 
 
-class _Measured:
+def _loss(run: TrainedRun, plane: Plane) -> Callable[[float, float], float]:
     """The loss of a run's network as a function of the two coordinates."""
-
-    def __init__(self, run: TrainedRun, plane: Plane) -> None:
-        self.dir, self.model, self.seed = run.dir, copy.deepcopy(run.model), plane.seed
-        self.draws = plane.draws if run.stochastic else 1
-        device = next(self.model.parameters()).device
-        generator = torch.Generator().manual_seed(plane.seed)
-        self.first, self.second = filter_normalized_directions(self.model, generator)
-        parameters = dict(self.model.named_parameters())
-        self.parameters = {name: parameters[name] for name in self.first}
-        self.center = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        norms = batch_norms(self.model)
-        for norm in norms:
-            norm.momentum = 0.0  # the statistics of the batch are used, and leave no trace
-        # The running statistics of sites do move, but nothing here reads them.
-        set_mode([*norms, *(m for m in self.model.modules() if isinstance(m, PerturbSite))], training=True)
-        chosen = numpy_generator(plane.seed, 0, "order_train", 0).permutation(len(run.train))[: plane.images]
-        self.images = len(chosen)
-        images = DeviceImages(run.train, device)
-        parts = torch.from_numpy(np.sort(chosen)).tensor_split(-(-len(chosen) // plane.batch_size))  # none of one image
-        self.batches = [images.take(part.to(device)) for part in parts]
+    model, draws = copy.deepcopy(run.model), plane.draws if run.stochastic else 1
+    first, second = filter_normalized_directions(model, torch.Generator().manual_seed(plane.seed))
+    moving = [(p, p.detach().clone(), name) for name, p in model.named_parameters() if name in first]
+    norms = batch_norms(model)
+    for norm in norms:
+        norm.momentum = 0.0  # the statistics of the batch are used, and leave no trace
+    # The running statistics of sites do move, but nothing here reads them.
+    set_mode([*norms, *(m for m in model.modules() if isinstance(m, PerturbSite))], training=True)
+    chosen = numpy_generator(plane.seed, 0, "order_train", 0).permutation(len(run.train))[: plane.images]
+    images = DeviceImages(run.train, moving[0][0].device)
+    parts = torch.from_numpy(np.sort(chosen)).tensor_split(-(-len(chosen) // plane.batch_size))  # none of one image
+    batches = [images.take(part.to(images.device)) for part in parts]
 
     @torch.no_grad()
-    def loss(self, a: float, b: float) -> float:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.center[name] + a * self.first[name] + b * self.second[name])
-        torch.manual_seed(self.seed)  # the same noise at every point
-        total = 0.0
-        for x, y in self.batches:
-            for _ in range(self.draws):
-                total += F.cross_entropy(self.model(normalize(x)), y, reduction="sum").item()
-        loss = total / (self.images * self.draws)
+    def loss(a: float, b: float) -> float:
+        for parameter, center, name in moving:
+            parameter.copy_(center + a * first[name] + b * second[name])
+        torch.manual_seed(plane.seed)  # the same noise at every point
+        losses = [
+            F.cross_entropy(model(normalize(x)), y, reduction="sum").item() for x, y in batches for _ in range(draws)
+        ]
+        loss = sum(losses) / (len(chosen) * draws)
         if not np.isfinite(loss):
-            raise UserError(f"{self.dir}: the loss at ({a:g}, {b:g}) is not finite; a smaller reach may help")
+            raise UserError(f"{run.dir}: the loss at ({a:g}, {b:g}) is not finite; a smaller reach may help")
         return loss
+
+    return loss
