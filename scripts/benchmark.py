@@ -15,7 +15,6 @@ the rounds; a ratio is that of the medians, its quartiles those of the ratios of
 import argparse
 import dataclasses
 import os
-import re
 import shlex
 import sys
 import time
@@ -24,10 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench
 import torch
-from bench import parts
-from bench.parts import IMPORTS, PASSES, Bench, Groups
-from bench.timing import ratio
+from bench import IMPORTS, PASSES, Bench, Groups, ratio
+from matplotlib.ticker import EngFormatter
+from tables.grid import slug
 from tables.page import markdown_table
 
 from metaperturb import kernels
@@ -38,7 +38,7 @@ from metaperturb.storage import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, Callable[[Bench], Groups]] = {
-    part.__name__: part for part in (parts.start, parts.steps, parts.evaluation, parts.memory, parts.site)
+    part.__name__: part for part in (bench.start, bench.steps, bench.evaluation, bench.memory, bench.site)
 }
 ROUNDS = {"cpu": 12, "cuda": 20}
 
@@ -76,7 +76,7 @@ BARS = (
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--only", metavar="PART[,PART]", help=f"of {', '.join(PARTS)}; nothing is kept but --json")
-    parser.add_argument("--device", metavar="cpu|cuda", help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: 2; on a GPU one a core; smoke 1)")
     parser.add_argument("--rounds", type=int, help="turns of each variant (default: 12; on a GPU 20; smoke 2)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
@@ -87,62 +87,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def benchmark(arguments: argparse.Namespace, command: str) -> None:
-    bench, wanted = checked(arguments)
-    torch.set_num_threads(bench.threads)
-    about, vectors = provenance(bench.device), torch.backends.cpu.get_cpu_capability()
-    hardware = about["hardware"]  # a CPU's name may be as vague as "AMD EPYC": its vector instructions tell more
+    how, wanted = checked(arguments), bench.chosen(arguments.only, PARTS)
+    torch.set_num_threads(how.threads)
+    about = provenance(how.device)
+    hardware = about["hardware"]
+    # A CPU's name may be as vague as "AMD EPYC": its vector instructions tell more.
+    cpu = f"{hardware['cpu']} {torch.backends.cpu.get_cpu_capability()}"
     document: dict[str, Any] = {
         "smoke": arguments.smoke,
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "processor": hardware["device"] if bench.device.type == "cuda" else f"{hardware['cpu']} {vectors}",
+        "processor": hardware["device"] if how.device.type == "cuda" else cpu,
         **about,
-        "kernel": kernels.kernel_name(bench.device),
-        "settings": {key: value for key, value in dataclasses.asdict(bench).items() if key != "device"},
+        "kernel": kernels.kernel_name(how.device),
+        "settings": {key: value for key, value in dataclasses.asdict(how).items() if key != "device"},
         "load_before": round(os.getloadavg()[0], 2),
     }
     started, groups = time.monotonic(), {}
     for name in wanted:
         print(f"{name}: measuring", file=sys.stderr, flush=True)
-        groups |= PARTS[name](bench)
-    document |= {"seconds": round(time.monotonic() - started, 1), "ratios": ratios(groups, bench), "groups": groups}
+        groups |= PARTS[name](how)
+    document |= {"seconds": round(time.monotonic() - started, 1), "ratios": ratios(groups, how), "groups": groups}
     print(page(document))
     path = arguments.json
     if path is None and not (arguments.smoke or arguments.only):
-        path = ROOT / "results" / "benchmark" / (re.sub(r"[^a-z0-9]+", "-", document["processor"].lower()) + ".json")
+        path = ROOT / "results" / "benchmark" / f"{slug(document['processor'])}.json"
     if path is not None:
         save_json(document, path)
         print(path, file=sys.stderr)
 
 
-def checked(arguments: argparse.Namespace) -> tuple[Bench, list[str]]:
-    """Where and how to measure, and which parts, in their order; refuses what is unknown or makes no sense."""
+def checked(arguments: argparse.Namespace) -> Bench:
+    """Where and how to measure; refuses what makes no sense."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: expected cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here; --device cpu works")
     default = 1 if arguments.smoke else 2 if name == "cpu" else available_cores()
     threads = default if arguments.threads is None else arguments.threads
     rounds = (2 if arguments.smoke else ROUNDS[name]) if arguments.rounds is None else arguments.rounds
-    if threads < 1:
-        raise UserError(f"--threads {threads}: must be at least 1")
-    if rounds < 2:
-        raise UserError(f"--rounds {rounds}: must be at least 2")
-    asked = [*PARTS] if arguments.only is None else [item.strip() for item in arguments.only.split(",")]
-    for item in asked:
-        if item not in PARTS:
-            raise UserError(f"--only: unknown part {item!r} (known: {', '.join(PARTS)})")
-    sizes = parts.SMOKE if arguments.smoke else {"turn": 0.02 if name == "cpu" else 0.1}
-    return Bench(torch.device(name), threads, rounds, **sizes), [part for part in PARTS if part in asked]
+    for option, number, least in (("threads", threads, 1), ("rounds", rounds, 2)):
+        if number < least:
+            raise UserError(f"--{option} {number}: must be at least {least}")
+    sizes = bench.SMOKE if arguments.smoke else {"turn": 0.02 if name == "cpu" else 0.1}
+    return Bench(torch.device(name), threads, rounds, **sizes)
 
 
-def ratios(groups: Groups, bench: Bench) -> list[dict[str, Any]]:
+def ratios(groups: Groups, how: Bench) -> list[dict[str, Any]]:
     """Those of `BARS` that were measured."""
     found = []
     for bar in BARS:
         if bar.group in groups:
-            limit = getattr(bar, bench.device.type)
+            limit = getattr(bar, how.device.type)
             measured = ratio(groups[bar.group]["timings"], bar.numerator, bar.denominator)
             met = None if limit is None else measured["ratio"] <= limit
             found.append({"what": bar.what, "group": bar.group, **measured, "bar": limit, "met": met})
@@ -182,9 +177,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 def quantity(value: float, unit: str) -> str:
     """Seconds or bytes with three digits, in a unit that suits their size."""
-    scales = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")), "bytes": ((1e6, "MB"), (1e3, "kB"), (1.0, "B"))}[unit]
-    scale, name = next((s for s in scales if value >= s[0]), scales[-1])
-    return f"{float(f'{value / scale:.3g}'):,.10g} {name}"
+    return EngFormatter({"s": "s", "bytes": "B"}[unit])(float(f"{value:.3g}"))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench import parts
-from bench.parts import Bench, Learner, make_phi
-from bench.timing import ratio
+from bench import SMOKE, Bench, Learner, chosen, make_phi, ratio
+from tables.grid import slug
 
 from metaperturb.cli import PARENT, argument_parser, run_program
 from metaperturb.data import batches
@@ -104,7 +103,7 @@ def kernels(part: Part) -> None:
 
 def steps(part: Part) -> None:
     """Medians of θ-steps, and their ratios: first of the sites alone compiled, then of whole networks."""
-    sizes = parts.SMOKE if part.rehearse else {"turn": 0.1}
+    sizes = SMOKE if part.rehearse else {"turn": 0.1}
     bench = Bench(part.device, threads=1, rounds=2 if part.rehearse else 20, **sizes)
     torch._dynamo.config.recompile_limit = 100  # each site is compiled for itself
     images, phi = bench.images(), make_phi(part.device)
@@ -147,7 +146,7 @@ def meta_train(part: Part) -> None:
 def gradients(part: Part, device: torch.device) -> list[torch.Tensor]:
     """φ's gradient in each of two joint steps of two tasks, `[82]`; all is drawn by the CPU's generator."""
     cpu, original = torch.device("cpu"), (fused.draw_seed, batches.draw_codes, batches.draw)
-    bench = Bench(device, threads=1, rounds=1, **(parts.SMOKE if part.rehearse else {"tasks": 2}))
+    bench = Bench(device, threads=1, rounds=1, **(SMOKE if part.rehearse else {"tasks": 2}))
 
     def draw_codes(batch: int, padding: int, device: torch.device) -> torch.Tensor:
         return original[1](batch, padding, cpu).to(device)
@@ -232,19 +231,14 @@ def run_part(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace, command: str) -> None:
-    end = time.monotonic() + 60 * arguments.minutes
-    asked = [*PARTS] if arguments.only is None else arguments.only.split(",")
-    for name in asked:
-        if name not in PARTS:
-            raise UserError(f"--only: unknown part {name!r} (known: {', '.join(PARTS)})")
+    end, asked = time.monotonic() + 60 * arguments.minutes, chosen(arguments.only, PARTS)
     with tempfile.TemporaryDirectory() as folder:
         document: dict[str, Any] = {"rehearsal": arguments.rehearse, "command": command}
         attempt("about", arguments, Path(folder), end - time.monotonic(), into=document)
         if document["outcome"] != "done":
             raise UserError(document["outcome"].removeprefix("failed: error: "))
-        gpu = re.sub(r"[^a-z0-9]+", "-", document["hardware"]["device"].lower())
         document |= {"date": datetime.now(UTC).date().isoformat(), "parts": {}}
-        path = arguments.json or ROOT / "results" / "gpu" / f"{gpu}.json"
+        path = arguments.json or ROOT / "results" / "gpu" / f"{slug(document['hardware']['device'])}.json"
         for i, name in enumerate(asked):
             shares = [SECONDS[PARTS[other]] for other in asked[i:]]
             limit = (end - time.monotonic()) * shares[0] / sum(shares) - GRACE
@@ -280,23 +274,15 @@ def attempt(name: str, arguments: argparse.Namespace, folder: Path, limit: float
     except subprocess.TimeoutExpired:
         into["outcome"] = "out of time"
     finally:
-        end_group(child)
+        for number, seconds in ((signal.SIGTERM, GRACE - 1), (signal.SIGKILL, 1)):  # and what it started
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(child.pid, number)
+                child.wait(seconds)  # one that a driver holds cannot be ended
         into |= load_json(kept) if kept.exists() else {}
         if steps_done := read_metrics(folder / name):
             into["last"] = steps_done[-1]
         into["seconds"] = round(time.monotonic() - began, 1)
         print(f"{name}: {into['outcome']}", file=sys.stderr)
-
-
-def end_group(child: subprocess.Popen) -> None:
-    """Ask a part and what it started to end, and end what does not."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE - 1)
-        os.killpg(child.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot be ended
-        child.wait(1)
 
 
 def verdict(document: dict[str, Any]) -> str:

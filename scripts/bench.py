@@ -1,18 +1,23 @@
-"""What the benchmark times: each part returns groups, name → `unit`, `timings`, and the settings behind them."""
+"""How the costs of φ are measured: what is timed, in turns. Each part gives groups, name → `unit` and `timings`."""
 
 import itertools
+import json
+import math
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from bench.timing import WARM_UP, interleave, peak_memory, summary
 from metaperturb import kernels, models
 from metaperturb.attach import attach, detach
 from metaperturb.config import MetaTrainConfig
@@ -20,6 +25,7 @@ from metaperturb.data.arrays import from_memory
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.data.splits import TaskSplit
 from metaperturb.distributed import Group
+from metaperturb.errors import UserError
 from metaperturb.meta_train import Task, joint_step
 from metaperturb.perturbation import MetaPerturb, PerturbSite
 from metaperturb.prediction import log_prediction, make_deterministic, predict
@@ -28,6 +34,8 @@ CLASSES = 20  # of a task: 200 classes of Tiny ImageNet in 10 tasks (section 4.1
 FORMATS = ("float32", "bfloat16", "channels-last")
 PASSES = ("forward", "with gradient of h", "with gradient of h and φ")  # of a site
 IMPORTS = ("torch", "metaperturb", "metaperturb.meta_test")
+QUARTILES = (0.25, 0.5, 0.75)
+WARM_UP = {"cpu": 2, "cuda": 10}  # calls; the first ones compile, tune and fill caches
 
 Groups = dict[str, dict[str, Any]]
 
@@ -47,10 +55,23 @@ class Bench:
     tasks: int = 10
     site: tuple[int, int, int, int] = (128, 16, 32, 32)  # [B, C, H, W], ResNet20's first
 
-    def time(self, variants: dict[str, Callable[[], object]], share: float = 1.0) -> dict[str, Any]:
-        """Timings of the variants in this share of the rounds (for costly ones), as a group."""
-        rounds = max(2, round(share * self.rounds))
-        return {"unit": "s", "timings": interleave(variants, rounds, self.device, self.turn)}
+    def time(self, variants: Mapping[str, Callable[[], object]], share: float = 1.0) -> dict[str, Any]:
+        """Time variants in turns, so that whatever else the machine does meets all of them alike.
+
+        Every round begins with another one; a variant is called as often in one turn as fills about `turn` seconds.
+        There is this share of the rounds, for costly variants. Returns of each the `summary` of the seconds a call, one
+        value a round, and `calls`, how many a turn had.
+        """
+        calls, names = {}, [*variants]
+        for name, call in variants.items():
+            once = [seconds_a_call(call, 1, self.device) for _ in range(1 + WARM_UP[self.device.type])]
+            calls[name] = max(1, math.ceil(self.turn / once[-1]))
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for round_ in range(max(2, round(share * self.rounds))):
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(seconds_a_call(variants[name], calls[name], self.device))
+        return {"unit": "s", "timings": {name: {**summary(seconds[name]), "calls": calls[name]} for name in names}}
 
     def images(self, count: int = 2000) -> DeviceImages:
         """Noise: what is in an image does not change how long it takes."""
@@ -61,6 +82,18 @@ class Bench:
 
 # Tiny sizes, which test the program and measure nothing.
 SMOKE = {"model": "resnet8", "batch": 8, "image_size": 16, "eval_batch": 8, "tasks": 2, "turn": 0.0, "site": (4,) * 4}
+
+
+def chosen(only: str | None, parts: Mapping[str, Any]) -> list[str]:
+    """The parts that `--only` names, in their order; all without it."""
+    asked = [*parts] if only is None else [item.strip() for item in only.split(",")]
+    for item in asked:
+        if item not in parts:
+            raise UserError(f"--only: unknown part {item!r} (known: {', '.join(parts)})")
+    return [part for part in parts if part in asked]
+
+
+# --- what is timed
 
 
 def make_phi(device: torch.device) -> MetaPerturb:
@@ -105,22 +138,17 @@ class Learner:
         step = next(self.steps)
         return self.task.theta_step(step), self.task.phi_gradient(step)
 
-    def two_theta_steps(self) -> None:
-        self.theta_step()
-        self.theta_step()
-
 
 def start(bench: Bench) -> Groups:
     """Seconds in which a fresh interpreter imports PyTorch, the package, and the program of meta-testing."""
-
-    seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    seconds: dict[str, list[float]] = {f"import {name}": [] for name in IMPORTS}
     for round_ in range(max(2, bench.rounds // 3) + 1):
-        for name in IMPORTS:
+        for statement, measured in seconds.items():
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
+            subprocess.run([sys.executable, "-c", statement], check=True)
             if round_:  # the first one reads files that the others find in memory
-                seconds[name].append(time.perf_counter() - began)
-    return {"start": {"unit": "s", "timings": {f"import {name}": summary(seconds[name]) for name in IMPORTS}}}
+                measured.append(time.perf_counter() - began)
+    return {"start": {"unit": "s", "timings": {name: summary(measured) for name, measured in seconds.items()}}}
 
 
 def steps(bench: Bench) -> Groups:
@@ -131,21 +159,20 @@ def steps(bench: Bench) -> Groups:
         variants[f"plain, {form}"] = Learner(bench, images, phi, plain=True, form=form).theta_step
         variants[f"perturbed, {form}"] = Learner(bench, images, phi, form=form).theta_step
     variants["perturbed, plain operators"] = Learner(bench, images, phi, kernel="plain").theta_step
-    plain, perturbed = Learner(bench, images, phi, plain=True), Learner(bench, images, phi)
-    variants |= {"two plain steps": plain.two_theta_steps, "meta-step": perturbed.meta_step}
+    plain = Learner(bench, images, phi, plain=True)
 
+    def plain_steps(count: int) -> Callable[[], object]:
+        return lambda: [plain.theta_step() for _ in range(count)]
+
+    variants |= {"two plain steps": plain_steps(2), "meta-step": Learner(bench, images, phi).meta_step}
     learners = [Learner(bench, images, phi, index=i) for i in range(bench.tasks)]
+    tasks, config = [each.task for each in learners], learners[0].config
     optimizer = torch.optim.Adam(phi.parameters(), lr=1e-3, weight_decay=5e-4, fused=True)
     counter, group = itertools.count(), Group(0, 1, bench.device)
-
-    def plain_steps() -> None:
-        for _ in range(bench.tasks):
-            plain.two_theta_steps()
-
-    def joint() -> None:
-        joint_step(next(counter), [each.task for each in learners], phi, optimizer, group, learners[0].config)
-
-    both = {"two plain steps a task": plain_steps, "joint step": joint}
+    both = {
+        "two plain steps a task": plain_steps(2 * bench.tasks),
+        "joint step": lambda: joint_step(next(counter), tasks, phi, optimizer, group, config),
+    }
     return {"steps": bench.time(variants), "joint": bench.time(both, share=0.25)}
 
 
@@ -210,3 +237,67 @@ def site(bench: Bench) -> Groups:
 
     variants = {f"{what}, {kernel}": call(kernel, what) for what in PASSES for kernel in ("auto", "plain")}
     return {"site": bench.time({**variants, "noise alone": lambda: torch.randn_like(h)})}
+
+
+# --- how
+
+
+def seconds_a_call(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Mean of `calls` calls one after another; the device is waited for before and after."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rounded(values: Any, digits: int = 5) -> list[float]:
+    """To so many significant digits."""
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles, least and number of the values, and the values; all from the rounded ones."""
+    values = rounded(values)
+    q1, median, q3 = rounded(np.quantile(values, QUARTILES))
+    return {"median": median, "q1": q1, "q3": q3, "min": min(values), "n": len(values), "rounds": values}
+
+
+def ratio(timings: Mapping[str, Mapping[str, Any]], numerator: str, denominator: str) -> dict[str, Any]:
+    """Ratio of the medians, and quartiles of the ratios of the single rounds."""
+    above, below = timings[numerator], timings[denominator]
+    q1, _, q3 = np.quantile(np.divide(above["rounds"], below["rounds"]), QUARTILES)
+    found = rounded([above["median"] / below["median"], q1, q3])
+    return {"numerator": numerator, "denominator": denominator, **dict(zip(("ratio", "q1", "q3"), found, strict=True))}
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensors that are alive at once during `call`, above those alive before it.
+
+    CUDA: PyTorch's own count of allocated bytes. CPU: the running sum of all allocations and releases of PyTorch's
+    allocator, as its profiler records them; what was allocated before and is released during the call does not count,
+    nor does memory that a library takes for itself.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would remark on missing GPUs
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    # Backward passes allocate in threads of their own.
+    changes = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]
+    return max(itertools.accumulate(changes, initial=0))
