@@ -97,32 +97,21 @@ class Queue:
     def tasks(self) -> dict[str, Task]:
         """What is in Slurm's queue, by what it is about."""
         about = {folder.name: [*jobs] for folder, jobs in self.submissions().items()}
+        options = ("--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%j|%T|%r|%N")
         found = {}
-        if about:
-            options = ("--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%j|%T|%r|%N")
-            for line in slurm("squeue", *options).splitlines():
-                id_, name, *rest = line.strip().split("|")
-                if name in about:
-                    found[about[name][int(id_.partition("_")[2] or 0)]] = Task(id_, *rest)
+        for line in slurm("squeue", *options).splitlines() if about else ():
+            id_, name, *rest = line.strip().split("|")
+            if name in about:
+                found[about[name][int(id_.partition("_")[2] or 0)]] = Task(id_, *rest)
         return found
-
-    def log(self, job: str) -> Path | None:
-        """Of the last task that was about it and has begun."""
-        for folder, jobs in reversed(self.submissions().items()):
-            if job in jobs:
-                index = f"_{[*jobs].index(job)}" if len(jobs) > 1 else ""
-                return next(folder.glob(f"*{index}_0_log.out"), None)
-        return None
 
 
 def slurm(program: str, *arguments: str) -> str:
     """What a program of Slurm prints; a `UserError` says that it is not there, or refuses."""
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(f"--slurm: there is no {program} here; run this on a login node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{program}: Slurm does not answer; nothing was changed") from None
     if done.returncode:
         raise UserError(f"{program}: {said_by_slurm(done.stderr)}")
     return done.stdout
@@ -272,26 +261,28 @@ def wait_for(path: Path) -> None:
 
 def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequence[str]) -> None:
     """A line for each job that is not done, and one for all, which counts the ids in `finished` as well."""
-    tasks = queue.tasks()
-    submitted = {job for submission in queue.submissions().values() for job in submission}
-    states = {job.id: state_of(job, tasks.get(job.id), queue, submitted) for job in jobs}
-    for id_, (state, more) in states.items():
+    tasks, submissions = queue.tasks(), queue.submissions()
+    newest = {job.id: [{"step": 0}, *read_metrics(job.run_dir)][-1] for job in jobs}  # line of its metrics
+    count, left = Counter(done=len(finished)), []
+    for job in jobs:
+        state, more = state_of(job, newest[job.id]["step"], tasks.get(job.id), submissions)
+        count[state] += 1
         if state != "done":
-            print(f"{state:8}{id_}{': ' if more else ''}{more}")
-    count = Counter(state for state, _ in states.values())
-    count["done"] += len(finished)
+            print(f"{state:8}{job.id}{': ' if more else ''}{more}")
+        if state not in ("done", "failed"):
+            left.append((max(0, job.config.steps - newest[job.id]["step"]), newest[job.id]))
     told = ", ".join(f"{count[state]} {state}" for state in ("done", "running", "waiting", "failed"))
     told += f", {count['to do']} to do" if count["to do"] else ""
-    todo = [job for job in jobs if states[job.id][0] not in ("done", "failed")]
-    left = f"; {time_left(todo, max(1, count['running']))}" if todo or count["failed"] else ""
-    print(f"{title}: {told}{left}")
+    told += f"; {time_left(left, max(1, count['running']))}" if left or count["failed"] else ""
+    print(f"{title}: {told}")
     if count["failed"]:
         print("the same command with --slurm submits what failed again; what is saved of it stays", file=sys.stderr)
 
 
-def state_of(job: Job, task: Task | None, queue: Queue, submitted: set[str]) -> tuple[str, str]:
+def state_of(
+    job: Job, step: int, task: Task | None, submissions: Mapping[Path, Mapping[str, list[str]]]
+) -> tuple[str, str]:
     """Whether it is done, running, waiting, failed or to do, and what there is to say of that."""
-    step = newest(job)["step"]
     begun = f" (step {step} of {job.config.steps})" if step else ""
     if job.done:
         return "done", ""
@@ -301,28 +292,25 @@ def state_of(job: Job, task: Task | None, queue: Queue, submitted: set[str]) -> 
         never = "; it may never start so: scancel it, and submit it with other options"
         why = never if task.reason.startswith(NEVER) else ""
         return "waiting", f"Slurm says {task.reason} (job {task.id}){begun}{why}"
-    if job.id not in submitted:
+    about = [(folder, [*of]) for folder, of in submissions.items() if job.id in of]
+    if not about:
         return "to do", begun.strip()
-    if log := queue.log(job.id):
+    folder, ids = about[-1]
+    index = f"_{ids.index(job.id)}" if len(ids) > 1 else ""
+    if log := next(folder.glob(f"*{index}_0_log.out"), None):
         return "failed", f"{last_line(log)}{begun} (log: {log})"
-    lost = [need.id for need in job.needs if need.id in submitted]
+    lost = [need.id for need in job.needs if any(need.id in of for of in submissions.values())]
     return "failed", f"not run, because {f'{lost[0]} failed or' if lost else 'it'} was cancelled"
 
 
-def time_left(jobs: Sequence[Job], at_once: int) -> str:
-    """By the pace of what has begun, if as many go on running as now."""
-    lines = [(job.config.steps, newest(job)) for job in jobs]
+def time_left(lines: Sequence[tuple[int, Mapping[str, Any]]], at_once: int) -> str:
+    """Of steps that are left and the newest lines: by the pace of what has begun, if as many go on running as now."""
     pace = [line["seconds"] / line["step"] if line["step"] else None for _, line in lines]
     if not (known := [each for each in pace if each]):
         return "time left not known yet"
-    left = (max(0, steps - line["step"]) for steps, line in lines)
-    seconds = sum(steps * (own or statistics.median(known)) for steps, own in zip(left, pace, strict=True))
+    usual = statistics.median(known)
+    seconds = sum(steps * (own or usual) for (steps, _), own in zip(lines, pace, strict=True))
     return f"about {clock(seconds / at_once)} left, {at_once} at a time"
-
-
-def newest(job: Job) -> dict[str, Any]:
-    """The newest line of its metrics; before the first, that of step 0."""
-    return [{"step": 0}, *read_metrics(job.run_dir)][-1]
 
 
 # --- ./run.sh src --slurm

@@ -28,19 +28,6 @@ from metaperturb.storage import write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 PHI = "tiny_imagenet_resnet20"  # of the networks: the one that is shipped
 METHODS = {"base": [], "metaperturb": [f"phi={PHI}"]}
-Results = dict[str, dict[int, dict]]  # method → seed → what its run left
-
-
-def job(program: str, kind: str, run_dir: Path, settings: list[str]) -> Job:
-    """A run whose own result is its record."""
-    config = str(ROOT / "configs" / f"demo_{kind}.yaml")
-    config = load_config(PROGRAMS[program], config, [f"run_dir={run_dir}", *settings])
-    return Job(run_dir.name, program, config, record=run_dir / "result.json")
-
-
-def run(jobs: list[Job], device: str, at_once: int) -> None:
-    if failed := run_jobs(jobs, [device], at_once, retries=0):
-        raise UserError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
 def main() -> int:
@@ -58,7 +45,7 @@ def main() -> int:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    started, out = time.monotonic(), arguments.out
+    started, out, seeds = time.monotonic(), arguments.out, range(arguments.seeds)
     what = "one network a task, four tasks of ten classes of drawn shapes, 82 shared numbers"
     print(f"1. meta-train a φ: {what}", flush=True)
     source = job("meta_train", "src", out / "src", arguments.src)
@@ -67,54 +54,48 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"   the loss of its networks on images that they do not train on: {losses[0]:.2f} → {losses[-1]:.2f}")
 
     print(f"2. train networks on drawn bugs, without φ and with the φ that is shipped, {PHI}", flush=True)
+    folders = {method: [out / f"{method}-seed{seed}" for seed in seeds] for method in METHODS}
     jobs = [
-        job("meta_test", "tgt", out / f"{m}-seed{seed}", [f"method={m}", f"seed={seed}", *METHODS[m], *arguments.tgt])
-        for m in reversed(METHODS)  # which begins with the longest ones
-        for seed in range(arguments.seeds)
+        job("meta_test", "tgt", folder, [f"method={method}", f"seed={seed}", *METHODS[method], *arguments.tgt])
+        for method in reversed(METHODS)  # which begins with the longest ones
+        for seed, folder in enumerate(folders[method])
     ]
     run(jobs, arguments.device, arguments.jobs)
 
-    folders = {m: {seed: out / f"{m}-seed{seed}" for seed in range(arguments.seeds)} for m in METHODS}
-    results = {m: {seed: finished_result(path) for seed, path in of.items()} for m, of in folders.items()}
-    table = results_table(results)
+    table = results_table({method: [*map(finished_result, of)] for method, of in folders.items()})
     write_atomically(out / "table.md", lambda file: file.write((table + "\n").encode()))
-    histories = {m: [*map(read_metrics, of.values())] for m, of in folders.items()}
+    histories = {method: [*map(read_metrics, of)] for method, of in folders.items()}
     plot_convergence(histories, "Drawn bugs (16 classes, few images of each)", out / "convergence.png")
     seconds = time.monotonic() - started
-    print(f"\n{table}\n\n{meaning(results)}\n\nconvergence: {out / 'convergence.png'}   ({seconds:.0f} s in all)")
+    print(f"\n{table}\n\nThis is about a few drawn images; results/README.md tells what φ does on photographs.")
+    print(f"convergence: {out / 'convergence.png'}   ({seconds:.0f} s in all)")
 
 
-def results_table(results: Results) -> str:
-    """Markdown: mean ± std over seeds, a row a way to predict."""
-    rows = []
+def job(program: str, kind: str, run_dir: Path, settings: list[str]) -> Job:
+    """A run whose own result is its record."""
+    config = str(ROOT / "configs" / f"demo_{kind}.yaml")
+    config = load_config(PROGRAMS[program], config, [f"run_dir={run_dir}", *settings])
+    return Job(run_dir.name, program, config, record=run_dir / "result.json")
+
+
+def run(jobs: list[Job], device: str, at_once: int) -> None:
+    if failed := run_jobs(jobs, [device], at_once, retries=0):
+        raise UserError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+
+
+def results_table(results: dict[str, list[dict]]) -> str:
+    """Markdown: mean ± std over seeds, a row a way to predict, and what φ changes."""
+    rows, found = [], {}
     for method, of_seeds in results.items():
-        for kind in ("metrics", "one_pass"):
-            if found := [result[kind] for result in of_seeds.values() if kind in result]:
-                draws = found[0].get("samples", 1) if kind == "metrics" else 1
-                name = "" if method == "base" else f", {draws} draws" if draws > 1 else ", one pass"
-                numbers = [str(summarize([factor * one[key] for one in found])) for key, factor in METRICS.items()]
-                rows.append([LABELS[method] + name, str(len(found)), *numbers])
+        for kind in (kind for kind in ("metrics", "one_pass") if kind in of_seeds[0]):
+            one = found[method, kind] = [[factor * of[kind][key] for of in of_seeds] for key, factor in METRICS.items()]
+            draws = of_seeds[0][kind].get("samples", 1)
+            name = "" if method == "base" else f", {draws} draws" if kind == "metrics" else ", one pass"
+            rows.append([LABELS[method] + name, str(len(of_seeds)), *(str(summarize(values)) for values in one)])
+    pairs = zip(found["metaperturb", "metrics"], found["base", "metrics"], strict=True)
+    differences = [str(paired_difference(dict(enumerate(ours)), dict(enumerate(base)))) for ours, base in pairs]
+    rows.append(["draws − Base [95 % over paired seeds]", str(len(results["base"])), *differences])
     return markdown_table(["method", "seeds", "accuracy %", "NLL", "ECE %"], rows)
-
-
-def meaning(results: Results) -> str:
-    """Two sentences on what the table says, made from its numbers."""
-    told, sure = [], []
-    for key, unit, what in (
-        ("accuracy", "points of accuracy", "the accuracy"),
-        ("nll", "of NLL", "the NLL, that is how good the probabilities are,"),
-    ):
-        of_method = [{s: METRICS[key] * r["metrics"][key] for s, r in results[m].items()} for m in reversed(METHODS)]
-        mean, low, high, _ = paired_difference(*of_method)
-        interval = "" if low is None else f" (95 % interval {low:+.2f} to {high:+.2f})"
-        told.append(f"{mean:+.2f} {unit}{interval}")
-        if low is not None and low * high > 0:
-            sure.append(what)
-    says = f"the difference in {' and in '.join(sure)} is more than seeds make" if sure else "seeds can make all of it"
-    return (
-        f"The networks with φ differ from those without by {' and by '.join(told)}.\n"
-        f"On these few drawn images {says}; results/README.md tells what φ does on photographs."
-    )
 
 
 if __name__ == "__main__":

@@ -245,9 +245,9 @@ def test_demo(tmp_path):
     assert completed.returncode == 0, completed.stderr
     table = (tmp_path / "demo" / "table.md").read_text()
     assert table.strip() in completed.stdout
-    header, _, base, metaperturb, *one_pass = table.strip().splitlines()
+    header, _, base, metaperturb, *one_pass, difference = table.strip().splitlines()
     assert all(line.startswith("| MetaPerturb, one pass | 1 | ") for line in one_pass)
-    assert header == "| method | seeds | accuracy % | NLL | ECE % |"
+    assert header == "| method | seeds | accuracy % | NLL | ECE % |" and difference.startswith("| draws − Base ")
     assert base.startswith("| Base | 1 | ") and metaperturb.startswith("| MetaPerturb, 2 draws | 1 | ")
     assert f"| 1 | {100 * result(tmp_path / 'demo' / 'base-seed0')['metrics']['accuracy']:.2f} | " in base
     assert (tmp_path / "demo" / "convergence.png").read_bytes().startswith(b"\x89PNG")
