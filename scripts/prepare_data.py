@@ -33,7 +33,7 @@ def main() -> int:
                 if name in ZIPS:
                     print(make_zip(name, arguments.data_root))
                 else:
-                    for part in load(name, data_root=arguments.data_root, splits=DATA_SETS[name].splits):
+                    for part in load(name, data_root=arguments.data_root, splits=[*DATA_SETS[name].images]):
                         of = f"{part.num_classes} classes, {part.image_size}×{part.image_size}"
                         print(f"{part.name}: {len(part):,} images of {of}")
             except UserError as error:  # the others are prepared all the same

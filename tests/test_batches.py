@@ -1,6 +1,7 @@
 """Batches: the crop and the flip, the order of the images, and what a batch depends on."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import python
 
 from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
-from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, normalize
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, draw, normalize
 
 CPU = torch.device("cpu")
 
@@ -53,20 +54,13 @@ def all_crops(image, padding):
 
 
 def test_all_offsets_and_both_flips_occur_evenly_and_per_image():
-    padding, count = 2, 4000
-    image = random_images(1, 6)
-    crops = all_crops(image[0], padding)
-    names = {crop.tobytes(): key for key, crop in crops.items()}
     torch.manual_seed(0)
-    out = crop_and_flip(torch.from_numpy(image).expand(count, -1, -1, -1), padding).numpy()
-    drawn = [names[output.tobytes()] for output in out]
-    seen = {key: drawn.count(key) for key in crops}
-    assert set(drawn) == set(crops) and len(crops) == 2 * 5 * 5  # (2p + 1)² offsets, both flips
-    expected = count / 50
-    chi_squared = sum((n - expected) ** 2 / expected for n in seen.values())
+    drawn = [*zip(*(part.tolist() for part in draw(4000, 2, CPU)), strict=True)]
+    seen = Counter(drawn)
+    assert len(seen) == 2 * 5 * 5  # both flips, (2p + 1)² offsets
+    chi_squared = sum((n - 80) ** 2 / 80 for n in seen.values())
     assert chi_squared < 100  # 49 degrees of freedom: mean 49, beyond 100 one time in 40,000
-    pairs = set(itertools.pairwise(drawn))
-    assert len(pairs) > 1500  # neighbours are drawn independently of each other
+    assert len({*itertools.pairwise(drawn)}) > 1500  # neighbours are drawn independently of each other
 
 
 @pytest.mark.parametrize(("size", "padding"), [(8, 4), (6, 2), (5, 1), (6, 0), (3, 4)])
@@ -76,10 +70,9 @@ def test_against_a_loop_with_the_same_draws(size, padding):
     torch.manual_seed(3)
     out = crop_and_flip(torch.from_numpy(images), padding)
     torch.manual_seed(3)
-    offsets_y, offsets_x = torch.randint(2 * padding + 1, (2, 24)).tolist() if padding else [[0] * 24] * 2
-    flips = (torch.rand(24) < 0.5).tolist()
-    assert True in flips and False in flips and out.dtype == torch.uint8
-    for i, key in enumerate(zip(offsets_y, offsets_x, flips, strict=True)):
+    draws = [part.tolist() for part in draw(24, padding, CPU)]
+    assert len({*draws[2]}) == 2 and out.dtype == torch.uint8
+    for i, key in enumerate(zip(*draws, strict=True)):
         assert np.array_equal(out[i].numpy(), all_crops(images[i], padding)[key])
     out.zero_()
     assert np.array_equal(images, before)
@@ -94,11 +87,9 @@ def test_a_read_only_memory_map_is_no_problem_and_stays_as_it_is(tmp_path, paddi
 
 
 def test_value_range():
-    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    out = normalize(values)
+    out = normalize(torch.arange(256, dtype=torch.uint8))
     assert out.dtype == torch.float32 and out.min() == -1 and out.max() == 1
-    torch.testing.assert_close(out.flatten(), torch.arange(256) / 255 * 2 - 1, rtol=0, atol=1e-6)
-    assert values.dtype == torch.uint8 and values.max() == 255
+    torch.testing.assert_close(out, torch.arange(256) / 255 * 2 - 1, rtol=0, atol=1e-6)
 
 
 # --- order
@@ -106,11 +97,8 @@ def test_value_range():
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (12, 4), (7, 7), (5, 3), (3, 8), (1, 3)])
 def test_every_image_once_an_epoch(count, batch_size):
-    batches = stream(count, batch_size)
-    epochs = 6
-    steps = -(-epochs * count // batch_size)
-    order = []
-    for k in range(steps):
+    batches, epochs, order = stream(count, batch_size), 6, []
+    for k in range(-(-epochs * count // batch_size)):
         batch = batches.batch(k)
         assert batch[0].shape == (batch_size, 3, 4, 4)  # always full, also where an epoch ends within it
         order += numbers(batch)
@@ -145,22 +133,13 @@ def test_a_batch_is_a_function_of_its_number_and_the_global_seed(batch_size):
 
 
 def test_the_order_depends_on_the_key_and_not_on_the_global_state():
-    torch.manual_seed(1)
-    np.random.seed(1)
-    first = numbers(stream(50, 50).batch(0))
-    torch.manual_seed(2)
-    np.random.seed(2)
-    assert numbers(stream(50, 50).batch(0)) == first
-    others = [numbers(stream(50, 50, key=k).batch(0)) for k in [(1, 0, "order_train"), (0, 1, "order_train")]]
-    others.append(numbers(stream(50, 50, key=(0, 0, "order_test")).batch(0)))
-    assert len({tuple(o) for o in [first, *others]}) == 4
-
-
-def test_a_long_stream_keeps_few_epochs_in_memory():
-    batches = stream(5, 5)
-    for k in range(40):
-        batches.batch(k)
-    assert len(batches.epochs) <= 3
+    keys = [(0, 0, "order_train"), (1, 0, "order_train"), (0, 1, "order_train"), (0, 0, "order_test")]
+    orders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        orders.append([tuple(numbers(stream(50, 50, key=key).batch(0))) for key in keys])
+    assert orders[0] == orders[1] and len({*orders[0]}) == 4
 
 
 # --- labels

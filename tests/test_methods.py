@@ -74,18 +74,16 @@ def information(f, alpha):
     return np.trapezoid(values, z)
 
 
+@torch.no_grad()
 def test_information_dropout_kl_by_numerical_integration():
     torch.manual_seed(0)
-    site = noise.InformationDropoutSite(channels=3, max_alpha=0.7)
+    site, h = noise.InformationDropoutSite(channels=3, max_alpha=0.7), torch.rand(2, 3, 2, 2) + 0.1
     nn.init.normal_(site.logit.weight)
-    h = torch.rand(2, 3, 2, 2) + 0.1
     site(h)
-    weight, bias = site.logit.weight.detach().numpy()[:, :, 0, 0], site.logit.bias.detach().numpy()
     by_hand = 0.0
-    for pixel in h.permute(0, 2, 3, 1).reshape(-1, 3).numpy():
-        for value, own, offset in zip(pixel, weight, bias, strict=True):
-            alpha = 0.7 / (1 + math.exp(-(own @ pixel + offset)))
-            by_hand += information(value, alpha) - information(value, 0.7)
+    for pixel in h.permute(0, 2, 3, 1).reshape(-1, 3):
+        for value, logit in zip(pixel.tolist(), site.logit.weight[:, :, 0, 0] @ pixel + site.logit.bias, strict=True):
+            by_hand += information(value, 0.7 / (1 + math.exp(-logit))) - information(value, 0.7)
     assert site.kl.item() == pytest.approx(by_hand / 2, rel=1e-4)  # summed over units, mean over images
 
 
@@ -156,11 +154,6 @@ def test_dropblock_drops_the_largest_odd_squares_that_fit(height, width, size, f
 def test_dropblock_rises_linearly_over_the_whole_training(target_settings, tmp_path, drawn):
     train(tmp_path / "tgt", target_settings, "method=dropblock dropblock_prob=0.2 steps=5")
     assert [p for p, _ in drawn[::3]] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2]) and len(drawn) == 15
-
-
-def test_dropout_at_every_site():
-    method, _ = prepared("dropout", dropout_prob=0.4)
-    assert [(type(site), site.p) for site in method.sites.sites] == 3 * [(nn.Dropout, 0.4)]
 
 
 # --- mixup, CutMix, Manifold Mixup
@@ -327,17 +320,13 @@ def test_the_network_is_attacked_as_it_trains_and_left_as_it_was():
 # --- TrivialAugment
 
 
-def test_trivial_augment_changes_8_bit_images_and_leaves_those_it_was_given():
-    torch.manual_seed(0)
-    given = torch.randint(0, 256, (64, 3, 12, 12), dtype=torch.uint8)
-    kept = given.clone()
-    augmented = create(MetaTestConfig(method="trivial_augment")).augment(given)
-    assert torch.equal(given, kept) and augmented.shape == given.shape and augmented.dtype == torch.uint8
-    assert (augmented != given).flatten(1).any(dim=1).float().mean().item() > 0.6
-
-
 def test_trivial_augment_is_for_training_images(common, base_state, draws_itself, tmp_path, monkeypatch):
     """One call for each training image of each step, none for evaluation; where it changes nothing, that is Base."""
+    torch.manual_seed(0)
+    given = torch.randint(0, 256, (64, 3, 12, 12), dtype=torch.uint8)
+    augmented = create(MetaTestConfig(method="trivial_augment")).augment(kept := given.clone())
+    assert torch.equal(given, kept) and augmented.shape == given.shape and augmented.dtype == torch.uint8
+    assert (augmented != given).flatten(1).any(dim=1).float().mean().item() > 0.6
     calls = []
     monkeypatch.setattr(TrivialAugmentWide, "forward", lambda self, image: calls.append(image.dtype) or image)
     check_same(model_state(train(tmp_path / "tgt", common, "method=trivial_augment")), base_state)
@@ -360,6 +349,7 @@ def test_site_methods_on_every_network(name):
         model.load_state_dict(plain)
         method, _ = prepared(kind, model, images(size=32))
         assert method.sites.specs == expected  # where MetaPerturb acts
+        assert kind != "dropout" or {(type(site), site.p) for site in method.sites.sites} == {(nn.Dropout, 0.25)}
         method.set_strength(1.0)
         mixed, labels = method.batch(x, y)
         method.loss(model(mixed), labels).backward()
@@ -523,7 +513,7 @@ def recipe(method, *further, **settings):
 
 def test_a_recipe_augments_pixels_and_smooths_what_was_mixed(monkeypatch):
     partner, share = torch.tensor([3, 4, 5, 0, 1, 2]), 0.3
-    monkeypatch.setattr(mixing, "draw_partners", lambda x: partner)
+    monkeypatch.setattr(torch, "randperm", lambda *_, **options: partner)
     monkeypatch.setattr(mixing, "draw_share", lambda alpha: share)
     torch.manual_seed(0)
     x, y, logits = torch.randn(6, 3, 8, 8), torch.arange(6), torch.randn(6, 10)

@@ -6,25 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set before it is loaded.
+    """What is known of a data set before it is loaded."""
 
-    Attributes:
-        title: its name in tables.
-        num_classes: how many; `None`: as many as are found.
-        images: split → how many images it must have, or `None`.
-        image_size: default height = width in pixels.
-        how: it is had: `"downloaded"`, `"by hand"`, `"drawn"` when asked for, or `"named"` by a path.
-    """
-
-    title: str
-    num_classes: int | None
-    images: dict[str, int | None]
-    image_size: int
-    how: str = "downloaded"
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(self.images)
+    title: str  # its name in tables
+    num_classes: int | None  # None: as many as are found
+    images: dict[str, int | None]  # split → how many images it must have
+    image_size: int  # default height = width in pixels
+    how: str = "downloaded"  # or had "by hand", "drawn" when asked for, "named" by a path
 
 
 # Counts: appendix of the paper and the sets' own pages. DTD: partition 1, train and val together for training. "test"

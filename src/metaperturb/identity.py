@@ -177,7 +177,7 @@ def check_settings(config: MetaTestConfig) -> torch.device:
     Returns:
         the device that `config.gpu` names.
     """
-    if config.eval_split not in (*DATA_SETS[config.target].splits, "holdout"):
+    if config.eval_split not in (*DATA_SETS[config.target].images, "holdout"):
         raise UserError(
             f"eval_split: {config.target} has no {config.eval_split} images (eval_split=holdout needs none)"
         )

@@ -7,19 +7,12 @@ from typing import NamedTuple
 
 
 class Regularizer(NamedTuple):
-    """What a name of the setting `method` stands for.
+    """What a name of the setting `method` stands for."""
 
-    Attributes:
-        title: its name in tables and pictures.
-        made_by: module and class in `metaperturb.methods`.
-        settings: of `MetaTestConfig`, that only this one uses, in the order of the class's arguments.
-        in_recipe: whether the setting `recipe` may add it to another one.
-    """
-
-    title: str
-    made_by: str
-    settings: tuple[str, ...] = ()
-    in_recipe: bool = False
+    title: str  # its name in tables and pictures
+    made_by: str  # module and class in `metaperturb.methods`
+    settings: tuple[str, ...] = ()  # of `MetaTestConfig` that only this one uses, as the class takes them
+    in_recipe: bool = False  # whether the setting `recipe` may add it to another one
 
 
 REGULARIZERS = {

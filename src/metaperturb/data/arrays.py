@@ -46,8 +46,8 @@ class ImageArrays:
 
     Attributes:
         images: uint8 `[N, 3, H, W]`, H = W; read-only, memory-mapped from the cache (embedded sets: in memory).
-        labels: int64 `[N]`, each in `0 … num_classes - 1`.
-        classes: the class names; label `i` means `classes[i]`.
+        labels: int64 `[N]`; label `i` means `classes[i]`.
+        classes: the class names.
         fingerprint: hex digest of the content: set, split, image size, classes, and of each image in order the label
             and the CRC-32 of its file (and whether it was turned upright or laid over white). The same for the same
             files, be they in zips, a tar or a folder, and wherever the cache is.
@@ -81,34 +81,21 @@ class ImageArrays:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that is still to be decoded.
-
-    Attributes:
-        class_name: its class.
-        name: what error messages call it, `"cub50.zip: cub50/train/001.Auklet/1.jpg"`.
-        read: gives an encoded file's bytes, or decoded pixels (uint8 `[H, W, 3]` or `[H, W]`).
-    """
+    """An image that is still to be decoded."""
 
     class_name: str
-    name: str
-    read: Callable[[], bytes | np.ndarray]
+    name: str  # what error messages call it, "cub50.zip: cub50/train/001.Auklet/1.jpg"
+    read: Callable[[], bytes | np.ndarray]  # an encoded file's bytes, or decoded pixels (uint8 [H, W, 3] or [H, W])
 
 
 @dataclass
 class Plan:
-    """What a cache is built from.
+    """What a cache is built from."""
 
-    Attributes:
-        where: what error messages call the whole, such as the archive's path.
-        classes: class names, in the order of the labels.
-        pictures: the images, in order.
-        remarks: lines to say whenever these images are used.
-    """
-
-    where: str
-    classes: Sequence[str]
+    where: str  # what error messages call the whole, such as the archive's path
+    classes: Sequence[str]  # in the order of the labels
     pictures: Sequence[Picture]
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # lines to say whenever these images are used
 
 
 def file_picture(place: Place, member: str, class_name: str) -> Picture:
@@ -193,13 +180,18 @@ def _key_of(plan: Plan) -> str:
 
     def read_through(picture: Picture) -> str:
         try:
-            return f"{picture.class_name}:{zlib.crc32(picture.read()):08x}"
+            return f"{picture.class_name}:{zlib.crc32(_content(picture)):08x}"
         except ValueError as error:  # a property of the image, of which decoding will tell
             return f"{picture.name}: {error}"
-        except OSError as error:
-            raise UserError(f"{picture.name}: cannot be read ({reason(error)})") from error
 
     return _digest([*plan.classes, *_in_threads(read_through, plan.pictures), *plan.remarks])
+
+
+def _content(picture: Picture) -> bytes | np.ndarray:
+    try:
+        return picture.read()
+    except OSError as error:  # of the system, not of the image
+        raise UserError(f"{picture.name}: cannot be read ({reason(error)})") from error
 
 
 def _in_threads(work: Callable[[Picture], Any], pictures: Sequence[Picture]) -> Iterator[Any]:
@@ -230,11 +222,7 @@ class _Cache:
         self.images, self.meta = self.folder / "images.bin", self.folder / "meta.json"
 
     def open(self) -> _Found | None:
-        """What a finished cache holds; `None` if there is none, or a damaged one (said on stderr).
-
-        Raises:
-            PermissionError: it is another user's.
-        """
+        """What a finished cache holds; `None` if there is none, or a damaged one (said on stderr)."""
         try:
             meta = json.loads(self.meta.read_text())
             labels = np.array(meta["labels"], dtype=np.int64)
@@ -245,18 +233,14 @@ class _Cache:
             return arrays, [*meta["remarks"]]
         except FileNotFoundError:
             return None
-        except PermissionError:
+        except PermissionError:  # another user's
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{self.folder}: damaged cache ({error}), built again", file=sys.stderr)
             return None
 
     def build(self, make_plan: Callable[[], Plan]) -> _Found:
-        """Decodes the images into a new cache, unless another process has meanwhile.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Decodes the images into a new cache, unless another process has meanwhile."""
         lock = self.folder.with_name(f".{self.folder.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(lock if lock.exists() else lock.parent, os.W_OK):
@@ -288,35 +272,33 @@ class _Cache:
         """A plan's images as arrays, for which `allocate` makes room."""
         index = {name: label for label, name in enumerate(plan.classes)}
 
-        def decode(picture: Picture) -> tuple[np.ndarray, str] | Exception:
-            """The pixels, and what the fingerprint has of the image."""
+        def decode(picture: Picture) -> tuple[np.ndarray, str] | str:
+            """The pixels, and what the fingerprint has of the image; or what is wrong with it."""
             try:
-                content = picture.read()
+                content = _content(picture)
                 pixels, mended = to_pixels(content, self.shape[-1])
                 return pixels, f"{index[picture.class_name]}:{zlib.crc32(content):08x}{':mended' * mended}"
-            except MemoryError:
+            except (UserError, MemoryError):
                 raise
             except Exception as error:  # PIL raises nearly anything on broken images
-                return error
+                why = reason(error)
+            if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
+                why = "not an image in a format that PIL knows"
+            return f"{picture.name}: unreadable image ({why})"
 
         images, labels, rows, left_out = allocate((len(plan.pictures), *self.shape)), [], [], []
         # Closed at once when an image stops it: the threads of a generator that waits for collection may block others.
         with contextlib.closing(_in_threads(decode, plan.pictures)) as results:
             done = progress(results, f"{self.name}: decode to {self.shape[-1]} px", len(plan.pictures))
             for picture, found in zip(plan.pictures, done, strict=True):
-                if not isinstance(found, Exception):
+                if not isinstance(found, str):
                     images[len(labels)], row = found
                     labels.append(index[picture.class_name])
                     rows.append(row)
-                    continue
-                why = reason(found)
-                if isinstance(found, OSError) and found.errno is not None:  # of the system, not of the image
-                    raise UserError(f"{picture.name}: cannot be read ({why})") from found
-                if "cannot identify image file" in why:  # PIL appends the address of an in-memory buffer
-                    why = "not an image in a format that PIL knows"
-                left_out.append(f"{picture.name}: unreadable image ({why})")
-                if not self.skip_unreadable:
-                    raise UserError(f"{left_out[0]}; {_SKIP_HINT}") from found
+                elif self.skip_unreadable:
+                    left_out.append(found)
+                else:
+                    raise UserError(f"{found}; {_SKIP_HINT}")
         for name in sorted({picture.class_name for picture in plan.pictures} - {plan.classes[i] for i in labels}):
             raise UserError(f"{plan.where}: class {name} has no readable image; {_SKIP_HINT}")
         remarks = [f"{self.name}: {len(left_out)} unreadable files left out (first: {left_out[0]})"] if left_out else []

@@ -1,6 +1,7 @@
 """Batches of images: uint8 where they lie, cropped and flipped by batched tensor code on the training device."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,12 +17,7 @@ UPLOADED = 4096  # images at a time: a copy of all of them in each process would
 
 
 class DeviceImages:
-    """A data set where training reads it: in the memory of a GPU as uint8, or the memory-mapped file on a CPU.
-
-    Args:
-        arrays: images `[N, 3, S, S]` and labels `[N]`.
-        device: where batches are wanted.
-    """
+    """A data set where training reads it: in the memory of a GPU as uint8, or the memory-mapped file on a CPU."""
 
     def __init__(self, arrays: ImageArrays, device: torch.device) -> None:
         self.arrays, self.device = arrays, device
@@ -71,7 +67,7 @@ class TrainingBatches:
         self.indices = np.ascontiguousarray(indices, dtype=np.int64)
         if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < len(images.arrays):
             raise IndexError(f"indices reach beyond the {len(images.arrays)} images")
-        self.epochs: dict[int, Tensor] = {}
+        self._epoch = lru_cache(2)(self._shuffled)  # a batch may lie across two
         self.new_label: Tensor | None = None
         if class_ids is not None:
             table = np.full(images.arrays.num_classes, -1, dtype=np.int64)
@@ -106,17 +102,11 @@ class TrainingBatches:
         order = self._epoch(epochs[0]) if len(epochs) == 1 else torch.cat([*map(self._epoch, epochs)])
         return order[first - epochs[0] * count :][: self.batch_size]
 
-    def _epoch(self, epoch: int) -> Tensor:
-        if epoch not in self.epochs:
-            seed, task, purpose = self.key
-            order = numpy_generator(seed, task, purpose, epoch).permutation(self.indices)
-            for old in [e for e in self.epochs if e < epoch - 1]:
-                del self.epochs[old]
-            indices = torch.from_numpy(order)
-            if self.images.on_gpu:  # from pinned memory, so that the host does not wait for the device
-                indices = indices.pin_memory().to(self.images.device, non_blocking=True)
-            self.epochs[epoch] = indices
-        return self.epochs[epoch]
+    def _shuffled(self, epoch: int) -> Tensor:
+        order = torch.from_numpy(numpy_generator(*self.key, epoch).permutation(self.indices))
+        if self.images.on_gpu:  # from pinned memory, so that the host does not wait for the device
+            order = order.pin_memory().to(self.images.device, non_blocking=True)
+        return order
 
 
 def crop_padding(image_size: int) -> int:

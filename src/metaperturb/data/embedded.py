@@ -5,14 +5,12 @@ fine-grained target sets do:
 
 - *source*: 8 shapes × 5 fills = 40 classes ("striped star"), 120 images each, to meta-train φ on;
 - *target*: bugs, 2 bodies × 2 markings × 4 kinds of limbs = 16 classes that differ in their parts only, 25 training
-  images each. A small CNN learns these by heart (train accuracy near 100 %) while it takes many a six-legged bug
-  for a four-legged one (test accuracy in the middle): the regime where a regularizer matters.
+  images each. A small CNN learns these by heart while it takes many a six-legged bug for a four-legged one: the regime
+  where a regularizer matters.
 
-What makes them hard is what makes photographs hard: place, size, rotation, foreshortening and colors are random,
-the background is cluttered, something lies in front, light, blur and sensor noise vary. None of it depends on the
-class, so neither color nor background gives a class away. (Figures are lighter than the ground, in any hue: with
-contrast of either sign, a small CNN trained on the target's few images stayed near chance on its test set.)
-Every class is closed under mirroring left to right, so images may be flipped.
+Place, size, rotation, foreshortening and colors are random, the background is cluttered, something lies in front,
+light, blur and sensor noise vary. None of it depends on the class. (Figures are lighter than the ground: with contrast
+of either sign, a small CNN stayed near chance.) Every class is closed under mirroring left to right.
 
 Images depend on their size alone. All arithmetic is in float64 and rounded to 8 bits at the end, so that a last
 digit that differs between processors or numpy versions hardly ever reaches a pixel.

@@ -42,17 +42,8 @@ def read_file(file: Path) -> bytes:
 class Place:
     """A folder, a zip or a tar (plain, .gz, .bz2, .xz); the content decides which, not the name.
 
-    Args:
-        path: where it is.
-        stack: ends the life of the temporary folder that an archive is unpacked into when its files are asked for.
-
-    Attributes:
-        path: where it is.
-        key: of an archive, a hex digest of its bytes; `None` of a folder.
-
-    Raises:
-        UserError: there is nothing at `path`, or neither a folder nor a regular file; later, an archive that is
-            damaged or has members outside itself, or a folder that cannot be listed.
+    Its `key` is a hex digest of an archive's bytes, and None of a folder. `stack` ends the life of the temporary folder
+    that an archive is unpacked into when its files are asked for.
     """
 
     def __init__(self, path: str | Path, stack: ExitStack) -> None:
@@ -143,11 +134,11 @@ def _unpack(path: Path, folder: Path) -> None:
             for info in archive.infolist():
                 info.filename = info.filename.replace("\\", "/")  # some Windows tools store these
                 archive.extract(info, folder)
-        return
-    with tarfile.open(path, tarinfo=_Member) as archive:
-        archive.extractall(folder, filter="data")
-        while archive.fileobj.read(2**20):  # where it is compressed, its checksum comes last
-            pass
+    else:
+        with tarfile.open(path, tarinfo=_Member) as archive:
+            archive.extractall(folder, filter="data")
+            while archive.fileobj.read(2**20):  # where it is compressed, its checksum comes last
+                pass
 
 
 class _Member(tarfile.TarInfo):

@@ -63,7 +63,7 @@ def _split(place: Place, root: str, split: str) -> Plan:
         raise UserError(f"{place.path}: {prefix}{name}: class folder without images; remove it or fill it")
     if not images:
         raise UserError(f"{place.path}: {prefix} holds no <class>/ folders with images")
-    _refuse_groups(f"{place.path}: {prefix}", prefix, [name.split("/") for name in images])
+    _refuse_groups(f"{place.path}: ", prefix, [name.split("/") for name in images])
     left_out = {"of no class": strays, "not an image": notes}
     counted = [f"{why}: {_some([prefix + name for name in names])}" for why, names in left_out.items() if names]
     remarks = [f"{place.path}: left out: {'; '.join(counted)}"] if counted else []
@@ -87,14 +87,11 @@ def _class(name: str) -> str:
 def _refuse_groups(where: str, prefix: str, paths: list[list[str]]) -> None:
     """`<group>/<class>/…` would be taken for classes: no class has images of its own, and one holds several folders
     whose names occur in no other."""
-    if any(len(path) == 2 for path in paths):
-        return
-    inner = sorted({(path[0], path[1]) for path in paths})
+    inner = {(path[0], path[1]) for path in paths}
     count = Counter(name for _, name in inner)
-    for group in dict.fromkeys(group for group, _ in inner):
-        names = [name for of, name in inner if of == group]
+    for group in sorted({path[0] for path in paths} if all(len(path) > 2 for path in paths) else ()):
+        names = sorted(name for of, name in inner if of == group)
         if len(names) > 1 and all(count[name] == 1 for name in names):
-            raise UserError(
-                f"{where}{group}/ holds no images but folders of them ({', '.join(names[:3])}, …): if they are "
-                f"classes, move them up to {prefix}; if {group} is one class, move its images up to it"
-            )
+            holds = f"{prefix}{group}/ holds no images but folders of them ({', '.join(names[:3])}, …)"
+            move = f"if they are classes, move them up to {prefix}; if {group} is one class, move its images up to it"
+            raise UserError(f"{where}{holds}: {move}")

@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,13 @@ TIMEOUT = 60  # seconds; torchvision sets none and would wait for ever
 
 @dataclass(frozen=True)
 class Official:
-    """How a published set is had.
+    """How a published set is had: as files, of which there is a `plan`, or as a torchvision data set of `pixels`."""
 
-    Attributes:
-        at: where `FILES` are under its root; `{split}` is the split.
-        plan: the images of a split: of (the places `at`, split). Or
-        pixels: of (root, split), a torchvision data set that returns images as PIL's.
-        few: of `pixels`, split → how many of each class, after how many of its fixed order; all by default.
-        itself: what is named is the archive or folder (for several, all of them), not a root that holds it.
-    """
-
-    at: Sequence[str]
-    plan: Callable[[list[Place], str], Plan] | None = None
-    pixels: Callable[[Path, str], Any] | None = None
-    few: dict[str, tuple[int, int]] = field(default_factory=dict)
-    itself: bool = False
+    at: Sequence[str]  # where `FILES` are under its root; `{split}` is the split
+    plan: Callable[[list[Place], str], Plan] | None = None  # the images of a split, of (the places `at`, split)
+    pixels: Callable[[Path, str], Any] | None = None  # of (root, split), with images of PIL
+    few: dict[str, tuple[int, int]] = field(default_factory=dict)  # split → of each class how many, after how many
+    itself: bool = False  # what is named is the archive or folder (or several), not a root that holds it
 
     def places(self, root: Path, fetch: bool, split: str) -> list[Path]:
         """Where its files are; what is absent is fetched."""
@@ -100,11 +92,11 @@ class Official:
         labels = np.asarray(data.targets if hasattr(data, "targets") else data.labels)
         chosen = few_per_class(labels, *self.few[split]) if split in self.few else np.arange(len(labels))
         classes = getattr(data, "classes", "0123456789")  # SVHN names none
-        pictures = [
-            Picture(classes[labels[i]], f"{where}: image {i}", lambda i=i: np.asarray(data[i][0]))
-            for i in chosen.tolist()
-        ]
-        return Plan(str(where), classes, pictures)
+
+        def picture(i: int) -> Picture:
+            return Picture(classes[labels[i]], f"{where}: image {i}", lambda: np.asarray(data[i][0]))
+
+        return Plan(str(where), classes, [*map(picture, chosen.tolist())])
 
 
 # --- Fetching -----------------------------------------------------------------------------------------------
@@ -121,17 +113,16 @@ def _reading(place: Path, advice: str) -> Iterator[None]:
     except Exception as error:  # URLError, RuntimeError, EOFError, AssertionError, scipy's own: there is no end of them
         missing = error.__context__ or error  # torchvision may hide which package it lacks
         if isinstance(missing, ImportError):  # scipy: labels are MATLAB files
-            install = f"{sys.executable} -m pip install {missing.name}"
-            raise UserError(f"{place}: reading its labels needs another package; {install}") from error
+            advice = f"reading its labels needs another package; {sys.executable} -m pip install {missing.name}"
+            raise UserError(f"{place}: {advice}") from error
         raise UserError(f"{place}: {advice} ({reason(error)})") from error
 
 
 def _fetched(place: Path, fetch: bool) -> Path:
     """See to it that `place`, one of `FILES`, is there and whole; several processes may ask at once.
 
-    torchvision writes in place, and takes half a folder left by an interrupted run for the data set. So it works in
-    a temporary folder, from which the result takes its place when all is done. Archives that the user has put beside
-    `place` by hand are taken from there.
+    torchvision takes half a folder left by an interrupted run for the data set. So it works in a temporary folder,
+    until all is done. Archives that the user has put beside `place` by hand are taken from there.
     """
     root, files = place.parent, {url.rsplit("/", 1)[-1]: (url, md5) for url, md5 in FILES[place.name].items()}
     if place.exists():
@@ -143,11 +134,9 @@ def _fetched(place: Path, fetch: bool) -> Path:
             return place
         offered = [name for name in files if (root / name).is_file()]
         needed, url = ", ".join(files), next(iter(FILES[place.name]))
-        if len(files) > 1:
-            url = url.rsplit("/", 1)[0]
-        what = "unpacking"
-        if len(offered) < len(files):
-            what = f"download from {url}"
+        url = url.rsplit("/", 1)[0] if len(files) > 1 else url
+        what = "unpacking" if len(offered) == len(files) else f"download from {url}"
+        if what != "unpacking":
             if not fetch:
                 allow = f"fetch {needed} from {url} to {root}/ or allow the download"
                 raise UserError(f"{place}: no such file or folder; {allow}")
@@ -211,22 +200,19 @@ def _cub(places: list[Place], split: str) -> Plan:
     if root is None:
         raise UserError(f"{place.path}: not CUB-200-2011: no train_test_split.txt inside")
 
-    def table(name: str) -> dict[str, str]:
+    def table(name: str) -> dict[int, str]:
         lines = place.read(f"{root}{name}").decode("utf-8", "replace").splitlines()
         rows = [line.split(maxsplit=1) for line in lines if line.strip()]
-        if any(len(row) != 2 or not row[0].isdigit() for row in rows):
-            raise UserError(f"{place.path}: {root}{name}: not a table of '<number> <value>' lines")
-        return {number: value.strip() for number, value in rows}
+        return {int(number): value.strip() for number, value in rows}
 
-    image, label = table("images.txt"), table("image_class_labels.txt")
-    is_train, class_name = table("train_test_split.txt"), table("classes.txt")
-    wanted = "1" if split == "train" else "0"
     try:
-        numbers = [i for i in sorted(image, key=int) if is_train[i] == wanted]
-        rows = [(f"{root}images/{image[i]}", class_name[label[i]]) for i in numbers]
-    except KeyError as error:
-        raise UserError(f"{place.path}: no entry {error} in one of its tables; is the archive official?") from error
-    return _listed(place, rows, [class_name[i] for i in sorted(class_name, key=int)])
+        image, label = table("images.txt"), table("image_class_labels.txt")
+        is_train, class_name = table("train_test_split.txt"), table("classes.txt")
+        numbers = [i for i in sorted(image) if is_train[i] == ("1" if split == "train" else "0")]
+        rows = [(f"{root}images/{image[i]}", class_name[int(label[i])]) for i in numbers]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{place.path}: its tables do not fit ({reason(error)}); is the archive official?") from error
+    return _listed(place, rows, [class_name[i] for i in sorted(class_name)])
 
 
 def _dogs(places: list[Place], split: str) -> Plan:
@@ -252,43 +238,37 @@ def _tiny_imagenet(places: list[Place], split: str) -> Plan:
     train/<class>/images/*.JPEG; the validation images, of which val/val_annotations.txt gives the classes, are its
     test images, as the official ones have no public labels.
     """
-    # Class and file name → place and member; of an image that several places have, any.
-    images: dict[str, dict[tuple[str, str], tuple[Place, str]]] = {"train": {}, "test": {}}
-    tables: list[tuple[Place, str]] = []
+    # Class and file name → the image; of one that several places have, any.
+    train, test, tables = {}, {}, {}
     for place in places:
         root = place.root(("train",)) or ""
         image = re.compile(rf"{re.escape(root)}train/([^/]+)/images/([^/]+)")  # beside images/ lies <wnid>_boxes.txt
-        found = {match.groups(): (place, match[0]) for match in map(image.fullmatch, place.files) if match}
+        found = [match for match in map(image.fullmatch, place.files) if match]
         if not found:
             raise UserError(f"{place.path}: not Tiny ImageNet: no tiny-imagenet-200/train/<class>/images/*.JPEG inside")
-        images["train"] |= found
+        train |= {match.groups(): file_picture(place, match[0], match[1]) for match in found}
         if (table := f"{root}val/val_annotations.txt") in place.files:
-            tables.append((place, table))
-    classes = sorted({name for name, _ in images["train"]})
-    for place, table in tables if split == "test" else ():
+            tables[place] = table
+    classes = sorted({name for name, _ in train})
+    for place, table in tables.items() if split == "test" else ():
         for number, line in enumerate(place.read(table).decode("utf-8", "replace").splitlines(), 1):
-            file, class_name, *_ = *line.split("\t"), ""
-            if class_name not in classes:
+            file, name, *_ = *line.split("\t"), ""
+            if name not in classes:
                 raise UserError(f"{place.path}: {table}, line {number}: not '<file> <tab> <class of train/>'")
             if (member := f"{table.removesuffix('val_annotations.txt')}images/{file}") in place.files:
-                images["test"][class_name, file] = place, member
-    if not images[split]:
+                test[name, file] = file_picture(place, member, name)
+    images = test if split == "test" else train
+    if not images:
         raise UserError(f"{places[0].path}: no labelled validation images (val/val_annotations.txt, val/images/)")
-    pictures = [
-        file_picture(*of, class_name) for (class_name, _), of in sorted(images[split].items(), key=lambda i: i[0])
-    ]
-    return Plan(", ".join(str(place.path) for place in places), classes, pictures)
+    return Plan(", ".join(str(place.path) for place in places), classes, [images[key] for key in sorted(images)])
 
 
-def _cifar100(root: Path, split: str) -> tv.CIFAR100:
-    return tv.CIFAR100(root, train=split != "test")
-
-
+_CIFAR100 = Official(["cifar-100-python"], pixels=lambda root, split: tv.CIFAR100(root, train=split != "test"))
 OFFICIAL = {
     "stl10": Official(["stl10_binary"], pixels=tv.STL10),
     # 50 training images a class; 25 others a class to validate on.
-    "s_cifar100": Official(["cifar-100-python"], pixels=_cifar100, few={"train": (50, 0), "val": (25, 50)}),
-    "cifar100": Official(["cifar-100-python"], pixels=_cifar100),
+    "s_cifar100": replace(_CIFAR100, few={"train": (50, 0), "val": (25, 50)}),
+    "cifar100": _CIFAR100,
     "dogs": Official(["stanford_dogs/images.tar", "stanford_dogs/lists.tar"], _dogs),
     "cars": Official(["stanford_cars"], _of_torchvision(tv.StanfordCars, f"incomplete; {_CARS}")),
     # The variants; of the images, the whole: their bottom 20 rows name the photographer, as in torchvision.

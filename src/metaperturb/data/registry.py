@@ -42,8 +42,7 @@ def load(
         image_size: height = width in pixels; the set's own default if `None`.
         download: fetch what is absent, where it can be fetched.
         skip_unreadable: leave broken images out and say how many, instead of raising.
-        splits: which of the set's splits, in this order; `"val"` is offered by `s_cifar100` (25 training images a
-            class of CIFAR-100 that are not in its `train`, to choose among several φ) and by `folder`.
+        splits: which of the set's splits, in this order.
 
     Raises:
         UserError: an unknown name or split, anything wrong with the data, or other counts than the official ones.
@@ -57,8 +56,8 @@ def load(
         raise UserError(f"unknown data set {name!r}; known: {', '.join(DATA_SETS)}")
     spec, data_root = DATA_SETS[name], Path(data_root).expanduser()
     for split in splits:
-        if split not in spec.splits:
-            raise UserError(f"{name}: no split {split!r}; it has {', '.join(spec.splits)}")
+        if split not in spec.images:
+            raise UserError(f"{name}: no split {split!r}; it has {', '.join(spec.images)}")
     size = spec.image_size if image_size is None else image_size
     if spec.how == "drawn":
         if paths:

@@ -20,17 +20,11 @@ CHOICE_SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class TaskSplit:
-    """One task's part of the source data set.
+    """One task's part of the source data set, in sorted int64 numbers."""
 
-    Attributes:
-        classes: sorted int64 class ids; the task's own label of an image is the position of its class here.
-        train: sorted int64 indices of D_tr, on which the task's network is trained.
-        test: sorted int64 indices of D_te, on which φ is; disjoint from `train`.
-    """
-
-    classes: np.ndarray
-    train: np.ndarray
-    test: np.ndarray
+    classes: np.ndarray  # ids; the task's own label of an image is the position of its class here
+    train: np.ndarray  # indices of D_tr, on which the task's network is trained
+    test: np.ndarray  # indices of D_te, on which φ is; disjoint from `train`
 
 
 def shuffled(items: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
@@ -76,11 +70,11 @@ def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> lis
 
     bits = np.random.PCG64(seed)
     dealt = np.array_split(shuffled(classes, bits), groups)
-    images = {int(c): shuffled(np.flatnonzero(labels == c), bits) for c in classes}
+    images = _shuffled_classes(labels, bits)
     if kind == "homogeneous":
         shares_of = [np.array_split(index, num_tasks) for index in images.values()]
         return [_task(classes, shares) for shares in zip(*shares_of, strict=True)]
-    tasks = [_task(group, [images[int(c)] for c in group]) for group in dealt]
+    tasks = [_task(group, [images[c] for c in group]) for group in dealt]
     if kind == "paired":
         tasks = [t for task in tasks for t in (task, TaskSplit(task.classes, train=task.test, test=task.train))]
     return tasks
@@ -89,16 +83,16 @@ def class_split(labels: np.ndarray, num_tasks: int, kind: str, seed: int) -> lis
 def _task(classes: np.ndarray, images: Sequence[np.ndarray]) -> TaskSplit:
     """Halve each class's images, which are in random order."""
     halves = [np.split(index, [(len(index) + 1) // 2]) for index in images]
-    return TaskSplit(np.sort(classes).astype(np.int64), *(_joined(half) for half in zip(*halves, strict=True)))
+    return TaskSplit(np.sort(classes).astype(np.int64), *map(_joined, zip(*halves, strict=True)))
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.sort(np.concatenate(parts)).astype(np.int64)
 
 
-def _shuffled_classes(labels: np.ndarray) -> dict[int, np.ndarray]:
-    """Each class and its images, in an order that never changes."""
-    bits = np.random.PCG64(CHOICE_SEED)
+def _shuffled_classes(labels: np.ndarray, bits: np.random.PCG64 | None = None) -> dict[int, np.ndarray]:
+    """Each class and its images in random order, by default one that never changes."""
+    bits = bits or np.random.PCG64(CHOICE_SEED)
     return {label: shuffled(np.flatnonzero(labels == label), bits) for label in np.unique(labels)}
 
 
@@ -109,7 +103,7 @@ def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> t
         labels: int `[N]`.
         share: between 0 and 1, exclusive; rounded to whole images of each class, at least one on either side. A
             larger share holds out what a smaller one does, and more.
-        classes: names, for error messages.
+        classes: their names.
 
     Returns:
         sorted int64 indices of the images that are left, and of those that are held out.
@@ -133,26 +127,14 @@ def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> t
 
 
 def few_per_class(labels: np.ndarray, count: int, skip: int = 0) -> np.ndarray:
-    """A fixed random choice of `count` images of each class; a smaller one is part of a larger one.
-
-    Args:
-        labels: int `[N]`.
-        count: images a class.
-        skip: leave out as many of each class's (fixed) random order: disjoint from the choice of `skip` images.
-
-    Returns:
-        sorted int64 indices `[count · classes]`.
-    """
+    """A fixed random choice of `count` images of each class, as sorted int64 indices; a smaller one is part of a larger
+    one, and one that leaves out `skip` of each class has none of those that `skip` of each would be."""
     return _joined([images[skip : skip + count] for images in _shuffled_classes(labels).values()])
 
 
 def few_classes(labels: np.ndarray, count: int) -> np.ndarray:
     """All images of a fixed random choice of `count` classes, as sorted int64 indices; a smaller choice is part of a
-    larger one.
-
-    Raises:
-        UserError: there are fewer classes.
-    """
+    larger one. `UserError`: there are fewer classes."""
     classes = np.unique(labels)
     if count > len(classes):
         raise UserError(f"{count} classes are asked for, the data has {len(classes)}")
@@ -160,17 +142,8 @@ def few_classes(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, kind: str, seed: int) -> None:
-    """Write a split as JSON, atomically.
-
-    Args:
-        path: the file.
-        splits: the tasks.
-        fingerprint: of the data set whose indices these are (`ImageArrays.fingerprint`).
-        kind, seed: how the split was made.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a split of the data set with this fingerprint (`ImageArrays.fingerprint`), made by `kind` and `seed`, as
+    JSON, atomically."""
     tasks = [{field: getattr(split, field).tolist() for field in _FIELDS} for split in splits]
     head = {"format": _FORMAT, "fingerprint": fingerprint, "kind": kind, "seed": int(seed)}
     text = json.dumps({**head, "tasks": tasks})
@@ -186,7 +159,7 @@ def load_split(path: str | Path, fingerprint: str, labels: np.ndarray) -> tuple[
         labels: int `[N]`, those of the data set.
 
     Raises:
-        UserError: no such file, no class split in it, or one of another data set.
+        UserError: no class split, or one of another data set.
     """
     path = Path(path).expanduser()
     document = load_json(path)

@@ -1,12 +1,11 @@
 """What a regularizer may do to a training run; φ as one, and several at once."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.attach import REGULARIZER, Attachment, attach, place
+from metaperturb.attach import REGULARIZER, attach, place
 from metaperturb.config import MetaTestConfig
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.errors import UserError
@@ -20,7 +19,7 @@ class Method:
     | hook | called | may |
     |---|---|---|
     | `prepare(model, train)` | once, before the optimizer is made | put modules at the network's sites |
-    | `set_strength(c)` | before each step | follow a schedule |
+    | `set_strength(c)` | before each step | make the modules follow a schedule |
     | `augment(images)` | on each training batch of 8-bit images, where a method has it | change the images |
     | `batch(x, y)` | on each training batch | change images, soften labels |
     | `loss(logits, labels)` | after the forward pass | add a term |
@@ -30,6 +29,7 @@ class Method:
         ramp: the share of the steps over which the strength c rises linearly from 0 to 1; 0: it is 1 from the start.
         stochastic: whether evaluation draws, too, so that predictions are averaged over Monte-Carlo samples.
         mixes_images: whether `batch` mixes images with each other, which only one of a recipe may.
+        sites: the modules that it put into the network.
 
     What a method learns is among the network's parameters, and its state in the network's state dict.
     """
@@ -38,12 +38,15 @@ class Method:
     ramp = 0.0
     stochastic = False
     mixes_images = False
+    sites: Sites | None = None
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         """Get `model`, which maps `[B, 3, S, S]` to `[B, K]`, ready for training on `train`, in place."""
 
     def set_strength(self, strength: float) -> None:
         """c in [0, 1], for the next step."""
+        if self.sites is not None:
+            self.sites.strength = strength
 
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[B, 3, S, S]` in [-1, 1] and labels `[B]` → images and labels `[B]` or soft labels `[B, K]`."""
@@ -54,18 +57,16 @@ class Method:
         return F.cross_entropy(logits, labels)
 
 
-class SiteMethod(Method, ABC):
+class SiteMethod(Method):
     """A method that acts on feature maps, with a module at each of the sites where MetaPerturb acts.
 
     Most sites precede a ReLU, while some originals act behind it: what multiplies by numbers that are not negative does
     the same on either side.
     """
 
-    sites: Sites
-
-    @abstractmethod
     def site(self, channels: int) -> nn.Module:
         """The module for one site: feature map `[B, C, H, W]` → the same shape."""
+        raise NotImplementedError
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         specs = find_sites(model, train.image_size)
@@ -84,21 +85,15 @@ class Perturbation(Method):
             arithmetic. Without noise evaluation draws nothing.
     """
 
-    sites: Attachment
-
     def __init__(self, phi: MetaPerturb, config: MetaTestConfig) -> None:
         self.phi, self.config, self.ramp, self.stochastic = phi, config, config.anneal, config.noise
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
-        options = {
-            name: getattr(self.config, name) for name in ("sites", "noise", "gate", "clip", "clip_eval", "paper")
-        }
+        names = "sites", "noise", "gate", "clip", "clip_eval", "paper"
+        options = {name: getattr(self.config, name) for name in names}
         if not self.config.paper:
             options["clip"] = "paper"  # which is none then
         self.sites = attach(model, self.phi, train.image_size, **options).metaperturb
-
-    def set_strength(self, strength: float) -> None:
-        self.sites.strength = strength
 
 
 class Recipe(Method):
@@ -136,9 +131,6 @@ class Recipe(Method):
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         for part in self.parts:
             part.prepare(model, train)
-
-    def set_strength(self, strength: float) -> None:
-        self.method.set_strength(strength)
 
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         for part in self.parts:

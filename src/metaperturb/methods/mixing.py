@@ -46,7 +46,7 @@ class Mixing(Method):
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.alpha == 0.0:
             return x, y
-        partner = draw_partners(x)
+        partner = torch.randperm(len(x), device=x.device)
         x, share = self.mix_images(x, partner, draw_share(self.alpha))
         return x, mix(F.one_hot(y, self.num_classes).float(), partner, share)
 
@@ -115,11 +115,6 @@ class MixingSite(nn.Module):
 def mix(values: Tensor, partner: Tensor, share: float) -> Tensor:
     """`share · values[i] + (1 − share) · values[partner[i]]`, of the shape of `values` `[B, …]`."""
     return values.index_select(0, partner).lerp(values, share)
-
-
-def draw_partners(x: Tensor) -> Tensor:
-    """A permutation of the batch: `[B]`, on the device of `x`."""
-    return torch.randperm(len(x), device=x.device)
 
 
 def draw_share(alpha: float) -> float:

@@ -54,9 +54,6 @@ class DropBlock(SiteMethod):
     def site(self, channels: int) -> nn.Module:
         return DropBlockSite(self.prob, self.size)
 
-    def set_strength(self, strength: float) -> None:
-        self.sites.strength = strength
-
 
 class DropBlockSite(nn.Module):
     """DropBlock of `[B, C, H, W]` with probability `prob · strength`."""
