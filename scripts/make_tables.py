@@ -11,6 +11,7 @@ Each has its own --help.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import cluster
 from tables import choices, trainings
@@ -18,8 +19,8 @@ from tables import choices, trainings
 from metaperturb.cli import run_program
 
 COMMANDS = {
-    "table": (trainings.table_parser, trainings.make_table),
-    "tune": (choices.tune_parser, choices.tune),
+    "table": (partial(trainings.grid_parser, trainings.__doc__), trainings.make_table),
+    "tune": (partial(trainings.grid_parser, choices.TUNE, "tune.yaml"), choices.tune),
     "select": (choices.select_parser, choices.select),
     "ship": (choices.ship_parser, choices.ship),
     "src": (cluster.src_parser, cluster.meta_train),

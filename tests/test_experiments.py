@@ -22,8 +22,8 @@ from conftest import ROOT, alive, children, wait_for
 from grid_files import read_csv, tables, write_grid, write_record
 from tables.grid import Grid
 from tables.runner import Job, run_jobs
+from tables.trainings import grid_parser, read_grid
 from tables.trainings import make_table as run_experiment
-from tables.trainings import read_grid, table_parser
 from test_run_sh import run_sh
 
 from metaperturb import meta_train, models
@@ -153,7 +153,7 @@ def command(path: Path, folder: Path, *more: str) -> list[str]:
 
 def parsed(*arguments) -> Namespace:
     """The same command line, for this process."""
-    return table_parser().parse_intermixed_args(command(*arguments)[3:])
+    return grid_parser("").parse_intermixed_args(command(*arguments)[3:])
 
 
 def records(folder: Path, preset: str) -> list[str]:

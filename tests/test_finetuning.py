@@ -5,13 +5,12 @@ import hashlib
 import os
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_line, model_state, result, train
-from image_files import refusal, refused
+from conftest import model_state, result, train
+from image_files import refusal
 from torch import nn
 
 import metaperturb.meta_test as program
@@ -65,8 +64,7 @@ def quietly(model, path, size=32, batch_norm="drop"):
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_classifier_is_found_and_the_network_left_alone(name):
     model = network(name, num_classes=64 if name in models.ZOO else 6)  # 64: as many classes as hidden channels
-    state = copy.deepcopy(model.state_dict())
-    modes = [module.training for module in model.modules()]
+    state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     generator = torch.get_rng_state()
     assert classifier_name(model, size_of(name)) == CLASSIFIERS[name]
     assert torch.equal(torch.get_rng_state(), generator)
@@ -95,7 +93,7 @@ def test_no_classifier_is_an_error():
 # --- what is taken
 
 
-@pytest.mark.parametrize("name", ["resnet8", "conv4", "wrn_28_2", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet8", "conv4", "mobilenet_v2"])
 @pytest.mark.parametrize("batch_norm", ["drop", "keep"])
 def test_value_by_value(name, batch_norm, tmp_path, capsys):
     """With as many classes as before, so that shapes give nothing away; one line says it."""
@@ -130,7 +128,7 @@ def test_another_image_size_where_the_network_allows_it(tmp_path):
 
     path = saved(Hidden(8), tmp_path / "hidden.pt")
     assert quietly(Hidden(8), path, 8)["classifier"] == "5"
-    refused(r"3\.weight should be \[5, 512\], found torch\.float32 \[5, 128\]", quietly, Hidden(16), path, 16)
+    assert "3.weight should be [5, 512], found torch.float32 [5, 128]" in refusal(quietly, Hidden(16), path, 16)
 
 
 def test_half_precision_and_batch_norm_without_counts(tmp_path):
@@ -160,11 +158,8 @@ def broken(**changes):
 CONV, WHOLE = "layer1.0.conv1.weight", torch.zeros(16, 16, 3, 3)
 REFUSED = {
     "no such file": (None, "no such file or run folder"),
-    "garbage": (b"no tensors", "weights.pt"),
     "half a file": (b"PK\x03\x04 half a file", "weights.pt"),
     "code": (pickle.dumps({"conv1.weight": Malicious()}), "could run code"),
-    "a number": (3, "holds no network"),
-    "nothing": ({}, "holds no network"),
     "numbered": ({0: torch.zeros(1)}, "holds no network"),
     "missing": (broken(**{CONV: None}), f"not the weights of this network: lacks {CONV}"),
     "unknown": (broken(**{"layer9.bias": torch.zeros(1)}), "has unknown layer9.bias"),
@@ -174,7 +169,6 @@ REFUSED = {
             ("shape", WHOLE[..., :1, :1], "should be [16, 16, 3, 3], found torch.float32 [16, 16, 1, 1]"),
             ("kind", WHOLE.to(torch.int8), "should be [16, 16, 3, 3], found torch.int8"),
             ("complex", WHOLE.to(torch.complex64), "should be [16, 16, 3, 3], found torch.complex64"),
-            ("a text", "weights", "should be [16, 16, 3, 3], found str"),
             ("not finite", WHOLE + float("nan"), "holds values that are not finite"),
         )
     },
@@ -202,7 +196,7 @@ def test_what_is_not_taken_need_not_be_right(tmp_path):
     torch.save(state, tmp_path / "weights.pt")
     model, path = network("resnet8"), tmp_path / "weights.pt"
     quietly(model, path, batch_norm="drop")
-    refused("bn1.running_mean holds values that are not finite", quietly, model, path, batch_norm="keep")
+    assert "bn1.running_mean holds values that are not finite" in refusal(quietly, model, path, batch_norm="keep")
 
 
 # --- runs
@@ -218,7 +212,7 @@ def pretrained(target_settings, tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("pretrained") / "pre", target_settings, "method=base steps=6 seed=5")
 
 
-@pytest.mark.parametrize("method", ["base", "metaperturb", "info_dropout", "manifold_mixup"])
+@pytest.mark.parametrize("method", ["base", "metaperturb", "info_dropout"])
 def test_every_method_begins_with_the_pretrained_weights(method, settings, pretrained, tmp_path):
     """With a learning rate of 0 they are still there at the end; the rest is what a run from scratch begins with."""
     common = [*settings, f"method={method}", "steps=1", "lr=0", "weight_decay=0"]
@@ -287,28 +281,12 @@ def test_a_pretrained_network_may_move_or_vanish_but_not_change(settings, pretra
     assert (result(run_dir)["metrics"], result(run_dir)["init"]) == (whole["metrics"], whole["init"])
 
 
-def without(name: str):
-    def make(folder: Path, pretrained: Path) -> None:
-        shutil.copytree(pretrained, folder, ignore=shutil.ignore_patterns(name))
-
-    return make
-
-
 @pytest.mark.parametrize(
-    ("make", "changes", "expected"),
-    [
-        (without("result.json"), [], "holds no finished run (no result.json"),
-        (without("checkpoints"), [], "latest.pt: no such file"),
-        (without("pre"), ["init=pre"], "pre: no such file or run folder"),
-        (without(""), ["model=resnet20"], "not the weights of this"),
-        (without(""), ["init_batch_norm=fresh"], "init_batch_norm: expected one of drop, keep"),
-    ],
+    ("lacks", "expected"), [("result.json", "holds no finished run (no result.json"), ("checkpoints", "no such file")]
 )
-def test_bad_folders_are_one_line(settings, pretrained, tmp_path, capsys, make, changes, expected):
+def test_bad_folders_are_one_line(settings, pretrained, tmp_path, refused, lacks, expected):
     """And said before any data is looked at: there is none."""
-    make(tmp_path / "from", pretrained)
+    shutil.copytree(pretrained, tmp_path / "from", ignore=shutil.ignore_patterns(lacks))
     paths = [f"init={tmp_path / 'from'}", f"run_dir={tmp_path / 'tgt'}", "target_path=nowhere"]
-    code = program.main(["--set", *settings, *paths, *changes])
-    captured = capsys.readouterr()
-    assert expected in error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+    assert expected in refused(program, [*settings, *paths])
     assert not (tmp_path / "tgt").exists()

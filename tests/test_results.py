@@ -27,7 +27,7 @@ from tables.results import write_record as write_own_record
 from tables.trainings import write_table
 
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.weights import load_phi, save_phi
+from metaperturb.weights import load_phi, phi_digest, save_phi
 
 # --- statistics
 
@@ -132,13 +132,12 @@ def test_what_phi_and_pretraining_saw_of_the_source_is_said(grid, folder):
 def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_path):
     """The command that made them gave a file, which `--report` need not be given again, nor be there."""
 
-    def trained_with(name: str, seed: int, card: dict) -> Grid:
+    def trained_with(name: str, seed: int, card: dict) -> str:
         save_phi(MetaPerturb(), tmp_path / name, card)
         given = Grid(grid.path, grid.preset, files={"phi": tmp_path / name})
         write_record(folder, given.cell("MetaPerturb", "CUB", seed), 0.4, phi_card=card)
-        write_table(given, folder)
         (tmp_path / name).unlink()
-        return given
+        return write_table(given, folder).read_text()
 
     def reported() -> tuple[str, list[str]]:
         report = Grid(grid.path, grid.preset)
@@ -146,17 +145,12 @@ def test_a_report_takes_the_phi_that_the_records_started_from(grid, folder, tmp_
         return write_table(report, folder).read_text(), [need.name for need in taken]
 
     assert reported()[1] == []  # one that a run of the table makes
-    for card, said in (({}, "of which nothing is recorded"), ({"config": {"tasks": 4}}, "phi: tasks: 2 → 4")):
-        for path in folder.glob("metaperturb--*.json"):
-            path.unlink()
-        given = trained_with("own.pt", 1, card)
-        page, taken = reported()
-        assert taken == ["phi"] and said in page and read_csv(folder)["MetaPerturb", "CUB"]["seeds"] == "1"
-    assert page == write_table(given, folder).read_text()
+    for path in folder.glob("metaperturb--*.json"):
+        path.unlink()
+    page = trained_with("own.pt", 1, {"config": {"tasks": 4}})
+    assert "phi: tasks: 2 → 4" in page and reported() == (page, ["phi"])
     trained_with("another.pt", 2, {})
     assert reported()[1] == []  # which of the two is not for us to say
-    (folder / "metaperturb--damaged.json").write_text("{}")
-    assert "is no result of a run" in refusal(reported)
 
 
 def test_other_images_are_not_mixed(grid, folder):
@@ -164,9 +158,6 @@ def test_other_images_are_not_mixed(grid, folder):
     path = write_record(folder, grid.cell("Dropout", "CUB", 1), 0.3, target=other)
     said = refusal(Results, grid, folder)
     assert path.name in said and "other images than" in said
-    path.unlink()
-    write_record(folder, grid.cell("Dropout", "STL10", 1), 0.3, target={"fingerprints": ["STL10 train", "STL10 test"]})
-    Results(grid, folder)
 
 
 # --- cells that diverged
@@ -174,11 +165,11 @@ def test_other_images_are_not_mixed(grid, folder):
 
 def diverge(results: Results, row: str, seed: int, column: str = "CUB", said: str = "step 3: not finite") -> Path:
     """Makes what is kept of a cell that diverged; its file."""
-    images = results.images.get(column, ["abc", "def"])
     cell = results.grid.cell(row, column, seed)
     made = {key: str(need.file) for key, need in cell.needs.items()}
     config = dataclasses.replace(cell.config, run_dir="/home/me/run", **made)
     place = {"row": row, "column": column, "needs": cell.need_ids}
+    images = [f"{column} train", f"{column} test"]  # as `write_record` has them
     write_diverged(place, config, images, f"/home/me/run: {said}", path := results.path(cell, diverged=True))
     return path
 
@@ -303,8 +294,6 @@ def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_w
     assert found["accuracy"]["CUB"][rows[1]] == {"mean": 25.0, "std": pytest.approx(math.sqrt(50)), "seeds": 2}
     said = capsys.readouterr()
     assert "CUB: dropout: dropout_prob 0.3\n" in said.out
-    assert "CUB: dropout: dropout_prob 0.3 is at the edge of the values tried [0.1, 0.2, 0.3]" in said.err
-    assert "mixup_alpha 0.2 is at the edge" not in said.err  # of two values both are
     assert "STL10: 1 of 5 candidates have not run yet: nothing chosen" in said.err
     table = Grid(write_grid(tmp_path / "configs"), tuned_path=tuned)  # it is what tables take
     assert table.cell("Dropout", "CUB", 0).config.dropout_prob == 0.3
@@ -360,22 +349,24 @@ def selection_grid(tmp_path: Path, sources: list[Path]) -> Grid:
 
 
 def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
-    grid = selection_grid(tmp_path, sources)
-    values = {"src-a": [0.4, 0.6], "src-b": [0.5, 0.7], "src-c": [0.6, 0.3], "Base": [0.9, 0.9]}
-    fill(grid, tmp_path / "results" / "select" / "paper", {(row, "Validation"): v for row, v in values.items()})
-    choices.select(arguments(tmp_path, grid.path, "--report", *sources))
+    grid, folder = selection_grid(tmp_path, sources), tmp_path / "results" / "select" / "paper"
+    choose = arguments(tmp_path, grid.path, "--report", *sources)
+    fill(grid, folder, {("src-a", "Validation"): [0.4, 0.6], ("src-b", "Validation"): [0.5, None]})
+    assert "src-b: 1 of 2 trainings are there; nothing was chosen" in refusal(choices.select, choose)
+    assert not (tmp_path / "runs" / "selected").exists()
+    fill(grid, folder, {("src-b", "Validation"): [0.5, 0.7], ("src-c", "Validation"): [0.6, 0.3]})
+    choices.select(choose)
     said = capsys.readouterr()
     assert "src-c differs from src-a in more than the seed: steps: 750 → 100; other images" in said.err
     assert "src-b differs" not in said.err
     assert "* src-b: 60.00 % over 2 seeds" in said.out and "  src-a: 50.00 % over 2 seeds" in said.out
     selected = load_phi(tmp_path / "runs" / "selected" / "phi.pt")
-    for name, value in load_phi(sources[1] / "phi.pt").state_dict().items():
-        assert torch.equal(value, selected.state_dict()[name])
-    assert selected.card["config"]["seed"] == 1
-    evidence = json.loads((tmp_path / "results" / "select" / "paper.json").read_text())
-    assert selected.card["selection"] == evidence and evidence["chosen"] == "src-b"
+    assert phi_digest(selected) == phi_digest(load_phi(sources[1] / "phi.pt"))
+    evidence = json.loads(folder.with_suffix(".json").read_text())
+    assert selected.card["selection"] == evidence and selected.card["config"]["seed"] == 1
     assert evidence["accuracy"]["src-c"] == {"mean": 45.0, "std": pytest.approx(math.sqrt(450)), "seeds": 2}
-    assert evidence["evaluated"] == "s_cifar100, val images, resnet20, 10000 steps, seeds 0, 1"
+    found = evidence["chosen"], evidence["evaluated"]
+    assert found == ("src-b", "s_cifar100, val images, resnet20, 10000 steps, seeds 0, 1")
 
 
 def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, capsys):
@@ -383,14 +374,14 @@ def test_a_phi_with_which_a_network_diverged_is_not_chosen(tmp_path, sources, ca
     results = Results(grid, tmp_path / "results" / "select" / "paper")
     fill(grid, results.folder, {("src-a", "Validation"): [0.4, 0.6], ("src-b", "Validation"): [0.8, None]})
     for name, seed in (("src-b", 1), ("src-c", 0), ("src-c", 1)):
-        diverge(Results(grid, results.folder), name, seed, "Validation")
+        diverge(results, name, seed, "Validation")
     choose = arguments(tmp_path, grid.path, "--report", *sources)
     choices.select(choose)
     said = capsys.readouterr().out
     assert "* src-a: 50.00 %" in said and "  src-b: 1 diverged\n  src-c: 2 diverged\n" in said
     for seed in (0, 1):
         results.path(grid.cell("src-a", "Validation", seed)).unlink()
-        diverge(Results(grid, results.folder), "src-a", seed, "Validation")
+        diverge(results, "src-a", seed, "Validation")
     assert "with each φ some trainings diverged; nothing was chosen" in refusal(choices.select, choose)
 
 
@@ -417,11 +408,3 @@ def test_what_selection_refuses(tmp_path, sources):
     (sources[0] / "phi.pt").unlink()  # not finished: one of the three is left out
     (sources[1] / "phi.pt").unlink()
     assert "found 1" in refused(tmp_path)
-
-
-def test_no_phi_is_chosen_while_trainings_are_missing(tmp_path, sources):
-    grid = selection_grid(tmp_path, sources)
-    values = {("src-a", "Validation"): [0.4, 0.6], ("src-b", "Validation"): [0.4, None]}
-    fill(grid, tmp_path / "results" / "select" / "paper", values)
-    assert "src-b: 1 of 2 trainings are there; nothing was chosen" in refused(tmp_path, "--report", *sources)
-    assert not (tmp_path / "runs" / "selected").exists()

@@ -25,36 +25,29 @@ def run_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_help():
     """Of all commands, with settings as a table that has the YAML's defaults; of a program, with its keys."""
     table = run_sh("help", TGT_STEPS="77").stdout
-    assert (
-        table == run_sh(TGT_STEPS="77").stdout and "./run.sh demo" in table and max(map(len, table.splitlines())) <= 120
-    )
+    assert table == run_sh(TGT_STEPS="77").stdout and "./run.sh demo" in table
+    assert max(map(len, table.splitlines())) <= 120
     rows = [line[2:].split() for line in table.split("\n\n")[-1].splitlines()]
     assert rows[0][0] == "GPUS" and rows[-1][0] == "PYTHON"
-    assert {"SRC_STEPS": "750", "METHOD": "metaperturb", "TGT_STEPS": "77"}.items() <= {
-        row[0]: row[1] for row in rows
-    }.items()
-    for command in ("src --help", "tgt --help", "tgt cpu -h", "pretrain --help"):
+    shown = {row[0]: row[1] for row in rows}
+    assert [shown[name] for name in ("SRC_STEPS", "METHOD", "TGT_STEPS")] == ["750", "metaperturb", "77"]
+    for command in ("src --help", "tgt cpu -h"):
         completed = run_sh(*command.split())
         assert completed.returncode == 0 and "settings (--set key=value):" in completed.stdout, completed.stderr
 
 
-def test_wrong_commands():
-    assert run_sh("dmeo").stderr.splitlines() == [
-        "./run.sh help lists the commands and settings",
-        "error: unknown command 'dmeo'",
-    ]
-    for command in ("tgt", "pretrain", "tgt steps=1"):
-        completed = run_sh(*command.split())
-        assert completed.returncode == 1
-        assert completed.stderr.startswith(f"error: usage: ./run.sh {command.split()[0]} <gpu")
-
-
-def test_no_suitable_python():
-    completed = run_sh("demo", PYTHON="/bin/false")
-    assert completed.returncode == 1
-    assert completed.stderr.strip() == (
-        "error: needs Python 3.11 or later (looked for: /bin/false; PYTHON=/path/to/python names one)"
-    )
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("dmeo", "./run.sh help lists the commands and settings\nerror: unknown command 'dmeo'"),
+        ("tgt", "error: usage: ./run.sh tgt <gpu"),
+        ("pretrain steps=1", "error: usage: ./run.sh pretrain <gpu"),
+        ("demo", "error: needs Python 3.11 or later (looked for: /bin/false; PYTHON=/path/to/python names one)"),
+    ],
+)
+def test_wrong_commands(command, said):
+    completed = run_sh(*command.split(), PYTHON="/bin/false")
+    assert completed.returncode == 1 and completed.stderr.startswith(said)
 
 
 STUB = """#!/bin/sh
@@ -88,28 +81,22 @@ def project(tmp_path, monkeypatch):
     return folder, told
 
 
-@pytest.mark.parametrize("venv", [None, "environment", "a/b"])
+@pytest.mark.parametrize("venv", [None, "a/b"])
 def test_the_environment_is_made_once_wherever_it_is(project, tmp_path, venv):
+    """And packages are installed whenever their list has changed."""
     folder, told = project
     environment = {} if venv is None else {"VENV": venv}
     python = (folder / ".venv" if venv is None else tmp_path / venv) / "bin" / "python"
     first = told("test", "-k", "some", **environment)
     assert any(line.startswith(f"{tmp_path / 'python'} -m venv --clear ") for line in first)
     assert next(line for line in first if "pip install" in line).count(" -r ") == 2
-    again = told("test", "-k", "some", **environment)
-    assert first[-1] == again[-1] == f"{python} -m pytest -k some"
-    assert not any("venv" in line.split()[1:3] or "pip install" in line for line in again)
-
-
-def test_packages_are_installed_whenever_their_list_has_changed(project):
-    folder, told = project
     requirements = folder / "requirements.txt"
-    first, other = requirements.read_text(), "another\n"
-    installs = []
-    for text in (first, first, other, first, first):
+    for text, installs in ((before := requirements.read_text(), 0), ("another\n", 1), (before, 1), (before, 0)):
         requirements.write_text(text)
-        installs.append(sum("pip install" in line for line in told("bench")))
-    assert installs == [1, 0, 1, 1, 0]
+        again = told("test", "-k", "some", **environment)
+        assert first[-1] == again[-1] == f"{python} -m pytest -k some"
+        assert sum("pip install" in line for line in again) == installs
+        assert not any("venv" in line.split()[1:3] for line in again)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -226,7 +213,7 @@ def test_the_phi_of_src_is_taken_where_it_is(options, tmp_path):
     assert options(f"SEED=2 SRC_RUN={phi.parent} ./run.sh tgt 0")["phi"] == str(phi)
 
 
-@pytest.mark.parametrize("path", [".", "Birds.v1i.folder", "a/Birds.v2i.zip", "{}/x.tar.gz,b.tgz", "link", "../up"])
+@pytest.mark.parametrize("path", [".", "a/Birds.v2i.zip", "{}/x.tar.gz,b.tgz", "link"])
 def test_folders_of_runs_have_the_names_of_the_images(options, tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to("elsewhere.v3.tar")
@@ -261,15 +248,19 @@ def parts(tmp_path) -> list[Path]:
     return [write_zip(tmp_path / f"tiny.part{i}.zip", part) for i, part in enumerate(files)]
 
 
-def test_src_then_tgt(tmp_path, parts):
-    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "SRC_MODEL": "resnet8"}
+@pytest.fixture
+def small(tmp_path, parts) -> dict[str, str]:
+    """Variables of runs on these, and on images of three classes, of which six are of the test set."""
+    images = class_pictures(3, 4, "train") | class_pictures(3, 2, "test")
+    target = {"TGT_DATA": "folder", "TGT_PATH": str(write_folder(tmp_path / "images", images)), "TGT_STEPS": "2"}
     source = {"SRC_PATHS": ",".join(map(str, parts)), "SRC_TASKS": "5", "SRC_STEPS": "2", "GPUS": "cpu,cpu"}
-    completed = run_sh("src", "batch_size=4", **environment, **source)
-    assert completed.returncode == 0, completed.stderr
+    return {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), **source, **target}
 
-    folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
-    target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_MODEL": "conv4", "TGT_STEPS": "2"}
-    completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", **environment, **target)
+
+def test_src_then_tgt(tmp_path, small):
+    completed = run_sh("src", "batch_size=4", **small, SRC_MODEL="resnet8")
+    assert completed.returncode == 0, completed.stderr
+    completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", **small, SRC_MODEL="resnet8", TGT_MODEL="conv4")
     assert completed.returncode == 0 and ", of ./run.sh src (PHI=" in completed.stderr, completed.stderr
     runs = tmp_path / "runs"
     found = result(runs / "tgt-folder-images-conv4-metaperturb-seed0")
@@ -278,40 +269,28 @@ def test_src_then_tgt(tmp_path, parts):
 
 
 @pytest.mark.slow
-def test_pretrain_then_finetune(tmp_path, parts):
-    environment = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "TGT_MODEL": "resnet8"}
-    paths = ",".join(map(str, parts))
-    completed = run_sh("pretrain", "cpu", "steps=2", "batch_size=4", SRC_PATHS=paths, **environment)
-    assert completed.returncode == 0, completed.stderr
-    pretrained = tmp_path / "runs" / "pretrain-tiny_imagenet-resnet8-seed0"
+def test_pretrain_then_finetune(tmp_path, small):
+    runs, small = tmp_path / "runs", {**small, "TGT_MODEL": "resnet8", "METHOD": "base"}
+    pretrained = runs / "pretrain-tiny_imagenet-resnet8-seed0"
+    for command, init in ((("pretrain", "cpu", "steps=2"), ""), (("tgt", "cpu"), ""), (("tgt", "cpu"), pretrained)):
+        completed = run_sh(*command, "batch_size=4", **small, INIT=str(init))
+        assert completed.returncode == 0, completed.stderr
     found = result(pretrained)
     assert found["config"]["method"] == "base" and found["init"] is None
     assert (found["target"]["train"], found["target"]["test"]) == (80, 10)
-
-    folder = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
-    target = {"TGT_DATA": "folder", "TGT_PATH": str(folder), "TGT_STEPS": "2", "METHOD": "base", **environment}
-    for more in ({}, {"INIT": str(pretrained)}):
-        completed = run_sh("tgt", "cpu", "batch_size=4", **target, **more)
-        assert completed.returncode == 0, completed.stderr
-    scratch, finetuned = (
-        result(tmp_path / "runs" / f"tgt-folder-images-resnet8-base-seed0{suffix}") for suffix in ("", "-ft")
-    )
+    scratch, finetuned = (result(runs / f"tgt-folder-images-resnet8-base-seed0{suffix}") for suffix in ("", "-ft"))
     assert scratch["init"] is None and finetuned["init"]["from"] == str(pretrained)
     assert finetuned["init"]["run"]["target"] == "tiny_imagenet"
 
 
-LONG = f"/tmp/{'x' * 300}"
 ERRORS = {
     "METHOD=base ./run.sh tgt 99": "gpu: no GPU 99 (",
     "SRC_STEPS=many ./run.sh src": "SRC_STEPS: expected a whole number, got 'many'",
     "./run.sh src steps=many": "steps: expected a whole number, got 'many'",
     "./run.sh tgt cpu stps=3": "stps=3: unknown setting 'stps' (did you mean steps?)",
-    "./run.sh src cub": "cub: expected key=value",
     "TGT_DATA=folder TGT_PATH=/no,where ./run.sh tgt cpu": "TGT_PATH: /no,where: no such file or folder",
-    "TGT_DATA=folder ./run.sh tgt cpu": "TGT_PATH: must name one folder or archive, with train/<class>/ and",
     "SRC_DATA=folder SRC_PATHS=a,b ./run.sh src": "SRC_PATHS: must name one folder or archive, with",
     "TGT_DATA=folder ./run.sh tgt cpu target_path=/nowhere": "target_path: /nowhere: no such file or folder",
-    f"TGT_RUN={LONG} ./run.sh tgt cpu": f"TGT_RUN: {LONG}: File name too long",
     f"TGT_RUN={__file__} ./run.sh tgt cpu": f"TGT_RUN: {__file__} cannot be written (",
 }
 

@@ -41,11 +41,10 @@ def ship(*arguments: object) -> int:
     return make_tables.main(["ship", *map(str, arguments)])
 
 
-def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
+def test_what_is_shipped_and_what_its_card_says(phi, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert ship("mine", phi, "--out", out) == 0
     shipped, original = load_phi(out / "mine.pt"), load_phi(phi)
-    assert all(torch.equal(a, b) for a, b in zip(shipped.parameters(), original.parameters(), strict=True))
     assert shipped.card["selection"] == CARD["selection"]
     assert "/home" not in json.dumps(shipped.card) and shipped.card["config"]["source_paths"] == ["one.zip"]
     text = (out / "mine.md").read_text()
@@ -53,6 +52,9 @@ def test_what_is_shipped_and_what_its_card_says(phi, tmp_path):
         assert part in text
     chosen = "src-3, the best of 2 meta-trainings by accuracy (seeds) on s_cifar100, val images: "
     assert f"{chosen}src-3 31.25 % (1), src-0 30.50 % (2)\n" in text
+    monkeypatch.setattr(weights, "SHIPPED", out)
+    assert phi_digest(load_phi("mine")) == phi_digest(original)
+    assert "yours: no such φ file (shipped names: mine)" in refusal(load_phi, "yours")
     (out / "mine.md").unlink()
     assert ship("mine", "--out", out) == 0  # the page again, of what is shipped
     assert (out / "mine.md").read_text() == text
@@ -65,7 +67,6 @@ def test_what_is_not_shipped(phi, tmp_path, capsys):
         (("a-b", phi), "a-b: a name has letters, digits and underscores only"),
         (("mine", tmp_path / "bare.pt"), "bare.pt: its card does not say how it was meta-trained: no config, source,"),
         (("mine", tmp_path / "less.pt"), "less.pt: its card does not say how it was meta-trained: no metrics"),
-        (("2mine", phi), "2mine: a name has letters, digits and underscores only, and does not begin with a digit"),
         (("mine", tmp_path / "none.pt"), "none.pt: no such φ file"),
         (("mine",), "mine.pt: no such φ yet; name the file to ship"),
     ):
@@ -74,19 +75,12 @@ def test_what_is_not_shipped(phi, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shipped_phi_is_known_by_its_name(phi, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "SHIPPED", tmp_path / "out")
-    assert ship("mine", phi, "--out", tmp_path / "out") == 0
-    assert phi_digest(load_phi("mine")) == phi_digest(load_phi(phi))
-    assert "yours: no such φ file (shipped names: mine)" in refusal(load_phi, "yours")
-
-
 @pytest.mark.parametrize(
     ("made", "warned"),
     [({"steps": 375}, []), ({"steps": 374}, ["374 steps"]), ({"steps": 9, "tasks": 4}, ["9 steps", "4 tasks"])],
 )
 def test_how_a_phi_was_made_is_told_and_what_is_below_half_of_the_papers_warned_of(tmp_path, capsys, made, warned):
-    config = CARD["config"] | made
+    config = {"tasks": 10} | made
     for name, card in (("mine", CARD | {"config": config}), ("bare", {})):
         save_phi(MetaPerturb(), tmp_path / f"{name}.pt", card)
         tell_phi(name, load_phi(tmp_path / f"{name}.pt"))

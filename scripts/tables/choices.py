@@ -49,10 +49,6 @@ Markdown file beside it says the same to people.
 NEEDED = ("config", "source", "metrics", "versions", "hardware", "commit", "seconds")
 
 
-def tune_parser() -> argparse.ArgumentParser:
-    return grid_parser(TUNE, "tune.yaml")
-
-
 def select_parser() -> argparse.ArgumentParser:
     parser = grid_parser(SELECT, "select.yaml")
     parser.add_argument("sources", type=Path, nargs="*", help="run folders of meta-trainings [runs/src-*]")
@@ -70,12 +66,9 @@ def ship_parser() -> argparse.ArgumentParser:
 
 def found_in(results: Results, column: str, rows: Iterable[str]) -> tuple[Found, list[str]]:
     """What is known of the accuracy of each row, and those of which trainings are missing."""
-    entries = [Entry(results, row, column) for row in rows]
-    seeds = len(results.grid.seeds)
-    found = {}
-    for entry in entries:
-        mean, std, n = entry.metrics["accuracy"]
-        known = {"mean": mean, "std": std, "seeds": n}
+    found, seeds = {}, len(results.grid.seeds)
+    for entry in (Entry(results, row, column) for row in rows):
+        known = dict(zip(("mean", "std", "seeds"), entry.metrics["accuracy"], strict=True))
         found[entry.row] = {"diverged": entry.diverged} if entry.diverged else known  # which rules it out
     return found, [row for row, one in found.items() if one.get("seeds", seeds) < seeds]
 
@@ -101,7 +94,7 @@ def tune(arguments: argparse.Namespace) -> None:
 def best_settings(results: Results) -> tuple[dict[str, Any], dict[str, Found]]:
     """Column → method → the best settings, and column → row → accuracy, of columns whose candidates have all run.
 
-    The first of equally good ones wins. A value at the edge of those tried is reported: the best may lie beyond it.
+    The first of equally good ones wins.
     """
     chosen: dict[str, Any] = {}
     accuracy: dict[str, Found] = {}
@@ -118,13 +111,8 @@ def best_settings(results: Results) -> tuple[dict[str, Any], dict[str, Found]]:
             if not tried:
                 print(f"{column}: {method}: all candidates diverged, nothing chosen", file=sys.stderr)
                 continue
-            best = rows[max(tried, key=lambda row: found[row]["mean"])]
-            chosen[column][method] = {key: value for key, value in best.items() if key != "method"}
-            for key, value in chosen[column][method].items():
-                values = sorted({rows[row][key] for row in tried})
-                if len(values) > 2 and value in (values[0], values[-1]):
-                    edge = f"{key} {value} is at the edge of the values tried {values}"
-                    print(f"{column}: {method}: {edge}", file=sys.stderr)
+            best = max(tried, key=lambda row: found[row]["mean"])
+            chosen[column][method] = {key: value for key, value in rows[best].items() if key != "method"}
     if not chosen:
         raise UserError("nothing was chosen: no column has all its candidates yet")
     return chosen, accuracy
@@ -233,13 +221,11 @@ def describe(name: str, card: Mapping[str, Any]) -> str:
     }
     if selection := card.get("selection"):
         ranked = sorted(selection["accuracy"].items(), key=lambda item: -item[1].get("mean", -1.0))
-        found = [
+        found = ", ".join(
             f"{run} {one['mean']:.2f} % ({one['seeds']})" if "mean" in one else f"{run} diverged" for run, one in ranked
-        ]
-        facts["selection"] = (
-            f"{selection['chosen']}, the best of {len(found)} meta-trainings by accuracy (seeds) on "
-            f"{selection['evaluated']}: {', '.join(found)}"
         )
+        best = f"{selection['chosen']}, the best of {len(ranked)} meta-trainings by accuracy (seeds)"
+        facts["selection"] = f"{best} on {selection['evaluated']}: {found}"
     facts["tested"] = "the tables under [results](../../../results/README.md)"
     lines = [f"# φ `{name}`", "", f'`metaperturb.load_phi("{name}")`. Made by `./run.sh ship`.', ""]
     return "\n".join([*lines, *(f"- **{what}**: {text}" for what, text in facts.items())]) + "\n"

@@ -195,11 +195,6 @@ class Results:
     def path(self, cell: Cell, diverged: bool = False) -> Path:
         return self.folder / (DIVERGED if diverged else "") / f"{cell.id}.json"
 
-    def strangers(self) -> list[str]:
-        """Records in the folder that are of other rows or settings than this grid's."""
-        ours = {self.path(cell).name for cell in self.cells.values()}
-        return [str(path.relative_to(self.folder)) for path in record_files(self.folder) if path.name not in ours]
-
     def entries(self) -> list["Entry"]:
         """Of every row and column that has a result, row by row, then of those of which seeds only diverged."""
         entries = [Entry(self, row, column) for row in self.grid.rows for column in self.grid.columns]

@@ -33,21 +33,20 @@ from metaperturb.storage import write_atomically
 from metaperturb.weights import load_phi
 from tables.grid import Cell, Grid, Need, check_known, sha256
 from tables.page import csv_text, markdown
-from tables.results import DIVERGED, Results, finished, take_recorded, write_diverged, write_record
+from tables.results import DIVERGED, Results, finished, record_files, take_recorded, write_diverged, write_record
 from tables.runner import LOG, Job, run_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def table_parser() -> argparse.ArgumentParser:
-    parser = grid_parser(__doc__)
-    parser.add_argument("grid", type=Path, help="YAML file of the table")
-    return parser
-
-
 def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
     """The options that everything that runs a grid has; `grid`: the YAML file of one that has a grid of its own."""
     parser = argument_parser(doc)
+    what = {"type": Path, "help": "YAML file of the trainings"}
+    if grid is None:
+        parser.add_argument("grid", **what)
+    else:
+        parser.add_argument("--grid", default=ROOT / "configs" / grid, **what)
     parser.add_argument("--preset", default="paper", help="which of the grid's settings: paper, quick, smoke, …")
     parser.add_argument("--jobs", type=int, help="trainings at a time [one a device; on a CPU one a core]")
     parser.add_argument("--devices", default="auto", help="'0,1,…', 'cpu' or 'auto'")
@@ -71,8 +70,6 @@ def grid_parser(doc: str, grid: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--data-root", default=str(ROOT / "data"), help="downloads and cached image arrays")
     parser.add_argument("--report", action="store_true", help="run nothing")
     cluster.add_options(parser)
-    if grid is not None:
-        parser.add_argument("--grid", type=Path, default=ROOT / "configs" / grid, help="YAML file of the trainings")
     return parser
 
 
@@ -84,15 +81,9 @@ def make_table(arguments: argparse.Namespace) -> None:
 
 def read_grid(arguments: argparse.Namespace) -> Grid:
     """The grid, with what the command line changes."""
-    return Grid(
-        arguments.grid,
-        arguments.preset,
-        sets=arguments.set,
-        files={name: Path(path) for name, path in pairs("--use", arguments.use, "NAME=PATH").items()},
-        paths=pairs("--path", arguments.path, "NAME=PATH"),
-        data_root=arguments.data_root,
-        tuned_path=arguments.tuned,
-    )
+    files = {name: Path(path) for name, path in pairs("--use", arguments.use, "NAME=PATH").items()}
+    paths = pairs("--path", arguments.path, "NAME=PATH")
+    return Grid(arguments.grid, arguments.preset, arguments.set, files, paths, arguments.data_root, arguments.tuned)
 
 
 def write_table(grid: Grid, folder: Path) -> Path:
@@ -100,8 +91,10 @@ def write_table(grid: Grid, folder: Path) -> Path:
     results = Results(grid, folder)
     if not results.records:
         raise UserError(f"{folder}: no finished cell of this table yet")
-    for name in results.strangers():
-        print(f"not in the table: {folder / name} (another row, setting or φ)", file=sys.stderr)
+    ours = {results.path(cell).name for cell in results.cells.values()}
+    for path in record_files(folder):
+        if path.name not in ours:
+            print(f"not in the table: {path} (another row, setting or φ)", file=sys.stderr)
     page = folder.with_name(folder.name + ".md")
     write_atomically(page, lambda file: file.write(markdown(results).encode()))
     write_atomically(page.with_suffix(".csv"), lambda file: file.write(csv_text(results).encode()))

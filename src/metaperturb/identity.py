@@ -170,12 +170,9 @@ def initial_weights(config: MetaTestConfig) -> dict[str, Any] | None:
 
 
 def check_settings(config: MetaTestConfig) -> torch.device:
-    """Whatever is wrong with the settings, and with the files they name, is said before data are prepared.
+    """Refuse, before data are prepared, settings that do not go together, files, devices and networks that fail.
 
-    That is: settings that do not go together, a device or file that is not there, a network that does not run.
-
-    Returns:
-        the device that `config.gpu` names.
+    Returns the device.
     """
     if config.eval_split not in (*DATA_SETS[config.target].images, "holdout"):
         raise UserError(
@@ -225,11 +222,9 @@ def image_size(config: MetaTestConfig) -> int:
 def tell_phi(source: str, phi: MetaPerturb) -> None:
     """Say how φ was made, and warn where that is far from the paper's meta-training."""
     made, images = phi.card.get("config") or {}, phi.card.get("source") or {}
-    if "steps" not in made:
-        print(f"φ {source}: its file does not say how it was meta-trained", file=sys.stderr)
-        return
+    how = f"meta-trained in {made['steps']} steps of {made.get('tasks')} tasks" if "steps" in made else ""
     saw = f", {images['images']:,} images of {images['name']}" if {"images", "name"} <= images.keys() else ""
-    print(f"φ {source}: meta-trained in {made['steps']} steps of {made.get('tasks')} tasks{saw}", file=sys.stderr)
+    print(f"φ {source}: {how + saw if how else 'its file does not say how it was meta-trained'}", file=sys.stderr)
     for name in ("steps", "tasks"):
         usual = getattr(MetaTrainConfig, name)
         if made.get(name, usual) < usual / 2:
