@@ -252,9 +252,6 @@ def test_what_is_absent_or_does_not_run_is_named_before_anything_runs(path, tmp_
     assert not (tmp_path / "results").exists()
     more = ("--rows", "Base", "--columns", "Bugs", "--set", "model=conv4", "image_size=8")
     assert "  row Base, column Bugs: image_size 8: too small for this network" in refused(path, tmp_path, *more)
-    (tmp_path / "results").write_text("a file")
-    said = refused(path, tmp_path, "--rows", "Base", "--seeds", "0")
-    assert "cannot" in said and str(tmp_path / "results") in said
 
 
 def test_what_a_finished_need_was_made_of_may_be_absent_but_not_other_images(path, tmp_path, image_folder):
@@ -317,7 +314,6 @@ def test_columns_may_differ_in_images_but_a_column_mixes_none_and_phi_in_how_man
         (("--preset", "smok"), "preset 'smok' is unknown"),
         (("--rows", "Bas"), "--rows 'Bas' is unknown; did you mean 'Base'?"),
         (("--seeds", "7"), "--seeds 7 is unknown (0, 1)"),
-        (("--jobs", "0"), "--jobs: must be at least 1, got 0"),
         (("--devices", "tpu"), "expected GPU numbers or 'cpu'"),
         (("--path", "Bugs"), "--path Bugs: expected NAME=PATH"),
         (("--report",), "no finished cell of this table yet"),
@@ -353,10 +349,8 @@ def test_smoke_of_a_table(table, tmp_path, here):
     assert lines.keys() == {(row, column) for row in grid.rows for column in grid.columns}
     assert len(overview) == 1 + len(grid.rows) and len(details) == 1 + len(lines)
     assert all(line["setting"] == "reduced" and float(line["accuracy"]) >= 0 for line in lines.values())
-    seeds = len(grid.seeds)
-    assert lines["MetaPerturb", [*grid.columns][-1]]["pairs"] == f"{seeds}"
-    cells, missing = len(grid.cells()), (len(grid.rows) - 2) * (seeds - 1) * len(grid.columns)
-    assert (f"{missing} of {cells} cells have not run yet, or failed" in page) == (missing > 0)
+    assert lines["MetaPerturb", [*grid.columns][-1]]["pairs"] == f"{len(grid.seeds)}"
+    assert ("cells have not run yet, or failed" in page) == (len(grid.seeds) > 1)
     assert {line[0] for line in trainings[1:]} == {c.needs["phi"].name for c in grid.cells() if "phi" in c.needs}
 
 

@@ -212,11 +212,14 @@ def pretrained(target_settings, tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("pretrained") / "pre", target_settings, "method=base steps=6 seed=5")
 
 
-@pytest.mark.parametrize("method", ["base", "metaperturb", "info_dropout"])
-def test_every_method_begins_with_the_pretrained_weights(method, settings, pretrained, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "file"), [("base", ""), ("metaperturb", "checkpoints/latest.pt"), ("info_dropout", "")]
+)
+def test_every_method_begins_with_the_pretrained_weights(method, file, settings, pretrained, tmp_path, capsys):
     """With a learning rate of 0 they are still there at the end; the rest is what a run from scratch begins with."""
-    common = [*settings, f"method={method}", "steps=1", "lr=0", "weight_decay=0"]
-    runs = train(tmp_path / "ft", common, f"init={pretrained}"), train(tmp_path / "scratch", common), pretrained
+    common, source = [*settings, f"method={method}", "steps=1", "lr=0", "weight_decay=0"], pretrained / file
+    runs = train(tmp_path / "ft", common, f"init={source}"), train(tmp_path / "scratch", common), pretrained
+    assert capsys.readouterr().err.count(f"init: 7 tensors from {source}; the classifier fc starts fresh") == 1
     ours, scratch, weights = map(model_state, runs)
     assert ours.keys() == scratch.keys()
     for key, value in ours.items():
@@ -224,7 +227,11 @@ def test_every_method_begins_with_the_pretrained_weights(method, settings, pretr
             assert torch.equal(value, weights[key]) and not torch.equal(value, scratch[key])
         elif not key.endswith(("running_mean", "running_var")):
             assert torch.equal(value, scratch[key]), key
-    assert result(tmp_path / "scratch")["init"] is None
+    began, drawn, whole = (result(run) for run in runs)
+    assert drawn["init"] is None and (began["init"]["run"] is None) == bool(file)
+    if run := began["init"]["run"]:
+        assert [run[key] for key in ("seed", "steps", "method")] == [5, 6, "base"]
+        assert (run["data"]["train"], run["metrics"]) == (80, whole["metrics"])
 
 
 @pytest.mark.parametrize("method", ["metaperturb", "info_dropout"])
@@ -234,17 +241,6 @@ def test_a_run_pretrained_with_a_method(method, settings, tmp_path):
     ours, weights = model_state(ft), model_state(pre)
     assert any(".metaperturb." in key or ".regularizer." in key for key in weights)
     assert all(torch.equal(value, weights[key]) for key, value in ours.items() if "conv" in key or key == "bn1.weight")
-
-
-def test_the_result_says_where_it_began(settings, pretrained, tmp_path, capsys):
-    init = {}
-    for name, source in (("folder", pretrained), ("file", pretrained / "checkpoints" / "latest.pt")):
-        init[name] = result(train(tmp_path / name, settings, f"method=base steps=1 init={source}"))["init"]
-        assert capsys.readouterr().err.count(f"init: 7 tensors from {source}; the classifier fc starts fresh") == 1
-    assert init["folder"]["sha256"] == init["file"]["sha256"] and init["file"]["run"] is None
-    run_of = init["folder"]["run"]
-    assert (run_of["seed"], run_of["steps"], run_of["method"], run_of["data"]["train"]) == (5, 6, "base", 80)
-    assert run_of["metrics"] == result(pretrained)["metrics"]
 
 
 def test_a_pretrained_network_may_move_or_vanish_but_not_change(settings, pretrained, tmp_path, capsys):

@@ -187,14 +187,11 @@ def test_the_papers_numbers():
     grids = {table: Grid(CONFIGS / f"{table}.yaml") for table in TABLES}
     for table, row, column, value in [
         ("table1", "Information Dropout", "Cars", "43.13±2.31"),
-        ("table1", "MetaPerturb", "Cars", "62.46±0.80"),
         ("table1", "FT + Manifold Mixup", "STL10", "79.60±0.27"),
         ("table1", "TrivialAugment", "CUB", None),
         ("table2", "Base", "Conv4", "83.93±0.20"),
-        ("table2", "Finetuning", "ResNet20", "88.77±0.26"),
         ("table2", "MetaPerturb", "ResNet44", "90.97±1.09"),
         ("table3", "(a) w/o stochastic noise z", "s-CIFAR100", "31.02±0.44"),
-        ("table3", "(c) Homogeneous task distribution", "s-CIFAR100", "34.31±0.88"),
     ]:
         assert grids[table].paper_value(row, column) == value, (table, row, column)
     reported = {table: [n for of in grid.paper.values() for n in of.values() if n] for table, grid in grids.items()}
@@ -207,12 +204,6 @@ def test_table_1_has_every_regularizer_alone_and_finetuned():
         chosen = [cell for cell in cells if (cell.config.init is not None) == finetuned]
         assert {cell.config.method for cell in chosen} == REGULARIZERS.keys() - {"adversarial"}  # of a figure
         assert len(chosen) == 10 * 6 * 5
-
-
-def test_networks_of_table_2_have_a_pretraining_each():
-    cells = [cell for cell in Grid(CONFIGS / "table2.yaml").cells() if cell.row == "Finetuning"]
-    assert len({cell.needs["init"].id for cell in cells}) == 6
-    assert all(cell.needs["init"].config.model == cell.config.model for cell in cells)
 
 
 def test_ablations_of_table_3_train_on_the_target_without_the_same_part():

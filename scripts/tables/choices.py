@@ -24,8 +24,7 @@ TUNE = """Choose the regularizers' hyperparameters on held-out training images, 
     ./run.sh tune --preset quick --columns CUB
 
 Test images are never opened. Of each method the values with the best mean accuracy over seeds are written to
-results/tune/<preset>.json, with what all the others reached; `./run.sh table1 --tuned` that file uses them. Options are
-those of the tables (`./run.sh table1 --help`).
+results/tune/<preset>.json, which `./run.sh table1 --tuned` takes, with what all the others reached.
 """
 SELECT = """Choose the best of several meta-trained φ on validation images, as the paper did (section 4.1).
 
@@ -34,16 +33,12 @@ SELECT = """Choose the best of several meta-trained φ on validation images, as 
     ./run.sh select --report            # no training, no choice: the page of the choice that was made
 
 Each φ trains networks on s-CIFAR100, which are evaluated on images of CIFAR-100 that are in neither its training nor
-its test set. The best mean accuracy wins. The chosen φ is copied to --out, its card extended by the evidence, which
-also stands in results/select/. Further options are those of the tables (`./run.sh table1 --help`).
+its test set. The φ with the best mean accuracy is copied to --out, its card extended by the evidence.
 """
 SHIP = """Put a meta-trained φ into the package.
 
     ./run.sh ship tiny_imagenet_resnet20 runs/selected/phi.pt     # into src/metaperturb/shipped
-    ./run.sh ship tiny_imagenet_resnet20                          # its page again
-
-The file keeps what its card says of source, settings, seed, code and selection, without this machine's folders. The
-Markdown file beside it says the same to people.
+    ./run.sh ship tiny_imagenet_resnet20                          # its page again: what its card says, to people
 """
 # What the card of a φ must say of the meta-training, if it is to be shipped.
 NEEDED = ("config", "source", "metrics", "versions", "hardware", "commit", "seconds")

@@ -205,8 +205,6 @@ class Grid:
 
     def add_phi(self, row: str, path: Path) -> None:
         """A further row: MetaPerturb with the φ in a file."""
-        if row in self.rows:
-            raise UserError(f"{self.path}: has a row {row!r} already; rename the folder of this φ")
         name = f"phi_{phi_digest(load_phi(path)):.8}"  # whichever others come before it, its cells keep their names
         self.add_row(row, name)
         self.given[name] = given_need(name, path, self.needs[name])

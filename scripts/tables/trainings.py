@@ -129,18 +129,15 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Path | None:
         return write_table(grid, folder)
     if untuned := [column for column in grid.untuned if any(cell.column == column for cell in todo)]:
         raise UserError(f"{grid.tuned_path}: nothing was tuned for {', '.join(untuned)}; --columns names others")
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
-    if arguments.slurm is not None:
-        options = cluster.parse_options(arguments.slurm)
-        check(results, todo, jobs)
+    devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
+    options = None if arguments.slurm is None else cluster.parse_options(arguments.slurm)
+    check(results, todo, jobs)
+    if options is not None:
         device = "0" if options.get("gpus") else arguments.devices
         return cluster.submit(queue, [(job, (cluster.one_job, job, device)) for job in jobs if not job.done], options)
-    devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
-    check(results, todo, jobs)
     threads = max(cell.config.threads or available_cores() for cell in todo)
-    at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads))
+    at_once = max(1, arguments.jobs or (len(devices) if "cpu" not in devices else available_cores() // threads))
     head = f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}"
     print(head, file=sys.stderr)
     if failed := run_jobs(jobs, devices, at_once):
@@ -177,8 +174,6 @@ def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job]) -> None:
         attempt(f"row {cell.row}, column {cell.column}", check_network, cell.config)
     if wrong:
         raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
-    write_atomically(results.folder / ".writable", lambda file: None)
-    (results.folder / ".writable").unlink()
 
 
 def check_images(results: Results, cell: Cell) -> None:

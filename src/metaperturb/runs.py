@@ -110,9 +110,9 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+            match json.loads(text):
+                case {"step": int()} as line:
+                    lines.append(line)
     return lines
 
 
