@@ -14,16 +14,14 @@ from metaperturb.cli import Stop, Stopped, run_program
 from metaperturb.storage import write_atomically
 
 PAGES = """
-import resource
-import torch
+import resource, torch
 from metaperturb.cli import run_program
 
 def pages():
-    for _ in range(10):
-        torch.ones(24, 1024, 1024)  # 96 MB: glibc's own limit is 32
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(24, 1024, 1024)
+    for twice in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(24, 1024, 1024)  # 96 MB: glibc's own limit is 32
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 pages()
@@ -93,8 +91,5 @@ def test_a_report_that_nobody_takes_does_not_end_the_work(kind, monkeypatch, cap
 
 @pytest.mark.parametrize("resumes", [True, False])
 def test_a_program_promises_to_resume_only_if_it_can(resumes, capsys):
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    assert run_program(interrupted, show_traceback=False, resumes=resumes) == 130
+    assert run_program(lambda: signal.raise_signal(signal.SIGINT), show_traceback=False, resumes=resumes) == 130
     assert ("goes on with what is saved" in capsys.readouterr().err) == resumes

@@ -6,6 +6,7 @@ import resource
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from image_files import refusal
@@ -208,18 +209,17 @@ class RunsCode:
         return (exec, (f"open({self.path!r}, 'w').close()",))
 
 
-@pytest.mark.parametrize("zip_format", [True, False, None])
+@pytest.mark.parametrize("zip_format", [True, False])
 def test_code_in_the_file_is_not_run(tmp_path, zip_format):
-    path, content = tmp_path / "phi.pt", {**authors_state(make_phi()), "extra": RunsCode(tmp_path / "ran")}
-    if zip_format is None:
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=zip_format)
+    path, ran = tmp_path / "phi.pt", tmp_path / "ran"
+    content = {**authors_state(make_phi()), "extra": RunsCode(ran)}
+    path.write_bytes(pickle.dumps(content))
     refused(path)
-    assert not (tmp_path / "ran").exists()
-    if zip_format is not None:
-        torch.load(path, weights_only=False)  # our own file: to show that it would have run
-        assert (tmp_path / "ran").exists()
+    torch.save(content, path, _use_new_zipfile_serialization=zip_format)
+    refused(path)
+    assert not ran.exists()
+    torch.load(path, weights_only=False)  # our own file: to show that it would have run
+    assert ran.exists()
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -231,18 +231,15 @@ def test_cut_off_or_damaged_anywhere(tmp_path, zip_format):
     for length in [*range(0, len(content) - 1, max(1, len(content) // 60)), len(content) - 1]:
         path.write_bytes(content[:length])
         refused(path)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(120):
-        position = int(torch.randint(len(content), (1,), generator=generator))
+    generator = np.random.default_rng(0)
+    for position, flipped in generator.integers((len(content), 255), size=(120, 2)):
         damaged = bytearray(content)
-        damaged[position] ^= int(torch.randint(1, 256, (1,), generator=generator))
+        damaged[position] ^= flipped + 1
         path.write_bytes(damaged)
         try:
-            phi = load_phi(path)
+            assert torch.isfinite(load_phi(path).flat).all()
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error), position
-        else:
-            assert torch.isfinite(phi.flat).all()
 
 
 @pytest.mark.parametrize("path", ["nothing.pt", "no/folder/phi.pt", "file/phi.pt", ""])
@@ -270,14 +267,9 @@ def test_without_permission(tmp_path):
     save_phi(make_phi(), tmp_path / "phi.pt")
     (tmp_path / "phi.pt").chmod(0)
     assert "ermission" in refused(tmp_path / "phi.pt")
-    (tmp_path / "phi.pt").chmod(0o644)
     tmp_path.chmod(0o555)
-    try:
-        assert str(tmp_path) in refusal(save_phi, make_phi(1), tmp_path / "phi.pt")
-        assert os.listdir(tmp_path) == ["phi.pt"]
-        assert_loads(tmp_path / "phi.pt")
-    finally:
-        tmp_path.chmod(0o755)
+    assert str(tmp_path) in refusal(save_phi, make_phi(1), tmp_path / "phi.pt")
+    tmp_path.chmod(0o755)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

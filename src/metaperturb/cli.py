@@ -50,7 +50,8 @@ def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool
         except (KeyboardInterrupt, Stopped) as stop:
             number, saved = (stop.number, stop.saved) if isinstance(stop, Stopped) else (signal.SIGINT, "")
             what = "interrupted" if number == signal.SIGINT else "stopped"
-            print(f"{what}; {saved or RESUME}" if resumes else what, file=sys.stderr)
+            then = f"{saved}; the same command goes on from there" if saved else RESUME
+            print(f"{what}; {then}" if resumes else what, file=sys.stderr)
             return EXIT_SIGNAL + number
         except Exception as error:
             return report_error(error, show_traceback)

@@ -57,21 +57,15 @@ class CommonConfig:
     clip: float | None = option(100.0, "upper bound of perturbed values in training (k of section 3.2)", low=1e-6)
     seed: int = option(0, "of initial weights, data order, augmentation and noise", low=0)
     precision: Literal["float32", "bfloat16"] = option(
-        "float32",
-        "of convolutions and maps (on a GPU PyTorch lets convolutions multiply in TF32); bfloat16: autocast, faster "
-        "where the processor has it, coarser",
+        "float32", "of convolutions (float32 is TF32 on a GPU) and maps; bfloat16: autocast, faster on some, coarser"
     )
     kernel: Literal["auto", "fused", "plain"] = option(
-        "auto",
-        "how φ computes: auto and fused: in a fused kernel where it can, fused with an error where a device has none; "
-        "plain: in PyTorch operators",
-        identity=False,
+        "auto", "of φ: auto: fused where it can be; fused: or an error; plain: in PyTorch operators", identity=False
     )
     noise: bool = option(True, "the stochastic noise z; false: 1 instead (ablation of table 3 (a))")
     gate: bool = option(True, "the scale s of each channel; false: 1 instead (ablation of table 3 (a))")
     sites: Literal["all", "before_pooling", "top", "bottom"] = option(
-        "all",
-        "where φ acts (table 3 (b)): all sites; top, bottom: last or first stage's; before_pooling: each stage's last",
+        "all", "where φ acts (table 3 (b)): top, bottom: last or first stage's; before_pooling: each stage's last"
     )
     log_every: int = option(10, "steps between two lines of metrics", low=1, identity=False)
 
@@ -84,9 +78,7 @@ class MetaTrainConfig(CommonConfig):
     source: Literal[*SOURCES] = option("tiny_imagenet", "source data set")
     source_paths: list[str] = option([], "zips or folders of the source; default: under data_root", path=True)
     model: str = option("resnet20", "as for meta_test; of n of them, separated by commas, task t gets number t mod n")
-    image_size: int | list[int] = option(
-        32, "images are resized to S×S pixels; of m sizes task t gets number ⌊t/n⌋ mod m, with n networks", low=8
-    )
+    image_size: int | list[int] = option(32, "S of S×S pixels; of m sizes task t gets number ⌊t/n⌋ mod m", low=8)
     classes: int | None = option(None, "classes of the source to use, a fixed choice; null: all", low=1)
     tasks: int = option(10, "T, the number of tasks", low=1)
     split: Literal["disjoint", "paired", "homogeneous"] = option("disjoint", "how the classes are split into tasks")
@@ -100,9 +92,7 @@ class MetaTrainConfig(CommonConfig):
     gpus: str = option("auto", "a process each: '0,1', 'cpu', 'cpu,cpu'; auto: all GPUs, else the CPU", identity=False)
     timeout: int = option(600, "seconds to wait for other processes and their reading of data", low=1, identity=False)
     checkpoint_every: int = option(50, "steps between two checkpoints", low=1, identity=False)
-    keep_phi: list[int] = option(
-        [], "also keep φ as it is after these steps: phi-000050.pt is the φ of a run of 50", low=1, identity=False
-    )
+    keep_phi: list[int] = option([], "also keep φ after these steps, as phi-000050.pt", low=1, identity=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", ",".join(name.strip() for name in self.model.split(",")))
@@ -133,19 +123,13 @@ class MetaTestConfig(CommonConfig):
     train_per_class: int | None = option(None, "train on so many images of each class, a fixed choice", low=1)
     clip_eval: bool = option(False, "clip in evaluation, too, which the paper does not")
     paper: bool = option(True, "φ as the paper has it; false: noise of mean one, bounded in total, as in any CNN")
-    method: Literal[*REGULARIZERS] = option(
-        "metaperturb", "regularizer: base, metaperturb, or one whose settings follow, or trivial_augment"
-    )
+    method: Literal[*REGULARIZERS] = option("metaperturb", "the regularizer; base: none")
     recipe: list[Literal[*(name for name, of in REGULARIZERS.items() if of.in_recipe)]] = option(
         [], "further regularizers of images and labels, together with the method, in any order"
     )
     phi: str | None = option(None, "file or shipped name of φ (method metaperturb)", by_content=True)
-    init: str | None = option(
-        None, "run folder or file of the network, all but its classifier, that training begins from", by_content=True
-    )
-    init_batch_norm: Literal["drop", "keep"] = option(
-        "drop", "batch norm of that network: drop, for a fresh one as in the authors' code, or keep"
-    )
+    init: str | None = option(None, "run folder or file of the network to begin from", by_content=True)
+    init_batch_norm: Literal["drop", "keep"] = option("drop", "its batch norm; drop: fresh, as in the authors' code")
     # The methods' hyperparameters; metaperturb.methods says where each default comes from.
     info_dropout_beta: float = option(3.0, "β, the weight of the KL term", low=0.0)
     info_dropout_max_alpha: float = option(0.7, "upper bound of α(h), the spread of the log-normal noise", low=0.0)
@@ -163,14 +147,10 @@ class MetaTestConfig(CommonConfig):
     lr_milestones: list[float] = option([0.4, 0.7, 0.9], "shares of the steps after which lr falls", low=0, high=1)
     lr_factor: float = option(0.3, "what lr is multiplied with", low=0.0, high=1.0)
     anneal: float = option(0.4, "φ's strength rises linearly from 0 to 1 over this share of the steps", low=0, high=1)
-    eval_split: Literal["test", "val", "holdout"] = option(
-        "test", "what to evaluate on; to tune: val (s_cifar100, folder), or holdout: a part of the training images"
-    )
+    eval_split: Literal["test", "val", "holdout"] = option("test", "to tune: val, or holdout, of training images")
     holdout: float = option(0.2, "share of each class's images that is held out", low=0.001, below=1.0)
     eval_every: int = option(200, "steps between two evaluations", low=1, identity=False)
-    eval: Literal["draws", "one_pass"] = option(
-        "draws", "evaluation of MetaPerturb during training: eval_samples draws, or one_pass", identity=False
-    )
+    eval: Literal["draws", "one_pass"] = option("draws", "of MetaPerturb during training", identity=False)
     eval_samples: int = option(5, "Monte-Carlo samples of an evaluation during training", low=1, identity=False)
     final_samples: int = option(100, "Monte-Carlo samples of the final evaluation", low=1)
     eval_batch_size: int = option(500, "images a batch in evaluation", low=1)
@@ -228,10 +208,7 @@ def load_config(
 
 
 def parse_arguments(cls: type, doc: str, argv: list[str] | None = None, module: str = "") -> argparse.Namespace:
-    """The command line shared by the programs: `--config FILE --set key=value … --traceback`.
-
-    `load_config(cls, arguments.config, arguments.set)` reads the settings.
-    """
+    """The command line shared by the programs: `--config FILE --set key=value … --traceback`."""
     parser = argument_parser(doc)
     parser.prog = f"python -m {module}" if module else parser.prog
     parser.epilog = "settings (--set key=value):\n" + "\n".join(

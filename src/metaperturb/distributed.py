@@ -26,15 +26,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from tqdm import tqdm
 
-from metaperturb.cli import (
-    RESUME,
-    Stop,
-    Stopped,
-    describe_unexpected,
-    end_with,
-    keep_freed_memory,
-    unbreakable_output,
-)
+from metaperturb import cli
 from metaperturb.errors import UserError
 from metaperturb.storage import reason
 
@@ -113,8 +105,7 @@ class Group:
 def parse_devices(text: str, key: str, most: int = 1) -> list[torch.device]:
     """`"0,1"`, `"cpu"`, `"cpu,cpu"` or `"auto"` (the GPUs, at most so many, else the CPU; said on stderr) → devices.
 
-    Raises:
-        UserError: not such a list, or a GPU that is not there; it names the setting, `key`.
+    A `UserError` names the setting, `key`.
     """
     count, why_none = count_gpus()
     if text == "auto":
@@ -149,10 +140,7 @@ def count_gpus() -> tuple[int, str]:
 
 
 def make_current(device: torch.device) -> None:
-    """Let CUDA calls that name no GPU, such as pinning memory, go to this one; refuse one that is too old.
-
-    They would go to GPU 0 otherwise, and open a context of half a gigabyte there for each process.
-    """
+    """Let CUDA calls that name no GPU go to this one, not to GPU 0; refuse one that is too old."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         major, minor = torch.cuda.get_device_capability(device)
@@ -196,10 +184,7 @@ def launch(
 ) -> None:
     """Call `work(group, *arguments)`, a module-level function, in one process a device of this machine.
 
-    Processes wait at most so long for another.
-
-    Raises:
-        UserError: the first error of any process; all processes have ended by then.
+    Raises the first error of any process; all have ended by then. They wait for another at most `timeout`.
     """
     job = _Job(work, arguments, devices, timeout)
     if under_torchrun():
@@ -231,10 +216,7 @@ def choose_devices(gpus: str, tasks: int) -> list[torch.device]:
 
 
 def backend_for(devices: list[torch.device]) -> str:
-    """NCCL where each process has a GPU of its own, gloo where GPUs are shared or absent.
-
-    Decided from one machine's devices: several machines must be alike in this.
-    """
+    """NCCL where each process has a GPU of its own, gloo where GPUs are shared or absent; alike on all machines."""
     own_gpu = all(device.type == "cuda" for device in devices) and len(set(devices)) == len(devices)
     return "nccl" if own_gpu else "gloo"
 
@@ -287,7 +269,7 @@ def _spawn(job: _Job) -> None:
             for process in context.processes:
                 process.terminate()
 
-        stop = Stop(tell=False, forward=forward)
+        stop = cli.Stop(tell=False, forward=forward)
         try:
             with stop:
                 while not context.join(grace_period=GRACE_SECONDS):
@@ -306,30 +288,30 @@ def _cause(first: int, codes: list[int], devices: list[torch.device], said: Path
     file = said / ("cause" if own else "lost")
     if file.exists():
         cause = pickle.loads(file.read_bytes())
-        return Stopped(stopped or cause.number, cause.saved) if isinstance(cause, Stopped) else cause
+        return cli.Stopped(stopped or cause.number, cause.saved) if isinstance(cause, cli.Stopped) else cause
     rank = first if first in own or not own else own[0]
     code = codes[rank]
     if stopped and code == -signal.SIGTERM:  # before it could save anything
-        return Stopped(stopped)
+        return cli.Stopped(stopped)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-    return UserError(f"process {rank} ({devices[rank]}) {how}{hint}; all others were stopped; {RESUME}")
+    return UserError(f"process {rank} ({devices[rank]}) {how}{hint}; all others were stopped; {cli.RESUME}")
 
 
 def _worker(rank: int, job: _Job, port: int, launcher: int, said: Path) -> None:
-    end_with(launcher)
-    keep_freed_memory()
+    cli.end_with(launcher)
+    cli.keep_freed_memory()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which os._exit below would leave behind
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=job.timeout)
     code = 0
-    with unbreakable_output():
+    with cli.unbreakable_output():
         try:
             make_current(job.devices[rank])
             job.work(job.meet(rank, store=store, rank=rank, world_size=len(job.devices)), *job.arguments)
             dist.destroy_process_group()
-        except (Exception, Stopped) as error:
-            known = isinstance(error, UserError | Stopped)
-            cause = error if known else UserError(f"process {rank}: {describe_unexpected(error)}")
+        except (Exception, cli.Stopped) as error:
+            known = isinstance(error, UserError | cli.Stopped)
+            cause = error if known else UserError(f"process {rank}: {cli.describe_unexpected(error)}")
             cause.add_note(traceback.format_exc())
             code = getattr(cause, "exit_code", UserError.exit_code)
             name = "lost" if isinstance(cause, PeerLost) else "cause"

@@ -35,10 +35,7 @@ def evaluate(
         tell: called with the share of the work that is done, after each forward pass.
 
     Returns:
-        `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`.
-
-    Raises:
-        NotFinite: for some image the model returns what is not finite.
+        `accuracy` and `ece` in [0, 1], `nll` in nats, `samples`. `NotFinite` is raised where the model's output is not.
     """
     log_probabilities, labels = [], []
     with eval_mode(model):

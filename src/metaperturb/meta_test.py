@@ -107,7 +107,7 @@ def meta_test(config: MetaTestConfig) -> dict:
     def tell(share: float) -> None:
         progress.within(share)
         if stop.number:
-            raise Stopped(stop.number, training.saved_after(config.steps, config.steps))
+            raise Stopped(stop.number, f"saved after step {config.steps} of {config.steps}")
 
     def evaluated(step: int, samples: int) -> dict[str, float]:
         seed_torch(config.seed, 0, "evaluate", step)
@@ -176,7 +176,7 @@ def meta_test(config: MetaTestConfig) -> dict:
                     look(step)
             except Stopped as stopped:
                 save(step)
-                raise Stopped(stopped.number, training.saved_after(step, config.steps)) from None
+                raise Stopped(stopped.number, f"saved after step {step} of {config.steps}") from None
             if step == config.steps:
                 break
             method.set_strength(training.annealed_strength(step, config.steps, method.ramp))

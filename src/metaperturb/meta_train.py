@@ -126,14 +126,10 @@ def data_digest(source: ImageArrays, splits: list[TaskSplit]) -> str:
 
 
 def read_latest(run_dir: str, data: str) -> dict[str, Any]:
-    """Step, data, kernel and precision of the latest checkpoint; empty if there is none.
+    """Step, data, kernel and precision of the latest checkpoint, if there is one; a `UserError` if of other data.
 
     A checkpoint is a folder `step-000050/` with a file a task, so that a run goes on with another number of
-    processes, and one for φ. It counts once `latest.json` names it, when all its files are on disk: a kill at any
-    moment leaves a good one.
-
-    Raises:
-        UserError: it is of other data.
+    processes, and one for φ. It counts once `latest.json` names it, when all its files are on disk.
     """
     path = Path(run_dir) / "checkpoints" / "latest.json"
     if not path.exists():
@@ -152,10 +148,10 @@ def quicken(norms: list[torch.nn.Module]) -> float:
     φ learns with the running statistics of θ, from the first step. At 0.01, as in torchvision's MobileNetV3, they stay
     near their initial values for hundreds of steps, all images have the same logits, and φ learns nothing.
     """
-    slow = [norm for norm in norms if norm.momentum is not None and norm.momentum < MOMENTUM]
-    slowest = min((norm.momentum for norm in slow), default=MOMENTUM)
-    for norm in slow:
-        norm.momentum = MOMENTUM
+    slowest = MOMENTUM
+    for norm in norms:
+        if norm.momentum is not None:
+            slowest, norm.momentum = min(slowest, norm.momentum), max(MOMENTUM, norm.momentum)
     return slowest
 
 
@@ -351,7 +347,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
             if saves or stops:
                 save(done)
             if stops:
-                raise Stopped(stop.number or signal.SIGTERM, training.saved_after(done, config.steps))
+                raise Stopped(stop.number or signal.SIGTERM, f"saved after step {done} of {config.steps}")
 
     # Result: the picture of the curves, φ with its card, `result.json`
     if run is None:
@@ -377,7 +373,7 @@ def joint_step(
     config: MetaTrainConfig,
     stopping: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step of every θ_t and of φ (lines 6-12), and whether this process was asked to stop.
+    """One step of every θ_t and of φ (lines 6-12); `stopping`: whether this process was asked to stop.
 
     Returns:
         what all tasks reported, `[T, 82 + metrics]`, and whether any process was asked to stop, on the device.

@@ -32,8 +32,7 @@ from metaperturb.modes import batch_norms, eval_mode, set_mode
 from metaperturb.perturbation import Attachment, PerturbSite, draws_at_first_site
 from metaperturb.sites import unwrapped
 
-# Of a forward pass, up to which images and draws run together: 64 images of 32 pixels on a CPU, where more are slower
-# than one pass a draw, and 1,024 elsewhere.
+# Of a forward pass, up to which images and draws run together; on a CPU more are slower than one pass a draw.
 PIXELS = {"cpu": 2**16}
 PIXELS_ELSEWHERE = 2**20
 DRAWS = 20  # together: what runs once for all of them is then a small part of the work
@@ -68,22 +67,17 @@ def predict(model: nn.Module, x: Tensor, samples: int = 20) -> Tensor:
 def log_prediction(model: nn.Module, x: Tensor, samples: int, tell: Callable[[float], None] = lambda _: None) -> Tensor:
     """Log of the mean of softmax over `samples` draws: `[B, K]` in float32, of images `[B, C, H, W]`.
 
-    The network has to be in evaluation mode. One whose sites draw nothing needs one pass and gets one; one without
-    sites gets all images at once, and one draw after the other. Calls `tell` with the share of the work that is done,
-    after each pass.
-
-    Raises:
-        UserError: the network returns no logits `[B, K]`.
+    The network has to be in evaluation mode. One without sites gets all images at once, and one draw after the other.
+    Calls `tell` with the share of the work that is done, after each pass.
     """
-    draws, images = 1, len(x)
-    shared = False
+    draws, images, shared = 1, len(x), False
     sites = [module for module in model.modules() if isinstance(module, PerturbSite)]
     if sites and not any(site.attachment.draws for site in sites):
         samples = 1
-    if samples > 1 and sites:
+    if sites and samples > 1:
         fits = max(1, PIXELS.get(x.device.type, PIXELS_ELSEWHERE) // (x.shape[2] * x.shape[3]))
-        draws, shared = max(1, fits // images), bears_draws(model, x)
-        if shared:
+        draws = max(1, fits // images)
+        if shared := bears_draws(model, x):
             draws = max(draws, min(fits, DRAWS))
             images = max(1, fits // min(draws, samples))
     parts, done = [], 0
@@ -104,8 +98,7 @@ def log_prediction(model: nn.Module, x: Tensor, samples: int, tell: Callable[[fl
 def bears_draws(model: nn.Module, x: Tensor) -> bool:
     """Whether the first site of a network may return several draws of each image like `x` `[B, C, H, W]`.
 
-    Tried out on two of the images and three draws, once for each size and each state of the network: of which modules
-    it consists, which sites draw, what is compiled. The random generators stay as they are.
+    Tried out on two of the images, once for each size and each state of the network. Leaves the random generators.
     """
     known = _bears_draws.setdefault(model, {})
     key = (x.shape[1:], x.dtype, x.device, *map(_state, model.modules()))
@@ -118,9 +111,8 @@ def bears_draws(model: nn.Module, x: Tensor) -> bool:
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
-    """A module, which another one at its address is not, and what of it decides where draws begin."""
     draws = isinstance(module, PerturbSite) and module.attachment.draws
-    return weakref.ref(module), draws, module._compiled_call_impl is not None
+    return weakref.ref(module), draws, module._compiled_call_impl is not None  # another one may get a module's id
 
 
 def _agree(model: nn.Module, x: Tensor, draws: int = 3) -> bool | None:
@@ -139,8 +131,7 @@ def _agree(model: nn.Module, x: Tensor, draws: int = 3) -> bool | None:
     if (expected == expected[0]).all():
         return None
     half = torch.is_autocast_enabled(x.device.type) or x.dtype in HALF_PRECISION
-    tolerance = 0.05 if half else 1e-3  # of rounding, which a deep network makes larger; another draw differs by more
-    bound = tolerance * expected.abs().max()
+    bound = (0.05 if half else 1e-3) * expected.abs().max()  # of rounding; another draw differs by more
     if not (found - expected).abs().max() <= bound:
         return False
     beside = logits(torch.cat([x[:1], x[1:] + 1]), False)  # where the others matter, images must not go in parts
@@ -277,7 +268,6 @@ def _restore(model: nn.Module, values: Tensor) -> None:
 def _images(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
     """The images of each batch, checked, on the network's device."""
     site = next(m for m in model.modules() if isinstance(m, PerturbSite))
-    size = None
     for number, batch in enumerate(batches, 1):
         name = f"batch {number}"
         x = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -286,9 +276,6 @@ def _images(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
             raise UserError(f"{name} holds one image; batch norm's statistics need several (drop_last=True)")
         if x.shape[2] != site.size_norm:
             raise UserError(f"{name} holds images {_shape(x)}; φ was attached for a height of {site.size_norm} pixels")
-        if size is not None and x.shape[1:] != size:
-            raise UserError(f"{name} holds images {_shape(x)} after others of {list(size)}")
-        size = x.shape[1:]
         yield _moved(x, model)
 
 

@@ -17,11 +17,7 @@ scales one_pass"""
 
 
 def numpy_generator(seed: int, task: int, purpose: str, step: int = 0) -> np.random.Generator:
-    """An independent NumPy stream for this purpose.
-
-    Its bits are NumPy's promise for ever, what `permutation` and the like make of them is not: the order of the images
-    is a matter of NumPy's version, too, which results and φ's cards name.
-    """
+    """An independent NumPy stream; what `permutation` makes of its bits is a matter of NumPy's version, too."""
     return np.random.Generator(np.random.PCG64(_sequence(seed, task, purpose, step)))
 
 

@@ -49,11 +49,9 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def choose_threads(root: Path = Path("/")) -> int:
-    """CPU threads for a training that is alone in its process; said on stderr.
+    """`OMP_NUM_THREADS`, or the cores that this process may use, less those that others keep busy; said on stderr.
 
-    `OMP_NUM_THREADS` where it is set; else the processor's cores, as many as this process may use, less those that
-    others keep busy. Threads beyond that wait for each other: two a core, or two trainings on the same cores, are
-    slower than one thread each.
+    Threads beyond that wait for each other: two a core, or two trainings on the same cores, are slower than one each.
     """
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         print(f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS)", file=sys.stderr)
@@ -122,11 +120,6 @@ def step_seconds(precision: str) -> float:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context of forward passes: nothing for `"float32"`; for `"bfloat16"` PyTorch casts what bears it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def saved_after(done: int, steps: int) -> str:
-    """What a stopped program says last."""
-    return f"saved after step {done} of {steps}; the same command goes on from there"
 
 
 @contextlib.contextmanager
