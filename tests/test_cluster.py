@@ -180,7 +180,7 @@ def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys)
     assert third.startswith(f"failed  {meta}: not run, because phi-") and third.endswith(" failed or was cancelled")
     assert "waiting dropout--" in fourth and "PartitionTimeLimit (job 2_3); it may never start so: scancel it" in fourth
     # 4 steps of Base and 6 of Dropout at 5 s
-    assert last == "small paper: 0 done, 1 running, 1 waiting, 2 failed; about 0:50 left, 1 at a time"
+    assert last == "small paper: 0 done, 1 running, 1 waiting, 2 failed; about 00:50 left, 1 at a time"
     run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0"))
     assert [*submissions(tmp_path).values()][-1] == [first.split()[1].strip(":"), meta]
 

@@ -239,7 +239,6 @@ def test_ablations_of_table_3_train_on_the_target_without_the_same_part():
         ("  Base: {method: base}", "  Base: base", "rows: Base: expected 'name: value' lines, got 'base'"),
         ("  Base: {method: base}", "  1: {method: base}", "rows: 1 is no text; put names like this in quotes"),
         ("{method: dropout}", "{method: dropot}", "Dropout, STL10: method: expected one of base, metaperturb"),
-        ("  FT: ", "  base: {method: base}\n  FT: ", "'Base' on 'STL10' and 'base' on 'STL10': the same settings"),
         ('"${phi}"', '"${psi}"', "need 'psi' is unknown; did you mean 'phi'?"),
         ("program: meta_train,", "program: train,", "program: expected meta_train or meta_test, got 'train'"),
         ("{program: meta_train,", "{file: phi.pt,", "needs: phi: key 'config' is unknown"),

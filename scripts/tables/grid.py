@@ -195,13 +195,8 @@ class Grid:
 
     def cells(self) -> list[Cell]:
         """All of them, seed by seed, so that a table that is interrupted has every row."""
-        order = [(row, column, seed) for seed in self.seeds for column in self.columns for row in self.rows]
-        first: dict[str, Cell] = {}
-        for cell in (self.cell(*place) for place in dict.fromkeys(order)):
-            if (other := first.setdefault(cell.id, cell)) is not cell:
-                what = " and ".join(f"{c.row!r} on {c.column!r}" for c in (other, cell))
-                raise UserError(f"{self.path}: {what}: the same settings under names that make the same file name")
-        return [*first.values()]
+        seeds = dict.fromkeys(self.seeds)
+        return [self.cell(row, column, seed) for seed in seeds for column in self.columns for row in self.rows]
 
     def add_phi(self, row: str, path: Path) -> None:
         """A further row: MetaPerturb with the φ in a file."""

@@ -204,9 +204,8 @@ def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path) -> list[Job]:
     """The runs of these cells, behind those of what they need."""
     needs: dict[str, Job] = {}
     for need in (need for cell in cells for need in cell.needs.values() if need.file is None):
-        run_dir = runs / "needs" / need.id
-        config = dataclasses.replace(need.config, run_dir=str(run_dir))
-        needs[need.id] = Job(need.id, need.program, config, run_dir / "result.json")
+        config = dataclasses.replace(need.config, run_dir=str(runs / "needs" / need.id))
+        needs[need.id] = Job(need.id, need.program, config, runs / "needs" / need.id / "result.json")
     return [*needs.values(), *(cell_job(results, cell, runs, needs) for cell in cells)]
 
 

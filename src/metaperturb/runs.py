@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from metaperturb.errors import UserError
 from metaperturb.provenance import provenance
 from metaperturb.storage import hold, load_json, reason, remove_leftovers, save_json, save_yaml, write_atomically
+
+clock = tqdm.format_interval  # of seconds: `1:02:03`, or `02:03` below an hour
 
 
 class Run:
@@ -150,10 +153,3 @@ class StepProgress:
         if self.terminal:
             text = f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K"
         print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
