@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tables.grid import PROGRAMS, slug
 from tables.results import curve
 
@@ -43,7 +42,7 @@ from metaperturb.cli import argument_parser, pairs, run_program
 from metaperturb.config import MetaTestConfig, MetaTrainConfig, from_record, load_config
 from metaperturb.distributed import make_current, parse_devices
 from metaperturb.errors import UserError
-from metaperturb.identity import INCIDENTAL, data_name, differences, digest, settings, training
+from metaperturb.identity import INCIDENTAL, data_name, differences, digest, settings
 from metaperturb.regularizers import REGULARIZERS
 from metaperturb.runs import read_metrics, read_result
 from metaperturb.storage import load_json
@@ -66,6 +65,7 @@ class Finished:
     """A finished run, as far as its `result.json` or its record tells."""
 
     phi = ""  # its name in pictures of runs that have several
+    network: TrainedRun | None = None  # once it is loaded
 
     def __init__(self, path: Path, result: Mapping[str, Any]) -> None:
         self.path, self.result = path, result  # its folder, or the record's file
@@ -97,7 +97,7 @@ class Finished:
         if not found:
             lacking = "this picture needs the metrics.jsonl of the run's folder"
             raise UserError(f"{self.path}: holds no evaluation; {lacking}")
-        return found
+        return [{**line, "seed": self.seed} for line in found]
 
     @property
     def name(self) -> str:
@@ -114,22 +114,16 @@ class Finished:
 
 
 def find_runs(sources: Iterable[Path]) -> list[Finished]:
-    """The finished runs in and below folders, and records, each training once; meta-trainings of a step or more."""
+    """The finished runs in and below folders, and records, each once; meta-trainings of a step or more."""
     found: dict[Path, Finished] = {}
-    known: dict[str, Path] = {}
     for path in (path for source in sources for path in _results(source)):
         content = load_json(path)
         if not (isinstance(content, dict) and content.get("program") in PROGRAMS):
             continue
         result, place = read_result(path), path.parent if path.name == "result.json" else path
-        if result["program"] == "meta_test" and result["metrics"] is not None:
-            first = known.setdefault(training(result), place)
-            if place.is_file() and first.resolve() != place.resolve():
-                print(f"{place}: left out, is the same training as {first}", file=sys.stderr)
-                continue
-        elif result["program"] == "meta_test" or place.is_file() or not result["config"]["steps"]:
-            continue
-        found[place.resolve()] = Finished(place, result)
+        whole = result["metrics"] is not None if result["program"] == "meta_test" else place.is_dir()
+        if whole and result["config"].get("steps", 1) > 0:
+            found[place.resolve()] = Finished(place, result)
     return [*found.values()]
 
 
@@ -225,7 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sources", type=Path, nargs="*", help=where)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where runs are looked for")
     parser.add_argument("--out", type=Path, default=ROOT / "figures", help="folder of the pictures")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
     called = 'name a φ: --call perturb_750="the authors\' φ"'
     parser.add_argument("--call", nargs="+", default=[], metavar="FILE=NAME", help=called)
     parser.add_argument("--device", default="auto", help="GPU number, 'cpu' or 'auto'")
@@ -246,7 +239,7 @@ def figures(arguments: argparse.Namespace) -> None:
         return
     found = find_runs(arguments.sources or [arguments.runs])
     sources = [run for run in found if not run.is_target]
-    targets = [run for run in found if run.is_target and run.method in (arguments.methods or [run.method])]
+    targets = [run for run in found if run.is_target]
     tell_phis_apart(targets, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
     if everything:
         every_figure([*targets, *sources], arguments)
@@ -254,7 +247,7 @@ def figures(arguments: argparse.Namespace) -> None:
     (figure,) = chosen
     runs = sources if figure.draw is learning else targets
     if not runs:
-        what = "meta-training (./run.sh src)" if figure.draw is learning else "these methods (./run.sh tgt, table1, …)"
+        what = "meta-training (./run.sh src)" if figure.draw is learning else "meta-testing (./run.sh tgt, table1, …)"
         raise UserError(f"no finished run of {what} there")
     if others := [run for run in runs if figure.alike(run) != figure.alike(runs[0])]:
         about = f"{others[0].path}: has another {figure.one} than {runs[0].path}"
@@ -299,20 +292,6 @@ def draw(arguments: argparse.Namespace, kind: str, plot: Callable[..., None], co
     print(path.with_name(path.name + ".png"))
 
 
-@functools.cache
-def chosen_device(text: str) -> torch.device:
-    """What `--device` names; says it once, however many runs there are."""
-    device = parse_devices(text, "--device")[0]
-    make_current(device)
-    return device
-
-
-def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
-    places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
-    places = {key: value for key, value in places.items() if value is not None}
-    return load_run(run.dir, chosen_device(arguments.device), **places)
-
-
 def read_settings(classes: Sequence[type], texts: Sequence[str]) -> dict[type, Any]:
     """Analysis → its settings, by `key=value` texts, which are checked; a key may belong to several."""
     known = {cls: {field.name for field in dataclasses.fields(cls)} for cls in classes}
@@ -324,44 +303,53 @@ def read_settings(classes: Sequence[type], texts: Sequence[str]) -> dict[type, A
     return {cls: load_config(cls, None, [t for t in texts if t.partition("=")[0] in known[cls]]) for cls in classes}
 
 
-def kept(run: Finished, analysis: str, settings: Any, without: Iterable[str] = ()) -> Path:
-    """Where what an analysis found about a run is kept: a file for each choice of settings."""
-    chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in without}
-    return run.dir / "analyses" / f"{analysis}-{digest(chosen)}.json"
-
-
 # --- the figures: of runs that are alike in what `FIGURES` says
 
 
-def figure5(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Convergence."""
-    histories = {
-        method: [[{**line, "seed": run.seed} for line in run.curve] for run in same]
-        for method, same in by_method(runs).items()
-    }
-    draw(arguments, "fig5", plots.plot_convergence, histories, runs[0].title())
+def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
+    """Its network, on the device that `--device` names, and its images; once."""
+    if isinstance(arguments.device, str):
+        arguments.device = parse_devices(arguments.device, "--device")[0]
+        make_current(arguments.device)
+    if run.network is None:
+        places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
+        places = {key: value for key, value in places.items() if value is not None}
+        run.network = load_run(run.dir, arguments.device, **places)
+    return run.network
 
 
-def figure6(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Robustness and calibration."""
+ANALYSES = {  # settings → what they are of; which of them do not name the file in which its results are kept
+    Sampling: ("calibration", measure_calibration, ()),
+    Attack: ("robustness", measure_robustness, NORMS),
+    Plane: ("surface", loss_surface, ()),
+}
+
+
+def analysed(run: Finished, arguments: argparse.Namespace, analysis: type) -> dict[str, Any]:
+    """What an analysis finds about a run, which is kept: a file for each choice of settings."""
+    (name, measure, without), settings = ANALYSES[analysis], arguments.analyses[analysis]
+    chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in without}
+    return measure(loaded(run, arguments), settings, run.dir / "analyses" / f"{name}-{digest(chosen)}.json")
+
+
+def of_methods(runs: Sequence[Finished], arguments: argparse.Namespace, *pictures: tuple[str, Callable, Any]) -> None:
+    """Pictures of methods and their runs: file, how it is drawn, and what of each run: an analysis or a function."""
     methods = by_method(runs)
-    attack, sampling = arguments.analyses[Attack], arguments.analyses[Sampling]
-    trained = {run.dir: loaded(run, arguments) for run in runs}
-    for run in trained.values():  # whatever is wrong is told before hours of work
-        check_attack(run, attack)
-    calibrated: dict[str, list[dict]] = {name: [] for name in methods}
-    attacked: dict[str, list[dict]] = {name: [] for name in methods}
-    for name, run in ((name, run) for name, same in methods.items() for run in same):
-        network = trained[run.dir]
-        calibrated[name].append(measure_calibration(network, sampling, kept(run, "calibration", sampling)))
-        attacked[name].append(measure_robustness(network, attack, kept(run, "robustness", attack, without=NORMS)))
-    title = runs[0].title()
-    draw(arguments, "fig6 calibration", plots.plot_reliability, calibrated, title)
-    draw(arguments, "fig6 samples", plots.plot_samples, calibrated, title)
-    draw(arguments, "fig6 robustness", plots.plot_robustness, attacked, title)
+    if any(what is Attack for *_, what in pictures):
+        for run in runs:  # whatever is wrong is told before hours of work
+            check_attack(loaded(run, arguments), arguments.analyses[Attack])
+    for kind, plot, what in pictures:
+        of_run = functools.partial(analysed, arguments=arguments, analysis=what) if what in ANALYSES else what
+        draw(arguments, kind, plot, {name: [*map(of_run, same)] for name, same in methods.items()}, runs[0].title())
 
 
-def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+def surfaces(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
+    """Loss surfaces, of each method its first seed."""
+    first = [min(same, key=lambda run: run.seed) for same in by_method(runs).values()]
+    of_methods(first, arguments, ("fig8", plots.plot_surfaces, Plane))
+
+
+def scales(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Learned scales, of several data sets side by side; of the runs those of MetaPerturb."""
     perturbed = [run for run in runs if run.method == "metaperturb"]
     if not perturbed:
@@ -383,21 +371,6 @@ def figure7(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     names = [*dict.fromkeys(run.data for run in perturbed)]
     title = f"{', '.join(names) if len(names) < 4 else f'{len(names)} data sets'}, {perturbed[0].model}"
     draw(arguments, "fig7 scales", plots.plot_scales, by_data, title)
-
-
-def figure8(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Loss surfaces, of each method its first seed."""
-    plane, surfaces = arguments.analyses[Plane], {}
-    for method, same in by_method(runs).items():
-        run = min(same, key=lambda run: run.seed)
-        surfaces[method] = loss_surface(loaded(run, arguments), plane, kept(run, "surface", plane))
-    draw(arguments, "fig8", plots.plot_surfaces, surfaces, runs[0].title())
-
-
-def compare(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
-    """Final accuracy, loss and calibration of methods."""
-    results = {name: [run.result["metrics"] for run in same] for name, same in by_method(runs).items()}
-    draw(arguments, "compare", plots.plot_comparison, results, runs[0].title())
 
 
 def growth(runs: Sequence[Finished], arguments: argparse.Namespace, kind: str, setting: str, of: str) -> None:
@@ -495,20 +468,29 @@ class Figure(NamedTuple):
     analyses: tuple[type, ...] = ()  # settings that `--set` changes
 
 
+def pictures(*of_runs: tuple[str, Callable, Any]) -> Callable[[Sequence[Finished], argparse.Namespace], None]:
+    return lambda runs, arguments: of_methods(runs, arguments, *of_runs)
+
+
 has_network = operator.attrgetter("has_network")
 LENGTHS = functools.partial(growth, kind="lengths", setting="steps", of="steps")
 AMOUNT = functools.partial(growth, kind="amount", setting="train_per_class", of="train_images")
+CALIBRATION = ("fig6 calibration", plots.plot_reliability, Sampling), ("fig6 samples", plots.plot_samples, Sampling)
 FIGURES = {
-    "fig5": Figure(figure5, has_network),
-    "fig6": Figure(figure6, has_network, analyses=(Attack, Sampling)),
+    "fig5": Figure(pictures(("fig5", plots.plot_convergence, operator.attrgetter("curve"))), has_network),
+    "fig6": Figure(
+        pictures(*CALIBRATION, ("fig6 robustness", plots.plot_robustness, Attack)),
+        has_network,
+        analyses=(Attack, Sampling),
+    ),
     "fig7": Figure(
-        figure7,
+        scales,
         lambda run: run.has_network and run.method == "metaperturb" and run.config["gate"],
         operator.attrgetter("model"),
         "network",
     ),
-    "fig8": Figure(figure8, has_network, analyses=(Plane,)),
-    "compare": Figure(compare),
+    "fig8": Figure(surfaces, has_network, analyses=(Plane,)),
+    "compare": Figure(pictures(("compare", plots.plot_comparison, lambda run: run.result["metrics"]))),
     "lengths": Figure(LENGTHS, alike=data_of, one="data set or network"),
     "amount": Figure(
         AMOUNT, alike=lambda run: (run.images[1], run.model, run.steps), one="test set, network or length"

@@ -15,11 +15,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import conftest
-import matplotlib
 import pytest
 import torch
 from conftest import result
-from matplotlib.figure import Figure
 from PIL import Image
 from tables.results import write_record
 
@@ -37,7 +35,7 @@ FAST = ["images=20", "steps=2", "draws=2", "samples=2", "linf=0,0.02", "l2=0.5",
 def figures(*arguments, render: bool = False) -> SimpleNamespace:
     """A command of the figures. Rendering takes most of the time: it is left out where no test looks at the picture."""
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), undrawn() if not render else contextlib.nullcontext():
+    with redirect_stdout(out), redirect_stderr(err), contextlib.nullcontext() if render else undrawn():
         returncode = scripts_figures.main([*map(str, arguments), "--device", "cpu"])
     return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
 
@@ -66,7 +64,7 @@ def train(*arguments) -> Path:
         return conftest.train(*arguments)
 
 
-def left(run: Path, of: Path, accuracy: float, own: dict | None = None, **config) -> Path:
+def left(run: Path, of: Path, accuracy: float = 0.3, own: dict | None = None, **config) -> Path:
     """What a run leaves that differs in this from another one; pictures of final accuracies read nothing else."""
     run.mkdir(parents=True)
     content = result(of) | (own or {})
@@ -75,9 +73,26 @@ def left(run: Path, of: Path, accuracy: float, own: dict | None = None, **config
     return run
 
 
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return [*csv.DictReader(file)]
+
+
 def by_columns(path: Path, *columns: str) -> dict[tuple[str, ...], float]:
     """The accuracies of a file of numbers, in %, by the values in these columns."""
     return {tuple(row[name] for name in columns): float(row["accuracy_percent"]) for row in rows(path)}
+
+
+def percent(run: Path) -> float:
+    return 100 * result(run)["metrics"]["accuracy"]
+
+
+def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
+    """PNG, SVG and CSV are there, the PNG shows something; the numbers."""
+    with Image.open(folder / f"{stem}.png") as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+    assert (folder / f"{stem}.svg").read_text().lstrip().startswith("<?xml")
+    return rows(folder / f"{stem}.csv")
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +109,6 @@ def runs(target_settings, tmp_path_factory) -> Path:
     }.items():
         train(folder / name, target_settings, changes, "steps=8")
     return folder
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return [*csv.DictReader(file)]
-
-
-def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
-    """PNG, SVG and CSV are there, the PNG shows something; the numbers."""
-    with Image.open(folder / f"{stem}.png") as image:
-        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
-    assert (folder / f"{stem}.svg").read_text().lstrip().startswith("<?xml")
-    return rows(folder / f"{stem}.csv")
 
 
 def test_convergence(runs, tmp_path):
@@ -127,11 +129,8 @@ def test_methods_side_by_side(runs, tmp_path):
     folders = {"base": ["base-0", "base-1"], "metaperturb": ["meta"], "base, finetuned": ["tuned"]}
     assert {name: int(row["seeds"]) for name, row in found.items()} == {name: len(of) for name, of in folders.items()}
     for name, of_method in folders.items():
-        for column, key, factor in (
-            ("accuracy_percent", "accuracy", 100),
-            ("nll", "nll", 1),
-            ("ece_percent", "ece", 100),
-        ):
+        for column, factor in {"accuracy_percent": 100, "nll": 1, "ece_percent": 100}.items():
+            key = column.removesuffix("_percent")
             values = [factor * result(runs / folder)["metrics"][key] for folder in of_method]
             assert float(found[name][column]) == pytest.approx(statistics.mean(values))
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -154,10 +153,6 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path):
     some = [runs / name for name in ("base-0", "base-1", "meta")]
     assert numbers("a", *some) == numbers("b", folder) == numbers("c", *folder.glob("*.json"))
     assert numbers("a", *some, figure="fig5") == numbers("b", folder, figure="fig5")
-    # The same training in another table: once.
-    again = tmp_path / "results" / "other" / "paper"
-    write_record({**place, "table": "other", "needs": {"phi": "learned-00001234"}}, runs / "meta", again / "m--b.json")
-    assert numbers("a2", folder, again) == numbers("a", *some)
     # Another φ, whose file has the same name.
     left(tmp_path / "more", runs / "meta", 0.5, {"phi_digest": "f" * 64})
     shutil.copy(runs / "meta" / "metrics.jsonl", tmp_path / "more")
@@ -182,27 +177,25 @@ def test_lengths_of_training_and_several_phi(runs, tmp_path):
     left(more / "meta", meta, 0.32, steps=6)
     left(more / "other", meta, 0.33, steps=6, **other)
     left(more / "other-8", meta, 0.34, **other)
-    left(more / "base-1", runs / "base-1", 0.9)  # whose seed the shorter one lacks
+    left(more / "base-1", runs / "base-1")  # whose seed the shorter one lacks
     chosen = [base, meta, more]
     completed = drawn("lengths", *chosen, "--out", tmp_path, "--call", "other=another φ", render=True)
     assert "base, 8 training steps: left out, as others lack them: seeds [1]" in completed.stderr
     check_pictures(tmp_path, "lengths-folder-12-px-resnet8")
-    expected = {
-        ("base", "6"): 31,
-        ("base", "8"): 100 * result(base)["metrics"]["accuracy"],
-        ("metaperturb, φ phi", "6"): 32,
-        ("metaperturb, φ phi", "8"): 100 * result(meta)["metrics"]["accuracy"],
-        ("metaperturb, another φ", "6"): 33,
-        ("metaperturb, another φ", "8"): 34,
-    }
+    expected = {("base", "6"): 31, ("base", "8"): percent(base)}
+    expected |= {("metaperturb, φ phi", "6"): 32, ("metaperturb, φ phi", "8"): percent(meta)}
+    expected |= {("metaperturb, another φ", "6"): 33, ("metaperturb, another φ", "8"): 34}
     found = by_columns(tmp_path / "lengths-folder-12-px-resnet8.csv", "name", "amount")
     assert found == pytest.approx(expected)
-    refused("has another data set, network or length than", "fig5", *chosen)
-    refused("needs several numbers of them", "lengths", runs)
-    smaller = left(tmp_path / "smaller", base, 0.3, steps=6, batch_size=4)
-    refused("this one has batch_size: 16 → 4", "lengths", base, smaller)
-    refused("no run has a φ of this name (phi)", "fig5", runs, "--call", "nobody=x")
-    refused("expected FILE=NAME", "fig5", runs, "--call", "phi")
+    smaller = left(tmp_path / "smaller", base, steps=6, batch_size=4)
+    for said, *arguments in (
+        ("has another data set, network or length than", "fig5", *chosen),
+        ("needs several numbers of them", "lengths", runs),
+        ("this one has batch_size: 16 → 4", "lengths", base, smaller),
+        ("no run has a φ of this name (phi)", "fig5", runs, "--call", "nobody=x"),
+        ("expected FILE=NAME", "fig5", runs, "--call", "phi"),
+    ):
+        refused(said, *arguments)
 
 
 def test_amount_of_training_images(runs, tmp_path):
@@ -213,8 +206,8 @@ def test_amount_of_training_images(runs, tmp_path):
     # As ./run.sh calls it: the folders behind an option.
     drawn("amount", "--runs", tmp_path, *chosen, "--out", tmp_path)
     found = by_columns(tmp_path / "amount-folder-12-px-resnet8-8-steps.csv", "name", "amount")
-    base = 100 * result(runs / "base-0")["metrics"]["accuracy"]
-    assert found == pytest.approx({("base", "30"): 31, ("base", "80"): base, ("metaperturb", "80"): 32})
+    expected = {("base", "30"): 31, ("base", "80"): percent(runs / "base-0"), ("metaperturb", "80"): 32}
+    assert found == pytest.approx(expected)
     refused("all runs have 80 training images", "amount", runs)
     refused("with one seed", "amount", *chosen, runs / "meta")
 
@@ -242,7 +235,7 @@ def test_effort_of_meta_training(runs, tmp_path):
     completed = drawn("effort", runs / "base-0", runs / "base-1", runs / "meta", more, "--out", tmp_path, render=True)
     for name in ("other", "small"):
         assert f"{name}: left out, its φ differs in more than one number from those drawn" in completed.stderr
-    base = [100 * result(runs / name)["metrics"]["accuracy"] for name in ("base-0", "base-1")]
+    base = [percent(runs / name) for name in ("base-0", "base-1")]
     expected = {  # of paper and again, which differ in their seed: 20.5
         ("", "", "2"): statistics.mean(base),
         ("meta-training steps", "0", "1"): 23,
@@ -333,15 +326,14 @@ def test_all_figures(runs, meta_trainings, tmp_path):
 
 
 def test_what_does_not_belong_into_one_picture_is_refused(runs, tmp_path):
-    base, other = runs / "base-0", left(tmp_path / "other", runs / "base-0", 0.3, model="resnet20")
+    base, other = runs / "base-0", left(tmp_path / "other", runs / "base-0", model="resnet20")
     for said, *arguments in (
-        ("and a picture shows one", "fig5", runs / "base-1", left(tmp_path / "long", base, 0.3, steps=6)),
+        ("and a picture shows one", "fig5", runs / "base-1", left(tmp_path / "long", base, steps=6)),
         ("has another data set, network or length than", "fig8", base, other),
-        ("two runs of base with one seed", "fig5", base, left(tmp_path / "twin", base, 0.3)),
+        ("two runs of base with one seed", "fig5", base, left(tmp_path / "twin", base)),
         ("has no scales s", "fig7", base),
         ("no such folder", "fig5", tmp_path / "nowhere"),
-        ("no finished run of these methods", "fig5", base / "checkpoints"),
-        ("no finished run of these methods", "fig5", runs, "--methods", "mixup"),
+        ("no finished run of meta-testing", "fig5", base / "checkpoints"),
         ("expected KEY=VALUE", "fig8", runs, "--set", "pionts=3"),
         ("points: expected a whole number, got 'few'", "fig8", runs, "--set", "points=few"),
         ("counts: expected a whole number, got '1.5'", "fig6", runs, "--set", "counts=1,1.5"),
@@ -436,13 +428,7 @@ def test_curves_of_one_evaluation(tmp_path):
         rgb = tuple(bytes.fromhex(color[1:]))
         panels = image.convert("RGB").crop((0, 0, image.width, int(0.8 * image.height)))  # without the legend
         assert sum(n for n, pixel in panels.getcolors(1 << 24) if pixel == rgb) > 50
-
-
-def test_a_figure_gives_the_same_files_and_a_suffix_is_one_format(tmp_path):
-    for name in ("a", "b", "one.png"):
-        with matplotlib.rc_context(plots.STYLE):
-            figure = Figure()
-            figure.subplots().plot([1, 2])
-            plots.save_figure(figure, tmp_path / name)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg", "one.png"]
-    assert all((tmp_path / f"a{s}").read_bytes() == (tmp_path / f"b{s}").read_bytes() for s in plots.FORMATS)
+    for name in ("again", "only.png"):
+        plots.plot_convergence({"metaperturb": [[line]]}, "bugs", tmp_path / name)
+    assert all((tmp_path / f"one{s}").read_bytes() == (tmp_path / f"again{s}").read_bytes() for s in plots.FORMATS)
+    assert [path.name for path in tmp_path.glob("only*")] == ["only.png"]  # a suffix is one format

@@ -70,13 +70,6 @@ def fingerprint(program: str, config: Any) -> str:
     return digest([program, {name: value for name, value in chosen.items() if value != defaults[name]}])
 
 
-def training(result: Mapping[str, Any]) -> str:
-    """Of a result of meta-testing: equal for its folder, its records in whatever tables, and its repetition."""
-    own = settings(MetaTestConfig, result["config"], (INCIDENTAL - {"seed"}) | {"phi", "init"})
-    started = [result["phi_digest"], (result["init"] or {}).get("sha256")]
-    return digest([own, result["target"]["fingerprints"], *started])
-
-
 def digest(content: Any) -> str:
     """8 hex digits of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -401,8 +401,9 @@ def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) ->
 
 
 @_picture(legend=0, **{"axes.grid": False})
-def plot_surfaces(surfaces: Mapping[str, Mapping[str, Any]]) -> Drawn:
-    """Training loss around a network of each method, on one plane and color scale (figure 8), by `loss_surface`."""
+def plot_surfaces(results: Results) -> Drawn:
+    """Training loss around each method's first network, on one plane and color scale (figure 8), by `loss_surface`."""
+    surfaces = {method: runs[0] for method, runs in results.items()}
     losses = {method: np.array(surface["loss"]) for method, surface in surfaces.items()}
     low, high = min(loss.min() for loss in losses.values()), max(loss.max() for loss in losses.values())
     levels = np.geomspace(max(low, 1e-4), max(high, 2e-4), 21)

@@ -33,14 +33,10 @@ def begun(
     }
     if not path.exists():
         return about | parts
-    try:
-        content = load_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; remove it") from error
-    if not isinstance(content, dict) or not {"analysis", *parts} <= content.keys():
-        raise UserError(f"{path}: holds no results of an analysis; remove it")
-    if changed := [key for key, value in about.items() if content.get(key) != value]:
-        raise UserError(f"{path}: holds results of another kind ({', '.join(changed)} differ); remove it")
+    content = load_json(path)
+    known = content if isinstance(content, dict) else {}
+    if changed := [key for key in (*about, *parts) if key not in known or known[key] != about.get(key, known[key])]:
+        raise UserError(f"{path}: holds results of something else ({', '.join(changed)} differ); remove it")
     return content
 
 
