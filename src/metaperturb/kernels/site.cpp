@@ -28,11 +28,11 @@ namespace {
 constexpr int TAPS = 9, FEATURES = 4, LANES = 16;
 constexpr int64_t SHEET = 1024;  // values that a sheet of several planes has at most: several of them fit into the cache
 #if defined(__AVX512F__)
-constexpr int REGISTER = 64, ROWS = 4;  // bytes; rows of a convolution that the registers have room for
+constexpr int REGISTER = 64, ROWS = 4, KERNELS = 4;  // bytes; rows and kernels of convolutions that the registers bear
 #elif defined(__AVX2__)
-constexpr int REGISTER = 32, ROWS = 2;
+constexpr int REGISTER = 32, ROWS = 4, KERNELS = 1;
 #else
-constexpr int REGISTER = 16, ROWS = 2;
+constexpr int REGISTER = 16, ROWS = 2, KERNELS = 1;
 #endif
 #define INLINE [[gnu::always_inline]] inline  // a call within a loop keeps it from becoming vector code
 constexpr int SELF1 = 0, ALL1 = 9, SELF2 = 18, ALL2 = 27, SCALE_KERNELS = 36, SCALE_AFFINE = 72, PARAMETERS = 82;
@@ -83,9 +83,27 @@ INLINE uint32_t as_bits(float x) {
     return bits;
 }
 
+// A constant that compilers do not know: with one that they know, GCC makes comparisons and blends of a maximum.
 template <typename T>
-INLINE T relu(T x) {
-    return x < T(0) ? T(0) : x;  // keeps a NaN
+INLINE T opaque(T x) {
+    asm("" : "+m"(x));
+    return x;
+}
+
+template <typename T>
+struct Limits {
+    T zero = opaque(T(0)), lowest = opaque(T(-87));  // e to it is the smallest normal number, nearly
+};
+
+// Both keep an x that is a NaN.
+template <typename T>
+INLINE T at_least(T bound, T x) {
+    return x < bound ? bound : x;
+}
+
+template <typename T>
+INLINE T at_most(T bound, T x) {
+    return x > bound ? bound : x;
 }
 
 // P(x) · x with these coefficients of P, lowest first. They are minimax, to 4e-7 of what is approximated.
@@ -97,9 +115,9 @@ INLINE float polynomial(float x, const float (&coefficients)[count]) {
     return p * x;
 }
 
-// e^x for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2.
-INLINE float exp_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;
+// e^−|a|: −|a| = n ln 2 + r, |r| <= ln 2 / 2.
+INLINE float exp_negative(float a, const Limits<float> &limits) {
+    const float x = at_least(limits.lowest, as_float(as_bits(a) | 0x80000000u));
     const float shift = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, which the last bits then are
     const float shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
     const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
@@ -108,7 +126,7 @@ INLINE float exp_negative(float x) {
     return p * as_float((as_bits(shifted) << 23) + 0x3f800000u);
 }
 
-INLINE double exp_negative(double x) { return std::exp(x); }
+INLINE double exp_negative(double a, const Limits<double> &) { return std::exp(-std::fabs(a)); }
 
 // log(1 + e) for 0 <= e <= 1: a polynomial, as dividing takes longer.
 INLINE float log1p_unit(float e) {
@@ -141,14 +159,14 @@ struct Factor {
 };
 
 template <typename T>
-INLINE Factor<T> softplus(T a) {
-    const T e = exp_negative(a < T(0) ? a : -a);
-    return {relu(a) + log1p_unit(e), (a < T(0) ? e : T(1)) / (T(1) + e)};
+INLINE Factor<T> softplus(T a, const Limits<T> &limits) {
+    const T e = exp_negative(a, limits);
+    return {at_least(limits.zero, a) + log1p_unit(e), (a < T(0) ? e : T(1)) / (T(1) + e)};
 }
 
 // E[softplus(mu + ε)] by the formula of plain.py.
-INLINE Factor<double> expected_softplus(double mu) {
-    const double e = exp_negative(mu < 0 ? mu : -mu), share = 1 / (1 + e), u = 4 * e * share * share;
+INLINE Factor<double> expected_softplus(double mu, const Limits<double> &limits) {
+    const double e = exp_negative(mu, limits), share = 1 / (1 + e), u = 4 * e * share * share;
     constexpr double P[] = EXPECTATION_P, Q[] = EXPECTATION_Q;
     double p = P[4], q = Q[4], dp = 0, dq = 0;  // polynomials and their derivatives
     for (int i = 3; i >= 0; --i) {
@@ -158,19 +176,19 @@ INLINE Factor<double> expected_softplus(double mu) {
         q = q * u + Q[i];
     }
     const double ratio = p / q, du = (mu < 0 ? u : -u) * (1 - e) * share;
-    return {relu(mu) + log1p_unit(e) + 0.25 * u * ratio,
+    return {at_least(limits.zero, mu) + log1p_unit(e) + 0.25 * u * ratio,
             (mu < 0 ? e : 1) * share + 0.25 * du * (ratio + u * (dp - ratio * dq) / q)};
 }
 
 // The same to 5e-7 in half the time: what it and its derivative have above those of relu is e = e^-|mu| times a ratio of
 // polynomials in e.
-INLINE Factor<float> expected_softplus(float mu) {
-    const float e = exp_negative(mu < 0 ? mu : -mu);
+INLINE Factor<float> expected_softplus(float mu, const Limits<float> &limits) {
+    const float e = exp_negative(mu, limits);
     const float above = polynomial(e, {1.64872105f, 112.005076f, 1644.1391f, 5992.76338f, 4413.83637f, 179.627542f}) /
                         (1 + polynomial(e, {70.1749306f, 1136.4958f, 5297.79247f, 6924.96263f, 1883.60911f}));
     const float slope = polynomial(e, {1.64872081f, 142.007612f, 2635.67607f, 11975.9989f, 10650.5538f, 105.516621f}) /
                         (1 + polynomial(e, {90.6125794f, 1950.82049f, 12638.51f, 24737.4237f, 11604.4224f}));
-    return {relu(mu) + above, mu < 0 ? slope : 1 - slope};
+    return {at_least(limits.zero, mu) + above, mu < 0 ? slope : 1 - slope};
 }
 
 // --- noise: a pure function of (seed, plane, position in the plane), the same in every backend
@@ -297,8 +315,6 @@ template <typename T>
 struct Register {
     typedef T Vector __attribute__((vector_size(REGISTER)));
     using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    typedef Integer Integers __attribute__((vector_size(REGISTER)));
-    typedef uint8_t Bytes __attribute__((vector_size(REGISTER / sizeof(T))));
     static constexpr int64_t width = REGISTER / sizeof(T);
 };
 
@@ -316,7 +332,7 @@ INLINE Vector<T> load(const T *from) {
 template <typename T>
 INLINE Vector<T> fetch(const T *from) {
     Vector<T> x = load(from);
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     asm("" : "+v"(x));
 #endif
     return x;
@@ -650,6 +666,7 @@ struct Workspace {
         using I = typename Register<T>::Integer;
         const Kernel<T> self(site.phi + SELF1), all(site.phi + ALL1), all2(site.phi + ALL2);
         const T share = T(1) / T(site.channels);
+        const Vector<T> zero = Vector<T>{} + opaque(T(0));
         std::fill_n(mean(), p.size, T(0));
         std::fill_n(hidden_mean(), p.size, T(0));
         for (int64_t g = 0; g < p.groups; ++g) {
@@ -662,8 +679,7 @@ struct Workspace {
             const I *inside = p.inside(g);
             T *out = hidden(g * p.size), *sum = hidden_mean();
             convolve(p, self, h(g * p.size), shared(), [=](Vector<T> value, int64_t x, int64_t, int64_t at) {
-                const Vector<T> zero{};
-                value = Vector<T>(Vector<I>(value < zero ? zero : value) & load(inside + x));
+                value = Vector<T>(Vector<I>(at_least(zero, value)) & load(inside + x));
                 store(out + at, value);
                 store(sum + at, load(sum + at) + value);
             });
@@ -709,14 +725,16 @@ struct Workspace {
 
 template <typename T>
 void compute_features(const Site<T> &site) {
-    using Bytes = typename Register<T>::Bytes;
+    using I = typename Register<T>::Integer;
     const Sheet<T> p(site);
+    const Vector<T> zero = Vector<T>{} + opaque(T(0));
     const T *weight = site.phi + SCALE_KERNELS;
     const Kernel<T> kernels[FEATURES] = {Kernel<T>(weight), Kernel<T>(weight + TAPS), Kernel<T>(weight + 2 * TAPS),
                                          Kernel<T>(weight + 3 * TAPS)};
 #pragma omp parallel num_threads(site.threads)
     {
         Buffer<T> sheet(p.size), sums(FEATURES * p.span);
+        std::vector<I> signs(p.height * p.span);
         Image<T> h(site);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
@@ -726,29 +744,30 @@ void compute_features(const Site<T> &site) {
                 if (b + 1 < site.batch)
                     prefetch(site.h + ((b + 1) * p.channels + channel) * p.pixels(), p.planes_of(group) * p.pixels());
                 p.expand(group, image + channel * p.pixels(), sheet());
-                uint8_t *kept = site.signs ? site.signs + (b * p.groups + group) * p.height * p.span : nullptr;
-                for (int64_t x = 0; x < p.span; x += Register<T>::width) {
-                    const Vector<T> zero{};
-                    Vector<T> total[FEATURES]{};
-                    rows_at_once(0, p.height, [&](auto rows, int64_t y) {
-                        constexpr int count = decltype(rows)::value;
-                        typename Register<T>::Integers signs[count]{};
+                std::fill(signs.begin(), signs.end(), 0);
+                for (int first = 0; first < FEATURES; first += KERNELS)
+                    for (int64_t x = 0; x < p.span; x += Register<T>::width) {
+                        Vector<T> total[KERNELS]{};
+                        rows_at_once<std::max(2, KERNELS)>(0, p.height, [&](auto rows, int64_t y) {
+                            constexpr int count = decltype(rows)::value;
+                            Vector<I> above[count]{};
 #pragma GCC unroll 4
-                        for (int k = 0; k < FEATURES; ++k) {
-                            Vector<T> value[count]{};
-                            kernels[k].apply(sheet(p.first + y * p.pitch + x), p.pitch, value);
-                            for (int r = 0; r < count; ++r) {
-                                total[k] += value[r] < zero ? zero : value[r];
-                                signs[r] |= (value[r] > zero) & (1 << k);
+                            for (int k = 0; k < KERNELS; ++k) {
+                                Vector<T> value[count]{};
+                                kernels[first + k].apply(sheet(p.first + y * p.pitch + x), p.pitch, value);
+                                for (int r = 0; r < count; ++r) {
+                                    total[k] += at_least(zero, value[r]);
+                                    above[r] |= (value[r] > zero) & (1 << (first + k));
+                                }
                             }
-                        }
-                        for (int r = 0; r < count && kept; ++r) {
-                            const Bytes bytes = __builtin_convertvector(signs[r], Bytes);
-                            std::memcpy(kept + (y + r) * p.span + x, &bytes, sizeof bytes);
-                        }
-                    });
-                    for (int k = 0; k < FEATURES; ++k) store(sums(k * p.span + x), total[k]);
-                }
+                            for (int r = 0; r < count; ++r) {
+                                I *at = &signs[(y + r) * p.span + x];
+                                store(at, load(at) | above[r]);
+                            }
+                        });
+                        for (int k = 0; k < KERNELS; ++k) store(sums((first + k) * p.span + x), total[k]);
+                    }
+                if (site.signs) std::copy(signs.begin(), signs.end(), site.signs + (b * p.groups + group) * signs.size());
                 for (int64_t c = 0; c < p.planes_of(group); ++c)
                     for (int k = 0; k < FEATURES; ++k) {
                         const T *row = sums(k * p.span + c * (p.width + 1));
@@ -935,19 +954,20 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
 // --- the whole site
 
 template <bool expected, typename T>
-INLINE Factor<T> factor_of(T mu, T noise) {
-    return expected ? expected_softplus(mu) : softplus(mu + noise);
+INLINE Factor<T> factor_of(T mu, T noise, const Limits<T> &limits) {
+    return expected ? expected_softplus(mu, limits) : softplus(mu + noise, limits);
 }
 
 template <bool expected, typename T>
 void perturb(const Site<T> &site, int64_t values, const T *__restrict h, const T *__restrict mu, const T *__restrict noise,
              const T *__restrict s, T *__restrict out) {
     const T strength = T(site.strength), clip = T(site.clip), floor = least(site);
+    const Limits<T> limits;
 #pragma omp simd
     for (int64_t i = 0; i < values; ++i) {
-        const T z = factor_of<expected>(mu[i], noise[i]).z;
+        const T z = factor_of<expected>(mu[i], noise[i], limits).z;
         const T x = h[i] * ((z * s[i] - T(1)) * strength + T(1));
-        out[i] = x > clip ? clip : x < floor ? floor : x;
+        out[i] = at_least(floor, at_most(clip, x));
     }
 }
 
@@ -955,10 +975,12 @@ template <typename T>
 void relative_noise(const Site<T> &site, int64_t values, const T *__restrict mu, const T *__restrict noise, T *__restrict out) {
     constexpr double RANGE[] = MU_RANGE;
     const T strength = T(site.strength), lowest = T(RANGE[0]), highest = T(RANGE[1]);
+    const Limits<T> limits;
 #pragma omp simd
     for (int64_t i = 0; i < values; ++i) {
-        const T bounded = mu[i] < lowest ? lowest : mu[i] > highest ? highest : mu[i];
-        out[i] = (softplus(bounded + noise[i]).z / expected_softplus(bounded).z - T(1)) * strength + T(1);
+        const T bounded = at_least(lowest, at_most(highest, mu[i]));
+        const T z = softplus(bounded + noise[i], limits).z;
+        out[i] = (z / expected_softplus(bounded, limits).z - T(1)) * strength + T(1);
     }
 }
 
@@ -968,9 +990,10 @@ void perturb_backward(const Site<T> &site, int64_t values, const T *__restrict h
                       const T *__restrict s, const T *__restrict grad_out, T *__restrict mu, T *__restrict grad_h,
                       T *__restrict grad_s) {
     const T strength = T(site.strength), clip = T(site.clip), floor = least(site);
+    const Limits<T> limits;
 #pragma omp simd
     for (int64_t i = 0; i < values; ++i) {
-        const Factor<T> of_mu = factor_of<expected>(mu[i], noise[i]);
+        const Factor<T> of_mu = factor_of<expected>(mu[i], noise[i], limits);
         const T factor = (of_mu.z * s[i] - T(1)) * strength + T(1);
         const T incoming = grad_out[i];  // loaded in any case: a load under a condition is no vector code
         const T x = h[i] * factor, d = x > clip || x <= floor ? T(0) : incoming;
@@ -1009,7 +1032,7 @@ void forward(const Site<T> &site) {
 #pragma omp simd
                     for (int64_t i = 0; i < pixels; ++i) {
                         const T x = h[i] * factor;
-                        out[i] = x > clip ? clip : x < floor ? floor : x;
+                        out[i] = at_least(floor, at_most(clip, x));
                     }
                 }
                 for (int64_t g = 0; w && g < w->p.groups; ++g) {
