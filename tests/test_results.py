@@ -325,7 +325,7 @@ def test_the_best_phi_is_kept_with_the_evidence(tmp_path, sources, capsys):
     grid, folder = selection_grid(tmp_path, sources), tmp_path / "results" / "select" / "paper"
     choose = arguments(tmp_path, grid.path, "--report", *sources)
     fill(grid, folder, {("src-a", "Validation"): [0.4, 0.6], ("src-b", "Validation"): [0.5, None]})
-    assert "src-b: 1 of 2 trainings are there; nothing was chosen" in refusal(choices.select, choose)
+    assert "2 of 3 candidates have not run yet: nothing chosen" in refusal(choices.select, choose)
     assert not (tmp_path / "runs" / "selected").exists()
     fill(grid, folder, {("src-b", "Validation"): [0.5, 0.7], ("src-c", "Validation"): [0.6, 0.3]})
     choices.select(choose)

@@ -1,6 +1,7 @@
 """What is chosen by validation images, as the paper did (section 4.1), and the φ that goes into the package."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -59,13 +60,21 @@ def ship_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def found_in(results: Results, column: str, rows: Iterable[str]) -> tuple[Found, list[str]]:
-    """What is known of the accuracy of each row, and those of which trainings are missing."""
-    found, seeds = {}, len(results.grid.seeds)
-    for entry in (Entry(results, row, column) for row in rows):
-        known = dict(zip(("mean", "std", "seeds"), entry.metrics["accuracy"], strict=True))
-        found[entry.row] = {"diverged": entry.diverged} if entry.diverged else known  # which rules it out
-    return found, [row for row, one in found.items() if one.get("seeds", seeds) < seeds]
+def choose(results: Results, column: str, groups: Mapping[str, Iterable[str]]) -> tuple[dict[str, str], Found]:
+    """Group → its row of the best mean accuracy, the first of equally good ones, and the accuracy of all their rows.
+
+    A row of which a training diverged is not chosen. Refused while trainings are missing.
+    """
+    found: Found = {}
+    for row in itertools.chain(*groups.values()):
+        entry = Entry(results, row, column)
+        mean, std, n = entry.metrics["accuracy"]
+        found[row] = {"diverged": entry.diverged} if entry.diverged else {"mean": mean, "std": std, "seeds": n}
+    seeds = len(results.grid.seeds)
+    if missing := sum(one.get("seeds", seeds) < seeds for one in found.values()):
+        raise UserError(f"{column}: {missing} of {len(found)} candidates have not run yet: nothing chosen")
+    tried = {group: [row for row in of if "mean" in found[row]] for group, of in groups.items()}
+    return {group: max(of, key=lambda row: found[row]["mean"]) for group, of in tried.items() if of}, found
 
 
 # --- hyperparameters
@@ -77,40 +86,27 @@ def tune(arguments: argparse.Namespace) -> None:
         raise UserError(f"{grid.path}: {wrong[0]}: eval_split must be holdout, so that tuning sees no test image")
     if not (page := run_grid(grid, arguments)):
         return
-    chosen, accuracy = best_settings(Results(grid, page.with_suffix("")))
-    save_json({"chosen": chosen, "accuracy": accuracy}, page.with_suffix(".json"))
-    for column, methods in chosen.items():
-        for method, settings in methods.items():
-            if settings:
-                print(f"{column}: {method}: {listed(settings)}")
-    print(f"chosen: {page.with_suffix('.json')}   all values: {page}", file=sys.stderr)
-
-
-def best_settings(results: Results) -> tuple[dict[str, Any], dict[str, Found]]:
-    """Column → method → the best settings, and column → row → accuracy, of columns whose candidates have all run.
-
-    The first of equally good ones wins.
-    """
-    chosen: dict[str, Any] = {}
-    accuracy: dict[str, Found] = {}
-    rows = results.grid.rows
-    for column in results.grid.columns:
-        found, missing = found_in(results, column, rows)
-        if missing:
-            left = f"{len(missing)} of {len(rows)} candidates have not run yet"
-            print(f"{column}: {left}: nothing chosen", file=sys.stderr)
+    results, chosen, accuracy = Results(grid, page.with_suffix("")), {}, {}
+    methods: dict[str, list[str]] = {}
+    for row, settings in grid.rows.items():
+        methods.setdefault(settings["method"], []).append(row)
+    for column in grid.columns:
+        try:
+            best, accuracy[column] = choose(results, column, methods)
+        except UserError as error:
+            print(error, file=sys.stderr)
             continue
-        accuracy[column], chosen[column] = found, {}
-        for method in dict.fromkeys(settings["method"] for settings in rows.values()):
-            tried = [row for row in rows if rows[row]["method"] == method and "mean" in found[row]]
-            if not tried:
-                print(f"{column}: {method}: all candidates diverged, nothing chosen", file=sys.stderr)
-                continue
-            best = max(tried, key=lambda row: found[row]["mean"])
-            chosen[column][method] = {key: value for key, value in rows[best].items() if key != "method"}
+        chosen[column] = {}
+        for method in methods:
+            said = "all candidates diverged, nothing chosen"
+            if method in best:
+                settings = {key: value for key, value in grid.rows[best[method]].items() if key != "method"}
+                chosen[column][method], said = settings, listed(settings) or "nothing to choose"
+            print(f"{column}: {method}: {said}")
     if not chosen:
         raise UserError("nothing was chosen: no column has all its candidates yet")
-    return chosen, accuracy
+    save_json({"chosen": chosen, "accuracy": accuracy}, page.with_suffix(".json"))
+    print(f"chosen: {page.with_suffix('.json')}   all values: {page}", file=sys.stderr)
 
 
 # --- the best of several φ
@@ -134,12 +130,8 @@ def select(arguments: argparse.Namespace) -> None:
         raise UserError(f"{grid.path}: eval_split must not be test: choosing on test images is cheating")
     if not (page := run_grid(grid, arguments)):
         return
-    accuracy, missing = found_in(Results(grid, page.with_suffix("")), next(iter(grid.columns)), sources)
-    if missing:  # the choice would not be among all
-        there = f"{accuracy[missing[0]]['seeds']} of {len(grid.seeds)} trainings are there"
-        raise UserError(f"{missing[0]}: {there}; nothing was chosen")
-    best = max(accuracy, key=lambda name: accuracy[name].get("mean", -1.0))
-    if "mean" not in accuracy[best]:
+    of_all, accuracy = choose(Results(grid, page.with_suffix("")), next(iter(grid.columns)), {"φ": sources})
+    if not (best := of_all.get("φ")):
         raise UserError("with each φ some trainings diverged; nothing was chosen")
     seeds = ", ".join(map(str, grid.seeds))
     of = f"{data_name(config)}, {config.eval_split} images, {config.model}, {config.steps} steps, seeds {seeds}"

@@ -15,9 +15,8 @@ whether it ran at the paper's setting.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import cluster
 import torch
@@ -156,22 +155,21 @@ def check(results: Results, cells: Sequence[Cell], jobs: Iterable[Job]) -> None:
 
     Data are fetched and decoded here once, so that several runs do not do it at the same time.
     """
-    wrong: list[str] = []
-
-    def attempt(what: str, do: Callable[..., None], *arguments: Any) -> None:
+    made, moved = {job.id: job.record for job in jobs if job.done}, results.grid.paths
+    columns = {cell.column: cell for cell in cells}
+    needs = {need.id: (key, need) for cell in cells for key, need in cell.needs.items()}
+    networks = {(cell.config.model, image_size(cell.config)): cell for cell in reversed(cells)}
+    checks = [(f"column {cell.column}", check_images, results, cell) for cell in columns.values()]
+    for key, need in needs.values():
+        if need.id not in made or need.name in moved:
+            checks.append((f"need {need.name}", check_need, key, need, made.get(need.id)))
+    checks += [(f"row {cell.row}, column {cell.column}", check_network, cell.config) for cell in networks.values()]
+    wrong = []
+    for what, do, *arguments in checks:
         try:
             do(*arguments)
         except UserError as error:
             wrong.append(f"  {what}: {error}")
-
-    for cell in {cell.column: cell for cell in cells}.values():
-        attempt(f"column {cell.column}", check_images, results, cell)
-    made = {job.id: job.record for job in jobs if job.done}
-    for key, need in {need.id: (key, need) for cell in cells for key, need in cell.needs.items()}.values():
-        if need.id not in made or need.name in results.grid.paths:
-            attempt(f"need {need.name}", check_need, key, need, made.get(need.id))
-    for cell in {(cell.config.model, image_size(cell.config)): cell for cell in reversed(cells)}.values():
-        attempt(f"row {cell.row}, column {cell.column}", check_network, cell.config)
     if wrong:
         raise UserError("\n".join(["nothing was run, because this is missing or wrong:", *dict.fromkeys(wrong)]))
 
