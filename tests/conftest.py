@@ -136,32 +136,23 @@ def logged(run_dir: Path) -> list[dict]:
     return [{**json.loads(line), "seconds": 0} for line in (run_dir / "metrics.jsonl").open()]
 
 
-def start(program: str, settings: list[str], **options) -> subprocess.Popen:
+STREAMS = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+
+
+def start(program: str, settings: list[str]) -> subprocess.Popen:
     """`python -m metaperturb.<program> --set …` in a process group of its own, output captured as text."""
-    command = [sys.executable, "-m", f"metaperturb.{program}", "--set", *settings]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
-    )
+    return subprocess.Popen([sys.executable, "-m", f"metaperturb.{program}", "--set", *settings], **STREAMS)
 
 
 def python(code: str, **environment: str) -> subprocess.Popen:
-    """`python -c code` with these variables beside the present ones, output captured as text."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **environment}, **streams)
+    """`python -c code` with these variables beside the present ones, likewise."""
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **environment}, **STREAMS)
 
 
-def run(program: str, settings: list[str], **options) -> subprocess.CompletedProcess:
-    process = start(program, settings, **options)
-    out, err = process.communicate(timeout=200)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def error_line(completed: subprocess.CompletedProcess) -> str:
-    """The one `error:` line of a program that failed as it should: exit code not 0 and no traceback."""
-    assert completed.returncode not in (0, None)
-    assert "Traceback" not in completed.stderr, completed.stderr
-    lines = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, completed.stderr
+def error_line(err: str) -> str:
+    """The one `error:` line of a program that failed as it should, without a traceback."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
 
 
@@ -172,8 +163,7 @@ def refused(capsys):
     def of(program, settings: list[str], code: int = 1) -> str:
         capsys.readouterr()
         assert program.main(["--set", *settings]) == code
-        captured = capsys.readouterr()
-        return error_line(subprocess.CompletedProcess([], code, captured.out, captured.err))
+        return error_line(capsys.readouterr().err)
 
     return of
 

@@ -128,16 +128,6 @@ def test_the_authors_format(tmp_path, zip_format, shaped):
     assert_loads(tmp_path / "phi_perturb_750.pth", make_phi(3))
 
 
-def test_the_released_phi_of_the_authors():
-    path = Path(__file__).resolve().parent.parent / "data" / "authors_phi_perturb_750.pth"  # where the tables want it
-    if not path.exists():
-        pytest.skip("the authors' file is not in data/")
-    raw, phi = torch.load(path, map_location="cpu", weights_only=True), load_phi(path)
-    for theirs, (ours, shape) in AUTHORS.items():
-        assert tuple(raw[theirs].shape) == shape
-        assert torch.equal(raw[theirs].flatten().float(), getattr(phi, ours).flatten())
-
-
 def test_our_file_holds_six_named_tensors_as_it_always_has(tmp_path):
     """Pinned: the φ of earlier versions has to load, and to be the same."""
     phi = make_phi()

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
-from tqdm import tqdm
 
 from metaperturb import cli
 from metaperturb.errors import UserError
@@ -163,8 +161,7 @@ def under_torchrun() -> bool:
 class _Job(NamedTuple):
     """What `launch` was given."""
 
-    work: Callable[..., None]
-    arguments: tuple
+    work: Callable[[Group], None]
     devices: list[torch.device]
     timeout: timedelta
 
@@ -176,22 +173,17 @@ class _Job(NamedTuple):
         return Group(dist.get_rank(), dist.get_world_size(), self.devices[local])
 
 
-def launch(
-    work: Callable[..., None],
-    arguments: tuple,
-    devices: list[torch.device],
-    timeout: timedelta = timedelta(minutes=10),
-) -> None:
-    """Call `work(group, *arguments)`, a module-level function, in one process a device of this machine.
+def launch(work: Callable[[Group], None], devices: list[torch.device], timeout: timedelta = timedelta(0, 600)) -> None:
+    """Call `work(group)`, which can be pickled, in one process a device of this machine.
 
     Raises the first error of any process; all have ended by then. They wait for another at most `timeout`.
     """
-    job = _Job(work, arguments, devices, timeout)
+    job = _Job(work, devices, timeout)
     if under_torchrun():
         _run_as_torchrun_worker(job)
     elif len(devices) == 1:
         make_current(devices[0])
-        work(Group(0, 1, devices[0]), *arguments)
+        work(Group(0, 1, devices[0]))
     else:
         _spawn(job)
 
@@ -231,7 +223,7 @@ def _run_as_torchrun_worker(job: _Job) -> None:
         where = "process {RANK}: could not meet the others at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
         raise UserError(f"{where} ({reason(error)})") from error
     try:
-        job.work(group, *job.arguments)
+        job.work(group)
     finally:
         dist.destroy_process_group()
 
@@ -301,13 +293,12 @@ def _cause(first: int, codes: list[int], devices: list[torch.device], said: Path
 def _worker(rank: int, job: _Job, port: int, launcher: int, said: Path) -> None:
     cli.end_with(launcher)
     cli.keep_freed_memory()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which os._exit below would leave behind
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=job.timeout)
     code = 0
     with cli.unbreakable_output():
         try:
             make_current(job.devices[rank])
-            job.work(job.meet(rank, store=store, rank=rank, world_size=len(job.devices)), *job.arguments)
+            job.work(job.meet(rank, store=store, rank=rank, world_size=len(job.devices)))
             dist.destroy_process_group()
         except (Exception, cli.Stopped) as error:
             known = isinstance(error, UserError | cli.Stopped)

@@ -24,7 +24,7 @@ from metaperturb.dry_run import watch
 from metaperturb.errors import UserError
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.sites import find_sites
-from metaperturb.training import ABLATION, check_ablation, tell_other_ablation
+from metaperturb.training import ABLATION, check_ablation
 from metaperturb.weights import load_phi, phi_digest
 
 # Settings in which repetitions of a training differ, and that keep none from being at the paper's setting.
@@ -185,8 +185,7 @@ def check_settings(config: MetaTestConfig) -> torch.device:
         raise UserError(f"gpu: expected one device, got {config.gpu!r}")
     phi = load_phi(config.phi) if perturbed else None
     if phi is not None:
-        tell_phi(config.phi, phi)
-        tell_other_ablation(config, phi.card)
+        tell_phi(config.phi, phi, noise=config.noise, gate=config.gate)
     methods.create(config, phi)
     if unused := methods.unused_settings(config):
         print(f"method {config.method} does not use {', '.join(unused)}", file=sys.stderr)
@@ -212,8 +211,8 @@ def image_size(config: MetaTestConfig) -> int:
     return config.image_size or DATA_SETS[config.target].image_size
 
 
-def tell_phi(source: str, phi: MetaPerturb) -> None:
-    """Say how φ was made, and warn where that is far from the paper's meta-training."""
+def tell_phi(source: str, phi: MetaPerturb, **parts: bool) -> None:
+    """Say how φ was made, and warn where that is far from the paper's meta-training, or other `parts` are used here."""
     made, images = phi.card.get("config") or {}, phi.card.get("source") or {}
     how = f"meta-trained in {made['steps']} steps of {made.get('tasks')} tasks" if "steps" in made else ""
     saw = f", {images['images']:,} images of {images['name']}" if {"images", "name"} <= images.keys() else ""
@@ -222,3 +221,7 @@ def tell_phi(source: str, phi: MetaPerturb) -> None:
         usual = getattr(MetaTrainConfig, name)
         if made.get(name, usual) < usual / 2:
             print(f"warning: {made[name]} {name} are far from the paper's {usual}; φ may do little", file=sys.stderr)
+    for part, here in parts.items():
+        if made and made.get(part, True) != here:
+            there, now = str(not here).lower(), str(here).lower()
+            print(f"φ was meta-trained with {part}={there}, this run has {part}={now}", file=sys.stderr)

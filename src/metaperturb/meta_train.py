@@ -13,6 +13,7 @@ The run folder gets `phi.pt` (the result: `metaperturb.load_phi`), `metrics.json
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
@@ -85,7 +86,7 @@ def meta_train(config: MetaTrainConfig) -> None:
     if config.keep_phi and config.anneal > 0:
         raise UserError("keep_phi: with annealing, φ on the way is not the φ of a shorter run")
     load_tasks(config)
-    launch(work, (config,), devices, timedelta(seconds=config.timeout))
+    launch(functools.partial(work, config=config), devices, timedelta(seconds=config.timeout))
 
 
 def check_kept(config: MetaTrainConfig, done: int) -> None:

@@ -7,7 +7,6 @@ import time
 import timeit
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +23,6 @@ def check_ablation(config: CommonConfig) -> None:
         raise UserError("noise, gate: with both false φ does nothing")
     if not config.noise and getattr(config, "scale_free", False):
         raise UserError("scale_free: is about the noise, and with noise=false there is none")
-
-
-def tell_other_ablation(config: CommonConfig, card: Mapping[str, Any]) -> None:
-    """Say aloud if φ, by its card, learned without a part that this run uses, or with one that it lacks."""
-    learned = card.get("config")
-    for key in ("noise", "gate"):
-        if learned and learned.get(key, True) != getattr(config, key):
-            here, there = (str(value).lower() for value in (getattr(config, key), learned.get(key, True)))
-            print(f"φ was meta-trained with {key}={there}, this run has {key}={here}", file=sys.stderr)
 
 
 def annealed_strength(step: int, steps: int, share: float) -> float:
@@ -91,17 +81,14 @@ def _read(path: Path) -> str:
 
 def choose_precision(asked: str, device: torch.device) -> str:
     """`asked`, or float32 where a CPU only imitates bfloat16 and a step is slower for it; said on stderr."""
-    flags = next((line.split() for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("flags")), [])
-    if asked == "float32" or device.type != "cpu" or {"avx512_bf16", "amx_bf16"} & set(flags):
+    flags = {"avx512_bf16", "amx_bf16"} & set(_read(Path("/proc/cpuinfo")).split())
+    if asked == "float32" or device.type != "cpu" or flags:
         return asked
     ratio = step_seconds("bfloat16") / step_seconds("float32")
     if ratio <= 1.0:
         return asked
-    print(
-        f"precision: computing in float32, as this processor has no bfloat16 arithmetic and takes {ratio:.1f} times as "
-        "long with it",
-        file=sys.stderr,
-    )
+    what = "computing in float32, as this processor has no bfloat16 arithmetic"
+    print(f"precision: {what} and takes {ratio:.1f} times as long with it", file=sys.stderr)
     return "float32"
 
 
