@@ -83,7 +83,7 @@ def test_noise_mean(shape):
 def test_whole_site_through_training_and_evaluation(shape, scale_free):
     site, oracle = make_pair(shape[1], scale_free=scale_free)
     for step in range(4):
-        h, noise = maps(*shape, seed=2 * step, spread=7.0), maps(*shape, seed=2 * step + 1)
+        h, noise = maps(*shape, seed=2 * step, spread=7.0), maps(*shape, seed=2 * step + 1, spread=(1, 50)[step % 2])
         before = h.clone(), noise.clone()
         assert_same(site.scale(h), oracle.scale(h.numpy()))
         assert_same(site(h, noise=noise), oracle.forward(h.numpy(), noise.numpy()))
@@ -99,7 +99,7 @@ def test_whole_site_through_training_and_evaluation(shape, scale_free):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("clip", [None, 100.0, 0.75])
+@pytest.mark.parametrize("clip", [None, 0.75])
 @pytest.mark.parametrize("clip_eval", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 def test_strength_and_clip(strength, clip, training, clip_eval):
@@ -116,42 +116,6 @@ def test_strength_and_clip(strength, clip, training, clip_eval):
     if clip == 0.75:  # the clip is at work, on one side only, with some strength, where it was asked for
         assert (out.max() <= 0.75) == ((training or clip_eval) and strength > 0)
         assert out.min() < -0.75
-
-
-def test_the_default_clip_is_100_and_strength_1():
-    site = PerturbSite(make_phi(spread=1e-6), 3, 7, 11)
-    assert site.clip == 100.0 and site.strength == 1.0
-    h = maps(2, 3, 4, 4, spread=1e3)  # about a third of it is left: softplus(0) times sigmoid(0)
-    noise = torch.zeros_like(h)
-    out = site(h, noise=noise)
-    assert out.max() == 100 and out.min() < -100
-    assert site.eval()(h, noise=noise).max() > 100
-
-
-def test_softplus_stays_exact_for_large_arguments():
-    site, oracle = make_pair()
-    h = maps(2, 3, 4, 4)
-    noise = maps(2, 3, 4, 4, seed=7, spread=50.0)
-    np.testing.assert_allclose(softplus(np.array([-800.0, 0.0, 800.0])), [0, np.log(2), 800])
-    oracle.training = False
-    assert_same(site.eval()(h, noise=noise), oracle.forward(h.numpy(), noise.numpy()))
-
-
-# --- symmetries
-
-
-def test_the_whole_site_is_equivariant_in_training_and_evaluation():
-    site, _ = make_pair(5)
-    other = copy.deepcopy(site)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    for seed in range(2):
-        h, noise = maps(3, 5, 4, 4, seed=seed), maps(3, 5, 4, 4, seed=seed + 10)
-        out, permuted = site(h, noise=noise), other(h[:, order], noise=noise[:, order])
-        torch.testing.assert_close(permuted, out[:, order], rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(other.running_mean, site.running_mean[order])
-    torch.testing.assert_close(other.running_var, site.running_var[order])
-    out, permuted = site.eval()(h, noise=noise), other.eval()(h[:, order], noise=noise[:, order])
-    torch.testing.assert_close(permuted, out[:, order], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -200,7 +164,7 @@ def test_a_site_owns_its_statistics_and_nothing_else():
     assert {n: tuple(b.shape) for n, b in site.named_buffers()} == {"running_mean": (5, 4), "running_var": (5, 4)}
     assert set(site.state_dict()) == {"running_mean", "running_var"}
     assert (site.running_mean == 0).all() and (site.running_var == 1).all()
-    assert site.phi is phi
+    assert site.phi is phi and site.clip == 100.0 and site.strength == 1.0
     other = PerturbSite(phi, channels=5, channel_norm=64, size_norm=32)
     site(torch.randn(2, 5, 4, 4))
     assert (other.running_mean == 0).all() and (other.running_var == 1).all()
@@ -259,18 +223,6 @@ def test_running_statistics_carry_no_graph():
     assert not gradient[36:72].any() and gradient[72:].any()  # running statistics stand in for the batch's
 
 
-def test_the_clip_stops_the_gradient_where_it_acts():
-    site, _ = make_pair()
-    site.clip = 0.5
-    h, noise = maps(3, 3, 4, 4, spread=3.0).requires_grad_(), maps(3, 3, 4, 4, seed=3)
-    site.gate = False  # the scale would mix the images of the batch
-    out = site(h, noise=noise)
-    clipped = out == 0.5
-    assert clipped.any() and not clipped.all()
-    (gradient,) = torch.autograd.grad(out[clipped].sum(), h)
-    assert not gradient.any()
-
-
 # --- noise
 
 
@@ -322,8 +274,7 @@ def test_scale_free_noise_does_not_grow_with_the_map(paper):
     factors = {}
     for scale_free, size in itertools.product((False, True), (1.0, 10.0)):
         site = PerturbSite(make_phi(scale_free=scale_free), 3)
-        site.gate = not paper
-        site.attachment._write(site.attachment.current()._replace(paper=paper, clip=None))
+        site.gate, site.paper, site.clip = not paper, paper, None
         h, noise = size * maps(4, 3, 5, 5), maps(4, 3, 5, 5, seed=5)
         found = [site(h, noise=noise) / h]
         for _ in range(160):
@@ -427,8 +378,7 @@ def test_values_out_of_range_are_refused(name, values):
 
 def make_mean_one(amplitude=0.6):
     site, oracle = make_pair()
-    site.attachment._write(site.attachment.current()._replace(paper=False, clip=None, amplitude=amplitude))
-    site.strength = 0.5
+    site.paper, site.clip, site.amplitude, site.strength = False, None, amplitude, 0.5
     return site, oracle
 
 

@@ -90,9 +90,6 @@ def attach(
         specs = choose_sites(found, sites or "all")
     else:
         found = specs = find_sites(model, image_size, sites, example=example)
-    for what, module in (("phi", phi), (type(model).__name__, model)):
-        if any(p.is_inference() for p in module.parameters()):
-            raise UserError(f"{what} was made in torch.inference_mode() and cannot be trained with; make it outside")
     if paper is None:
         paper = not (noise and gate) or all(isinstance(model.get_submodule(spec.module), Slot) for spec in specs)
     if clip == "paper":
@@ -127,13 +124,12 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
     Each takes the mode and device of the module where it acts, and becomes the child `name` of that; `sites` itself
     becomes the attribute `name` of the network, which may have none yet. `verbose`: say on stderr where they are.
     """
-    specs = sites.specs
-    placed = [(spec, model.get_submodule(spec.module)) for spec in specs]
-    for host in [model, *(host for _, host in placed)]:
+    acting = {spec: model.get_submodule(spec.module) for spec in sites.specs}
+    for host in (model, *acting.values()):
         if hasattr(host, name):
             raise UserError(f"{type(host).__name__} has a {name!r} of its own; rename that")
     parameter = next(model.parameters(), None)
-    for (spec, host), site in zip(placed, sites.sites, strict=True):
+    for (spec, host), site in zip(list(acting.items()), sites.sites, strict=True):
         site.train(host.training)
         if parameter is not None:
             site.to(parameter.device)
@@ -148,17 +144,17 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
             host.register_forward_pre_hook(_OnInput(name, site))
         else:
             last = _BeforeLastCall(name, site, spec)
+            acting[spec] = host.get_submodule(spec.where)
             host.register_forward_pre_hook(last.begin)
-            host.get_submodule(spec.where).register_forward_pre_hook(last.act)
+            acting[spec].register_forward_pre_hook(last.act)
             host.register_forward_hook(last.end, always_call=True)
     model.__dict__[name] = sites  # no child: the network's children stay what they are
-    acting = [host if spec.where in ("output", "input") else host.get_submodule(spec.where) for spec, host in placed]
-    model.register_forward_pre_hook(_Check(name, dict(zip(specs, acting, strict=True))))
+    model.register_forward_pre_hook(_Check(name, acting))
     _forget_compiled()
     if verbose:
-        shown = [spec.name for spec in specs]
+        shown = [spec.name for spec in sites.specs]
         shown = shown if len(shown) <= 12 else [*shown[:5], "…", *shown[-5:]]
-        count = f"{len(specs)} site{'s' * (len(specs) > 1)}"
+        count = f"{len(acting)} site{'s' * (len(acting) > 1)}"
         print(f"{name}: {count} in {type(model).__name__}: {', '.join(shown)}", file=sys.stderr)
 
 
@@ -178,10 +174,10 @@ def detach(model: nn.Module) -> nn.Module:
                     module._forward_hooks_always_called.pop(key, None)
                     module._modules.pop(hook.name, None)
                     vars(module).pop(hook.name, None)
+                    if type(module) is _with_site(kind := type(module).__base__):
+                        module.__class__ = kind
         if isinstance(module, Slot):
             module._modules.clear()
-        elif type(module) is _with_site(kind := type(module).__base__):
-            module.__class__ = kind
     _forget_compiled()
     return model
 
@@ -199,16 +195,12 @@ def _with_site(kind: type) -> type:
     They leave it, or say that they do not know it; else they would drop what hangs on it, and φ with it. What PyTorch's
     `fuse_modules` says then has the class's `__qualname__`.
     """
-    known_as = f"{kind.__qualname__} with a site of φ: fuse before attach"
-
-    def reduce(layer: nn.Module, protocol: int) -> tuple:
-        return _new_with_site, (kind,), object.__reduce_ex__(layer, 2)[2]
-
-    return type(
-        f"{kind.__name__}WithSite",
-        (kind,),
-        {"__module__": kind.__module__, "__qualname__": known_as, "__reduce_ex__": reduce},
-    )
+    own = {
+        "__module__": kind.__module__,
+        "__qualname__": f"{kind.__qualname__} with a site of φ: fuse before attach",
+        "__reduce_ex__": lambda layer, _: (_new_with_site, (kind,), layer.__getstate__()),
+    }
+    return type(f"{kind.__name__}WithSite", (kind,), own)
 
 
 def _new_with_site(kind: type) -> nn.Module:

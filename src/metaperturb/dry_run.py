@@ -47,19 +47,19 @@ class Value:
     gathered: bool = False
     depthwise: bool = False
 
-    @property
-    def is_map(self) -> bool:
-        return len(self.shape) == 4 and self.space == (2, 3)
-
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: positions in `Trace.values` of its first argument and of its (first) result, or None."""
+    """One call of a module: positions in `Trace.values` of its first argument and of its (first) result, or None.
+
+    `shape` is that of the result if that is one tensor, whether it follows from the input or not.
+    """
 
     module: str
     parent: str
     taken: int | None
     given: int | None
+    shape: torch.Size | None
 
 
 @dataclass
@@ -68,16 +68,7 @@ class Trace:
 
     values: list[Value] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)  # in the order in which they ended
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # module → its last output, if that is a tensor
     returned: set[int] = field(default_factory=set)  # positions of what the network returned
-
-    def users(self) -> list[list[int]]:
-        """For each value the positions of those that are computed from it."""
-        users: list[list[int]] = [[] for _ in self.values]
-        for position, value in enumerate(self.values):
-            for operand in set(value.inputs):
-                users[operand].append(position)
-        return users
 
 
 class _Recorder(TorchDispatchMode):
@@ -97,16 +88,12 @@ class _Recorder(TorchDispatchMode):
         self.trace.values.append(value)
         self.positions[id(tensor)] = len(self.trace.values) - 1
 
-    def add_input(self, tensor: Tensor) -> None:
-        self.add(tensor, Value("input", (), tensor.shape, "", (2, 3) if tensor.dim() == 4 else None))
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         op = func._schema.name.partition("::")[2]
-        op, in_place = op.rstrip("_"), op.endswith("_")
-        operands = [] if op.startswith(_LIKE) else list(tensors((args, kwargs or {})))
+        operands = [] if op.startswith(_LIKE) else list(tensors((args, kwargs)))
         for result in tensors(out):
-            self._note(op, operands, args, result, in_place)
+            self._note(op.rstrip("_"), operands, args, result, in_place=op.endswith("_"))
         return out
 
     def _note(self, op: str, operands: list[Tensor], args: tuple, result: Tensor, in_place: bool) -> None:
@@ -120,11 +107,10 @@ class _Recorder(TorchDispatchMode):
         values = [self.trace.values[p] for p in inputs]
         space = _space(op, args, values, result)
         gathered = op not in LAYERS and any(v.gathered for v in values)
-        join = ""
-        alike = {p for p, v in zip(inputs, values, strict=True) if v.shape == result.shape}
-        if op in SUMS and len(alike) >= 2 and space and result.dim() == 4:
+        join, distinct = "", [self.trace.values[p] for p in set(inputs)]
+        if op in SUMS and sum(v.shape == result.shape for v in distinct) >= 2 and space and result.dim() == 4:
             join = "sum"
-        elif op in GATHERS and len({p for p, v in zip(inputs, values, strict=True) if v.space}) >= 2:
+        elif op in GATHERS and sum(v.space is not None for v in distinct) >= 2:
             join, gathered = ("cat" if space == (2, 3) else ""), True
         elif op in ("sum", "mean") and values[0].gathered and space == (2, 3) and result.shape[1] > 1:
             pooled = {d % len(values[0].shape) for d in args[1]} & set(values[0].space)
@@ -152,23 +138,14 @@ def _space(op: str, args: tuple, values: list[Value], result: Tensor) -> tuple[i
         return None
     rank, (rows, columns) = len(before.shape), before.space
     if op in ("permute", "transpose", "t"):
-        order = list(range(rank))
-        if op == "permute":
-            order = [d % rank for d in args[1]]
-        else:
-            a, b = (0, 1) if op == "t" else (args[1] % rank, args[2] % rank)
-            order[a], order[b] = order[b], order[a]
+        order = list(getattr(torch.empty(tuple(range(rank)), device="meta"), op)(*args[1:]).shape)
         return order.index(rows), order.index(columns)
     if op in _VIEWS or len(shape) != rank:
         if rows == rank - 2 and columns == rank - 1 and len(shape) >= 3 and shape[-2:] == before.shape[-2:]:
             return len(shape) - 2, len(shape) - 1
         return (rows, columns) if shape[: columns + 1] == before.shape[: columns + 1] else None
-    sizes, sizes_before = [(s[rows], s[columns]) for s in (shape, before.shape)]
-    if op not in ("max_pool2d_with_indices", "cat", "slice") and any(
-        now == 1 < was for now, was in zip(sizes, sizes_before, strict=True)
-    ):
-        return None  # pooled to one pixel, row or column: no map any more
-    return rows, columns
+    pooled = any(shape[d] == 1 < before.shape[d] for d in before.space)  # to one row or column: no map any more
+    return None if pooled and op not in ("max_pool2d_with_indices", "cat", "slice") else before.space
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -176,7 +153,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def example_of(model: nn.Module, image_size: int | tuple[int, int]) -> Iterator[Tensor]:
+def _images(model: nn.Module, image_size: int | tuple[int, int]) -> Iterator[Tensor]:
     """Zeros `[2, C, H, W]` for each number of channels that the network's images may have, the likeliest first."""
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
@@ -198,8 +175,8 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
     if example is not None:
         candidates = [example if isinstance(example, tuple) else (example,)]
     else:
-        candidates = ((image,) for image in example_of(model, image_size))
-    failure, shape = None, None
+        candidates = ((image,) for image in _images(model, image_size))
+    failure = shape = None
     for arguments in candidates:
         shape = shape or [list(t.shape) for t in tensors(arguments)]
         for device in ("meta", None):
@@ -210,10 +187,13 @@ def watch(model: nn.Module, image_size: int | tuple[int, int] | None = None, exa
         failure = failure or last  # that of the run on zeros: of the meta device a user need not know
     cause = str(failure).strip().split("\n")[0] or type(failure).__name__  # an assertion says nothing
     if example is not None:
-        raise UserError(f"{type(model).__name__}: does not run on the example ({cause})") from failure
-    raise UserError(
-        f"{type(model).__name__}: does not run on images {shape[0]} ({cause}); {_way_out(model, image_size, failure)}"
-    ) from failure
+        what = f"the example ({cause})"
+    elif not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules()):
+        what = f"images {shape[0]} ({cause}); it has no nn.Conv2d, and φ acts on feature maps of CNNs"
+    else:
+        way = "image_size=(height, width), or example=(…), what it runs on, or attach to a part of it"
+        what = f"images {shape[0]} ({cause}); is image_size right? ({way})"
+    raise UserError(f"{type(model).__name__}: does not run on {what}") from failure
 
 
 def classifier_name(model: nn.Module, image_size: int | None = None, example: Any = None) -> str:
@@ -223,30 +203,16 @@ def classifier_name(model: nn.Module, image_size: int | None = None, example: An
         UserError: that layer has another number of outputs, so that there may be parameters behind it; or the network
             does not run on images of this size.
     """
-    outputs = watch(model, image_size, example).outputs
-    modules = dict(model.named_modules())
-    layers = [name for name in outputs if isinstance(modules[name], nn.Linear | nn.Conv2d)]  # in order of completion
-    if layers and "" in outputs:
-        output = outputs[layers[-1]]
-        count = output.shape[-1] if isinstance(modules[layers[-1]], nn.Linear) else output.shape[-3]
-        if outputs[""].dim() == 2 and count == outputs[""].shape[1]:
-            return layers[-1]
+    trace, modules = watch(model, image_size, example), dict(model.named_modules())
+    layers = [call for call in trace.calls if isinstance(modules[call.module], nn.Linear | nn.Conv2d) and call.shape]
+    logits = trace.calls[-1].shape
+    if layers and logits and len(logits) == 2:
+        last = layers[-1]
+        if last.shape[-1 if isinstance(modules[last.module], nn.Linear) else -3] == logits[1]:
+            return last.module
     raise UserError(
         f"{type(model).__name__}: no classifier found: its last linear layer or convolution has not one output a class"
     )
-
-
-def _way_out(model: nn.Module, image_size: int | tuple[int, int], failure: Exception | None) -> str:
-    """What to do with a network that takes no such images: a part that does, or the arguments to give."""
-    if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules()):
-        return "it has no nn.Conv2d, and the perturbation acts on feature maps of CNNs"
-    takes_more = isinstance(failure, TypeError | LookupError | AttributeError)  # than an image
-    for name, part in model.named_modules():
-        if takes_more and name and any(isinstance(m, nn.Conv2d) for m in part.modules()) and list(part.children()):
-            with contextlib.suppress(Exception):
-                _dry_run(part, (next(example_of(part, image_size)),), "meta")
-                return f"attach to its part {name!r}, or give example=(…), what it runs on"
-    return "is image_size right? (image_size=(height, width), or example=(…), what it runs on)"
 
 
 def _dry_run(model: nn.Module, arguments: tuple, device: str | None) -> Trace:
@@ -263,15 +229,13 @@ def _dry_run(model: nn.Module, arguments: tuple, device: str | None) -> Trace:
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         name = recorder.stack.pop()
         first = output[0] if type(output) is tuple and output else output
-        recorder.trace.calls.append(Call(name, recorder.stack[-1], taken.pop(), recorder.position(first)))
-        recorder.trace.outputs.pop(name, None)
-        if isinstance(output, Tensor):
-            recorder.trace.outputs[name] = output
+        shape = output.shape if isinstance(output, Tensor) else None
+        recorder.trace.calls.append(Call(name, recorder.stack[-1], taken.pop(), recorder.position(first), shape))
 
     taken: list[int | None] = []
     images = moved(arguments)
     for image in tensors(images):
-        recorder.add_input(image)
+        recorder.add(image, Value("input", (), image.shape, "", (2, 3) if image.dim() == 4 else None))
     state = moved(dict(model.named_buffers()) | (dict(model.named_parameters()) if device else {}))
     devices = [t.device for t in tensors(images) if t.is_cuda]
     with (

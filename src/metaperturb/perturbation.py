@@ -97,7 +97,19 @@ def rms(h: Tensor) -> Tensor:
 
 
 class Usage(NamedTuple):
-    """How a network uses φ; `Attachment` says what each of these is."""
+    """How a network uses φ.
+
+    Attributes:
+        strength: c in [0, 1]; 0 makes every site the identity.
+        noise: whether the sites multiply by z.
+        gate: whether the sites multiply by s.
+        clip: k, the bound of what sites return, or None: in the paper's arithmetic from above and in training only,
+            else of the absolute value and always.
+        paper: whether the sites compute what the paper says, or multiply by noise of mean one.
+        clip_eval: whether the paper's bound holds in evaluation, too.
+        deterministic: whether the sites multiply by E[z | h] in place of a draw of z; `make_deterministic` sets it.
+        amplitude: of the noise of mean one at strength 1.
+    """
 
     strength: float = 1.0
     noise: bool = True
@@ -137,21 +149,12 @@ class Attachment(UsesPhi):
 
     Attributes:
         phi: the shared φ, not to be set. It is referred to, not owned: `parameters()` is empty.
-        strength: c in [0, 1]; 0 makes every site the identity.
-        noise: whether the sites multiply by z; a choice of `attach`, as are `gate`, `paper` and `amplitude`.
-        gate: whether the sites multiply by s.
-        paper: whether the sites compute what the paper says, or multiply by noise of mean one.
-        amplitude: of the noise of mean one at strength 1.
-        clip: k, the bound of what sites return, or None: in the paper's arithmetic from above and in training only,
-            else of the absolute value and always.
-        clip_eval: whether the paper's bound holds in evaluation, too.
-        deterministic: whether the sites multiply by E[z | h] in place of a draw of z; `make_deterministic` sets it.
-        before: batch norm's statistics from before that, one after the other, or None.
+        strength, clip, …: those of `Usage`, which may be set.
+        before: of a deterministic network batch norm's statistics from before, one after the other, or None.
         specs: where the sites are, in the order in which the network runs them.
         sites: the sites, likewise.
 
     Raises:
-        UserError: a state is loaded that was saved with other `noise`, `gate` or `paper`.
         ValueError: a strength or clip out of range.
     """
 
@@ -164,13 +167,7 @@ class Attachment(UsesPhi):
         self.before: Tensor | None = None
         self._renew(phi.flat, Usage(**usage))
 
-    @property
-    def attachment(self) -> "Attachment":
-        return self
-
-    @property
-    def draws(self) -> bool:
-        return self.current().draws
+    attachment = property(lambda self: self)
 
     def current(self) -> Usage:
         """What the buffer says; it is read, and a GPU waited for, only where something else has written to it."""
@@ -200,8 +197,7 @@ class Attachment(UsesPhi):
 
     def _renew(self, like: Tensor, usage: Usage) -> None:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32  # half would round the strength
-        with torch.inference_mode(False):
-            self.register_buffer("usage", torch.empty(len(usage), device=like.device, dtype=dtype))
+        self.register_buffer("usage", torch.empty(len(usage), device=like.device, dtype=dtype))
         self._write(usage)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
@@ -234,14 +230,8 @@ class Attachment(UsesPhi):
         self.before = before.cpu().double() if len(before) else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if (saved := state_dict.get(f"{prefix}usage")) is not None:
-            usage = _usage(saved.tolist())
-            for name in ("noise", "gate", "paper"):
-                was, own = getattr(usage, name), getattr(self._usage, name)
-                if was != own:
-                    raise UserError(f"this state was saved with {name}={was}, the network was attached with {own}")
-            self._original = None
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._original = None
         self.current()
 
     def extra_repr(self) -> str:
@@ -323,17 +313,12 @@ class PerturbSite(UsesPhi):
     In the paper's arithmetic and training mode the scale comes from the batch, and the running statistics follow it
     (momentum 0.1, unbiased variance); in evaluation mode it comes from the running statistics. A single image has no
     variance: in training it takes the running statistics, too, and leaves them. Noise is drawn in both modes from
-    PyTorch's global generator of the device, or given by the caller.
-
-    The root mean square of a scale-free φ is that of the whole batch, all channels and pixels, so that images and
-    channels still differ, and predictions do not depend on the other images. No gradient flows through it. In
-    evaluation an image far from those of training still gets larger noise from site to site: only a bound
-    (`clip_eval`) keeps it finite.
+    PyTorch's global generator of the device, or given by the caller. The root mean square of a scale-free φ is that of
+    the whole batch, and no gradient flows through it.
 
     Raises:
         ValueError: a feature map of other shape, noise of other shape, or a strength or clip out of range.
-        UserError: gradients of single images under `torch.func.vmap`, in training; a state is loaded of which φ was
-            scale-free and this one is not, or the other way round.
+        UserError: gradients of single images under `torch.func.vmap`, in training.
 
     Examples:
         >>> site = PerturbSite(MetaPerturb(), channels=16, channel_norm=64, size_norm=32)
@@ -450,12 +435,6 @@ class PerturbSite(UsesPhi):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the feature map {tuple(h.shape)}")
         if self.training and not torch.compiler.is_compiling() and _is_batched(h):
             raise UserError("φ acts on whole batches: there are no gradients of single ones (torch.func.vmap)")
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        saved, own = f"{prefix}running_rms" in state_dict, self.phi.scale_free
-        if f"{prefix}running_mean" in state_dict and saved != own:
-            raise UserError(f"this state was saved with scale_free={saved}, the network was attached with {own}")
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _apply(self, fn, recurse: bool = True):
         self.phi._apply(fn)

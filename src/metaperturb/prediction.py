@@ -72,7 +72,7 @@ def log_prediction(model: nn.Module, x: Tensor, samples: int, tell: Callable[[fl
     """
     draws, images, shared = 1, len(x), False
     sites = [module for module in model.modules() if isinstance(module, PerturbSite)]
-    if sites and not any(site.attachment.draws for site in sites):
+    if sites and not any(site.attachment.current().draws for site in sites):
         samples = 1
     if sites and samples > 1:
         fits = max(1, PIXELS.get(x.device.type, PIXELS_ELSEWHERE) // (x.shape[2] * x.shape[3]))
@@ -111,7 +111,7 @@ def bears_draws(model: nn.Module, x: Tensor) -> bool:
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
-    draws = isinstance(module, PerturbSite) and module.attachment.draws
+    draws = isinstance(module, PerturbSite) and module.attachment.current().draws
     return weakref.ref(module), draws, module._compiled_call_impl is not None  # another one may get a module's id
 
 

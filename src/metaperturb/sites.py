@@ -19,7 +19,7 @@ the places.
 import difflib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -64,10 +64,9 @@ class SiteSpec:
     calls: int = 1
 
     def __str__(self) -> str:
-        height, width = self.size
-        inside = {"output": "output", "input": f"input of {self.module}"}
-        place = inside.get(self.where, f"before the last {self.where}")
-        return f"{self.name}: {place}, [{self.channels}, {height}, {width}]"
+        places = {"output": "output", "input": f"input of {self.module}"}
+        place = places.get(self.where, f"before the last {self.where}")
+        return f"{self.name}: {place}, {[self.channels, *self.size]}"
 
 
 @dataclass
@@ -81,15 +80,6 @@ class Sites:
 
     specs: list[SiteSpec]
     sites: list[nn.Module]
-
-    @property
-    def strength(self) -> float:
-        return self.sites[0].strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        for site in self.sites:
-            site.strength = value
 
 
 def find_sites(
@@ -159,37 +149,44 @@ class _Finder:
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model, self.trace, self.values = model, trace, trace.values
         self.modules = dict(model.named_modules())
-        self.users = trace.users()
+        self.users: list[list[int]] = [[] for _ in trace.values]  # what is computed from each value
+        for position, value in enumerate(trace.values):
+            for operand in set(value.inputs):
+                self.users[operand].append(position)
         self.calls: dict[str, list[Call]] = {}
         for call in trace.calls:
             self.calls.setdefault(call.module, []).append(call)
 
     def find(self, names: Iterable[str] | None) -> list[SiteSpec]:
         found = self.slots() or self.blocks("sum") or self.blocks("cat") or self.layers()
-        specs = [found[position] for position in sorted(found)]
         if names is not None:
-            specs = self.named(specs, names)
-        if not specs:
+            found = self.named(found, [names] if isinstance(names, str) else list(names))
+        if not found:
             raise UserError(f"{type(self.model).__name__}: {self._why_none()}")
-        for spec in specs:
-            self._check_called_once(spec.module)
-        return specs
+        for spec in found.values():
+            if (count := len(self.calls[spec.module])) > 1:
+                raise UserError(
+                    f"{type(self.model).__name__}: {spec.module!r} runs {count} times a pass, and a site has the "
+                    f"statistics of one place; give each place a module of its own, attach to the part of the network "
+                    f"that runs {count} times, or name other modules: sites=[…]"
+                )
+        return [found[position] for position in sorted(found)]
 
     # --- the ways to find them
 
     def slots(self) -> dict[int, SiteSpec]:
-        slots = {n: self.calls[n][-1] for n, m in self.modules.items() if isinstance(m, Slot) and n in self.calls}
+        slots = [name for name in self.calls if isinstance(self.modules[name], Slot)]
         parents = Counter(name.rpartition(".")[0] for name in slots)
         found = {}
-        for position, (name, call) in enumerate(sorted(slots.items(), key=lambda item: item[1].taken or 0)):
-            parent = name.rpartition(".")[0]
-            alone = parent and parents[parent] == 1  # then the block is what one thinks of
-            if call.taken is not None and len(self.values[call.taken].shape) == 4:
-                found[position] = self._spec(parent if alone else name, name, "output", call.taken)
+        for name in slots:
+            parent, taken = name.rpartition(".")[0], self.calls[name][-1].taken
+            if taken is not None and len(self.values[taken].shape) == 4:
+                alone = parent and parents[parent] == 1  # then the block is what one thinks of
+                found[taken] = self._spec(parent if alone else name, name, "output", taken)
         return found
 
     def blocks(self, join: str) -> dict[int, SiteSpec]:
-        joined = {v.module for v in self.values if v.join == join and v.module} & self.calls.keys()
+        joined = {v.module for v in self.values if v.join == join and v.module}
         classes = {type(self.modules[name]) for name in joined} - {nn.Sequential}
         candidates = [
             name
@@ -203,8 +200,12 @@ class _Finder:
         chosen = [name for name in candidates if inner[name] < STAGE]
         chosen = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
         found = dict(self._place(name) for name in chosen)
-        if join == "sum":
-            found |= self._sums_of_the_network(found)
+        for position, value in enumerate(self.values):  # a sum that the network's own forward makes: where one gets it
+            if value.join == join == "sum" and not value.module and position not in found:
+                takers = [c.module for c in self._takers(position) if self._may_host(c.module)]
+                takers = [name for name in takers if len(self.calls[name]) == 1]
+                if takers and self._is_site_value(position):
+                    found[position] = self._spec(takers[0], takers[0], "input", position)
         return found
 
     def layers(self) -> dict[int, SiteSpec]:
@@ -217,33 +218,30 @@ class _Finder:
             name = self._layer_below(value.inputs[0])
             if name is None or name == classifier or any(spec.name == name for spec in found.values()):
                 continue
-            position, where, module = self._before_activation(name, value.inputs[0])
+            module, where, position = self._before_activation(name, value.inputs[0])
             if self._is_site_value(position) and self.values[position].shape[1] > 1:
                 found[position] = self._spec(name, module, where, position)
         return found
 
-    def named(self, found: list[SiteSpec], names: Iterable[str]) -> list[SiteSpec]:
-        names = [names] if isinstance(names, str) else list(names)
-        known = {spec.name: spec for spec in found}
-        specs: dict[SiteSpec, int] = {}
+    def named(self, found: dict[int, SiteSpec], names: list[str]) -> dict[int, SiteSpec]:
+        known = {spec.name: (position, spec) for position, spec in found.items()}
         for name in names:
-            given = self.calls[name][-1].given if name in self.calls else None
             if name in known:
-                spec = known[name]
-            elif name and given is not None and len(self.values[given].shape) == 4:
-                spec = self._place(name)[1]
-            else:
-                maps = [n for n, c in self.calls.items() if n and c[-1].given and self.values[c[-1].given].is_map]
+                continue
+            given = self.calls[name][-1].given if name in self.calls else None
+            if not name or given is None or len(self.values[given].shape) != 4:
+                maps = [n for n, calls in self.calls.items() if n and self._is_map(calls[-1].given)]
                 candidates = [*known, *maps, *PLACES]
                 near = ", ".join(difflib.get_close_matches(name, candidates, n=3)) or ", ".join(candidates[:3])
                 raise UserError(
                     f"sites: {name!r} is neither a place nor a module of {type(self.model).__name__} with a feature "
                     f"map (near: {near}; places: {', '.join(PLACES)})"
                 )
-            specs[spec] = self.calls[spec.module][-1].given or 0
-        if not specs or len(specs) < len(names):
+            known[name] = self._place(name)
+        chosen = dict(known[name] for name in names)
+        if not chosen or len(chosen) < len(names):
             raise UserError(f"sites {names}: name at least one site, and none twice")
-        return sorted(specs, key=specs.__getitem__)
+        return chosen
 
     # --- a place
 
@@ -251,16 +249,14 @@ class _Finder:
         """Where a block is perturbed: before its last activation, if that is a module that gets its sum, or behind."""
         given = self.calls[name][-1].given
         sums = [p for p, v in enumerate(self.values) if v.module == name and v.join == "sum" and p <= given]
-        if sums:
-            for call in self._takers(sums[-1]):
-                if not (call.module.startswith(f"{name}.") and call.given == given and self._is_activation(call)):
-                    continue
-                calls = self.calls[call.module]
-                if len(calls) == 1:
-                    return sums[-1], self._spec(name, call.module, "input", sums[-1])
-                if calls[-1] is call and all(f"{c.parent}.".startswith(f"{name}.") for c in calls):
-                    spec = self._spec(name, name, call.module[len(name) + 1 :], sums[-1])
-                    return sums[-1], replace(spec, calls=len(calls))
+        for call in self._takers(sums[-1]) if sums else ():
+            if not (call.module.startswith(f"{name}.") and call.given == given and self._is_activation(call)):
+                continue
+            calls = self.calls[call.module]
+            if len(calls) == 1:
+                return sums[-1], self._spec(name, call.module, "input", sums[-1])
+            if calls[-1] is call and all(f"{c.parent}.".startswith(f"{name}.") for c in calls):
+                return sums[-1], self._spec(name, name, call.module[len(name) + 1 :], sums[-1], len(calls))
         return given, self._output(name, given)
 
     def _output(self, name: str, given: int) -> SiteSpec:
@@ -269,7 +265,7 @@ class _Finder:
         while type(self.modules[host]) is nn.Sequential and len(self.modules[host]):
             host = f"{host}.{[*self.modules[host]._modules][-1]}"
         kind, parent = type(self.modules[host]), host.rpartition(".")[0]
-        if self._is_container(host) and kind.forward is not nn.Sequential.forward:  # as DenseNet's: runs what it has
+        if not self._may_host(host) and kind.forward is not nn.Sequential.forward:  # as DenseNet's: runs what it has
             if type(self.modules[parent]) is nn.Sequential and self.calls[parent][-1].given == given:
                 return self._spec(name, parent, "output", given)
             for call in self._takers(given):
@@ -277,19 +273,7 @@ class _Finder:
                     return self._spec(name, call.module, "input", given)
         return self._spec(name, host, "output", given)
 
-    def _sums_of_the_network(self, found: dict[int, SiteSpec]) -> dict[int, SiteSpec]:
-        """Those that its own forward makes, where one module, whose forward is not the network's, gets the sum."""
-        more = {}
-        for position, value in enumerate(self.values):
-            if value.join != "sum" or value.module or not self._is_site_value(position):
-                continue
-            takers = [c.module for c in self._takers(position) if self._may_host(c.module)]
-            takers = [name for name in takers if len(self.calls[name]) == 1]
-            if takers and position not in found:
-                more[position] = self._spec(takers[0], takers[0], "input", position)
-        return more
-
-    def _before_activation(self, name: str, position: int) -> tuple[int, str, str]:
+    def _before_activation(self, name: str, position: int) -> tuple[str, str, int]:
         """Of a layer: the input of the activation, if that is a module that nothing else runs, or the layer's output.
 
         Tools that fuse a convolution with its normalization leave the activation and what hangs on it in place.
@@ -297,26 +281,29 @@ class _Finder:
         direct = position == self.calls[name][-1].given or self.values[position].module == name
         for call in self._takers(position) if direct else ():
             if len(self.calls[call.module]) == 1 and call.module != name and self._is_activation(call):
-                return position, "input", call.module
-        return self.calls[name][-1].given, "output", name
+                return call.module, "input", position
+        return name, "output", self.calls[name][-1].given
 
-    def _spec(self, name: str, module: str, where: str, position: int) -> SiteSpec:
+    def _spec(self, name: str, module: str, where: str, position: int, calls: int = 1) -> SiteSpec:
         _, channels, height, width = self.values[position].shape
-        return SiteSpec(name, module, where, channels, (height, width))
+        return SiteSpec(name, module, where, channels, (height, width), calls)
 
     # --- questions to the trace
 
+    def _is_map(self, position: int | None) -> bool:
+        return position is not None and len(self.values[position].shape) == 4 and self.values[position].space == (2, 3)
+
     def _is_site_value(self, position: int | None) -> bool:
         """Whether it is a feature map, and more than a resized form of what the network returns."""
-        if position is None or not self.values[position].is_map:
+        if not self._is_map(position):
             return False
         while position not in self.trace.returned:
             users = self.users[position]
             if len(users) != 1 or len(self.values[users[0]].inputs) != 1 or self.values[users[0]].op in LAYERS:
                 return True
-            if not self.values[users[0]].is_map:
-                return True
             position = users[0]
+            if not self._is_map(position):
+                return True
         return False
 
     def _is_concatenation(self, position: int) -> bool:
@@ -330,7 +317,7 @@ class _Finder:
         """The module whose convolution or normalization made a value, up to pooling and the like; None if none did."""
         name, value = None, self.values[position]
         while len(value.inputs) == 1 and value.op not in ACTIVATIONS:
-            if name is None and value.op in LAYERS | NORMALIZATIONS and value.module in self.calls:
+            if name is None and value.op in LAYERS | NORMALIZATIONS:
                 name = value.module
             if value.op in LAYERS:
                 return None if value.depthwise else name
@@ -356,24 +343,8 @@ class _Finder:
             if call.taken == position and all(f"{user}.".startswith(f"{call.module}.") for user in users)
         ]
 
-    def _is_container(self, name: str) -> bool:
-        return isinstance(self.modules[name], nn.Sequential | nn.ModuleDict | nn.ModuleList)
-
     def _may_host(self, name: str) -> bool:
-        return bool(name) and not self._is_container(name)
-
-    def _check_called_once(self, name: str) -> None:
-        """A site has the statistics of one place."""
-        count = len(self.calls[name])
-        if count == 1:
-            return
-        parts = name.split(".")
-        outer = next(p for i in range(len(parts)) if len(self.calls.get(p := ".".join(parts[: i + 1]), ())) == count)
-        way = f"attach to {outer!r} instead" if outer != name else "give each place a module of its own"
-        raise UserError(
-            f"{type(self.model).__name__}: {outer!r} runs {count} times a pass, and a site has the statistics of one "
-            f"place; {way}, or name other modules: sites=[…]"
-        )
+        return bool(name) and not isinstance(self.modules[name], nn.Sequential | nn.ModuleDict | nn.ModuleList)
 
     def _why_none(self) -> str:
         convolutions = [v for v in self.values if v.op == "convolution" and len(v.shape) == 4]

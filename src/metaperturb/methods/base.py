@@ -73,6 +73,10 @@ class SiteMethod(Method):
         self.sites = Sites(specs, [self.site(spec.channels) for spec in specs])
         place(model, self.sites, REGULARIZER)
 
+    def set_strength(self, strength: float) -> None:
+        for site in self.sites.sites:
+            site.strength = strength
+
 
 class Perturbation(Method):
     """MetaPerturb (Ryu et al. 2020, Algorithm 2): a frozen φ perturbs the feature maps, in evaluation too.

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from metaperturb.errors import UserError
-from metaperturb.models.convnet import CONV4, CONV6, VGG9, ConvNet
-from metaperturb.models.resnet import ResNet, WideResNet
+from metaperturb.models.zoo import CONV4, CONV6, VGG9, ConvNet, ResNet
 
 # Number of classes and image size → network. ResNets average over whatever map is left.
 # ResNet18 and ResNet34 (He et al. 2016, ImageNet form) are torchvision's own.
@@ -21,7 +20,7 @@ ZOO: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet32": lambda num_classes, _: ResNet(5, num_classes),
     "resnet44": lambda num_classes, _: ResNet(7, num_classes),
     "resnet56": lambda num_classes, _: ResNet(9, num_classes),
-    "wrn_28_2": lambda num_classes, _: WideResNet(4, 2, num_classes),
+    "wrn_28_2": lambda num_classes, _: ResNet(4, num_classes, width=2),
 }
 
 
@@ -49,17 +48,13 @@ def create(name: str, num_classes: int, image_size: int) -> nn.Module:
 
     available = torchvision.models.list_models(module=torchvision.models)
     if name not in available:
-        near = difflib.get_close_matches(name, [*ZOO, *available], n=3)
-        near = f"near: {', '.join(near)}; " * bool(near)
         raise UserError(
-            f"model: unknown {name!r} ({near}the zoo: {', '.join(ZOO)}; also any CNN of torchvision by name, and "
-            "timm/<name>)"
+            f"model: unknown {name!r} ({_near(name, [*ZOO, *available])}; the zoo: {', '.join(ZOO)}; also any CNN of "
+            "torchvision by name, and timm/<name>)"
         )
-    builder = torchvision.models.get_model_builder(name)
-    options = {"weights": None, "num_classes": num_classes}
-    if "inception" in name or name == "googlenet":  # their auxiliary heads would change the output in training
-        options |= {"aux_logits": False, "init_weights": True}
-    return builder(**options)
+    auxiliary = "inception" in name or name == "googlenet"  # heads that would change the output in training
+    options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def _from_timm(name: str, num_classes: int) -> nn.Module:
@@ -68,6 +63,9 @@ def _from_timm(name: str, num_classes: int) -> nn.Module:
     except ImportError as error:
         raise UserError(f"model: timm/{name}: timm is not installed ({sys.executable} -m pip install timm)") from error
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"model: timm/{name}: unknown to timm {timm.__version__} (near: {', '.join(near) or 'none'})")
+        raise UserError(f"model: timm/{name}: unknown to timm {timm.__version__} ({_near(name, timm.list_models())})")
     return timm.create_model(name, num_classes=num_classes)
+
+
+def _near(name: str, known: list[str]) -> str:
+    return f"near: {', '.join(difflib.get_close_matches(name, known, n=3)) or 'none'}"
