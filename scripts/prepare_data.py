@@ -19,16 +19,13 @@ from images import ZIPS, make_zip
 def main() -> int:
     parser = argument_parser(__doc__)
     names = [name for name, spec in DATA_SETS.items() if spec.how not in ("drawn", "named")]
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"of: {', '.join(names)}, all; {', '.join(ZIPS)}")
+    parser.add_argument("names", nargs="+", choices=[*names, "all", *ZIPS])
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     arguments = parser.parse_args()
 
     def prepare() -> None:
-        wanted = [name for given in arguments.names for name in (names if given == "all" else [given])]
-        if unknown := [name for name in wanted if name not in [*names, *ZIPS]]:
-            raise UserError(f"unknown data set {unknown[0]!r} (known: {', '.join([*names, 'all', *ZIPS])})")
         missing = []
-        for name in wanted:
+        for name in [name for given in arguments.names for name in (names if given == "all" else [given])]:
             try:
                 if name in ZIPS:
                     print(make_zip(name, arguments.data_root))

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from metaperturb.data import arrays, load
 from metaperturb.data.arrays import to_pixels
-from metaperturb.storage import hold, load_json, save_json
+from metaperturb.storage import load_json, save_json
 
 
 def _load(images, root, **options):
@@ -321,14 +321,14 @@ def test_what_cannot_be_read_is_no_broken_image(open_path, monkeypatch):
     listing.chmod(0)
     as_nobody(lambda: refused(r"cat: cannot be listed \(Permission denied\)", load_it) and None)
     listing.chmod(0o755)
-    real, reads = arrays.read_file, itertools.count(1)
+    real, reads = Path.read_bytes, itertools.count(1)
 
     def failing(file):
         if next(reads) == 6 + 4:  # one of them, when it is decoded
             raise OSError(errno.EIO, "Input/output error")
         return real(file)
 
-    monkeypatch.setattr(arrays, "read_file", failing)
+    monkeypatch.setattr(Path, "read_bytes", failing)
     refused(r"cannot be read \(Input/output error\)", _load, folder, open_path, image_size=8, skip_unreadable=True)
     assert len(_load(folder, open_path, image_size=8, skip_unreadable=True)[0]) == 6
 
@@ -422,9 +422,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert "no locks here" in capsys.readouterr().err
     assert _load(folder_layout(), tmp_path)[0].fingerprint == first.fingerprint
     assert isinstance(first.images, np.memmap)
-    capsys.readouterr()
-    hold(tmp_path / "run" / ".lock").close()  # of a run
-    assert "run: no locks here" in capsys.readouterr().err
 
 
 def test_processes_that_start_at_once_build_once(tmp_path, capfd):

@@ -168,8 +168,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "is there already" in capsys.readouterr().err and made.stat().st_mtime_ns == when
     made.unlink()
     assert _prepare(monkeypatch, tmp_path, made.name) == 0 and made.read_bytes() == content
-    capsys.readouterr()
-    assert _prepare(monkeypatch, tmp_path, "cub50.zip", "cub500.zip") == 1
-    assert "unknown data set 'cub500.zip'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _prepare(monkeypatch, tmp_path, "cub50.zip", "cub500.zip")
+    assert "invalid choice: 'cub500.zip'" in capsys.readouterr().err
     monkeypatch.setattr(prepare_data, "load", lambda name, **_: [])
     assert _prepare(monkeypatch, tmp_path, "all", made.name) == 0  # all: of the official sets, and this one, too

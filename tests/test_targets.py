@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import sys
+import zlib
 
 import numpy as np
 import prepare_data
@@ -348,6 +349,13 @@ def test_what_cannot_be_prepared_does_not_keep_the_others(tmp_path, monkeypatch,
 
 def test_drawn_images(tmp_path):
     train, test = load("embedded", data_root=tmp_path, image_size=8)
-    assert train.classes == test.classes and train.image_size == 8 and train.fingerprint != test.fingerprint
-    assert len(load("embedded_source", data_root=tmp_path, image_size=8, splits=("train",))[0]) == 4800
+    (source,) = load("embedded_source", data_root=tmp_path, image_size=8, splits=("train",))
+    assert train.classes == test.classes and train.fingerprint != test.fingerprint
+    for part, classes, of_each in ((source, 40, 120), (train, 16, 25), (test, 16, 63)):
+        assert part.labels.tolist() == [label for label in range(classes) for _ in range(of_each)]
+        assert part.image_size == 8 and len({*part.classes}) == classes
+    crcs = [zlib.crc32(np.ascontiguousarray(part.images)) for part in (source, train, test)]
+    assert crcs == [3183415865, 2848607719, 1047292338]  # as results have them
+    assert load("embedded", data_root=tmp_path, image_size=13)[0].images.shape == (400, 3, 13, 13)
+    _refused("image_size is 7", "embedded", tmp_path, image_size=7)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from metaperturb.data.files import Place, printable, read_file
+from metaperturb.data.files import Place, printable
 from metaperturb.errors import UserError
 from metaperturb.provenance import available_cores
 from metaperturb.storage import hold, reason, write_atomically
@@ -100,7 +100,7 @@ class Plan:
 
 def file_picture(place: Place, member: str, class_name: str) -> Picture:
     """One of the files of a place."""
-    return Picture(class_name, printable(f"{place.path}: {member}"), partial(read_file, place.files[member]))
+    return Picture(class_name, printable(f"{place.path}: {member}"), place.files[member].read_bytes)
 
 
 def to_pixels(content: bytes | np.ndarray, image_size: int) -> tuple[np.ndarray, bool]:
@@ -179,10 +179,7 @@ def _key_of(plan: Plan) -> str:
     """From the CRC-32 of each image, which tells it from others; decoding takes longer."""
 
     def read_through(picture: Picture) -> str:
-        try:
-            return f"{picture.class_name}:{zlib.crc32(_content(picture)):08x}"
-        except ValueError as error:  # a property of the image, of which decoding will tell
-            return f"{picture.name}: {error}"
+        return f"{picture.class_name}:{zlib.crc32(_content(picture)):08x}"
 
     return _digest([*plan.classes, *_in_threads(read_through, plan.pictures), *plan.remarks])
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from metaperturb.errors import UserError
 from metaperturb.storage import reason
 
-# The largest published image of the supported sets is a few MB; a file beyond this is a mistake.
-MAX_FILE_BYTES = 256 * 2**20
 # What file managers and network storage put beside images; whatever begins with a dot is left out, too.
 SYSTEM_NAMES = {
     *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
@@ -29,14 +27,6 @@ SYSTEM_NAMES = {
 def printable(name: str) -> str:
     """A name as messages have it: on one line, and all of it Unicode."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
-
-
-def read_file(file: Path) -> bytes:
-    """The content of one of `Place.files`; a `ValueError` where it is too large for an image."""
-    with file.open("rb") as stream:
-        if os.fstat(stream.fileno()).st_size > MAX_FILE_BYTES:
-            raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-        return stream.read()
 
 
 class Place:
@@ -98,8 +88,8 @@ class Place:
         if name not in self.files:
             raise UserError(f"{self.path}: {name} is missing; is the data set official and complete?")
         try:
-            return read_file(self.files[name])
-        except (OSError, ValueError) as error:
+            return self.files[name].read_bytes()
+        except OSError as error:
             raise UserError(f"{self.path}: {name}: cannot be read ({reason(error)})") from error
 
     def root(self, markers: Iterable[str]) -> str | None:

@@ -114,32 +114,26 @@ class Recipe(Method):
     """
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
-        self.method, *further = methods.values()
-        self.parts = [*further, self.method]
-        own_loss = [part for part in self.parts if type(part).loss is not Method.loss]
-        mixing = [part for part in self.parts if part.mixes_images]
+        first, *further = methods
+        names = [*further, first]
+        self.method, self.parts = methods[first], [methods[name] for name in names]
+        mixing = [name for name in names if methods[name].mixes_images]
+        own_loss = [name for name in names if type(methods[name]).loss is not Method.loss]
         for what, found in (("mixes images", mixing), ("has its own loss", own_loss)):
             if len(found) > 1:
-                names = " and ".join(name for part in found for name in methods if methods[name] is part)
-                raise UserError(f"recipe: {names} do not go together: each {what}")
+                raise UserError(f"recipe: {' and '.join(found)} do not go together: each {what}")
         self.augment = next((part.augment for part in self.parts if part.augment), None)
         self.ramp, self.stochastic = self.method.ramp, self.method.stochastic
-        self._with_loss = own_loss[0] if own_loss else self.method
+        self.loss = methods[[first, *own_loss][-1]].loss
         if hasattr(self.method, "attacked_loss"):
             self.method.attacked_loss = self.loss
-
-    @property
-    def sites(self):
-        return self.method.sites
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         for part in self.parts:
             part.prepare(model, train)
+        self.sites = self.method.sites
 
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         for part in self.parts:
             x, y = part.batch(x, y)
         return x, y
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self._with_loss.loss(logits, labels)
