@@ -101,42 +101,33 @@ def make_phi(device: torch.device) -> MetaPerturb:
     return MetaPerturb().to(device)
 
 
-class Learner:
-    """A task of the meta-training program, whose steps count themselves.
+def learner(
+    bench: Bench, images: DeviceImages, phi: MetaPerturb, *, plain: bool = False, form: str = "float32", index: int = 0
+) -> Task:
+    """A task of the meta-training program.
 
     `plain`: without the perturbation; everything else, data and optimizer too, is the same code.
     """
+    half, precision = len(images.arrays) // 2, "bfloat16" if form == "bfloat16" else "float32"
+    split = TaskSplit(np.arange(CLASSES), np.arange(half), np.arange(half, 2 * half))
+    sizes = {"model": bench.model, "batch_size": bench.batch, "image_size": bench.image_size, "tasks": bench.tasks}
+    task = Task(index, split, images, phi, MetaTrainConfig(precision=precision, **sizes))
+    if plain:
+        detach(task.model)
+    if form == "channels-last":
+        task.model.to(memory_format=torch.channels_last)
+    return task
 
-    def __init__(
-        self,
-        bench: Bench,
-        images: DeviceImages,
-        phi: MetaPerturb,
-        *,
-        plain: bool = False,
-        kernel: str = "auto",
-        form: str = "float32",
-        index: int = 0,
-    ) -> None:
-        precision = "bfloat16" if form == "bfloat16" else "float32"
-        sizes = {"model": bench.model, "batch_size": bench.batch, "image_size": bench.image_size}
-        self.config = MetaTrainConfig(precision=precision, tasks=bench.tasks, **sizes)
-        half = len(images.arrays) // 2
-        split = TaskSplit(np.arange(CLASSES), np.arange(half), np.arange(half, 2 * half))
-        self.kernel, self.task, self.steps = kernel, Task(index, split, images, phi, self.config), itertools.count()
-        if plain:
-            detach(self.task.model)
-        if form == "channels-last":
-            self.task.model.to(memory_format=torch.channels_last)
 
-    def theta_step(self) -> object:
-        with kernels.use_kernel(self.kernel):
-            return self.task.theta_step(next(self.steps))
+def theta_step(task: Task, kernel: str = "auto") -> Callable[[], object]:
+    """A step of a task's network, the next one with each call."""
+    steps = itertools.count()
 
-    def meta_step(self) -> object:
-        """What a task does in one step of meta-training: its θ-step, then its gradient of φ."""
-        step = next(self.steps)
-        return self.task.theta_step(step), self.task.phi_gradient(step)
+    def step() -> object:
+        with kernels.use_kernel(kernel):
+            return task.theta_step(next(steps))
+
+    return step
 
 
 def start(bench: Bench) -> Groups:
@@ -154,24 +145,27 @@ def start(bench: Bench) -> Groups:
 def steps(bench: Bench) -> Groups:
     """θ-steps without and with φ (frozen) in three formats; a task's meta-step, and a joint step of all tasks."""
     images, phi = bench.images(), make_phi(bench.device)
-    variants = {}
+    variants, counter, group = {}, itertools.count(), Group(0, 1, bench.device)
     for form in FORMATS:
-        variants[f"plain, {form}"] = Learner(bench, images, phi, plain=True, form=form).theta_step
-        variants[f"perturbed, {form}"] = Learner(bench, images, phi, form=form).theta_step
-    variants["perturbed, plain operators"] = Learner(bench, images, phi, kernel="plain").theta_step
-    plain = Learner(bench, images, phi, plain=True)
+        variants[f"plain, {form}"] = theta_step(learner(bench, images, phi, plain=True, form=form))
+        variants[f"perturbed, {form}"] = theta_step(learner(bench, images, phi, form=form))
+    variants["perturbed, plain operators"] = theta_step(learner(bench, images, phi), kernel="plain")
+    plain, perturbed = theta_step(learner(bench, images, phi, plain=True)), learner(bench, images, phi)
 
     def plain_steps(count: int) -> Callable[[], object]:
-        return lambda: [plain.theta_step() for _ in range(count)]
+        return lambda: [plain() for _ in range(count)]
 
-    variants |= {"two plain steps": plain_steps(2), "meta-step": Learner(bench, images, phi).meta_step}
-    learners = [Learner(bench, images, phi, index=i) for i in range(bench.tasks)]
-    tasks, config = [each.task for each in learners], learners[0].config
+    def meta_step() -> object:
+        """What a task does in one step of meta-training: its θ-step, then its gradient of φ."""
+        step = next(counter)
+        return perturbed.theta_step(step), perturbed.phi_gradient(step)
+
+    variants |= {"two plain steps": plain_steps(2), "meta-step": meta_step}
+    tasks = [learner(bench, images, phi, index=i) for i in range(bench.tasks)]
     optimizer = torch.optim.Adam(phi.parameters(), lr=1e-3, weight_decay=5e-4, fused=True)
-    counter, group = itertools.count(), Group(0, 1, bench.device)
     both = {
         "two plain steps a task": plain_steps(2 * bench.tasks),
-        "joint step": lambda: joint_step(next(counter), tasks, phi, optimizer, group, config),
+        "joint step": lambda: joint_step(next(counter), tasks, phi, optimizer, group, tasks[0].config),
     }
     return {"steps": bench.time(variants), "joint": bench.time(both, share=0.25)}
 
@@ -204,15 +198,15 @@ def memory(bench: Bench) -> Groups:
     """Peak memory of a θ-step: parameters, buffers and optimizer, and the most that a step adds to them."""
     images, timings = bench.images(), {}
     for name, plain in (("plain", True), ("perturbed", False)):
-        learner = Learner(bench, images, make_phi(bench.device), plain=plain)
+        task = learner(bench, images, make_phi(bench.device), plain=plain)
+        step = theta_step(task)
         for _ in range(WARM_UP[bench.device.type]):
-            learner.theta_step()
-        learner.task.optimizer.zero_grad(set_to_none=True)
-        held = [*learner.task.model.parameters(), *learner.task.model.buffers()]
-        for state in learner.task.optimizer.state.values():
+            step()
+        task.optimizer.zero_grad(set_to_none=True)
+        held = [*task.model.parameters(), *task.model.buffers()]
+        for state in task.optimizer.state.values():
             held += [value for value in state.values() if isinstance(value, Tensor)]
-        added = peak_memory(learner.theta_step, bench.device)
-        timings[name] = summary([float(added + sum(tensor.nbytes for tensor in held))])
+        timings[name] = summary([float(peak_memory(step, bench.device) + sum(tensor.nbytes for tensor in held))])
     return {"memory": {"unit": "bytes", "timings": timings}}
 
 

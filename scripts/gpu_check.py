@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench import SMOKE, Bench, Learner, chosen, make_phi, ratio
+from bench import SMOKE, Bench, chosen, learner, make_phi, ratio, theta_step
 from tables.grid import slug
 
 from metaperturb.cli import PARENT, argument_parser, run_program
@@ -110,16 +110,15 @@ def steps(part: Part) -> None:
     how = {"backend": "eager"} if part.rehearse else {"dynamic": False}
 
     def compiled(of_sites: bool = False, **options: Any) -> Callable[[], object]:
-        learner = Learner(bench, images, phi, kernel="plain", **options)
-        model = learner.task.model
-        for module in model.metaperturb.sites if of_sites else [model]:
+        task = learner(bench, images, phi, **options)
+        for module in task.model.metaperturb.sites if of_sites else [task.model]:
             module.compile(**how, disable=part.rehearse and not of_sites)
-        return learner.theta_step
+        return theta_step(task, kernel="plain")
 
     variants = {
-        "plain": Learner(bench, images, phi, plain=True).theta_step,
-        "triton": Learner(bench, images, phi).theta_step,
-        "plain operators": Learner(bench, images, phi, kernel="plain").theta_step,
+        "plain": theta_step(learner(bench, images, phi, plain=True)),
+        "triton": theta_step(learner(bench, images, phi)),
+        "plain operators": theta_step(learner(bench, images, phi), kernel="plain"),
     }
     part.keep(kernel=kernel_name(part.device))
     for further in (
@@ -137,37 +136,28 @@ def steps(part: Part) -> None:
 
 def meta_train(part: Part) -> None:
     """φ's gradients of two joint steps beside those on the CPU, from the same draws; then a whole meta-training."""
-    here, cpu = gradients(part, part.device), gradients(part, torch.device("cpu"))
-    part.keep(phi_gradient_error=[((a - b).norm() / b.norm()).item() for a, b in zip(here, cpu, strict=True)])
+    cpu, draw_seed = torch.device("cpu"), fused.draw_seed
+
+    def draw_codes(batch: int, padding: int, device: torch.device) -> torch.Tensor:
+        top, left, flip = batches.draw(batch, padding, cpu)
+        return (flip + 2 * (left + (2 * padding + 1) * top)).to(device)
+
+    fused.draw_seed, batches.draw_codes = lambda device: draw_seed(cpu).to(device), draw_codes
+    torch.backends.cudnn.allow_tf32 = False
+    pairs = zip(gradients(part, part.device), gradients(part, cpu), strict=True)
+    part.keep(phi_gradient_error=[((here - there).norm() / there.norm()).item() for here, there in pairs])
     gpu = "cpu" if part.rehearse else "0"
     part.run("meta_train", "source=embedded", "tasks=10", "steps=750", f"gpus={gpu}", "checkpoint_every=1000")
 
 
 def gradients(part: Part, device: torch.device) -> list[torch.Tensor]:
-    """φ's gradient in each of two joint steps of two tasks, `[82]`; all is drawn by the CPU's generator."""
-    cpu, original = torch.device("cpu"), (fused.draw_seed, batches.draw_codes, batches.draw)
+    """φ's gradient in each of two joint steps of two tasks, `[82]`."""
     bench = Bench(device, threads=1, rounds=1, **(SMOKE if part.rehearse else {"tasks": 2}))
-
-    def draw_codes(batch: int, padding: int, device: torch.device) -> torch.Tensor:
-        return original[1](batch, padding, cpu).to(device)
-
-    def draw(batch: int, padding: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        codes, span = draw_codes(batch, padding, device), 2 * padding + 1
-        return codes // (2 * span), codes // 2 % span, codes % 2 == 1
-
-    fused.draw_seed = lambda device: original[0](cpu).to(device)
-    batches.draw_codes, batches.draw = draw_codes, draw
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        images, phi = bench.images(), make_phi(cpu).to(device)
-        tasks = [Learner(bench, images, phi, index=i).task for i in range(bench.tasks)]
-        optimizer = torch.optim.Adam(phi.parameters(), lr=1e-3)
-        group, config = Group(0, 1, device), tasks[0].config
-        tables = [joint_step(i, tasks, phi, optimizer, group, config)[0].cpu() for i in range(2)]
-        return [table[:, : -len(METRICS)].mean(dim=0) for table in tables]
-    finally:
-        fused.draw_seed, batches.draw_codes, batches.draw = original
-        torch.backends.cudnn.allow_tf32 = tf32
+    images, phi = bench.images(), make_phi(torch.device("cpu")).to(device)
+    tasks = [learner(bench, images, phi, index=i) for i in range(bench.tasks)]
+    optimizer, group = torch.optim.Adam(phi.parameters(), lr=1e-3), Group(0, 1, device)
+    tables = [joint_step(i, tasks, phi, optimizer, group, tasks[0].config)[0].cpu() for i in range(2)]
+    return [table[:, : -len(METRICS)].mean(dim=0) for table in tables]
 
 
 def meta_test(part: Part) -> None:
@@ -287,15 +277,16 @@ def attempt(name: str, arguments: argparse.Namespace, folder: Path, limit: float
 
 def verdict(document: dict[str, Any]) -> str:
     """One line: whether Triton earns its place."""
-    found = document["parts"].get("steps", {}).get("ratios", {}).get("compiled operators / triton")
+    steps = document["parts"].get("steps", {})
+    found = steps.get("ratios", {}).get("compiled operators / triton")
     if document["rehearsal"]:
         return "A rehearsal: nothing here is a measurement."
-    if found is None or document["parts"]["steps"].get("kernel") != "triton":
+    if found is None or steps.get("kernel") != "triton":
         return "Triton: no verdict, as the part steps did not come to its ratio."
-    does = "earns its place" if found["ratio"] >= BAR else "does not earn its place"
+    does = "earns" if found["ratio"] >= BAR else "does not earn"
     return (
-        f"Triton {does}: a θ-step takes {found['ratio']:.2f} times as long [{found['q1']:.2f}, {found['q3']:.2f}] with "
-        f"torch.compile of the plain operators (bar: {BAR})"
+        f"Triton {does} its place: a θ-step takes {found['ratio']:.2f} times as long [{found['q1']:.2f}, "
+        f"{found['q3']:.2f}] with torch.compile of the plain operators (bar: {BAR})"
     )
 
 

@@ -180,8 +180,7 @@ def test_calibration_of_real_runs_and_its_pictures(trained, tmp_path):
     with mock.patch.object(plots, "save_figure"):  # test_figures.py renders them
         for plot, lines in ((plots.plot_reliability, 30), (plots.plot_samples, 4)):
             plot(results, "drawn", tmp_path / "drawn")
-            with open(tmp_path / "drawn.csv") as file:
-                rows = [*csv.DictReader(file)]
+            rows = [*csv.DictReader((tmp_path / "drawn.csv").open())]
             assert len(rows) == lines
             found |= {(row["name"], key, row[key]): row for row in rows for key in ("bin", "samples") if key in row}
         plots.plot_samples({"base": results["base"]}, "drawn", tmp_path / "alone")  # nothing to compare counts with

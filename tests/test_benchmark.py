@@ -11,12 +11,17 @@ from bench import Bench, peak_memory, ratio, summary
 from metaperturb.provenance import available_cores
 
 CPU = torch.device("cpu")
-QUICK = ("steps", "evaluation", "memory", "site")
 
 
-def check(parts: tuple[str, ...], path, page: str) -> None:
-    """The JSON has these parts, figures that follow from the rounds, and a page with all bars and no path."""
-    content = json.loads(path.read_text())
+@pytest.mark.parametrize(
+    "parts", [("steps", "evaluation", "memory", "site"), pytest.param(("start",), marks=pytest.mark.slow)]
+)
+def test_what_it_says_follows_from_the_rounds(parts, tmp_path, capsys):
+    """And the page has all that was measured, and nothing that a smoke run measured is kept."""
+    path = tmp_path / "cpu.json"
+    asked = ["--smoke", "--device", "cpu", "--only", ",".join(parts), "--json", str(path)]
+    assert benchmark.main(asked) == 0
+    content, page = json.loads(path.read_text()), capsys.readouterr().out
     assert content["smoke"] and content["hardware"]["cores"] == available_cores()
     assert content["versions"]["torch"] == torch.__version__ and content["command"].startswith("./run.sh bench --smoke")
     assert content["processor"].startswith(content["hardware"]["cpu"])
@@ -26,33 +31,15 @@ def check(parts: tuple[str, ...], path, page: str) -> None:
         for timing in group["timings"].values():
             assert timing["n"] == len(timing["rounds"]) and min(timing["rounds"]) == timing["min"] > 0
             assert timing["median"] == pytest.approx(statistics.median(timing["rounds"]), rel=1e-4)
-    assert [found["what"] for found in content["ratios"]] == [
-        bar.what for bar in benchmark.BARS if bar.group in content["groups"]
-    ]
-    for found in content["ratios"]:
+    bars = [bar for bar in benchmark.BARS if bar.group in content["groups"]]
+    for found, bar in zip(content["ratios"], bars, strict=True):
         timings = content["groups"][found["group"]]["timings"]
         above, below = timings[found["numerator"]], timings[found["denominator"]]
         assert found["ratio"] == pytest.approx(above["median"] / below["median"], rel=1e-4)
+        assert (found["what"], found["bar"]) == (bar.what, bar.cpu)
         assert found["met"] == (None if found["bar"] is None else found["ratio"] <= found["bar"])
         assert f"| {found['what']} | {found['ratio']:.2f} |" in page
     assert "Nothing here is a measurement" in page and content["command"] in page
-
-
-def test_the_parts_in_one_process(tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    asked = ["--smoke", "--device", "cpu", "--only", ",".join(QUICK), "--json", str(path)]
-    assert benchmark.main(asked) == 0
-    check(QUICK, path, capsys.readouterr().out)
-    cpu = {found["what"]: found["bar"] for found in json.loads(path.read_text())["ratios"] if found["bar"]}
-    assert list(cpu.values()) == [1.25, 1.35, 1.4, 1.15, 1.2, 1.15, 1.15, 1.1, 1.3]
-
-
-@pytest.mark.slow
-def test_the_part_that_starts_processes(tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    asked = ["--smoke", "--device", "cpu", "--only", "start", "--json", str(path)]
-    assert benchmark.main(asked) == 0
-    check(("start",), path, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -61,17 +48,13 @@ def test_the_part_that_starts_processes(tmp_path, capsys):
         (["--only", "steps,speed"], "unknown part 'speed' (known: start, steps"),
         (["--rounds", "1"], "--rounds 1: must be at least 2"),
         (["--threads", "0"], "--threads 0: must be at least 1"),
+        (["--device", "cuda"], "PyTorch sees no GPU here"),
     ],
 )
-def test_bad_options_are_named(arguments, message, capsys):
+def test_bad_options_are_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert benchmark.main(arguments) == 1
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_named(capsys):
-    assert benchmark.main(["--device", "cuda"]) == 1
-    assert "PyTorch sees no GPU" in capsys.readouterr().err
 
 
 # --- timing

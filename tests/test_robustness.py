@@ -248,8 +248,7 @@ def test_curves_and_picture(small, tmp_path):
     results = {method: [read(small[method])] * 2 for method in ("base", "metaperturb")}
     with mock.patch.object(plots, "save_figure"):  # test_figures.py renders it
         plots.plot_robustness(results, "drawn", tmp_path / "figure6.abc")
-    with open(tmp_path / "figure6.abc.csv") as file:
-        rows = [*csv.DictReader(file)]
+    rows = csv.DictReader((tmp_path / "figure6.abc.csv").open())
     drawn = {(row["name"], row["norm"], float(row["eps"])): float(row["accuracy_percent"]) for row in rows}
     points = {(m, at["norm"], at["eps"]): at["correct"] for m in results for at in results[m][0]["points"]}
     assert len(points) == 2 * len(SMALL.points)

@@ -376,16 +376,12 @@ def plot_scales(by_data: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) ->
     figure, ((upper,), (lower,)) = _panels(2, 1, (max(6.0, 1.05 * len(sites)), 6.0), sharex=True)
     for i, (data, runs) in enumerate(by_data.items()):
         color = SERIES[i % len(SERIES)]
-        style = {
-            **{"whis": (5, 95), "showfliers": False, "patch_artist": True, "manage_ticks": False},
-            "boxprops": {"facecolor": color + "55", "edgecolor": color},
-            "medianprops": {"color": color, "linewidth": 2},
-            **{"whiskerprops": {"color": color}, "capprops": {"color": color}},
-        }
-        places = np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
+        edge, places = {"color": color}, np.arange(len(sites)) + (i - (len(by_data) - 1) / 2) * width
+        style = {"boxprops": {"facecolor": color + "55", "edgecolor": color}, "medianprops": edge | {"linewidth": 2}}
+        style |= {"whiskerprops": edge, "capprops": edge, "patch_artist": True, "showfliers": False, "whis": (5, 95)}
         for axes, key in ((upper, "s"), (lower, "spread")):
             channels = [np.concatenate([run[block][key] for run in runs]) for block in range(len(sites))]
-            axes.boxplot(channels, positions=places, widths=0.85 * width, **style)
+            axes.boxplot(channels, positions=places, widths=0.85 * width, manage_ticks=False, **style)
         label = f"{data} ({len(runs)} run{'s' * (len(runs) > 1)})"
         upper.plot([], [], color=color, linewidth=6, alpha=0.6, label=label)
         for at in itertools.chain(*runs):
