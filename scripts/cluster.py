@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from tables.runner import SETTINGS, Job, last_line, run_jobs
 
 from metaperturb import identity
-from metaperturb.cli import STOPPING, argument_parser, pairs, run_program
+from metaperturb.cli import argument_parser, pairs, run_program
 from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.errors import UserError
 from metaperturb.meta_train import load_tasks
@@ -207,7 +207,6 @@ def release(queue: Queue) -> None:
 
 def one_job(job: Job, device: str) -> None:
     """A job of a table, once what it needs is seen here."""
-    end_when_asked()
 
     def work() -> None:
         for need in job.needs:
@@ -220,7 +219,9 @@ def one_job(job: Job, device: str) -> None:
 
 def one_node(arguments: list[str]) -> None:
     """A node's share of a meta-training: how many nodes there must be, and torchrun's arguments."""
-    end_when_asked()
+    # submitit would ignore both, and torchrun passes only the first one on.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     least, *arguments = arguments
     number = os.environ["SLURM_JOB_ID"]
     nodes = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
@@ -234,17 +235,10 @@ def one_node(arguments: list[str]) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which torchrun passes on
     try:
         run.main([*meeting, *arguments])
     except SignalException as stop:  # its processes have saved
         sys.exit(128 + stop.sigval)
-
-
-def end_when_asked() -> None:
-    """Until a program is there that saves first. submitit would ignore it, though nothing is lost yet."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(path: Path) -> None:

@@ -84,13 +84,6 @@ class Finished:
             self.phi_names = file.stem, need, self.phi_key[:8]
 
     @property
-    def dir(self) -> Path:
-        """Its folder; a record, which has none, is refused."""
-        if self.path.is_file():
-            raise UserError(f"{self.path}: is a record of a run; this picture needs the run's folder")
-        return self.path
-
-    @property
     def curve(self) -> Sequence[Mapping[str, Any]]:
         """Its evaluations, as `results.curve` has them; refused where there are none."""
         found = self.result.get("curve") if self.path.is_file() else curve(self.path)
@@ -285,10 +278,7 @@ def draw(arguments: argparse.Namespace, kind: str, plot: Callable[..., None], co
     if path in arguments.drawn:
         raise UserError(f"{path}: other runs have the same data set's name and settings; draw them by --out elsewhere")
     arguments.drawn.add(path)
-    try:
-        plot(content, title, path)
-    except ValueError as error:  # of curves that lack something
-        raise UserError(f"metrics.jsonl of {error}") from error
+    plot(content, title, path)
     print(path.with_name(path.name + ".png"))
 
 
@@ -314,7 +304,7 @@ def loaded(run: Finished, arguments: argparse.Namespace) -> TrainedRun:
     if run.network is None:
         places = {"data_root": arguments.data_root, "target_path": arguments.target_path}
         places = {key: value for key, value in places.items() if value is not None}
-        run.network = load_run(run.dir, arguments.device, **places)
+        run.network = load_run(run.path, arguments.device, **places)
     return run.network
 
 
@@ -329,7 +319,7 @@ def analysed(run: Finished, arguments: argparse.Namespace, analysis: type) -> di
     """What an analysis finds about a run, which is kept: a file for each choice of settings."""
     (name, measure, without), settings = ANALYSES[analysis], arguments.analyses[analysis]
     chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in without}
-    return measure(loaded(run, arguments), settings, run.dir / "analyses" / f"{name}-{digest(chosen)}.json")
+    return measure(loaded(run, arguments), settings, run.path / "analyses" / f"{name}-{digest(chosen)}.json")
 
 
 def of_methods(runs: Sequence[Finished], arguments: argparse.Namespace, *pictures: tuple[str, Callable, Any]) -> None:
@@ -351,18 +341,16 @@ def surfaces(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 def scales(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Learned scales, of several data sets side by side; of the runs those of MetaPerturb."""
-    perturbed = [run for run in runs if run.method == "metaperturb"]
-    if not perturbed:
-        raise UserError(f"{runs[0].dir}: method {runs[0].method} has no scales s, nor has any other run here")
+    perturbed = [run for run in runs if run.method == "metaperturb"] or runs  # which have none
     several = len({run.steps for run in perturbed}) > 1
     by_data: dict[str, list[list[dict]]] = {}
     for same in grouped(perturbed, lambda run: (data_of(run), run.steps)).values():
         for name, of_name in by_method(same).items():
             name = name.replace("metaperturb", same[0].data, 1) + f", {same[0].steps} steps" * several
             if name in by_data:
-                raise UserError(f"{of_name[0].dir}: is about other images than another run about {name}")
+                raise UserError(f"{of_name[0].path}: is about other images than another run about {name}")
             by_data[name] = [
-                [at | {"run": run.dir.name, "seed": run.seed} for at in learned_scales(loaded(run, arguments))]
+                [at | {"run": run.path.name, "seed": run.seed} for at in learned_scales(loaded(run, arguments))]
                 for run in of_name
             ]
     networks = {str([(at["site"], at["channels"]) for at in of_run]) for same in by_data.values() for of_run in same}
@@ -438,7 +426,7 @@ def effort(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
 
 def learning(runs: Sequence[Finished], arguments: argparse.Namespace) -> None:
     """Loss, accuracy and the size of φ's parts during meta-training, of several settings and seeds."""
-    histories = {name: [read_metrics(run.dir) for run in same] for name, same in by_making(runs).items()}
+    histories = {name: [read_metrics(run.path) for run in same] for name, same in by_making(runs).items()}
     name = ", ".join([runs[0].result["source"]["name"], *dict.fromkeys(run.model for run in runs)])
     draw(arguments, "learning", plots.plot_learning, histories, name)
 

@@ -164,8 +164,7 @@ def test_records_stand_for_runs(runs, target_settings, tmp_path):
     (tmp_path / "older--bugs.json").write_text(json.dumps(older))
     refused("older--bugs.json: holds no evaluation; this picture", "fig5", tmp_path / "older--bugs.json")
     for figure in ("fig6", "fig7", "fig8"):
-        needed = "meta--bugs.json: is a record of a run; this picture needs the run's folder"
-        refused(needed, figure, folder / "meta--bugs.json")
+        refused("meta--bugs.json: holds no finished run", figure, folder / "meta--bugs.json")
 
 
 def test_lengths_of_training_and_several_phi(runs, tmp_path):

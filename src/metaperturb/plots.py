@@ -23,6 +23,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure  # by itself, without pyplot: files only; no display is needed
 from matplotlib.ticker import LogLocator, NullLocator
 
+from metaperturb.errors import UserError
 from metaperturb.regularizers import REGULARIZERS
 from metaperturb.storage import write_atomically
 
@@ -118,7 +119,7 @@ def plot_learning(runs: Histories) -> Drawn:
     kernels of μ, and the scale's.
 
     Raises:
-        ValueError: seeds of a name have no step in common, or lines lack a number.
+        UserError: seeds of a name have no step in common, or lines lack a number.
     """
     columns = ("test_loss", "test_accuracy_percent", "norm_of_mu", "norm_of_scale")
     rows = [("name", "step", *(name + std for name in columns for std in ("", "_std")), "seeds")]
@@ -142,7 +143,7 @@ def plot_learning(runs: Histories) -> Drawn:
 def _learned(line: Mapping[str, Any]) -> tuple[float, ...]:
     """Of a line of metrics: loss and accuracy in % on D_te, norms of μ's kernels and the scale's parameters, D_tr's."""
     if missing := {"test_loss", "test_accuracy", "phi_norms"} - line.keys():
-        raise ValueError(f"step {line['step']} lacks {', '.join(sorted(missing))}")
+        raise UserError(f"metrics.jsonl: step {line['step']} lacks {', '.join(sorted(missing))}")
     norms = line["phi_norms"]
     parts = [[norms[name] for name in norms if name.startswith("scale") is scale] for scale in (False, True)]
     test, train = ((line[f"{part}_loss"], 100 * line[f"{part}_accuracy"]) for part in ("test", "train"))
@@ -186,7 +187,7 @@ def _common(name: str, by_place: Sequence[Mapping[Any, Sequence[float]]]) -> tup
     """The places (steps, radii) that all seeds have, and what each has there: `[quantities, seeds, places]`."""
     places = sorted(set.intersection(*map(set, by_place)))
     if not places:
-        raise ValueError(f"{name}: no step that all seeds have")
+        raise UserError(f"metrics.jsonl of {name}: no step that all seeds have")
     return places, np.moveaxis(np.array([[of_seed[place] for place in places] for of_seed in by_place]), -1, 0)
 
 
