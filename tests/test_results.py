@@ -317,7 +317,8 @@ def sources(tmp_path) -> list[Path]:
 def selection_grid(tmp_path: Path, sources: list[Path]) -> Grid:
     grid = Grid(write_grid(tmp_path / "configs", SELECT, "select"))
     for folder in sources:
-        grid.add_phi(folder.name, folder / "phi.pt")
+        digest = phi_digest(load_phi(folder / "phi.pt"))
+        grid.add_row(folder.name, f"phi_{digest:.8}", folder / "phi.pt")
     return grid
 
 

@@ -123,16 +123,12 @@ def test_the_installation_of_another_user(project, tmp_path):
     assert "is another user's and lacks packages" in completed.stderr and "VENV=/a/folder" in completed.stderr
 
 
-def test_several_seeds_are_a_run_each(project):
+def test_several_seeds_are_a_run_each_and_what_goes_to_slurm_keeps_its_words(project):
+    """`gpus=8` behind `--slurm` is Slurm's, before it a setting of the program."""
     _, told = project
     runs = [line for line in told("src", "steps=1", SEED="3 1") if "metaperturb.meta_train" in line]
     for line, seed in zip(runs, "31", strict=True):
         assert f" seed={seed} " in line and f"-seed{seed} " in line and line.endswith(" steps=1")
-
-
-def test_what_goes_to_slurm_keeps_its_words(project):
-    """`gpus=8` behind `--slurm` is Slurm's, before it a setting of the program."""
-    _, told = project
     line = told("src", "steps=1", "--slurm", "nodes=2", "gpus=8")[-1]
     assert "scripts/make_tables.py src --config " in line and line.endswith(" steps=1 --slurm nodes=2 gpus=8")
     assert " gpus=8 " not in line.partition(" --set ")[2].partition(" steps=1 ")[0]
@@ -225,18 +221,18 @@ def test_folders_of_runs_have_the_names_of_the_images(options, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_demo(tmp_path):
-    src = ["steps=4", "tasks=2", "batch_size=8", "checkpoint_every=2"]
-    tgt = ["steps=4", "batch_size=8", "eval_every=2", "final_samples=2"]
-    jobs = ("--jobs", "3")  # more than there is to do at once
-    completed = run_sh("demo", "--seeds", "1", *jobs, "--src", *src, "--tgt", *tgt, RUNS=str(tmp_path))
+    tiny = ["steps=4", "batch_size=8"]
+    tiny = ["--src", *tiny, "tasks=2", "checkpoint_every=2", "--tgt", *tiny, "eval_every=2", "final_samples=2"]
+    completed = run_sh("demo", "--seeds", "1", "--jobs", "3", *tiny, RUNS=str(tmp_path))
     assert completed.returncode == 0, completed.stderr
     table = (tmp_path / "demo" / "table.md").read_text()
     assert table.strip() in completed.stdout
     header, _, base, metaperturb, *one_pass, difference = table.strip().splitlines()
     assert all(line.startswith("| MetaPerturb, one pass | 1 | ") for line in one_pass)
     assert header == "| method | seeds | accuracy % | NLL | ECE % |" and difference.startswith("| draws − Base ")
-    assert base.startswith("| Base | 1 | ") and metaperturb.startswith("| MetaPerturb, 2 draws | 1 | ")
-    assert f"| 1 | {100 * result(tmp_path / 'demo' / 'base-seed0')['metrics']['accuracy']:.2f} | " in base
+    assert metaperturb.startswith("| MetaPerturb, 2 draws | 1 | ")
+    accuracy = 100 * result(tmp_path / "demo" / "base-seed0")["metrics"]["accuracy"]
+    assert base.startswith(f"| Base | 1 | {accuracy:.2f} | ")
     assert (tmp_path / "demo" / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,7 +12,7 @@ from metaperturb.errors import UserError
 from metaperturb.identity import data_name, differences
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.storage import save_json, write_atomically
-from metaperturb.weights import SHIPPED, load_phi, save_phi
+from metaperturb.weights import SHIPPED, load_phi, phi_digest, save_phi
 from tables.grid import config_of
 from tables.page import listed
 from tables.results import Entry, Results, shortened
@@ -123,8 +123,8 @@ def select(arguments: argparse.Namespace) -> None:
     print(*changed, sep="\n", end="\n" * bool(changed), file=sys.stderr)
     if changed and not arguments.sources:
         raise UserError("these runs are no repetitions of one meta-training (above); name those to choose from")
-    for name, path in sources.items():
-        grid.add_phi(name, path)
+    for name, path in sources.items():  # by its digest: whichever come before it, its cells keep their names
+        grid.add_row(name, f"phi_{phi_digest(phis[name]):.8}", path)
     config = grid.cells()[0].config
     if any(cell.config.eval_split == "test" for cell in grid.cells()):
         raise UserError(f"{grid.path}: eval_split must not be test: choosing on test images is cheating")

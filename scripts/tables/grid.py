@@ -198,16 +198,12 @@ class Grid:
         seeds = dict.fromkeys(self.seeds)
         return [self.cell(row, column, seed) for seed in seeds for column in self.columns for row in self.rows]
 
-    def add_phi(self, row: str, path: Path) -> None:
-        """A further row: MetaPerturb with the φ in a file."""
-        name = f"phi_{phi_digest(load_phi(path)):.8}"  # whichever others come before it, its cells keep their names
-        self.add_row(row, name)
-        self.given[name] = given_need(name, path, self.needs[name])
-
-    def add_row(self, row: str, name: str) -> None:
-        """A further row: MetaPerturb with the φ that `add_phi` called so when it had the file."""
+    def add_row(self, row: str, name: str, file: Path | None = None) -> None:
+        """A further row: MetaPerturb with the φ that is called so, in this file if it is still there."""
         self.needs[name] = self.papers.needs[name] = {"program": "meta_train", "config": "src.yaml"}
         self.rows[row] = {"method": "metaperturb", "phi": f"${{{name}}}"}
+        if file is not None:
+            self.given[name] = given_need(name, file, self.needs[name])
 
     def baseline(self, row: str) -> str | None:
         """The row that `row` is compared with: the one it names, else the nearest baseline above it, itself none."""
