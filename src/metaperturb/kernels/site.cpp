@@ -202,42 +202,42 @@ INLINE void normal_pair(uint32_t first, uint32_t second, float &n0, float &n1) {
     const float a2 = angle * angle;
     const float sine = angle + angle * polynomial(a2, {-0.16666651f, 0.00833198f, -0.00019496f});
     const float cosine = 1.0f + polynomial(a2, {-0.49999896f, 0.04165629f, -0.00135978f});
-    const bool swap = second & 0x40000000u;
-    const float sign = second & 0x80000000u ? -radius : radius;
-    n0 = sign * (swap ? sine : cosine);
-    n1 = sign * (swap ? cosine : sine);
+    const uint32_t swapped = (as_bits(sine) ^ as_bits(cosine)) & uint32_t(int32_t(second << 1) >> 31);
+    const float sign = as_float(as_bits(radius) ^ (second & 0x80000000u));
+    n0 = sign * as_float(as_bits(cosine) ^ swapped);
+    n1 = sign * as_float(as_bits(sine) ^ swapped);
 }
 
-// Eight words in lanes of 64 bits, of which only the low halves count: compilers do not find the instruction that multiplies
+// Words in lanes of 64 bits, of which only the low halves count: compilers do not find the instruction that multiplies
 // those, which takes a third of the time of a product of whole lanes.
-typedef uint64_t Words __attribute__((vector_size(64)));
-typedef uint32_t Halves __attribute__((vector_size(32)));
-constexpr int WORDS = 8;
-
-INLINE Words widen(const uint32_t *from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    return __builtin_convertvector(halves, Words);
-}
-
-INLINE void narrow(Words words, uint32_t *to) {
-    const Halves halves = __builtin_convertvector(words, Halves);
-    std::memcpy(to, &halves, sizeof halves);
-}
+typedef uint64_t Words __attribute__((vector_size(REGISTER)));
 
 INLINE Words product(Words a, uint64_t factor) {
     const Words b = Words{} + factor;
 #if defined(__AVX512F__)
     return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-    Words out;
-    for (int half = 0; half < 2; ++half)
-        ((__m256i *)&out)[half] = _mm256_mul_epu32(((__m256i *)&a)[half], ((__m256i *)&b)[half]);
-    return out;
+    return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #else
     return (a & 0xffffffffu) * b;
 #endif
 }
+
+// A register of words as two: those at even places, and those at odd ones.
+struct Pair {
+    Words half[2];
+
+    Pair() = default;
+    INLINE explicit Pair(const uint32_t *from) {
+        std::memcpy(&half[0], from, REGISTER);
+        half[1] = half[0] >> 32;
+    }
+
+    INLINE void put(uint32_t *to) const {
+        const Words all = (half[0] & 0xffffffffu) | half[1] << 32;
+        std::memcpy(to, &all, REGISTER);
+    }
+};
 
 // Philox4x32-7 (Salmon et al. 2011, who found seven rounds enough for BigCrush). Counter (j, plane, 0, 0) gives the values j, q + j, 2q + j and 3q + j of a plane of
 // n, q = ⌈n/4⌉. One loop runs over the counters of several planes, so that those of small ones fill vectors, too.
@@ -247,14 +247,17 @@ class Draw {
     Draw(int64_t pixels, int64_t planes)
         : pixels_(pixels),
           quarter_((pixels + 3) / 4),
-          counter_(whole_vectors(planes * quarter_)),
-          plane_(counter_.size()),
-          word_(4 * counter_.size()),
-          normal_(4 * counter_.size()),
+          plane_(whole_vectors(planes * quarter_)),
+          low_(plane_.size()),
+          high_(plane_.size()),
+          word_(4 * plane_.size()),
+          normal_(4 * plane_.size()),
           out_(planes * pixels) {
-        for (size_t i = 0; i < counter_.size(); ++i) {
-            counter_[i] = uint32_t(i % quarter_);
+        for (size_t i = 0; i < plane_.size(); ++i) {
+            const uint64_t first = uint64_t(i % quarter_) * 0xD2511F53u;  // the product of round one, the same in all planes
             plane_[i] = uint32_t(i / quarter_);
+            low_[i] = uint32_t(first);
+            high_[i] = uint32_t(first >> 32);
         }
     }
 
@@ -263,23 +266,28 @@ class Draw {
         const int64_t counters = whole_vectors(planes * quarter_);
         uint32_t *__restrict w0 = word_.data(), *__restrict w1 = w0 + counters, *__restrict w2 = w1 + counters,
                             *__restrict w3 = w2 + counters;
-        for (int64_t i = 0; i < counters; i += WORDS) {
-            Words c0 = widen(&counter_[i]), c1 = widen(&plane_[i]) + first, c2{}, c3{};
-            uint64_t k0 = uint32_t(seed), k1 = seed >> 32;
-#pragma GCC unroll 7
-            for (int round = 0; round < 7; ++round) {
-                const Words a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);
-                c0 = (b >> 32) ^ c1 ^ k0;
-                c1 = b;
-                c2 = (a >> 32) ^ c3 ^ k1;
-                c3 = a;
-                k0 = uint32_t(k0 + 0x9E3779B9u);
-                k1 = uint32_t(k1 + 0xBB67AE85u);
+        for (int64_t i = 0; i < counters; i += REGISTER / 4) {
+            Pair a(&plane_[i]), b, c(&high_[i]), d(&low_[i]);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                uint64_t k0 = uint32_t(seed), k1 = seed >> 32;
+                Words c0 = (a.half[half] + first) ^ k0, c1{}, c2 = c.half[half] ^ k1, c3 = d.half[half];
+#pragma GCC unroll 6
+                for (int round = 1; round < 7; ++round) {
+                    k0 = uint32_t(k0 + 0x9E3779B9u);
+                    k1 = uint32_t(k1 + 0xBB67AE85u);
+                    const Words p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
+                    c0 = (p1 >> 32) ^ c1 ^ k0;
+                    c1 = p1;
+                    c2 = (p0 >> 32) ^ c3 ^ k1;
+                    c3 = p0;
+                }
+                a.half[half] = c0, b.half[half] = c1, c.half[half] = c2, d.half[half] = c3;
             }
-            narrow(c0, w0 + i);
-            narrow(c1, w1 + i);
-            narrow(c2, w2 + i);
-            narrow(c3, w3 + i);
+            a.put(w0 + i);
+            b.put(w1 + i);
+            c.put(w2 + i);
+            d.put(w3 + i);
         }
         T *__restrict n0 = normal_.data(), *__restrict n1 = n0 + counters, *__restrict n2 = n1 + counters,
                     *__restrict n3 = n2 + counters;
@@ -305,7 +313,7 @@ class Draw {
 
    private:
     int64_t pixels_, quarter_;
-    std::vector<uint32_t> counter_, plane_, word_;
+    std::vector<uint32_t> plane_, low_, high_, word_;
     std::vector<T> normal_, out_;
 };
 
@@ -844,6 +852,16 @@ void scale_backward(const Site<T> &site, const std::vector<double> &grad_scale, 
                 grad_mean[i] + grad_var[i] * (double(site.features[b * values + i]) - double(site.statistics[i]));
 }
 
+// The signs of a value in the form that `look_up` takes.
+template <typename T>
+INLINE int32_t coded(int32_t signs) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // As the bits of a float: 1, or 2 if the last kernel was above 0, but for the low bits, which hold the other signs.
+    if (sizeof(T) == 4) return (signs & 7) + ((signs & 8) << 20) + 0x3f800000;
+#endif
+    return signs;
+}
+
 // Σ over the nine taps of table[tap][signs at the tap], for `count` values of a plane with zeros around it.
 template <typename T>
 inline void look_up(const T (*table)[1 << FEATURES], const int32_t *__restrict signs, int64_t pitch, int64_t count,
@@ -858,29 +876,36 @@ inline void look_up(const T (*table)[1 << FEATURES], const int32_t *__restrict s
 #if defined(__AVX2__)  // a register holds a table, or half of one, and an instruction looks up all of its lanes
 inline void look_up(const float (*table)[1 << FEATURES], const int32_t *__restrict signs, int64_t pitch, int64_t count,
                     float *__restrict out) {
+    int64_t offset[TAPS];
+    for (int tap = 0; tap < TAPS; ++tap) offset[tap] = (tap / 3 - 1) * pitch + tap % 3 - 1;
 #if defined(__AVX512F__)
-    constexpr int lanes = 16;
-    const auto in = [](const float *entries, const int32_t *at) {
-        return _mm512_permutexvar_ps(_mm512_loadu_si512(at), _mm512_loadu_ps(entries));
-    };
-    const auto store = [](float *to, __m512 x) { _mm512_storeu_ps(to, x); };
-#else
-    constexpr int lanes = 8;
-    const auto in = [](const float *entries, const int32_t *at) {
-        const __m256i index = _mm256_loadu_si256((const __m256i *)at);
-        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries), index);
-        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries + 8), index);
-        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // by bit 3
-    };
-    const auto store = [](float *to, __m256 x) { _mm256_storeu_ps(to, x); };
-#endif
-    for (int64_t i = 0; i < count; i += lanes) {
-        const int32_t *up = signs + i - pitch, *middle = signs + i, *down = signs + i + pitch;
-        const auto above = in(table[0], up - 1) + in(table[1], up) + in(table[2], up + 1);
-        const auto beside = in(table[3], middle - 1) + in(table[4], middle) + in(table[5], middle + 1);
-        const auto below = in(table[6], down - 1) + in(table[7], down) + in(table[8], down + 1);
-        store(out + i, above + beside + below);
+    __m512 entries[TAPS];
+    for (int tap = 0; tap < TAPS; ++tap) entries[tap] = _mm512_loadu_ps(table[tap]);
+    for (int64_t i = 0; i < count; i += 16) {
+        __m512 sum[3]{};
+#pragma GCC unroll 9
+        for (int tap = 0; tap < TAPS; ++tap)
+            sum[tap % 3] += _mm512_permutexvar_ps(_mm512_loadu_si512(signs + i + offset[tap]), entries[tap]);
+        _mm512_storeu_ps(out + i, sum[0] + sum[1] + sum[2]);
     }
+#else
+    __m256 entries[TAPS], last[TAPS];  // what the last kernel adds is multiplied by the code, which is 1 where it adds nothing
+    for (int tap = 0; tap < TAPS; ++tap) {
+        last[tap] = _mm256_set1_ps(table[tap][8]);
+        entries[tap] = _mm256_loadu_ps(table[tap]) - last[tap];
+    }
+    for (int64_t i = 0; i < count; i += 16) {
+        __m256 first[2]{}, sum[2]{};
+#pragma GCC unroll 9
+        for (int tap = 0; tap < TAPS; ++tap)
+            for (int half = 0; half < 2; ++half) {
+                const __m256 code = fetch((const float *)(signs + i + offset[tap] + 8 * half));
+                first[half] += _mm256_permutevar8x32_ps(entries[tap], _mm256_castps_si256(code));
+                sum[half] += last[tap] * code;
+            }
+        for (int half = 0; half < 2; ++half) _mm256_storeu_ps(out + i + 8 * half, first[half] + sum[half]);
+    }
+#endif
 }
 #endif
 
@@ -898,7 +923,8 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
         Buffer<T> sheet(p.size), shares(p.span), total(count);
         Image<T> h(site), of_grad_h(site);
         std::vector<typename Register<T>::Integer> wide(p.height * p.span);
-        std::vector<int32_t> plane(first + count + pitch + 1 + LANES);  // the signs of one, with zeros around
+        std::vector<int32_t> codes(p.height * p.span);
+        std::vector<int32_t> plane(first + count + pitch + 1 + LANES, coded<T>(0));  // of one, with those of zeros around
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < site.batch; ++b) {
             const T *image = site.phi_gradient ? h.read(site.h, b) : nullptr;
@@ -921,22 +947,20 @@ void features_backward(const Site<T> &site, const std::vector<double> &grad_feat
                         });
                     }
                 }
-                for (int64_t c = 0; c < p.planes_of(g) && site.h_gradient; ++c) {
-                    const double *grad = &grad_features[(channel + c) * FEATURES];
-                    T table[TAPS][1 << FEATURES];
-                    for (int tap = 0; tap < TAPS; ++tap)
-                        for (int entry = 0; entry < 1 << FEATURES; ++entry) {
-                            T sum = T(0);
-                            for (int k = 0; k < FEATURES; ++k)
-                                sum += (entry >> k & 1) * weight[k * TAPS + TAPS - 1 - tap] * (T(grad[k]) / T(p.pixels()));
-                            table[tap][entry] = sum;
-                        }
-                    for (int64_t y = 0; y < p.height; ++y) {
-                        const uint8_t *__restrict from = signs + y * p.span + c * pitch;
-                        int32_t *__restrict to = plane.data() + first + y * pitch;
 #pragma omp simd
-                        for (int64_t x = 0; x < p.width; ++x) to[x] = from[x];
+                for (size_t i = 0; i < codes.size(); ++i) codes[i] = coded<T>(signs[i]);
+                for (int64_t c = 0; c < p.planes_of(g) && site.h_gradient; ++c) {
+                    T table[TAPS][1 << FEATURES]{};
+                    for (int k = 0; k < FEATURES; ++k) {
+                        const T grad = T(grad_features[(channel + c) * FEATURES + k]) / T(p.pixels());
+                        for (int tap = 0; tap < TAPS; ++tap) {
+                            const T value = weight[k * TAPS + TAPS - 1 - tap] * grad;
+#pragma omp simd
+                            for (int entry = 0; entry < 1 << FEATURES; ++entry) table[tap][entry] += T(entry >> k & 1) * value;
+                        }
                     }
+                    for (int64_t y = 0; y < p.height; ++y)
+                        copy_row(&codes[y * p.span + c * pitch], p.width, plane.data() + first + y * pitch);
                     look_up(table, plane.data() + first, pitch, count, total());
                     for (int64_t y = 0; y < p.height; ++y) {
                         const T *__restrict row = total(y * pitch);
