@@ -1,18 +1,21 @@
 """Batches: the crop and the flip, the order of the images, and what a batch depends on."""
 
 import itertools
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import python
 
 from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, draw, normalize
+from metaperturb.kernels.cpp import crop_flip_normalize
 
 CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
 
 
 def random_images(count, size=6, seed=0):
@@ -172,47 +175,21 @@ def test_one_pass_gives_the_same_bits(size, padding):
     assert fused.dtype == torch.float32 and fused.min() >= -1 and fused.max() <= 1
 
 
-@pytest.mark.slow
-def test_one_launch_gives_the_same_bits():
-    """The Triton kernel of GPUs, interpreted on the CPU, against the C++ one."""
-    pytest.importorskip("triton")
-    code = """
-        import torch
-        from metaperturb.kernels.cpp import crop_flip_normalize
-        from metaperturb.kernels.triton_batches import training_batch
+@pytest.mark.skipif(not (GPU or INTERPRETED), reason="test_triton.py runs it in the interpreter")
+@pytest.mark.parametrize(("size", "padding", "batch"), [(5, 4, 7), (33, 2, 3), (8, 0, 6), (1, 1, 4)])
+def test_one_triton_launch_gives_the_same_bits(size, padding, batch):
+    from metaperturb.kernels.triton_site import training_batch
 
-        for size, padding, batch in ((5, 4, 7), (33, 2, 3), (8, 0, 6), (1, 1, 4)):
-            images = torch.randint(256, (9, 3, size, size), dtype=torch.uint8)
-            labels, table = torch.randint(4, (9,)), torch.tensor([3, 2, 1, 0])
-            rows, span = torch.randint(9, (batch,)), 2 * padding + 1
-            draws = torch.randint(2 * span**2, (batch,))
-            x, y = training_batch(images, labels, table, rows, draws, padding)
-            top, left, flip = draws // (2 * span), draws // 2 % span, draws % 2 == 1
-            assert torch.equal(x, crop_flip_normalize(images.numpy(), rows, top, left, flip, padding))
-            assert torch.equal(y, table[labels[rows]])
-            assert torch.equal(training_batch(images, labels, None, rows, draws, padding)[1], labels[rows])
-        print("equal")
-    """
-    assert python(code, TRITON_INTERPRET="1").communicate()[0] == "equal\n"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("padding", [0, 4])
-def test_one_launch_on_a_gpu_gives_the_same_bits(padding):
-    images, labels = random_images(50, 32), np.arange(50) % 5
-    wanted = {"indices": np.flatnonzero(labels != 3), "class_ids": np.array([0, 1, 2, 4])}
-    batches = stream(images, 40, padding=padding, device=torch.device("cuda"), **wanted)
-    results = []
-    for kernel in ("fused", "plain"):
-        torch.manual_seed(0)
-        with kernels.use_kernel(kernel):
-            results.append(batches.batch(2))
-    assert all(torch.equal(a, b) and a.is_cuda for a, b in zip(*results, strict=True))
-    order = batches._indices(2).tolist()
-    assert sorted(order) == wanted["indices"].tolist()
-    assert results[0][1].tolist() == [i % 5 - (i % 5 == 4) for i in order]
-    for output, index in zip((results[0][0].cpu() + 1).mul(127.5).round().byte().numpy(), order, strict=True):
-        assert any(np.array_equal(output, crop) for crop in all_crops(images[index], padding).values())
+    images, labels, table = torch.from_numpy(random_images(9, size)), torch.randint(4, (9,)), torch.tensor([3, 2, 1, 0])
+    rows, span = torch.randint(9, (batch,)), 2 * padding + 1
+    draws = torch.randint(2 * span**2, (batch,))
+    device = torch.device("cuda" if GPU else "cpu")
+    for renumbered in (table, None):
+        tensors = [t if t is None else t.to(device) for t in (images, labels, renumbered, rows, draws)]
+        x, y = training_batch(*tensors, padding)
+        places = draws // (2 * span), draws // 2 % span, draws % 2 == 1
+        assert torch.equal(x.cpu(), crop_flip_normalize(images.numpy(), rows, *places, padding))
+        assert torch.equal(y.cpu(), labels[rows] if renumbered is None else table[labels[rows]])
 
 
 def test_indices_beyond_the_images_are_an_error():

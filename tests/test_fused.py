@@ -26,20 +26,9 @@ NAMES = [
 ]
 SMALLEST = {"cpp": 1e-6, "triton": 1e-2}  # what errors are relative to, at least
 
-SHAPES = [
-    (2, 3, 5, 6),
-    (2, 1, 1, 1),
-    (5, 3, 1, 3),
-    (4, 3, 8, 8),
-    (3, 2, 17, 13),
-    (2, 7, 2, 1),
-    (5, 33, 6, 6),
-    # small planes, which the C++ kernel takes several at a time; the last of them are fewer
-    (3, 300, 2, 2),
-    (2, 37, 4, 4),
-    (2, 401, 1, 1),
-    (3, 11, 7, 7),
-]
+SHAPES = [(2, 3, 5, 6), (2, 1, 1, 1), (5, 3, 1, 3), (4, 3, 8, 8), (3, 2, 17, 13), (2, 7, 2, 1), (5, 33, 6, 6)]
+# Small planes, which the C++ kernel takes several at a time; the last of them are fewer.
+SHAPES += [(3, 300, 2, 2), (2, 37, 4, 4), (2, 401, 1, 1), (3, 11, 7, 7)]
 
 
 @pytest.fixture(params=NAMES)

@@ -31,9 +31,8 @@ def make_phi(dtype, seed=0):
     return phi
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0)])
-def test_a_map_without_pixels_stays_one(shape):
-    assert PerturbSite(make_phi(torch.float32), 3).eval()(torch.zeros(shape)).shape == shape
+def test_a_map_without_pixels_stays_one():
+    assert PerturbSite(make_phi(torch.float32), 3).eval()(torch.zeros(2, 3, 0, 4)).shape == (2, 3, 0, 4)
 
 
 # --- derivatives
@@ -138,47 +137,19 @@ def test_the_oracle_knows_philox():
         assert tuple(philox(counter_and_key[:4], counter_and_key[4:])) == words
 
 
-def test_distribution_of_the_noise():
-    noise = cpp.draw_noise(torch.tensor(11), torch.empty(64, 16, 32, 32)).double()
-    n = noise.numel()
-    # Mean, variance, third and fourth moment of a normal, in standard errors of their estimates.
-    moments = torch.stack([noise.mean(), noise.var(), (noise**3).mean(), (noise**4).mean()])
-    errors = (moments - torch.tensor([0.0, 1.0, 0.0, 3.0])).abs() * (n / torch.tensor([1, 2, 15, 96])).sqrt()
-    assert errors.max() < 4.5
-    ordered = noise.flatten().sort().values
-    distance = (torch.special.ndtr(ordered) - (torch.arange(n) + 0.5) / n).abs().max()
-    assert distance < 1.95 / n**0.5  # Kolmogorov and Smirnov's test at the level 0.001
-    for tail in (3.0, 4.0):
-        share = 2 * torch.special.ndtr(torch.tensor(-tail, dtype=torch.float64))
-        count = (noise.abs() > tail).sum()
-        assert abs(count - n * share) < 4.5 * (n * share) ** 0.5
-
-
 def test_noise_is_not_correlated():
-    """Neighbours in a map, its quarters (one Philox call), channels, images, sites, steps and tasks."""
-    shape = (32, 8, 32, 32)
-    a = cpp.draw_noise(torch.tensor(11), torch.empty(shape))
-    pairs = {
-        "neighbours in a row": (a[..., 1:], a[..., :-1]),
-        "neighbours in a column": (a[..., 1:, :], a[..., :-1, :]),
-        "quarters": (a[:, :, :8], a[:, :, 8:16]),
-        "quarters of another pair": (a[:, :, 8:16], a[:, :, 16:24]),
-        "channels": (a[:, 1:], a[:, :-1]),
-        "images": (a[1:], a[:-1]),
-        "seeds next to each other": (a, cpp.draw_noise(torch.tensor(12), a)),
-        "seeds with other high bits": (a, cpp.draw_noise(torch.tensor(11 + (1 << 40)), a)),
-    }
+    """Between sites, tasks and steps; what a seed gives is the oracle's."""
+    like = torch.empty(32, 8, 32, 32)
+    pairs = {"seeds": (11, 12), "seeds with other high bits": (11, 11 + (1 << 40))}
     seeds = []
     for task, step in ((0, 0), (1, 0), (0, 1)):
         seed_torch(0, task, "theta_step", step)
-        seeds += [draw_seed(a.device) for _ in range(2)]  # two sites
-    draws = [cpp.draw_noise(seed, a) for seed in seeds]
-    for name, i in (("sites", 1), ("tasks", 2), ("steps", 4)):
-        pairs[name] = (draws[0], draws[i])
-    for name, (x, y) in pairs.items():
+        seeds += [draw_seed(like.device).item() for _ in range(2)]  # two sites
+    pairs |= {name: (seeds[0], seeds[i]) for name, i in (("sites", 1), ("tasks", 2), ("steps", 4))}
+    for name, pair in pairs.items():
+        x, y = (cpp.draw_noise(torch.tensor(seed), like).flatten() for seed in pair)
         for power in (1, 2):  # values and their squares: what makes pairs of Box and Muller alike shows in the radius
-            r = torch.corrcoef(torch.stack([x.flatten() ** power, y.flatten() ** power]))[0, 1]
-            assert abs(r) < 4.5 / x.numel() ** 0.5, name
+            assert abs(torch.corrcoef(torch.stack([x**power, y**power]))[0, 1]) < 4.5 / len(x) ** 0.5, name
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 6, 6), (5, 300, 2, 2)])
@@ -268,21 +239,18 @@ def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
 
 def test_kinds_of_processor_that_share_a_home_have_libraries_of_their_own(fresh, monkeypatch, tmp_path):
     """One with instructions that the other lacks would end its process."""
-    library = cpp.compiled()._name
-    monkeypatch.setattr(cpp, "CPUINFO", tmp_path / "cpuinfo")
-    built = []
+    library, kind, compiler, built = cpp.compiled()._name, tmp_path / "kind", tmp_path / "compiler", []
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-march=native*) cat {kind}; esac')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
 
     def build(compiler, variants, path):
         shutil.copy(library, path)
         built.append(any("-march=native" in variant for variant in variants))
 
     monkeypatch.setattr(cpp, "_build", build)
-    kinds = [
-        f"model name : AMD EPYC\ncpu MHz : {mhz}\nflags : fpu {flags}\n"
-        for mhz, flags in ((2000, "avx2"), (2000, "avx2 avx512f"), (3000, "avx2"), (3000, "avx2 avx512f"))
-    ]
-    for text in (*kinds, "", "unknown"):
-        cpp.CPUINFO.write_text(text)
+    for macros in ("#define __AVX2__ 1", "#define __AVX512F__ 1", "#define __AVX2__ 1", ""):
+        kind.write_text(macros)
         cpp.compiled.__wrapped__()
     assert built == [True, True, False]
 
@@ -299,29 +267,6 @@ def test_a_library_of_another_user_is_not_loaded(whose, fresh):
     assert "belongs to another user" in refused()
 
 
-@pytest.mark.slow
-def test_a_compiler_that_builds_a_wrong_kernel(tmp_path):
-    """Here by half the gradient of a variance."""
-    wrong = tmp_path / "compiler"
-    wrong.write_text(
-        f"""#!/bin/sh
-        for argument; do
-            case $argument in
-                *site.cpp)
-                    sed "s/2.0 . double(site.batch - 1)/1.0/" "$argument" >{tmp_path}/wrong.cpp
-                    argument={tmp_path}/wrong.cpp ;;
-            esac
-            set -- "$@" "$argument"; shift
-        done
-        exec c++ "$@"
-        """
-    )
-    wrong.chmod(0o755)
-    out, said = python(NAME, XDG_CACHE_HOME=str(tmp_path), CXX=str(wrong)).communicate()
-    assert out.split() == ["plain"] and "disagrees" in said
-    assert (tmp_path / "wrong.cpp").exists()
-
-
 NAME = "import metaperturb; print(metaperturb.kernels.kernel_name())"
 
 
@@ -331,21 +276,3 @@ def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     assert [process.communicate()[0].split() for process in processes] == [["cpp"], ["cpp"]]
     folder = tmp_path / "metaperturb"
     assert len(list(folder.iterdir())) == 1 and folder.stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_the_home_of_another_user_is_said(tmp_path):
-    """As under `sudo -E -u` or `docker run -u`: HOME names a folder that cannot even be looked into."""
-    tmp_path.chmod(0o700)
-    code = """
-        import os
-        from metaperturb.kernels import cpp, plain, trial
-        os.setuid(65534)
-        try:
-            cpp.compiled()
-        except cpp.Unavailable as reason:
-            print(reason, end="")
-    """
-    said = f"{tmp_path}/metaperturb cannot be used (Permission denied); set XDG_CACHE_HOME to a folder of your own"
-    assert python(code, XDG_CACHE_HOME=str(tmp_path)).communicate()[0] == said

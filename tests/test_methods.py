@@ -210,12 +210,13 @@ def test_mixing_shares_are_beta(alpha):
         assert ((shares < 1e-3) | (shares > 1 - 1e-3)).mean() > 0.98 and abs((shares > 0.5).mean() - 0.5) < 0.04
 
 
-def test_cutmix_pastes_boxes_and_weighs_labels_by_their_area():
+def test_cutmix_pastes_boxes_and_weighs_labels_by_their_area(monkeypatch):
+    monkeypatch.setattr(mixing, "draw_share", lambda alpha: 0.75)
     x, y = numbered(batch=6, size=16)
     method, _ = prepared("cutmix", train=images(classes=6, size=16))
     before, areas = x.clone(), []
     torch.manual_seed(0)
-    for _ in range(300):
+    for _ in range(50):
         mixed, soft = method.batch(x, y)
         boxes = set()
         for i, j, share in pairs_of(soft):
@@ -233,11 +234,7 @@ def test_cutmix_pastes_boxes_and_weighs_labels_by_their_area():
             areas.append(area / 256)
         assert len(boxes) <= 1
     assert torch.equal(x, before)
-    # a box of share 1 − λ about a uniform center, less what is cut off; λ uniform
-    rng = np.random.default_rng(0)
-    half = np.sqrt(rng.uniform(size=100_000)) / 2
-    sides = [np.minimum(c + half, 1) - np.maximum(c - half, 0) for c in rng.uniform(size=(2, 100_000))]
-    assert np.mean(areas) == pytest.approx((sides[0] * sides[1]).mean(), abs=0.04)
+    assert max(areas) == 0.25 > 2 * min(areas)  # a share 1 − λ, less what is cut off
 
 
 def test_manifold_mixup_mixes_one_layer_by_hand():

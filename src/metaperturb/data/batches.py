@@ -82,7 +82,7 @@ class TrainingBatches:
         indices, images = self._indices(step), self.images
         kernel = kernels.batch_kernel(images.device) if self.augment is None else "plain"  # kernels give floats
         if kernel == "triton":
-            from metaperturb.kernels.triton_batches import training_batch  # importing Triton takes a second
+            from metaperturb.kernels.triton_site import training_batch  # importing Triton takes a second
 
             draws = draw_codes(len(indices), self.padding, images.device)
             return training_batch(images.images, images.labels, self.new_label, indices, draws, self.padding)

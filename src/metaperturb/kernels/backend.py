@@ -49,6 +49,12 @@ def upper_bound(settings: Settings) -> float:
     return math.inf if settings.clip is None else settings.clip
 
 
+def order_of(h: Tensor) -> torch.memory_format:
+    """In which kernels take and give maps like `h`; there is one for each of the orders that PyTorch has."""
+    last = not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def cache_folder() -> Path:
     """Where a user's compiled kernels are kept, and what was found out about kernels.
 

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from metaperturb.kernels.backend import (
     Unavailable,
     cache_folder,
     noise_source,
+    order_of,
     relative_settings,
     upper_bound,
 )
@@ -34,40 +34,31 @@ SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 NAME = "cpp"
 UNSUPPORTED = HALF_PRECISION
 WHOLE_SLOT = True
+OWN_FOLDER = "set XDG_CACHE_HOME to a folder of your own"
 SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
 
 class _Site(ctypes.Structure):
     """`Site` of site.cpp, field by field."""
 
-    _fields_ = (
-        [(name, ctypes.c_int64) for name in ("batch", "channels", "height", "width", "draws")]
-        + [(name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "relative", "relu")]
-        + [(name, ctypes.c_int32) for name in ("channels_last", "h_gradient", "phi_gradient")]
-        + [(name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")]
-        + [("seed", ctypes.c_uint64)]
-        + [
-            (name, ctypes.c_void_p)
-            for name in (
-                *("h", "shortcut", "given_noise", "phi", "running_mean", "running_var", "features", "statistics"),
-                *("scale", "signs", "out", "grad_out", "grad_h", "grad_phi"),
-            )
-        ]
-    )
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width", "draws")),
+        *((name, ctypes.c_int32) for name in ("threads", "training", "noise", "gate", "relative", "relu")),
+        *((name, ctypes.c_int32) for name in ("channels_last", "h_gradient", "phi_gradient")),
+        *((name, ctypes.c_double) for name in ("strength", "clip", "channel_ratio", "size_ratio", "momentum")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_void_p) for name in ("h", "shortcut", "given_noise", "phi", "running_mean", "running_var")),
+        *((name, ctypes.c_void_p) for name in ("features", "statistics", "scale", "signs", "out")),
+        *((name, ctypes.c_void_p) for name in ("grad_out", "grad_h", "grad_phi")),
+    ]
 
 
 def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     """The ε that the kernel draws from `seed` for a feature map: `[B, C, H, W]`."""
     batch, channels, height, width = like.shape
     noise = torch.empty(like.shape, dtype=like.dtype)
-    function = getattr(compiled(), f"draw_{SUFFIX[like.dtype]}")
-    function(
-        ctypes.c_uint64(seed.item()),
-        ctypes.c_int64(batch * channels),
-        ctypes.c_int64(height * width),
-        ctypes.c_int32(torch.get_num_threads()),
-        ctypes.c_void_p(noise.data_ptr()),
-    )
+    draw = getattr(compiled(), f"draw_{SUFFIX[like.dtype]}")
+    draw(seed.item(), batch * channels, height * width, torch.get_num_threads(), noise.data_ptr())
     return noise
 
 
@@ -76,14 +67,14 @@ def relative_noise(
 ) -> Tensor:
     """`plain.relative_noise`, a factor `[draws · B, C, H, W]`."""
     out, settings = _like(h, draws), relative_settings(strength)
-    _run("forward", h, phi, noise, seed, settings, relative=True, draws=draws, out=out)
+    _run("forward", (h, phi, noise, seed, settings), draws, relative=True, out=out)
     return out
 
 
 def track(h: Tensor, phi: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
     """Only the statistics of a training step, which is what strength 0 leaves to do."""
     running = {"running_mean": running_mean, "running_var": running_var}
-    _run("forward", h, phi, None, None, TRACKING, **running, **_scratch(h, training=True))
+    _run("forward", (h, phi, None, None, TRACKING), **running, **_scratch(h, training=True))
 
 
 def forward(
@@ -110,7 +101,7 @@ def forward(
     tensors = {"running_mean": running_mean, "running_var": running_var, "out": out, **scratch}
     if shortcut is not None:
         tensors["shortcut"] = shortcut
-    _run("forward", h, phi, noise, seed, settings, draws=draws, **tensors)
+    _run("forward", (h, phi, noise, seed, settings), draws, **tensors)
     return out, *scratch.values()
 
 
@@ -130,20 +121,15 @@ def backward(
     `scratch` is what `forward` returned after the perturbed map.
     """
     tensors = dict(zip(("features", "statistics", "scale", "signs"), scratch, strict=False))
-    tensors |= {"grad_out": grad_out.contiguous(memory_format=_order(h)), "grad_h": _like(h)}
+    tensors |= {"grad_out": grad_out.contiguous(memory_format=order_of(h)), "grad_h": _like(h)}
     tensors["grad_phi"] = torch.empty(phi.shape, dtype=torch.float64)
-    _run("backward", h, phi, noise, seed, settings, h_gradient=h_gradient, phi_gradient=phi_gradient, **tensors)
+    wanted = {"h_gradient": h_gradient, "phi_gradient": phi_gradient}
+    _run("backward", (h, phi, noise, seed, settings), **wanted, **tensors)
     return tensors["grad_h"] if h_gradient else None, tensors["grad_phi"].to(h.dtype) if phi_gradient else None
 
 
-def _order(h: Tensor) -> torch.memory_format:
-    """In which the library takes and gives maps like `h`; it has one for each of the orders that PyTorch has."""
-    last = not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _like(h: Tensor, draws: int = 1) -> Tensor:
-    return torch.empty((draws * len(h), *h.shape[1:]), dtype=h.dtype, memory_format=_order(h))
+    return torch.empty((draws * len(h), *h.shape[1:]), dtype=h.dtype, memory_format=order_of(h))
 
 
 def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
@@ -155,45 +141,31 @@ def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
     }
 
 
-def _run(
-    name: str,
-    h: Tensor,
-    phi: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    settings: Settings,
-    draws: int = 1,
-    relative: bool = False,
-    h_gradient: bool = False,
-    phi_gradient: bool = False,
-    **tensors: Tensor,
-) -> None:
-    """Call `name` of the library; the tensors have to live, and be contiguous, until it returns."""
-    order = _order(h)
-    tensors["h"], tensors["phi"] = h.contiguous(memory_format=order), phi
+def _run(name: str, site: tuple, draws: int = 1, **values: Tensor | bool) -> None:
+    """Call `name` of the library for h, φ, ε, its seed and settings; it fills the tensors among `values`."""
+    h, phi, noise, seed, settings = site
+    order = order_of(h)
+    values["h"], values["phi"] = h.contiguous(memory_format=order), phi
     if noise is not None:
-        tensors["given_noise"] = noise.contiguous()
-    site = _Site(
+        values["given_noise"] = noise.contiguous()
+    made = _Site(
         *h.shape,
         draws=draws,
         threads=torch.get_num_threads(),
         training=settings.training,
         noise=noise_source(settings, noise),
         gate=settings.gate,
-        relative=relative,
         relu=settings.relu,
         channels_last=order == torch.channels_last,
-        h_gradient=h_gradient,
-        phi_gradient=phi_gradient,
         strength=settings.strength,
         clip=upper_bound(settings),
         channel_ratio=settings.channel_ratio,
         size_ratio=settings.size_ratio,
         momentum=MOMENTUM,
         seed=0 if seed is None else seed.item(),
-        **{key: tensor.data_ptr() for key, tensor in tensors.items()},
+        **{key: value.data_ptr() if isinstance(value, Tensor) else value for key, value in values.items()},
     )
-    getattr(compiled(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(site))
+    getattr(compiled(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(made))
 
 
 def crop_flip_normalize(
@@ -204,14 +176,9 @@ def crop_flip_normalize(
     Image b is `rows[b]`, cut at `top[b]`, `left[b]` out of a black border of `padding` pixels, flipped if `flip[b]`.
     """
     out = torch.empty(len(rows), *images.shape[1:])
-    pointers = [t.contiguous() for t in (rows, top, left, flip)]
-    compiled().crop_flip_normalize(
-        ctypes.c_void_p(images.ctypes.data),
-        *(ctypes.c_void_p(t.data_ptr()) for t in pointers),
-        *(ctypes.c_int64(size) for size in (*out.shape, padding)),
-        ctypes.c_int32(torch.get_num_threads()),
-        ctypes.c_void_p(out.data_ptr()),
-    )
+    drawn = [t.contiguous() for t in (rows, top, left, flip)]
+    sizes = *out.shape, padding, torch.get_num_threads()
+    compiled().crop_flip_normalize(images.ctypes.data, *(t.data_ptr() for t in drawn), *sizes, out.data_ptr())
     return out
 
 
@@ -223,10 +190,9 @@ CONSTANTS = tuple(
     f"-D{name}={{{', '.join(map(repr, getattr(plain, name)))}}}"
     for name in ("EXPECTATION_P", "EXPECTATION_Q", "MU_RANGE")
 )
-WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-# Tried in turn: Apple's compiler lacks OpenMP. The first is left out where processors cannot be told apart.
-VARIANTS = (("-march=native", *WIDE, "-fopenmp"), ("-fopenmp",), ("-fopenmp-simd",), ())
-CPUINFO = Path("/proc/cpuinfo")
+# Tried in turn: processors other than x86 have no such width, Apple's compiler lacks OpenMP.
+NATIVE = (("-march=native", "-mprefer-vector-width=512", "-fopenmp"), ("-march=native", "-fopenmp"))
+VARIANTS = (("-fopenmp",), ("-fopenmp-simd",), ())
 
 
 @functools.cache
@@ -237,27 +203,20 @@ def compiled() -> ctypes.CDLL:
         Unavailable: no compiler, or it fails.
     """
     compiler = _compiler()
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
-    variants = VARIANTS if (processor := _processor()) else VARIANTS[1:]
-    for text in (
-        *compiler,
-        _compiler_version(compiler),
-        processor,
-        platform.machine(),
-        repr((FLAGS, CONSTANTS, variants)),
-    ):
-        key.update(text.encode() + b"\0")
+    # They name the compiler's version and the instructions of this processor: others may share the folder.
+    macros = subprocess.run([*compiler, "-march=native", "-dM", "-E", "-xc++", os.devnull], capture_output=True).stdout
+    variants = NATIVE + VARIANTS if macros else VARIANTS
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES) + macros)
+    key.update(repr((compiler, os.uname().machine, FLAGS, CONSTANTS, variants)).encode())
     path = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     try:
         if not path.exists():
             _build(compiler, variants, path)
-        owners = {place: place.stat().st_uid for place in (path.parent, path)}
+        foreign = [place for place in (path.parent, path) if place.stat().st_uid not in (0, os.getuid())]
     except OSError as error:
-        where = f"{path.parent} cannot be used ({error.strerror})"
-        raise Unavailable(f"{where}; set XDG_CACHE_HOME to a folder of your own") from None
-    for place, owner in owners.items():  # a library of somebody else is not loaded: it could do anything
-        if owner not in (0, os.getuid()):
-            raise Unavailable(f"{place} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
+        raise Unavailable(f"{path.parent} cannot be used ({error.strerror}); {OWN_FOLDER}") from None
+    if foreign:  # a library of somebody else is not loaded: it could do anything
+        raise Unavailable(f"{foreign[0]} belongs to another user; {OWN_FOLDER}")
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -265,6 +224,9 @@ def compiled() -> ctypes.CDLL:
     loaded.site_size.restype = loaded.signs_size.restype = ctypes.c_int64
     if loaded.site_size() != ctypes.sizeof(_Site):
         raise Unavailable(f"{path} does not fit this interpreter")
+    int32, int64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+    loaded.draw_float.argtypes = loaded.draw_double.argtypes = [ctypes.c_uint64, int64, int64, int32, pointer]
+    loaded.crop_flip_normalize.argtypes = 5 * [pointer] + 5 * [int64] + [int32, pointer]
     return loaded
 
 
@@ -284,25 +246,10 @@ def _build(compiler: tuple[str, ...], variants: tuple[tuple[str, ...], ...], pat
 
 
 def _compiler() -> tuple[str, ...]:
-    if chosen := tuple(shlex.split(os.environ.get("CXX", ""))):
-        if shutil.which(chosen[0]):
-            return chosen
+    chosen = tuple(shlex.split(os.environ.get("CXX", "")))
+    for command in [chosen] if chosen else [("c++",), ("g++",), ("clang++",)]:
+        if shutil.which(command[0]):
+            return command
+    if chosen:
         raise Unavailable(f"CXX names no compiler ({os.environ['CXX']!r})")
-    for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return (name,)
     raise Unavailable("no C++ compiler found (install g++ or clang++, or set CXX)")
-
-
-def _compiler_version(compiler: tuple[str, ...]) -> str:
-    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace", check=False)
-    return (result.stdout.splitlines() or [compiler[0]])[0]
-
-
-def _processor() -> str:
-    """What `-march=native` depends on; empty where the system does not tell."""
-    try:
-        lines = CPUINFO.read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return ""
-    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))

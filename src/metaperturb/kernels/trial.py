@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,12 +41,9 @@ DEVICE_WORKS = "the device works"
 
 
 def check_agreement(backend: ModuleType, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Compare a small site's output and gradients with those of the plain operators in float64.
+    """Compare a small site's output and gradients with those of the plain operators in float64, once for each dtype.
 
     In float32 the plain operators would err more: on a GPU convolutions may round what they multiply to TF32.
-
-    Args:
-        dtypes: of the feature map; each a comparison.
 
     Raises:
         Unavailable: they differ.
@@ -88,22 +85,17 @@ def error_of(backend: ModuleType, device: torch.device, dtype: torch.dtype, shap
 
 def _check_rest(backend: ModuleType, device: torch.device) -> None:
     """What else a GPU's kernels compute: factors of mean one, and batches of images."""
-    from metaperturb.kernels.triton_batches import training_batch
-
     h, phi, noise = (torch.arange(n, device=device).mul(0.7).sin() for n in (840, 82, 840))
     h, noise = h.view(4, 5, 6, 7), noise.view(4, 5, 6, 7).flip(0)
     factor = fused.relative_noise(backend, h, phi, noise, 0.7)
     exact = plain.relative_noise(h.double(), plain.Phi.of(phi.double()), noise.double(), 0.7)
-    images = torch.arange(4 * 3 * 36, device=device).to(torch.uint8).view(4, 3, 6, 6)
-    rows, padding = torch.arange(3, -1, -1, device=device), 2
-    draws = [(0, 0, 0), (1, 4, 3), (1, 0, 2), (0, 3, 4)]  # flip, left, top
-    codes = torch.tensor([flip + 2 * (left + 5 * top) for flip, left, top in draws], device=device)
-    batch, _ = training_batch(images, rows, None, rows, codes, padding)
-    padded = F.pad(images, (padding,) * 4)[rows]
-    for x, whole, (flip, left, top) in zip(batch, padded, draws, strict=True):
-        crop = whole[:, top : top + 6, left : left + 6]
-        if not torch.equal(x, (crop.flip(2) if flip else crop).float().div(127.5).sub(1)):
-            raise Unavailable(f"{backend.NAME} makes wrong batches on this machine")
+    images, order = torch.arange(4 * 3 * 36).to(torch.uint8).view(4, 3, 6, 6), torch.arange(4)
+    rows, codes = order.flip(0), torch.tensor([0, 39, 21, 46])  # flip + 2 · (left + 5 · top)
+    batch, _ = backend.training_batch(*(t.to(device) for t in (images, rows, rows.flip(0), rows, codes)), 2)
+    windows = F.pad(images, (2,) * 4)[rows].unfold(2, 6, 1).unfold(3, 6, 1)
+    crops = windows[order, :, codes // 10, codes // 2 % 5].float().div(torch.tensor(127.5)).sub(1)
+    if not torch.equal(batch.cpu(), torch.where(codes.view(4, 1, 1, 1) % 2 == 1, crops.flip(3), crops)):
+        raise Unavailable(f"{backend.NAME} makes wrong batches on this machine")
     if not (factor - exact).abs().max() < 1e-4 * exact.abs().max():
         raise Unavailable(f"{backend.NAME} disagrees with them on this machine (noise of mean one)")
 
@@ -117,24 +109,21 @@ def check(module: str, device: torch.device) -> None:
     Raises:
         Unavailable: they crash, hang, fail or disagree; the message says how to have them tried again.
     """
-    about, verdict = _circumstances(module, device), None
+    about = _circumstances(module, device)
+    name = f"trial-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
     with contextlib.ExitStack() as stack:
-        path = None
-        with contextlib.suppress(UserError, OSError):  # without a folder they are tried each time
-            name = f"trial-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+        verdict = path = None
+        with contextlib.suppress(UserError, OSError, LookupError):  # without a folder they are tried each time
             cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
             # Others that want the same verdict wait for it.
             stack.enter_context(hold(cache_folder() / f".{name}.lock", wait=True))
             path = cache_folder() / name
-            kept = load_json(path) if path.exists() else {}
-            if isinstance(kept, dict) and kept.items() >= about.items():
-                verdict = kept.get("verdict")
+            verdict = load_json(path)["verdict"] if path.exists() else None
         if verdict is None:
             print(f"trying the GPU kernels on {about['device']}, once: a minute or so", file=sys.stderr)
             verdict, output, lasting = try_out(module, device)
-            path = path if lasting else None
-            with contextlib.suppress(UserError):
-                if path:
+            if path and lasting:
+                with contextlib.suppress(UserError):
                     save_json({**about, "verdict": verdict, "output": output}, path)
     if verdict != PASSED:
         kept = path is not None and path.exists()
@@ -162,11 +151,8 @@ def try_out(module: str, device: torch.device) -> tuple[str, str, bool]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), PARENT: str(os.getpid())}
     command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()", module, str(device)]
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        try:
-            options = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
-            child = subprocess.Popen(command, env=environment, start_new_session=True, **options)
-        except OSError as error:
-            return f"they could not be tried ({reason(error)})", "", False
+        options = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, env=environment, start_new_session=True, **options)
         try:
             length, since, hangs = 0, time.monotonic(), False
             runs = os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT  # its number stays its own
@@ -185,10 +171,10 @@ def try_out(module: str, device: torch.device) -> tuple[str, str, bool]:
     told = ["", *(line.removeprefix(SAYS) for line in lines if line.startswith(SAYS))]
     output = [line for line in lines if not line.startswith(SAYS)]
     code, text = child.returncode or 0, "\n".join(output)[-2000:]
-    last = f" ({told[-1]})" if told[-1] not in ("", DEVICE_WORKS) else ""
     if DEVICE_WORKS not in told:
         why = (output or ["it hangs" if hangs else f"exit code {code}"])[-1]
         return f"they could not be tried ({why})", text, False
+    last = f" ({told[-1]})" if told[-1] != DEVICE_WORKS else ""
     if hangs:
         return f"they hang: no progress in {SILENCE:.0f} s{last}", text, True
     if code < 0 and told[-1] != PASSED:
@@ -209,7 +195,14 @@ def main() -> None:
     try:
         backend = importlib.import_module(module)
         if launch := getattr(backend, "_launch", None):
-            backend._launch = _telling(launch, say, device)
+
+            def telling(kernel: Any, *args: Any, **options: Any) -> None:
+                """Names each kernel before it is compiled and launched, and waits until it is through."""
+                say(kernel.fn.__name__)
+                launch(kernel, *args, **options)
+                torch.cuda.synchronize(device)
+
+            backend._launch = telling
         check_agreement(backend, device, (torch.float32, torch.bfloat16))
         if backend.NAME == "triton":
             _check_rest(backend, device)
@@ -219,15 +212,3 @@ def main() -> None:
         say(f"they fail: {reason(error)}")
     else:
         say(PASSED)
-
-
-def _telling(launch: Callable[..., None], say: Callable[[str], None], device: torch.device) -> Callable[..., None]:
-    """Names each kernel before it is compiled and launched, and waits until it is through."""
-
-    def told(kernel: Any, *args: Any, **options: Any) -> None:
-        say(kernel.fn.__name__)
-        launch(kernel, *args, **options)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return told

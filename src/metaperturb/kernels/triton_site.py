@@ -1,4 +1,4 @@
-"""The fused site on a GPU, in Triton: the same function, gradients and noise as `site.cpp`.
+"""What Triton does on a GPU: batches of images, and the fused site with function, gradients and noise of `site.cpp`.
 
 Launches the kernels of `triton_kernels.py`, 3 a site forward and 4 backward, 5 with the gradient of φ; strength 0 takes
 2. What the settings make needless is not launched. No launch waits for the host, so a CUDA graph can hold a whole step.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from metaperturb.kernels import triton_kernels
-from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, relative_settings, upper_bound
-from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Settings
-from metaperturb.kernels.triton_blocks import triton
+from metaperturb.kernels.backend import TRACKING, Unavailable, noise_source, order_of, relative_settings, upper_bound
+from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES
+from metaperturb.kernels.triton_kernels import Constants, triton
 from metaperturb.storage import reason
 
 NAME = "triton"
@@ -31,57 +31,54 @@ PIXELS = 128  # at most
 QUARTER_PIXELS, QUARTER_WARPS = 32, 8  # where a program has the same piece of all four quarters of an image
 VALUES = 2048  # a program of `input_backward` goes through
 SCALE_CHANNELS, SCALE_ROWS = 4, 128
-SUM_BLOCK = 512
+SUM_BLOCK, BATCH_BLOCK = 512, 1024
 
 
-class _Map:
-    """A feature map `[B, C, H, W]` as the kernels take it."""
+def _tile(h: Tensor, size: int) -> dict[str, Constants | int]:
+    """How programs with room for `size` values divide a map: their constants and warps."""
+    return _divided(h.shape[1:], order_of(h), False, (size, PIXELS, WARPS), (SCALE_CHANNELS, SCALE_ROWS))
 
-    def __init__(self, h: Tensor) -> None:
-        self.batch, self.channels, height, width = h.shape
-        self.pixels = height * width
-        self.last = not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
-        self.sizes = {"C": self.channels, "H": height, "W": width, "LAST": self.last}
-        self.tensor = self.laid_out(h)
 
-    def laid_out(self, other: Tensor) -> Tensor:
-        """Another map of this shape, in the memory format of this one."""
-        return other.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
-
-    def tile(self, size: int, most_pixels: int, warps: int, pixels: int | None = None) -> dict[str, int]:
-        """The tile of a program that has room for `size` values."""
-        return _tile(self.channels, pixels or self.pixels, size, most_pixels, warps, self.last)
-
-    def quarter_tile(self) -> tuple[dict[str, int], int]:
-        """The tile of a program that does all four quarters of an image, and how many of them make a quarter."""
-        quarter = _ceil(self.pixels, 4)
-        tile = self.tile(TILE, QUARTER_PIXELS, QUARTER_WARPS, quarter)
-        return tile, _ceil(quarter, tile["PIXELS"])
+def _quarter_tile(h: Tensor, *site: int) -> dict[str, Constants | int]:
+    """The same for programs that have the same piece of all four quarters of an image."""
+    tile = TILE, QUARTER_PIXELS, QUARTER_WARPS
+    return _divided(h.shape[1:], order_of(h), True, tile, (SCALE_CHANNELS, SCALE_ROWS), site)
 
 
 @functools.cache
-def _tile(channels: int, pixels: int, size: int, most_pixels: int, warps: int, channels_last: bool) -> dict[str, int]:
-    channels, pixels = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
-    if channels_last:
-        c = min(channels, max(8, size // pixels))  # 8: a sector of the cache in float32
-        p = min(pixels, max(size // c, 1))
+def _divided(shape, order, quarters, tile, scale_tile, site=(0, False, False)) -> dict[str, Constants | int]:
+    channels, height, width = shape
+    size, most_pixels, most_warps = tile
+    plane, quarter, last = height * width, _ceil(height * width, 4), order == torch.channels_last
+    covered = quarter if quarters else plane
+    c, p = triton.next_power_of_2(channels), triton.next_power_of_2(covered)
+    if last:
+        c = min(c, max(8, size // p))  # 8: a sector of the cache in float32
+        p = min(p, max(size // c, 1))
     else:
-        p = min(pixels, most_pixels)
-        c = min(channels, max(size // p, 1))
+        p = min(p, most_pixels)
+        c = min(c, max(size // p, 1))
+    layout, tiles = (*shape, last, plane, channels if last else 1), (_ceil(channels, c), _ceil(covered, p))
+    K = Constants(*layout, c, p, *tiles, quarter, _ceil(channels, scale_tile[0]), *scale_tile, *site)
     # No more threads than values: two that have the same one, one of them late, must not meet in a map that is updated.
-    return {"CHANNELS": c, "PIXELS": p, "warps": max(1, min(warps, c * p // 32))}
+    return {"K": K, "warps": max(1, min(most_warps, c * p // 32))}
 
 
 @functools.cache
-def _group(channels: int, pixels: int, tile_channels: int, tile_pixels: int, size: int) -> tuple[int, int]:
+def _group(K: Constants, size: int) -> tuple[int, int]:
     """Channels and pixels of a program that goes through `size` values, tile by tile; small planes it takes whole."""
-    channels, pixels = triton.next_power_of_2(channels), triton.next_power_of_2(pixels)
-    group = max(tile_channels, min(channels, size // pixels))
-    return group, max(tile_pixels, min(pixels, size // group))
+    channels, pixels = triton.next_power_of_2(K.C), triton.next_power_of_2(K.PLANE)
+    group = max(K.CHANNELS, min(channels, size // pixels))
+    return group, max(K.PIXELS, min(pixels, size // group))
 
 
 def _ceil(count: int, block: int) -> int:
     return -(-count // block)
+
+
+def _like(h: Tensor, other: Tensor) -> Tensor:
+    """Another map of its shape, in the memory format of h."""
+    return other.contiguous(memory_format=order_of(h))
 
 
 def _launch(kernel, programs: int, *args, warps: int = WARPS, **constants) -> None:
@@ -101,133 +98,79 @@ def check_launch(device: torch.device) -> None:
         raise Unavailable(f"Triton does not work here ({reason(error)})") from None
 
 
-def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
-    """The ε that the kernels draw from `seed` for a feature map: `[B, C, H, W]`."""
+# --- a backend's functions: arguments and results as in cpp.py, maps in the memory format of h
+
+
+def draw_noise(seed, like):
     noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     with torch.cuda.device_of(like):
-        x = _Map(noise)
-        tile, pieces = x.quarter_tile()
-        sizes, programs = {name: x.sizes[name] for name in "CHW"}, x.batch * pieces
-        _launch(triton_kernels.draw, programs * _ceil(x.channels, tile["CHANNELS"]), seed, noise, **sizes, **tile)
+        tile = _quarter_tile(noise, 0, False, False)
+        programs = len(noise) * tile["K"].TILES * tile["K"].CHANNEL_TILES
+        _launch(triton_kernels.draw, programs, seed, noise, **tile)
     return noise
 
 
-def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float) -> Tensor:
-    """`plain.relative_noise`, a factor `[B, C, H, W]` in the memory format of `h`."""
+def relative_noise(h, phi, noise, seed, strength):
+    settings, unused = relative_settings(strength), phi.new_empty(h.shape[1], NUM_SCALE_FEATURES)
+    return forward(h, phi, noise, seed, unused, unused, settings, relative=True)[0]
+
+
+def track(h, phi, running_mean, running_var):
     with torch.cuda.device_of(h):
-        settings, unused = relative_settings(strength), phi.new_empty(h.shape[1], NUM_SCALE_FEATURES)
-        hidden, scratch = _prepare(_Map(h), phi, unused, unused, settings)
-        return _perturb(_Map(h), hidden, scratch, phi, noise, seed, settings, relative=True)
+        _prepare(_like(h, h), phi, running_mean, running_var, TRACKING)
 
 
-def track(h: Tensor, phi: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
-    """Only the statistics of a training step, which is what strength 0 leaves to do."""
+def forward(h, phi, noise, seed, running_mean, running_var, settings, relative=False):
+    """One site, and what `backward` needs: features (None in evaluation), statistics, scale, and the means over
+    channels of h and of the hidden map `[B, H, W]` (None without noise)."""
     with torch.cuda.device_of(h):
-        _prepare(_Map(h), phi, running_mean, running_var, TRACKING)
+        h = _like(h, h)
+        hidden, scratch = _prepare(h, phi, running_mean, running_var, settings)
+        _, _, scale, _, hidden_mean = scratch
+        out = torch.empty_like(h)
+        tile = _quarter_tile(h, noise_source(settings, noise), settings.gate, relative)
+        _launch(
+            triton_kernels.perturb,
+            len(h) * tile["K"].TILES * tile["K"].CHANNEL_TILES,
+            *(h, hidden, hidden_mean, phi, scale, None if noise is None else _like(h, noise), seed, out),
+            *(settings.strength, upper_bound(settings)),
+            **tile,
+        )
+        return out, *scratch
 
 
-def forward(
-    h: Tensor,
-    phi: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    settings: Settings,
-) -> tuple[Tensor | None, ...]:
-    """One site; moves the running statistics in training.
-
-    Returns:
-        The perturbed map `[B, C, H, W]`, in the memory format of `h`, and what `backward` needs beside its inputs:
-        features `[B, C, 4]` (None in evaluation), the statistics that made the scale `[2, C, 4]` (second in every
-        backend), the scale `[C]`, the means over channels of h and of the hidden map `[B, H, W]` (None without noise).
-    """
-    with torch.cuda.device_of(h):
-        x = _Map(h)
-        hidden, scratch = _prepare(x, phi, running_mean, running_var, settings)
-        return _perturb(x, hidden, scratch, phi, noise, seed, settings), *scratch
-
-
-def _perturb(
-    x: _Map,
-    hidden: Tensor | None,
-    scratch: tuple[Tensor | None, ...],
-    phi: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    settings: Settings,
-    relative: bool = False,
-) -> Tensor:
-    _, _, scale, _, hidden_mean = scratch
-    out = torch.empty_like(x.tensor)
-    tile, pieces = x.quarter_tile()
-    _launch(
-        triton_kernels.perturb,
-        x.batch * pieces * _ceil(x.channels, tile["CHANNELS"]),
-        *(x.tensor, hidden, hidden_mean, phi, scale),
-        *(None if noise is None else x.laid_out(noise), seed, out),
-        *(settings.strength, upper_bound(settings)),
-        **x.sizes,
-        NOISE=noise_source(settings, noise),
-        GATE=settings.gate,
-        RELATIVE=relative,
-        **tile,
-    )
-    return out
-
-
-def _prepare(
-    x: _Map, phi: Tensor, running_mean: Tensor, running_var: Tensor, settings: Settings
-) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+def _prepare(h, phi, running_mean, running_var, settings):
     """What comes before the noise: the hidden map of μ `[B, C, H, W]`, and what `forward` returns for `backward`."""
-    new = functools.partial(torch.empty, dtype=phi.dtype, device=x.tensor.device)
-    features = new(x.batch, x.channels, NUM_SCALE_FEATURES) if settings.training else None
-    statistics, scale = new(2, x.channels, NUM_SCALE_FEATURES), new(x.channels)
+    (batch, channels), tile = h.shape[:2], _tile(h, TILE)
+    K = tile["K"]
+    new = functools.partial(torch.empty, dtype=phi.dtype, device=h.device)
+    features = new(batch, channels, NUM_SCALE_FEATURES) if settings.training else None
+    statistics, scale = new(2, channels, NUM_SCALE_FEATURES), new(channels)
     hidden = mean = hidden_mean = None
     if settings.noise:
-        hidden = torch.empty_like(x.tensor, dtype=phi.dtype)
-        mean, hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
-    tile = x.tile(TILE, PIXELS, WARPS)
-    groups = _ceil(x.channels, tile["CHANNELS"]) if settings.training else 0
-    pieces = _ceil(x.pixels, tile["PIXELS"]) if settings.noise else 0
-    if groups or pieces:
-        programs = x.batch * (groups + pieces)
-        _launch(triton_kernels.summarize, programs, x.tensor, phi, features, mean, **x.sizes, **tile)
+        hidden = torch.empty_like(h, dtype=phi.dtype)
+        mean, hidden_mean = new(batch, K.PLANE), new(batch, K.PLANE)
+    pieces = batch * K.TILES if settings.noise else 0
+    if programs := pieces + (batch * K.CHANNEL_TILES if settings.training else 0):
+        _launch(triton_kernels.summarize, programs, h, phi, features, mean, **tile)
     _launch(
         triton_kernels.first_layer,
-        _ceil(x.channels, SCALE_CHANNELS) + x.batch * pieces,
-        *(x.tensor, mean, phi, hidden, hidden_mean),
-        *(features, running_mean, running_var, statistics, scale),
-        *(x.batch, settings.channel_ratio, settings.size_ratio, MOMENTUM),
-        **x.sizes,
-        TRAINING=settings.training,
-        NOISE=settings.noise,
+        K.SCALES + pieces,
+        (h, mean, phi, hidden, hidden_mean),
+        (features, running_mean, running_var, statistics, scale),
+        *(batch, settings.channel_ratio, settings.size_ratio, MOMENTUM),
         **tile,
-        SCALE_CHANNELS=SCALE_CHANNELS,
-        SCALE_ROWS=SCALE_ROWS,
     )
     return hidden, (features, statistics, scale, mean, hidden_mean)
 
 
-def backward(
-    grad_out: Tensor,
-    h: Tensor,
-    phi: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    scratch: tuple[Tensor | None, ...],
-    settings: Settings,
-    h_gradient: bool,
-    phi_gradient: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of h `[B, C, H, W]` and of φ `[82]`, each None unless asked for.
-
-    `scratch` is what `forward` returned after the perturbed map.
-    """
+def backward(grad_out, h, phi, noise, seed, scratch, settings, h_gradient, phi_gradient):
+    """Gradients of h and of φ, each None unless asked for; `scratch` is what `forward` returned after the map."""
     features, statistics, scale, mean, hidden_mean = scratch
     with torch.cuda.device_of(h):
-        x = _Map(h)
-        h, dtype = x.tensor, phi.dtype
+        h, (batch, channels), dtype = _like(h, h), h.shape[:2], phi.dtype
+        tile, quarter_tile = _tile(h, TILE), _quarter_tile(h, noise_source(settings, noise), settings.gate, False)
+        K = tile["K"]
         new = functools.partial(torch.empty, dtype=dtype, device=h.device)
         new_map = functools.partial(torch.empty_like, h, dtype=dtype)
         gradient_of_features = settings.training and settings.gate
@@ -236,59 +179,52 @@ def backward(
 
         if settings.noise:
             hidden, grad_mu = new_map(), new_map()
-            grad_mu_mean, grad_hidden_mean = new(x.batch, x.pixels), new(x.batch, x.pixels)
+            grad_mu_mean, grad_hidden_mean = new(batch, K.PLANE), new(batch, K.PLANE)
         if gradient_of_features:
             signs = torch.empty_like(h, dtype=torch.uint8)
-        tile = x.tile(TILE, PIXELS, WARPS)
-        pieces = x.batch * _ceil(x.pixels, tile["PIXELS"])
+        pieces = batch * K.TILES
         if through_maps:
-            _launch(triton_kernels.first_layer_again, pieces, h, mean, phi, hidden, signs, **x.sizes, **tile)
+            _launch(triton_kernels.hidden_layer, pieces, h, mean, phi, hidden, None, signs, **tile, FIRST=0)
 
         grad_h = torch.empty_like(h) if h_gradient else None
         # A part of a sum is not rounded to half precision.
         direct = new_map() if h_gradient and through_maps and h.dtype != dtype else grad_h
-        quarter_tile, quarter_pieces = x.quarter_tile()
-        rows = x.batch * quarter_pieces
+        rows = batch * quarter_tile["K"].TILES
         if settings.gate:
-            grad_scale, grad_logit = new(rows, x.channels), new(x.channels)
+            grad_scale, grad_logit = new(rows, channels), new(channels)
         _launch(
             triton_kernels.perturb_backward,
             rows,
-            *(h, x.laid_out(grad_out), hidden, hidden_mean, phi, scale),
-            *(None if noise is None else x.laid_out(noise), seed, direct, grad_mu, grad_mu_mean, grad_scale),
+            (h, _like(h, grad_out), hidden, hidden_mean, phi, scale, None if noise is None else _like(h, noise), seed),
+            (direct, grad_mu, grad_mu_mean, grad_scale),
             *(settings.strength, upper_bound(settings)),
-            **x.sizes,
-            NOISE=noise_source(settings, noise),
-            GATE=settings.gate,
             **quarter_tile,
         )
 
         # A value a thread where the gradient of φ takes 54 sums along.
-        group_tile = x.tile(32 * WARPS, PIXELS, WARPS) if phi_gradient else tile
-        group, run = _group(x.channels, x.pixels, group_tile["CHANNELS"], group_tile["PIXELS"], VALUES)
-        groups = x.batch * _ceil(x.channels, group) * _ceil(x.pixels, run)
+        group_tile = _tile(h, 32 * WARPS) if phi_gradient else tile
+        group, run = _group(group_tile["K"], VALUES)
+        groups = batch * _ceil(channels, group) * _ceil(K.PLANE, run)
         columns = max(pieces, groups)
         if phi_gradient:
             parts = new(AFFINE, columns)
         if settings.noise or settings.gate:
             _launch(
                 triton_kernels.second_layer_backward,
-                (pieces if settings.noise else 0) + (_ceil(x.channels, SCALE_CHANNELS) if settings.gate else 0),
-                *(grad_mu, grad_mu_mean, hidden, hidden_mean, phi, grad_hidden_mean),
-                *(grad_scale, scale, grad_logit, rows, parts, columns),
-                **x.sizes,
+                (pieces if settings.noise else 0) + (K.SCALES if settings.gate else 0),
+                (grad_mu, grad_mu_mean, hidden, hidden_mean, phi, grad_hidden_mean),
+                (grad_scale, scale, grad_logit),
+                *(rows, parts, columns),
                 **tile,
-                SCALE_CHANNELS=SCALE_CHANNELS,
-                SCALE_ROWS=SCALE_ROWS,
             )
         del grad_mu
         if through_maps:
             _launch(
                 triton_kernels.input_backward,
                 groups,
-                *(h, mean, hidden, grad_hidden_mean, phi),
-                *(signs, features, statistics, grad_logit, direct, grad_h, parts, x.batch, columns),
-                **x.sizes,
+                (h, mean, hidden, grad_hidden_mean, phi),
+                (signs, features, statistics, grad_logit),
+                *(direct, grad_h, parts, batch, columns),
                 **group_tile,
                 GROUP=group,
                 RUN=run,
@@ -301,10 +237,31 @@ def backward(
             PARAMETERS,
             *(parts, statistics, grad_logit, grad_phi, pieces, groups, columns),
             *(settings.channel_ratio, settings.size_ratio),
-            C=x.channels,
+            C=channels,
             NOISE=settings.noise,
             FEATURES=gradient_of_features,
             GATE=settings.gate,
             BLOCK=SUM_BLOCK,
         )
         return grad_h, grad_phi
+
+
+def training_batch(
+    images: Tensor, labels: Tensor, table: Tensor | None, rows: Tensor, draws: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """A training batch, float images `[B, 3, S, S]` in [-1, 1] and labels `[B]`, with the bits of data/batches.py.
+
+    Args:
+        images, labels: the data set, uint8 `[N, 3, S, S]` and int64 `[N]`.
+        table: label of the data set → label here, or None.
+        rows: which images, int64 `[B]`.
+        draws: `[B]` from 0 to 2·(2p + 1)² − 1: flip + 2·(left + (2p + 1)·top), p the padding.
+        padding: p, the border of black pixels in which the crop moves.
+    """
+    batch, (channels, size, _) = len(rows), images.shape[1:]
+    out = torch.empty(batch, channels, size, size, device=images.device)
+    out_labels = torch.empty_like(rows)
+    tensors, grid = (images, labels, table, rows, draws, out, out_labels), (batch, _ceil(out[0].numel(), BATCH_BLOCK))
+    with torch.cuda.device_of(images):
+        triton_kernels.training_batch[grid](*tensors, channels, size, padding, BATCH_BLOCK)
+    return out, out_labels
