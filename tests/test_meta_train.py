@@ -131,7 +131,7 @@ def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(reference, src, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("delay", "then"), [(0.0, "cpu"), (0.15, "cpu,cpu,cpu")])
-def test_bits_after_sigkill_and_resume_with_other_processes(reference, here, src, tmp_path, capsys, delay, then):
+def test_bits_after_sigkill_and_resume_with_other_processes(reference, here, src, tmp_path, capfd, delay, then):
     killed = start("meta_train", [*here, "gpus=cpu,cpu"])
     wait_for(lambda: latest(tmp_path).exists() or killed.poll() is not None)
     time.sleep(delay)
@@ -141,7 +141,7 @@ def test_bits_after_sigkill_and_resume_with_other_processes(reference, here, src
     with (tmp_path / "src" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "half')  # as a kill in mid-write leaves it
     check_equal(src(f"gpus={then}"), reference)
-    assert "resuming after step" in capsys.readouterr().err
+    assert "resuming after step" in capfd.readouterr().err
 
 
 def test_a_finished_run_is_not_run_again_and_answers_for_no_other_settings(reference, here, src, capsys, refused):

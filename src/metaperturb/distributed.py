@@ -230,14 +230,11 @@ def _run_as_torchrun_worker(job: _Job) -> None:
 
 def _check_address(devices: list[torch.device]) -> None:
     """Where several machines meet by gloo, it tells the others the address that this machine's name has here."""
-    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"] or backend_for(devices) != "gloo":
-        return
-    name = socket.gethostname()
-    try:
+    alone = os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"] or backend_for(devices) != "gloo"
+    name, address = socket.gethostname(), "127.0.0.1"
+    with contextlib.suppress(OSError):
         address = socket.gethostbyname(name)
-    except OSError:
-        address = "none"
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (address == "none" or address.startswith("127.")):
+    if not alone and "GLOO_SOCKET_IFNAME" not in os.environ and address.startswith("127."):
         raise UserError(
             f"torchrun: this machine's name, {name}, has the address {address}, where other machines cannot reach it; "
             "set GLOO_SOCKET_IFNAME to a network interface that they reach (`ip address` lists them)"

@@ -101,12 +101,9 @@ def load_phi(source: str | os.PathLike) -> MetaPerturb:
 
 def _is_plain(value: Any) -> bool:
     """A dense floating-point tensor that has values: a file may hold sparse, complex or value-less ones."""
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.is_floating_point()
-        and value.device.type != "meta"
-    )
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and value.is_floating_point() and not value.is_meta
 
 
 def find_phi(source: str | os.PathLike) -> Path:
