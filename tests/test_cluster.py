@@ -149,11 +149,6 @@ def test_without_slurm_or_submitit_it_is_said(path, tmp_path, monkeypatch, slurm
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_wrong_word_is_one_line():
-    refused("--slurm gpus=one: expected a whole number", cluster.parse_options, ["gpus=one"])
-    refused("--slurm partition: expected KEY=VALUE", cluster.parse_options, ["partition"])
-
-
 def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys):
     run_experiment(parsed(path, tmp_path, "--status"))
     lines = capsys.readouterr().out.splitlines()
@@ -203,15 +198,15 @@ def test_a_meta_training_asks_for_no_more_than_its_tasks_keep_busy(slurm, source
     assert "waiting src: Slurm says Priority (job 2)" in capsys.readouterr().out
 
 
-def test_fewer_nodes_than_asked_for_is_a_sentence(slurm, monkeypatch, tmp_path):
-    (slurm.folder / "scontrol").write_text("#!/bin/sh\necho n0\n")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n0")
-    with pytest.raises(SystemExit, match=r"error: 2 nodes were asked for, job 7 has 1: n0"):
-        cluster.one_node(["2", "-m", "metaperturb.meta_train"])
-
-
-def test_what_a_node_does_not_see_is_a_sentence(monkeypatch, tmp_path):
+def test_what_is_wrong_with_a_word_or_a_node_is_a_sentence(slurm, monkeypatch, tmp_path):
+    refused("--slurm gpus=one: expected a whole number", cluster.parse_options, ["gpus=one"])
+    refused("--slurm partition: expected KEY=VALUE", cluster.parse_options, ["partition"])
     monkeypatch.setattr(cluster, "SHARED_FOLDER_SECONDS", 0)
     said = "is not there, though what makes it is done; do all nodes see"
     refused(said, cluster.wait_for, tmp_path / "result.json")
+    (slurm.folder / "scontrol").write_text("#!/bin/sh\necho n0\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n0")
+    monkeypatch.setattr(cluster.signal, "signal", lambda *_: None)  # of this process
+    with pytest.raises(SystemExit, match=r"error: 2 nodes were asked for, job 7 has 1: n0"):
+        cluster.one_node(["2", "-m", "metaperturb.meta_train"])

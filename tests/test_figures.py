@@ -351,29 +351,21 @@ def test_what_does_not_belong_into_one_picture_is_refused(runs, tmp_path):
 
 
 def test_damaged_runs_are_named(runs, tmp_path):
-    def replaced(name: str, *pair: str):
-        def change(folder: Path) -> None:
-            assert pair[0] in (folder / name).read_text()
-            (folder / name).write_text((folder / name).read_text().replace(*pair))
-
-        return change
-
-    def broken_network(name: str):
+    def spoil(name: str):
         def change(folder: Path) -> None:
             state = load_tensors(folder / "checkpoints" / "latest.pt")
-            key = next(key for key in state["model"] if key.endswith(name))
-            state["model"][key].view(-1)[0] = float("nan")
+            next(value for key, value in state["model"].items() if key.endswith(name)).view(-1)[0] = math.nan
             save_tensors(state, folder / "checkpoints" / "latest.pt")
 
         return change
 
-    images = result(runs / "meta")["config"]["target_path"]
+    moved = json.dumps(result(runs / "meta") | {"config": result(runs / "meta")["config"] | {"target_path": "/gone"}})
     for figure, change, said in (
-        ("fig5", lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
+        ("fig5", lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
         ("fig5", lambda run: (run / "result.json").write_text('{"program": "meta_test"}'), "is no result of a run"),
-        ("fig7", broken_network("bn1.running_mean"), "holds values that are not finite"),
-        ("fig8", broken_network("metaperturb.running_var"), "holds values that are not finite"),
-        ("fig8", replaced("result.json", images, "/elsewhere"), "/elsewhere: no such file or folder"),
+        ("fig7", spoil("bn1.running_mean"), "holds values that are not finite"),
+        ("fig8", spoil("metaperturb.running_var"), "holds values that are not finite"),
+        ("fig8", lambda run: (run / "result.json").write_text(moved), "/gone: no such file or folder"),
     ):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         change(shutil.copytree(runs / "meta", tmp_path / "run"))

@@ -18,7 +18,7 @@ from pathlib import Path
 import gpu_check
 import pytest
 import torch
-from conftest import python
+from conftest import alive, python, wait_for
 
 from metaperturb import UserError, kernels
 from metaperturb.distributed import make_current
@@ -247,60 +247,39 @@ PART = """
     path.write_text(json.dumps(found))
     if name == "kernels":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if name == "meta_train":
-        pathlib.Path(sys.argv[0]).with_name("pid").write_text(str(os.getpid()))
+    if name in ("meta_train", "nccl"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        pathlib.Path(sys.argv[0]).with_name(name).write_text(str(os.getpid()))
         time.sleep(1e6)
-    sys.exit("error: nothing works" if name == "nccl" else 0)
+    sys.exit("error: nothing works" if name == "meta_test" else 0)
 """
 
 
-@pytest.fixture
-def parts(tmp_path, monkeypatch):
+def test_what_fails_is_recorded_the_rest_goes_on_and_a_signal_leaves_what_was_found(tmp_path):
     """In place of each part's process one that finds something at once and then crashes, hangs, fails or is done."""
-    program = tmp_path / "part.py"
-    program.write_text(textwrap.dedent(PART))
-    monkeypatch.setattr(gpu_check, "__file__", str(program))
-    monkeypatch.setattr(gpu_check, "GRACE", 1.2)
-    return tmp_path / "gpu.json"
-
-
-def test_what_fails_is_recorded_and_the_rest_goes_on(parts, capfd, monkeypatch):
-    monkeypatch.setitem(gpu_check.SECONDS, gpu_check.meta_train, 3)
-    only = "kernels,steps,meta_train,nccl"
-    assert gpu_check.main(["--only", only, "--minutes", "2", "--json", str(parts)]) == 0
-    content, (out, said) = json.loads(parts.read_text()), capfd.readouterr()
+    (tmp_path / "part.py").write_text(textwrap.dedent(PART))
+    code = f"""
+        import gpu_check, sys
+        gpu_check.__file__, gpu_check.GRACE = {str(tmp_path / "part.py")!r}, 1.2
+        gpu_check.SECONDS[gpu_check.meta_train] = 3
+        sys.exit(gpu_check.main(["--json", {str(tmp_path / "gpu.json")!r}]))
+    """
+    process = python(code, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    wait_for(lambda: ((tmp_path / "nccl").exists() and (tmp_path / "nccl").read_text()) or process.poll())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "meta_train: at most" in said
+    content = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: part["outcome"] for name, part in content["parts"].items()} == {
         "kernels": "crashed: SIGSEGV",
         "steps": "done",
         "meta_train": "out of time",
-        "nccl": "failed: error: nothing works",
+        "meta_test": "failed: error: nothing works",
+        "nccl": "stopped",
     }
-    assert content["parts"]["kernels"]["number"] == content["parts"]["meta_train"]["number"] == 1
-    assert out.strip() == content["verdict"] and "Triton earns its place: a θ-step takes 1.50 times" in out
-    assert "meta_train: at most" in said
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((parts.parent / "pid").read_text()), 0)
-
-
-def test_a_signal_leaves_what_was_found(parts, tmp_path):
-    code = f"""
-        import gpu_check, sys
-        gpu_check.__file__, gpu_check.GRACE = {gpu_check.__file__!r}, 1.2
-        sys.exit(gpu_check.main(["--json", {str(parts)!r}]))
-    """
-    process = python(code, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    while not (tmp_path / "pid").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    content = json.loads(parts.read_text())
-    assert process.returncode == 128 + signal.SIGTERM
-    assert [part["outcome"] for part in content["parts"].values()] == ["crashed: SIGSEGV", "done", "stopped"]
-    assert content["parts"]["meta_train"]["number"] == 1 and "earns its place" in content["verdict"]
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert all(content["parts"][name]["number"] == 1 for name in ("kernels", "meta_train", "nccl"))
+    assert "Triton earns its place: a θ-step takes 1.50 times" in content["verdict"]
+    assert not any(alive(int((tmp_path / name).read_text())) for name in ("meta_train", "nccl"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
