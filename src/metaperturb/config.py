@@ -123,7 +123,7 @@ class MetaTestConfig(CommonConfig):
     train_per_class: int | None = option(None, "train on so many images of each class, a fixed choice", low=1)
     clip_eval: bool = option(False, "clip in evaluation, too, which the paper does not")
     paper: bool = option(True, "φ as the paper has it; false: noise of mean one, bounded in total, as in any CNN")
-    method: Literal[*REGULARIZERS] = option("metaperturb", "the regularizer; base: none")
+    method: Literal[*REGULARIZERS] = option("metaperturb", "the regularizer; base is none")
     recipe: list[Literal[*(name for name, of in REGULARIZERS.items() if of.in_recipe)]] = option(
         [], "further regularizers of images and labels, together with the method, in any order"
     )
@@ -211,10 +211,11 @@ def parse_arguments(cls: type, doc: str, argv: list[str] | None = None, module: 
     """The command line shared by the programs: `--config FILE --set key=value … --traceback`."""
     parser = argument_parser(doc)
     parser.prog = f"python -m {module}" if module else parser.prog
-    parser.epilog = "settings (--set key=value):\n" + "\n".join(
-        f"  {field.name:<24}{field.metadata['doc']} [{'null' if default is None else default}]"
-        for field, default in zip(dataclasses.fields(cls), vars(cls()).values(), strict=True)
-    )
+    parser.epilog = "settings (--set key=value):"
+    for field, default in zip(dataclasses.fields(cls), vars(cls()).values(), strict=True):
+        choices = f"; {_describe(field.type)}" if get_origin(field.type) is Literal else ""
+        default = "null" if default is None else default
+        parser.epilog += f"\n  {field.name:<24}{field.metadata['doc']}{choices} [{default}]"
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
     return parser.parse_args(argv)

@@ -58,10 +58,6 @@ class Group:
     size: int
     device: torch.device
 
-    def owned(self, num_tasks: int) -> range:
-        """The tasks of this process."""
-        return range(self.rank, num_tasks, self.size)
-
     def gather_rows(self, rows: Tensor, num_tasks: int) -> Tensor:
         """Rows of this process's tasks `[n, K]` → those of all tasks, in task order `[T, K]`, on every process.
 

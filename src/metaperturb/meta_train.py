@@ -254,7 +254,7 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     phi_lr = config.lr if config.phi_lr is None else config.phi_lr
     phi_optimizer = torch.optim.Adam(phi.parameters(), lr=phi_lr, weight_decay=config.weight_decay, fused=True)
     computed = dataclasses.replace(config, precision=how["precision"])
-    own = group.owned(config.tasks)
+    own = range(group.rank, config.tasks, group.size)
     tasks = [Task(t, splits[t], images[config.networks[t][1]], phi, computed) for t in own]
 
     # Resume
