@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench import SMOKE, Bench, chosen, learner, make_phi, ratio, theta_step
+from benchmark import SMOKE, Bench, chosen, learner, make_phi, ratio, theta_step
 from tables.grid import slug
 
 from metaperturb.cli import PARENT, argument_parser, run_program
