@@ -6,7 +6,7 @@ for values runs on zeros instead.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,70 +23,78 @@ _LIKE = ("rand", "zeros", "ones", "empty", "full", "new_", "bernoulli")  # opera
 _VIEWS = {"view", "_unsafe_view", "reshape", "expand", "squeeze", "unsqueeze", "stack", "sum", "mean"}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Value:
     """A result of an operator that follows from the network's input.
 
     Attributes:
+        position: in the order in which they were computed.
         op: of ATen, without overload and the `_` of in-place ones; "input" for what the network is given.
-        inputs: positions (in `Trace.values`) of the operands that follow from the input, too.
+        inputs: those of its operands that follow from the input, too.
         module: name of the innermost module that ran.
         space: which dimensions are rows and columns of the image, or None if none are: `(2, 3)` of a feature map,
             `(1, 2)` of `[B, H, W, C]`; tokens, attention scores and channel weights have none.
         join: "sum" where several maps of one shape are added, "cat" where they are concatenated, else "".
         gathered: whether several maps lie side by side in it, so that a sum over them is a join.
         depthwise: a convolution of each channel by itself.
+        users: what is computed from it.
+        returned: whether the network returned it.
     """
 
+    position: int
     op: str
-    inputs: tuple[int, ...]
+    inputs: tuple["Value", ...]
     shape: torch.Size
     module: str
-    space: tuple[int, int] | None = None
+    space: tuple[int, int] | None
     join: str = ""
     gathered: bool = False
     depthwise: bool = False
+    users: list["Value"] = field(default_factory=list)
+    returned: bool = False
+
+    @property
+    def is_map(self) -> bool:
+        return len(self.shape) == 4 and self.space == (2, 3)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: positions in `Trace.values` of its first argument and of its (first) result, or None.
+    """One call of a module, its first argument and its (first) result; None where that follows not from the input.
 
     `shape` is that of the result if that is one tensor, whether it follows from the input or not.
     """
 
     module: str
     parent: str
-    taken: int | None
-    given: int | None
+    taken: Value | None
+    given: Value | None
     shape: torch.Size | None
 
 
-@dataclass
-class Trace:
-    """What the dry run saw."""
+class Trace(TorchDispatchMode):
+    """What the dry run sees: all values, and all calls in the order in which they ended."""
 
-    values: list[Value] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)  # in the order in which they ended
-    returned: set[int] = field(default_factory=set)  # positions of what the network returned
-
-
-class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.trace = Trace()
+        self.values: list[Value] = []
+        self.calls: list[Call] = []
         self.stack = [""]  # names of the running modules
-        self.positions: dict[int, int] = {}  # identity of a tensor → position of its value
+        self.value_of: dict[int, Value] = {}  # by the identity of a tensor
         self.first_of: dict[int, Tensor] = {}  # storage → the first tensor in it, to follow writing into views
         self.kept: list[Any] = []  # keeps identities unique
 
-    def position(self, tensor: Any) -> int | None:
-        return self.positions.get(id(tensor)) if isinstance(tensor, Tensor) else None
+    def value(self, tensor: Any) -> Value | None:
+        return self.value_of.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
-    def add(self, tensor: Tensor, value: Value) -> None:
+    def add(self, tensor: Tensor, op: str, inputs: tuple[Value, ...], *properties: Any) -> Value:
+        value = Value(len(self.values), op, inputs, tensor.shape, self.stack[-1], *properties)
+        for operand in set(inputs):
+            operand.users.append(value)
         self.kept.append(tensor)
-        self.trace.values.append(value)
-        self.positions[id(tensor)] = len(self.trace.values) - 1
+        self.values.append(value)
+        self.value_of[id(tensor)] = value
+        return value
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -99,33 +107,30 @@ class _Recorder(TorchDispatchMode):
     def _note(self, op: str, operands: list[Tensor], args: tuple, result: Tensor, in_place: bool) -> None:
         owner = self.first_of.setdefault(result.untyped_storage()._cdata, result)
         self.kept.append(result)
-        inputs = tuple(p for p in map(self.position, operands) if p is not None)
+        inputs = tuple(v for v in map(self.value, operands) if v is not None)
         if not inputs:
             if op == "detach":  # what torch.empty gives is one of itself
                 self.first_of[result.untyped_storage()._cdata] = result
             return
-        values = [self.trace.values[p] for p in inputs]
-        space = _space(op, args, values, result)
-        gathered = op not in LAYERS and any(v.gathered for v in values)
-        join, distinct = "", [self.trace.values[p] for p in set(inputs)]
-        if op in SUMS and sum(v.shape == result.shape for v in distinct) >= 2 and space and result.dim() == 4:
+        space, join = _space(op, args, inputs, result), ""
+        gathered = op not in LAYERS and any(v.gathered for v in inputs)
+        if op in SUMS and sum(v.shape == result.shape for v in set(inputs)) >= 2 and space and result.dim() == 4:
             join = "sum"
-        elif op in GATHERS and sum(v.space is not None for v in distinct) >= 2:
+        elif op in GATHERS and sum(v.space is not None for v in set(inputs)) >= 2:
             join, gathered = ("cat" if space == (2, 3) else ""), True
-        elif op in ("sum", "mean") and values[0].gathered and space == (2, 3) and result.shape[1] > 1:
-            pooled = {d % len(values[0].shape) for d in args[1]} & set(values[0].space)
+        elif op in ("sum", "mean") and inputs[0].gathered and space == (2, 3) and result.shape[1] > 1:
+            pooled = {d % len(inputs[0].shape) for d in args[1]} & set(inputs[0].space)
             join, gathered = ("", True) if pooled else ("sum", False)
-        depthwise = op == "convolution" and 1 < args[8] == args[0].shape[1]
-        value = Value(op, inputs, result.shape, self.stack[-1], space, join, gathered, depthwise)
-        self.add(result, value)
+        more = join, gathered, op == "convolution" and 1 < args[8] == args[0].shape[1]
+        before, value = self.value(owner), self.add(result, op, inputs, space, *more)
         if in_place and owner is not result:  # out[:, :8] += x changes out
-            before = self.position(owner)
-            whole = self.trace.values[before].space if before is not None else space
-            changed = (self.position(result),) if before is None else (before, self.position(result))
-            self.add(owner, replace(value, inputs=changed, shape=owner.shape, space=whole))
+            if before is None:
+                self.add(owner, op, (value,), space, *more)
+            else:
+                self.add(owner, op, (before, value), before.space, *more)
 
 
-def _space(op: str, args: tuple, values: list[Value], result: Tensor) -> tuple[int, int] | None:
+def _space(op: str, args: tuple, values: tuple[Value, ...], result: Tensor) -> tuple[int, int] | None:
     """`Value.space` of a result: whether the rows and columns of its operands are still dimensions of their own."""
     shape, before = result.shape, next((v for v in values if v.space), None)
     if op == "convolution":  # one of a single pixel may as well mix tokens
@@ -216,26 +221,26 @@ def classifier_name(model: nn.Module, image_size: int | None = None, example: An
 
 
 def _dry_run(model: nn.Module, arguments: tuple, device: str | None) -> Trace:
-    recorder = _Recorder()
+    trace = Trace()
     names = {module: name for name, module in model.named_modules()}
 
     def moved(value: Any) -> Any:
         return tree_map_only(Tensor, lambda t: t.detach().to(device) if device else t.detach().clone(), value)
 
     def enter(module: nn.Module, args: tuple) -> tuple | None:
-        recorder.stack.append(names[module])
-        taken.append(recorder.position(args[0]) if args else None)
+        trace.stack.append(names[module])
+        taken.append(trace.value(args[0]) if args else None)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        name = recorder.stack.pop()
+        name = trace.stack.pop()
         first = output[0] if type(output) is tuple and output else output
         shape = output.shape if isinstance(output, Tensor) else None
-        recorder.trace.calls.append(Call(name, recorder.stack[-1], taken.pop(), recorder.position(first), shape))
+        trace.calls.append(Call(name, trace.stack[-1], taken.pop(), trace.value(first), shape))
 
-    taken: list[int | None] = []
+    taken: list[Value | None] = []
     images = moved(arguments)
     for image in tensors(images):
-        recorder.add(image, Value("input", (), image.shape, "", (2, 3) if image.dim() == 4 else None))
+        trace.add(image, "input", (), (2, 3) if image.dim() == 4 else None)
     state = moved(dict(model.named_buffers()) | (dict(model.named_parameters()) if device else {}))
     devices = [t.device for t in tensors(images) if t.is_cuda]
     with (
@@ -248,10 +253,11 @@ def _dry_run(model: nn.Module, arguments: tuple, device: str | None) -> Trace:
         for module in names:
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
-        with recorder:
+        with trace:
             result = torch.func.functional_call(model, state, images, strict=False)
-    recorder.trace.returned = {p for p in map(recorder.position, tensors(result)) if p is not None}
-    return recorder.trace
+    for value in filter(None, map(trace.value, tensors(result))):
+        value.returned = True
+    return trace
 
 
 @contextlib.contextmanager

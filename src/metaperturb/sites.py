@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaperturb.dry_run import LAYERS, Call, Trace, watch
+from metaperturb.dry_run import LAYERS, Call, Trace, Value, watch
 from metaperturb.errors import UserError
 from metaperturb.perturbation import Slot
 
@@ -144,18 +144,15 @@ def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
 
 
 class _Finder:
-    """Finds the sites of one network in the trace of its dry run. Found places: position of the value → spec."""
+    """Finds the sites of one network in its dry run. Found places: what is perturbed → spec."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self.model, self.trace, self.values = model, trace, trace.values
+        self.model, self.trace = model, trace
         self.modules = dict(model.named_modules())
-        self.users: list[list[int]] = [[] for _ in trace.values]  # what is computed from each value
-        for position, value in enumerate(trace.values):
-            for operand in set(value.inputs):
-                self.users[operand].append(position)
         self.calls: dict[str, list[Call]] = {}
         for call in trace.calls:
             self.calls.setdefault(call.module, []).append(call)
+        self.given = {name: calls[-1].given for name, calls in self.calls.items()}
 
     def find(self, names: Iterable[str] | None) -> list[SiteSpec]:
         found = self.slots() or self.blocks("sum") or self.blocks("cat") or self.layers()
@@ -170,67 +167,67 @@ class _Finder:
                     f"statistics of one place; give each place a module of its own, attach to the part of the network "
                     f"that runs {count} times, or name other modules: sites=[…]"
                 )
-        return [found[position] for position in sorted(found)]
+        return [found[value] for value in sorted(found, key=lambda value: value.position)]
 
     # --- the ways to find them
 
-    def slots(self) -> dict[int, SiteSpec]:
+    def slots(self) -> dict[Value, SiteSpec]:
         slots = [name for name in self.calls if isinstance(self.modules[name], Slot)]
         parents = Counter(name.rpartition(".")[0] for name in slots)
         found = {}
         for name in slots:
             parent, taken = name.rpartition(".")[0], self.calls[name][-1].taken
-            if taken is not None and len(self.values[taken].shape) == 4:
+            if taken is not None and len(taken.shape) == 4:
                 alone = parent and parents[parent] == 1  # then the block is what one thinks of
-                found[taken] = self._spec(parent if alone else name, name, "output", taken)
+                found[taken] = _spec(parent if alone else name, name, "output", taken)
         return found
 
-    def blocks(self, join: str) -> dict[int, SiteSpec]:
-        joined = {v.module for v in self.values if v.join == join and v.module}
+    def blocks(self, join: str) -> dict[Value, SiteSpec]:
+        joined = {v.module for v in self.trace.values if v.join == join and v.module}
         classes = {type(self.modules[name]) for name in joined} - {nn.Sequential}
         candidates = [
             name
-            for name in self.calls
+            for name, given in self.given.items()
             if name
             and (name in joined or type(self.modules[name]) in classes)
-            and self._is_site_value(self.calls[name][-1].given)
-            and (join == "sum" or self._is_concatenation(self.calls[name][-1].given))
+            and _is_site_value(given)
+            and (join == "sum" or _is_concatenation(given))
         ]
         inner = {name: sum(other.startswith(f"{name}.") for other in candidates) for name in candidates}
         chosen = [name for name in candidates if inner[name] < STAGE]
         chosen = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
         found = dict(self._place(name) for name in chosen)
-        for position, value in enumerate(self.values):  # a sum that the network's own forward makes: where one gets it
-            if value.join == join == "sum" and not value.module and position not in found:
-                takers = [c.module for c in self._takers(position) if self._may_host(c.module)]
+        for value in self.trace.values:  # a sum that the network's own forward makes, where one module gets it
+            if value.join == join == "sum" and not value.module and value not in found:
+                takers = [c.module for c in self._takers(value) if self._may_host(c.module)]
                 takers = [name for name in takers if len(self.calls[name]) == 1]
-                if takers and self._is_site_value(position):
-                    found[position] = self._spec(takers[0], takers[0], "input", position)
+                if takers and _is_site_value(value):
+                    found[value] = _spec(takers[0], takers[0], "input", value)
         return found
 
-    def layers(self) -> dict[int, SiteSpec]:
-        last = max((p for p, v in enumerate(self.values) if v.op in LAYERS), default=None)
-        classifier = self._layer_below(last) if last is not None else None
-        found: dict[int, SiteSpec] = {}
-        for value in self.values:
-            if value.op not in ACTIVATIONS or len(value.inputs) != 1:
+    def layers(self) -> dict[Value, SiteSpec]:
+        layers = [value for value in self.trace.values if value.op in LAYERS]
+        classifier = _layer_below(layers[-1]) if layers else None
+        found: dict[Value, SiteSpec] = {}
+        for activation in self.trace.values:
+            if activation.op not in ACTIVATIONS or len(activation.inputs) != 1:
                 continue
-            name = self._layer_below(value.inputs[0])
+            name = _layer_below(activation.inputs[0])
             if name is None or name == classifier or any(spec.name == name for spec in found.values()):
                 continue
-            module, where, position = self._before_activation(name, value.inputs[0])
-            if self._is_site_value(position) and self.values[position].shape[1] > 1:
-                found[position] = self._spec(name, module, where, position)
+            module, where, value = self._before_activation(name, activation.inputs[0])
+            if _is_site_value(value) and value.shape[1] > 1:
+                found[value] = _spec(name, module, where, value)
         return found
 
-    def named(self, found: dict[int, SiteSpec], names: list[str]) -> dict[int, SiteSpec]:
-        known = {spec.name: (position, spec) for position, spec in found.items()}
+    def named(self, found: dict[Value, SiteSpec], names: list[str]) -> dict[Value, SiteSpec]:
+        known = {spec.name: (value, spec) for value, spec in found.items()}
         for name in names:
             if name in known:
                 continue
-            given = self.calls[name][-1].given if name in self.calls else None
-            if not name or given is None or len(self.values[given].shape) != 4:
-                maps = [n for n, calls in self.calls.items() if n and self._is_map(calls[-1].given)]
+            given = self.given.get(name)
+            if not name or given is None or len(given.shape) != 4:
+                maps = [name for name, given in self.given.items() if name and given is not None and given.is_map]
                 candidates = [*known, *maps, *PLACES]
                 near = ", ".join(difflib.get_close_matches(name, candidates, n=3)) or ", ".join(candidates[:3])
                 raise UserError(
@@ -245,109 +242,57 @@ class _Finder:
 
     # --- a place
 
-    def _place(self, name: str) -> tuple[int, SiteSpec]:
+    def _place(self, name: str) -> tuple[Value, SiteSpec]:
         """Where a block is perturbed: before its last activation, if that is a module that gets its sum, or behind."""
-        given = self.calls[name][-1].given
-        sums = [p for p, v in enumerate(self.values) if v.module == name and v.join == "sum" and p <= given]
+        given = self.given[name]
+        sums = [v for v in self.trace.values[: given.position + 1] if v.module == name and v.join == "sum"]
         for call in self._takers(sums[-1]) if sums else ():
-            if not (call.module.startswith(f"{name}.") and call.given == given and self._is_activation(call)):
+            if not call.module.startswith(f"{name}.") or call.given is not given or not _is_activation(call):
                 continue
             calls = self.calls[call.module]
             if len(calls) == 1:
-                return sums[-1], self._spec(name, call.module, "input", sums[-1])
+                return sums[-1], _spec(name, call.module, "input", sums[-1])
             if calls[-1] is call and all(f"{c.parent}.".startswith(f"{name}.") for c in calls):
-                return sums[-1], self._spec(name, name, call.module[len(name) + 1 :], sums[-1], len(calls))
+                return sums[-1], _spec(name, name, call.module[len(name) + 1 :], sums[-1], len(calls))
         return given, self._output(name, given)
 
-    def _output(self, name: str, given: int) -> SiteSpec:
+    def _output(self, name: str, given: Value) -> SiteSpec:
         """The output of a module. A site can be no child of a module that runs its children; then the last of them."""
         host = name
         while type(self.modules[host]) is nn.Sequential and len(self.modules[host]):
             host = f"{host}.{[*self.modules[host]._modules][-1]}"
         kind, parent = type(self.modules[host]), host.rpartition(".")[0]
         if not self._may_host(host) and kind.forward is not nn.Sequential.forward:  # as DenseNet's: runs what it has
-            if type(self.modules[parent]) is nn.Sequential and self.calls[parent][-1].given == given:
-                return self._spec(name, parent, "output", given)
+            if type(self.modules[parent]) is nn.Sequential and self.given[parent] is given:
+                return _spec(name, parent, "output", given)
             for call in self._takers(given):
                 if self._may_host(call.module):
-                    return self._spec(name, call.module, "input", given)
-        return self._spec(name, host, "output", given)
+                    return _spec(name, call.module, "input", given)
+        return _spec(name, host, "output", given)
 
-    def _before_activation(self, name: str, position: int) -> tuple[str, str, int]:
+    def _before_activation(self, name: str, value: Value) -> tuple[str, str, Value | None]:
         """Of a layer: the input of the activation, if that is a module that nothing else runs, or the layer's output.
 
         Tools that fuse a convolution with its normalization leave the activation and what hangs on it in place.
         """
-        direct = position == self.calls[name][-1].given or self.values[position].module == name
-        for call in self._takers(position) if direct else ():
-            if len(self.calls[call.module]) == 1 and call.module != name and self._is_activation(call):
-                return call.module, "input", position
-        return name, "output", self.calls[name][-1].given
+        for call in self._takers(value) if value is self.given[name] or value.module == name else ():
+            if len(self.calls[call.module]) == 1 and call.module != name and _is_activation(call):
+                return call.module, "input", value
+        return name, "output", self.given[name]
 
-    def _spec(self, name: str, module: str, where: str, position: int, calls: int = 1) -> SiteSpec:
-        _, channels, height, width = self.values[position].shape
-        return SiteSpec(name, module, where, channels, (height, width), calls)
-
-    # --- questions to the trace
-
-    def _is_map(self, position: int | None) -> bool:
-        return position is not None and len(self.values[position].shape) == 4 and self.values[position].space == (2, 3)
-
-    def _is_site_value(self, position: int | None) -> bool:
-        """Whether it is a feature map, and more than a resized form of what the network returns."""
-        if not self._is_map(position):
-            return False
-        while position not in self.trace.returned:
-            users = self.users[position]
-            if len(users) != 1 or len(self.values[users[0]].inputs) != 1 or self.values[users[0]].op in LAYERS:
-                return True
-            position = users[0]
-            if not self._is_map(position):
-                return True
-        return False
-
-    def _is_concatenation(self, position: int) -> bool:
-        """Whether a value is one, up to operators without weights, such as an activation or a channel shuffle."""
-        value = self.values[position]
-        while value.join != "cat" and len(value.inputs) == 1 and value.op not in LAYERS | NORMALIZATIONS:
-            value = self.values[value.inputs[0]]
-        return value.join == "cat"
-
-    def _layer_below(self, position: int) -> str | None:
-        """The module whose convolution or normalization made a value, up to pooling and the like; None if none did."""
-        name, value = None, self.values[position]
-        while len(value.inputs) == 1 and value.op not in ACTIVATIONS:
-            if name is None and value.op in LAYERS | NORMALIZATIONS:
-                name = value.module
-            if value.op in LAYERS:
-                return None if value.depthwise else name
-            value = self.values[value.inputs[0]]
-        return name
-
-    def _is_activation(self, call: Call) -> bool:
-        """A module that does nothing but an activation to one map."""
-        position = call.given
-        while position is not None and position != call.taken:
-            value = self.values[position]
-            if value.module != call.module or value.op in LAYERS | NORMALIZATIONS or not value.inputs:
-                return False
-            position = value.inputs[0]
-        return position is not None and call.given != call.taken
-
-    def _takers(self, position: int) -> list[Call]:
+    def _takers(self, value: Value) -> list[Call]:
         """The calls of modules that get a value, where nothing else does."""
-        users = [self.values[user].module for user in self.users[position]]
         return [
             call
             for call in self.trace.calls
-            if call.taken == position and all(f"{user}.".startswith(f"{call.module}.") for user in users)
+            if call.taken is value and all(f"{user.module}.".startswith(f"{call.module}.") for user in value.users)
         ]
 
     def _may_host(self, name: str) -> bool:
         return bool(name) and not isinstance(self.modules[name], nn.Sequential | nn.ModuleDict | nn.ModuleList)
 
     def _why_none(self) -> str:
-        convolutions = [v for v in self.values if v.op == "convolution" and len(v.shape) == 4]
+        convolutions = [v for v in self.trace.values if v.op == "convolution" and len(v.shape) == 4]
         if not convolutions:
             return "has no nn.Conv2d; the perturbation acts on feature maps of CNNs"
         if "" not in (within := {v.module for v in convolutions}) and len(within) <= 2:
@@ -359,3 +304,49 @@ class _Finder:
             "found no place to perturb (no block with a sum or concatenation of feature maps, no convolution before an "
             "activation); name modules with sites=[…], or put a metaperturb.Slot() where φ shall act"
         )
+
+
+def _spec(name: str, module: str, where: str, value: Value, calls: int = 1) -> SiteSpec:
+    return SiteSpec(name, module, where, value.shape[1], tuple(value.shape[2:]), calls)
+
+
+def _is_site_value(value: Value | None) -> bool:
+    """Whether it is a feature map, and more than a resized form of what the network returns."""
+    if value is None or not value.is_map:
+        return False
+    while not value.returned:
+        if len(value.users) != 1:
+            return True
+        (value,) = value.users
+        if len(value.inputs) != 1 or value.op in LAYERS or not value.is_map:
+            return True
+    return False
+
+
+def _is_concatenation(value: Value) -> bool:
+    """Whether a value is one, up to operators without weights, such as an activation or a channel shuffle."""
+    while value.join != "cat" and len(value.inputs) == 1 and value.op not in LAYERS | NORMALIZATIONS:
+        (value,) = value.inputs
+    return value.join == "cat"
+
+
+def _layer_below(value: Value) -> str | None:
+    """The module whose convolution or normalization made a value, up to pooling and the like; None if none did."""
+    name = None
+    while len(value.inputs) == 1 and value.op not in ACTIVATIONS:
+        if name is None and value.op in LAYERS | NORMALIZATIONS:
+            name = value.module
+        if value.op in LAYERS:
+            return None if value.depthwise else name
+        (value,) = value.inputs
+    return name
+
+
+def _is_activation(call: Call) -> bool:
+    """A module that does nothing but an activation to one map."""
+    value = call.given
+    while value is not None and value is not call.taken:
+        if value.module != call.module or value.op in LAYERS | NORMALIZATIONS or not value.inputs:
+            return False
+        value = value.inputs[0]
+    return value is not None and call.given is not call.taken
