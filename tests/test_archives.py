@@ -103,12 +103,11 @@ def test_what_is_no_archive_or_no_whole_one(tmp_path, place):
 
     with tarfile.open(write_tar(tmp_path / "whole.tar", files)) as archive:
         starts = [member.offset for member in archive]
-    cut = [("x.zip", lambda whole: whole[: len(whole) // 2 + 7]), ("x.tar.gz", lambda whole: whole[: len(whole) // 2])]
+    cut = [(name, lambda whole: whole[: len(whole) // 2 + 7]) for name in ("x.zip", "x.tar.gz")]
     cut += [("x.tar", lambda whole, end=end: whole[:end]) for end in (starts[9], starts[9] + 100, starts[9] + 700)]
-    cut += [("x.tar", lambda whole: whole[: starts[9]] + b"?" * 512 + whole[starts[9] + 512 :]), ("x.tar.gz", flipped)]
-    cut.append(("x.zip", flipped))
-    cut += [(name, lambda _: b"<html>Please log in</html>") for name in ("x.zip", "x.tar")] + [("x.zip", lambda _: b"")]
-    for name, damage in cut:
+    cut += [("x.tar", lambda whole: whole[: starts[9]] + b"?" * 512 + whole[starts[9] + 512 :])]
+    cut += [("x.zip", flipped), ("x.tar.gz", flipped), ("x.tar", lambda _: b"<html>Please log in</html>")]
+    for name, damage in [*cut, ("x.zip", lambda _: b"")]:
         message = damaged(name, damage)
         assert message.startswith(f"{tmp_path / name}: not a zip or tar file that can be read (")
         assert message.endswith("is the download complete?")

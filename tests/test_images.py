@@ -140,19 +140,20 @@ def _prepare(monkeypatch, root: Path, *names: str) -> int:
     return prepare_data.main()
 
 
-def test_a_validation_image_that_is_missing_and_a_broken_photograph(tmp_path, monkeypatch, capsys):
+def test_a_validation_image_that_is_missing_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
     _part_of_tiny_imagenet(monkeypatch)
     files = _tiny_imagenet()
     del files["tiny-imagenet-200/val/images/val_2.JPEG"]
     write_zip(tmp_path / "tiny-imagenet-200.zip", files)
     expect_counts(monkeypatch, "cub", 3, 6, 6)
-    files = cub_files() | {"CUB_200_2011/images/001.Bird_0/b0.jpg": b"no image"}
-    write_folder(tmp_path, files)
-    assert _prepare(monkeypatch, tmp_path, "tiny-imagenet-200.part1.zip", "cub50.zip") == 1
-    said = capsys.readouterr().err
-    assert "val/images/val_2.JPEG is listed but missing" in said
-    assert "001.Bird_0/b0.jpg: unreadable image" in said
-    assert said.splitlines()[-1] == "error: not prepared: tiny-imagenet-200.part1.zip, cub50.zip (why: above)"
+    write_folder(tmp_path, cub_files())
+    assert _prepare(monkeypatch, tmp_path, "tiny-imagenet-200.part1.zip", "cub") == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"cub-{split}: 6 images of 3 classes, 84×84" for split in ("train", "test")]
+    assert "val/images/val_2.JPEG is listed but missing" in said.err
+    assert said.err.splitlines()[-1] == "error: not prepared: tiny-imagenet-200.part1.zip (why: above)"
+    write_folder(tmp_path, {"CUB_200_2011/images/001.Bird_0/b0.jpg": b"no image"})
+    refused("001.Bird_0/b0.jpg: unreadable image", images.make_zip, "cub50.zip", tmp_path)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

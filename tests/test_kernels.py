@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+import test_fused
 import torch
 import torch.utils.checkpoint
 from conftest import python
@@ -22,12 +23,9 @@ from metaperturb.randomness import seed_torch
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 
 
-def make_phi(dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def make_phi(dtype):
     phi = MetaPerturb().to(dtype)
-    with torch.no_grad():
-        for p in phi.tensors():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    phi.flat.data.copy_(test_fused.make_phi(dtype))
     return phi
 
 

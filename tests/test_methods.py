@@ -273,17 +273,12 @@ def test_manifold_mixup_mixes_one_layer_by_hand():
 # --- adversarial training
 
 
-def attacked(**options):
-    method, model = prepared("adversarial", **{f"adversarial_{name}": value for name, value in options.items()})
-    torch.manual_seed(0)
-    return method, model, torch.randint(0, 256, (16, 3, 12, 12)) / 127.5 - 1, torch.arange(16) % 10
-
-
 @pytest.mark.parametrize("eps", [1 / 255, 0.1, 1.0])
 def test_examples_by_hand(eps):
     """A linear network: every step adds step_size · sign(w_k − …) of a gradient worked out on paper."""
-    method, _, x, y = attacked(eps=eps, steps=3, step_size=eps / 5)
-    before, linear = x.clone(), nn.Linear(3 * 12 * 12, 10)
+    method, _ = prepared("adversarial", adversarial_eps=eps, adversarial_steps=3, adversarial_step_size=eps / 5)
+    (x, _), y, linear = numbered(16), torch.arange(16) % 10, nn.Linear(3 * 12 * 12, 10)
+    before = x.clone()
     method.prepare(nn.Sequential(nn.Flatten(), linear), None)
     torch.manual_seed(2)
     adversarial, labels = method.batch(x, y)
@@ -300,7 +295,7 @@ def test_examples_by_hand(eps):
 
 def test_the_network_is_attacked_as_it_trains_and_left_as_it_was():
     """By default in the original's seven steps of 2/255, within 8/255."""
-    method, model, x, y = attacked()
+    (method, model), (x, _), y = prepared("adversarial"), numbered(16), torch.arange(16) % 10
     assert (method.eps, method.steps, method.step_size) == (2 * 8 / 255, 7, 2 * 2 / 255)  # of images in [-1, 1]
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     trained_on = []

@@ -33,14 +33,8 @@ _SUPERSAMPLING = 2  # figures are drawn on a grid finer by this factor, then ave
 
 @functools.cache  # a grid's trainings in one process draw them once
 def embedded(part: str, image_size: int = 32) -> Images:
-    """The images of `"source"`, or of the `"train"` or `"test"` split of the target, ordered by class.
-
-    Args:
-        part: one of the three; 120, 25 and 63 images a class.
-        image_size: side S in pixels, at least 8.
-
-    Returns:
-        images uint8 `[N, 3, S, S]`, labels int64 `[N]`, the class names.
+    """The images of `"source"`, or of the `"train"` or `"test"` split of the target, ordered by class: 120, 25 and 63 a
+    class, of at least 8 pixels a side.
 
     Example:
         >>> images, labels, classes = embedded("source")

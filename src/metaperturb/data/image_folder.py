@@ -24,11 +24,7 @@ _DOCUMENTS = (
 
 
 def folder_plan(place: Place, split: str) -> Plan:
-    """One split of an image folder, with or without folders that enclose it.
-
-    Raises:
-        UserError: no split folder, a class without images or unknown to `train`, groups in place of classes.
-    """
+    """One split of an image folder, with or without folders that enclose it."""
     root = place.root(name for names in SPLITS.values() for name in names)
     if root is None:
         found = sorted({name.split("/")[0] for name in [*place.files, *place.folders]})

@@ -84,10 +84,7 @@ def load(
 
 @contextlib.contextmanager
 def open_plan(name: str, split: str, *, data_root: Path) -> Iterator[Plan]:
-    """One split of an official set as it is published: encoded files or pixels at their own sizes, in official order.
-
-    They can be read while the context is open.
-    """
+    """One split of an official set as it is published, in official order; it can be read while the context is open."""
     with ExitStack() as stack:
         yield _opened(name, (), Path(data_root).expanduser(), True, stack)[1](split)
 

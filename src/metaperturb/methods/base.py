@@ -104,13 +104,7 @@ class Recipe(Method):
     """A method, and further ones that change images, labels or the loss alone.
 
     8-bit images are augmented first, wherever TrivialAugment stands; batches then pass through the further ones, then
-    through the method.
-
-    Args:
-        methods: by name; the first may act on feature maps, no other.
-
-    Raises:
-        UserError: two of them mix images, or have a loss of their own.
+    through the method. Only one may mix images, only one have a loss of its own (`UserError`).
     """
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
