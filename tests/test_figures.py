@@ -303,26 +303,32 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
 
 
 def test_all_figures(runs, meta_trainings, tmp_path):
+    """What can be drawn is drawn, the runs of each folder apart."""
     pytest.importorskip("foolbox", reason="foolbox is not installed")
-    copies = tmp_path / "runs"
-    shutil.copytree(runs, copies)
+    own = shutil.copytree(runs, tmp_path / "runs" / "own")
     for name in ("0", "1"):
-        shutil.copytree(meta_trainings / name, copies / f"src-{name}")
-    drawn("figures", copies, "--out", tmp_path / "out", "--set", *FAST, "points=3", render=True)
-    assert {row["seeds"] for row in check_pictures(tmp_path / "out", "learning-folder-train-resnet8")} == {"2"}
-    for stem in ("fig5", *FIGURE_6, "fig8", "compare"):
-        check_pictures(tmp_path / "out", f"{stem}-folder-12-px-resnet8-8-steps")
-    scales = check_pictures(tmp_path / "out", "fig7-scales-folder-12-px-resnet8")
+        shutil.copytree(meta_trainings / name, own / f"src-{name}")
+        shutil.copytree(runs / "base-0", tmp_path / "runs" / "table" / f"twin-{name}")
+    out = tmp_path / "out"
+    completed = figures("figures", tmp_path / "runs", "--out", out, "--set", *FAST, "points=3", render=True)
+    assert completed.returncode == 1
+    for said in ("fig5 not drawn: ", "two runs of base with one seed", "4 pictures were not drawn, for the reasons"):
+        assert said in completed.stderr
+    found = {
+        stem: check_pictures(out, f"{stem}-folder-12-px-resnet8-8-steps-own")
+        for stem in ("fig5", *FIGURE_6, "fig8", "compare")
+    }
+    assert {row["seeds"] for row in check_pictures(out, "learning-folder-train-resnet8-own")} == {"2"}
+    scales = check_pictures(out, "fig7-scales-folder-12-px-resnet8-own")
     assert len(scales) == 16 + 32 + 64 and all(0 <= float(row["s"]) <= 1 for row in scales)
-    surface = rows(tmp_path / "out" / "fig8-folder-12-px-resnet8-8-steps.csv")
-    assert len(surface) == 3 * 9  # a panel a method, of the lowest seed
-    robust = rows(tmp_path / "out" / "fig6-robustness-folder-12-px-resnet8-8-steps.csv")
-    assert {row["seeds"] for row in robust if row["name"] == "base"} == {"2"}
+    assert len([*out.glob("*.csv")]) == len(found) + 2
+    assert len(found["fig8"]) == 3 * 9  # a panel a method, of the lowest seed
+    assert {row["seeds"] for row in found["fig6-robustness"] if row["name"] == "base"} == {"2"}
     # What takes long is kept, and taken from there.
-    again = figures("fig6", copies, "--out", tmp_path / "again", "--set", *FAST)
+    again = figures("fig6", own, "--out", tmp_path / "again", "--set", *FAST)
     assert again.returncode == 0 and "step" not in again.stderr
     for path in (tmp_path / "again").glob("*.csv"):
-        assert path.read_text() == (tmp_path / "out" / path.name).read_text()
+        assert path.read_text() == (out / f"{path.stem}-own.csv").read_text()
 
 
 def test_what_does_not_belong_into_one_picture_is_refused(runs, tmp_path):
@@ -372,28 +378,14 @@ def test_damaged_runs_are_named(runs, tmp_path):
         refused(said, figure, tmp_path / "run")
 
 
-def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, target_settings, tmp_path):
-    """As ./run.sh src and tgt make them. And every_figure draws what it can, the runs of each folder apart."""
+def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, tmp_path):
+    """As ./run.sh src and tgt make them."""
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        phi = tmp_path / f"src-seed{seed}" / "phi.pt"
-        save_phi(MetaPerturb(), phi)
-        train(tmp_path / "runs" / "own" / f"meta-{seed}", target_settings, f"steps=8 phi={phi} seed={seed}")
-    called = ["--call", "src-seed0=ours", "src-seed1=ours"]
-    drawn("fig5", tmp_path / "runs", "--out", tmp_path / "fig5", *called)
-    found = rows(tmp_path / "fig5" / "fig5-folder-12-px-resnet8-8-steps.csv")
-    assert {(row["method"], row["seed"]) for row in found} == {("metaperturb, ours", "0"), ("metaperturb, ours", "1")}
-
-    shutil.copytree(runs / "base-0", tmp_path / "runs" / "table" / "one")
-    shutil.copytree(runs / "base-0", tmp_path / "runs" / "table" / "two")
-    small = ["points=3", "images=20", "draws=1", "steps=1", "samples=1", "linf=0.1", "l2=", "l1=", "counts=1"]
-    completed = figures("figures", tmp_path / "runs", "--out", tmp_path / "all", *called, "--set", *small)
-    assert completed.returncode == 1
-    for said in ("fig5 not drawn: ", "two runs of base with one seed", "4 pictures were not drawn, for the reasons"):
-        assert said in completed.stderr
-    stems = [f"{figure}-folder-12-px-resnet8-8-steps-own" for figure in ("fig5", *FIGURE_6, "fig8", "compare")]
-    stems.append("fig7-scales-folder-12-px-resnet8-own")
-    assert sorted(path.stem for path in (tmp_path / "all").glob("*.csv")) == sorted(stems)
+        own = {"phi_digest": f"{seed}" * 64}
+        left(tmp_path / f"{seed}", runs / "meta", 0.2 + seed / 10, own, seed=seed, phi=f"src-seed{seed}/phi.pt")
+    drawn("compare", tmp_path, "--out", tmp_path, "--call", "src-seed0=ours", "src-seed1=ours")
+    (row,) = rows(tmp_path / "compare-folder-12-px-resnet8-8-steps.csv")
+    assert (row["name"], row["seeds"], float(row["accuracy_percent"])) == ("metaperturb, ours", "2", 25)
 
 
 def test_the_numbers_of_phi(tmp_path):
