@@ -4,8 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from metaperturb.errors import UserError
 from metaperturb.storage import load_json
 from metaperturb.trained import TrainedRun
@@ -21,9 +19,10 @@ def begun(
         settings: all that changes its numbers, as JSON holds it (lists, no tuples). Equal ones, equal results.
         parts: what the results have besides, as it is at first.
     """
+    weights = [name.encode() + value.cpu().numpy().tobytes() for name, value in sorted(run.model.state_dict().items())]
     about = {
         "analysis": analysis,
-        "network": digest(run.model),
+        "network": hashlib.sha256(b"".join(weights)).hexdigest()[:12],
         "method": run.config.method,
         "finetuned": run.config.init is not None,
         "seed": run.config.seed,
@@ -38,11 +37,3 @@ def begun(
     if changed := [key for key in (*about, *parts) if key not in known or known[key] != about.get(key, known[key])]:
         raise UserError(f"{path}: holds results of something else ({', '.join(changed)} differ); remove it")
     return content
-
-
-def digest(model: nn.Module) -> str:
-    """Identifies a network's weights and buffers: 12 hex digits."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:12]
