@@ -16,10 +16,7 @@ from typing import Any
 
 from metaperturb.errors import UserError
 
-EXIT_ERROR = UserError.exit_code
-EXIT_SIGNAL = 128  # plus the signal's number: the shell's convention
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: of Slurm, before a job's time is over
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 RESUME = "the same command goes on with what is saved"
 PARENT = "METAPERTURB_PARENT"  # process id of a program that started this one and may not be outlived
 NAMES = "METAPERTURB_NAMES"  # what a wrapper calls settings: "target_path=TGT_PATH run_dir=TGT_RUN"
@@ -52,7 +49,7 @@ def run_program(main: Callable[[], None], *, show_traceback: bool, resumes: bool
             what = "interrupted" if number == signal.SIGINT else "stopped"
             then = f"{saved}; the same command goes on from there" if saved else RESUME
             print(f"{what}; {then}" if resumes else what, file=sys.stderr)
-            return EXIT_SIGNAL + number
+            return 128 + number  # the shell's convention
         except Exception as error:
             return report_error(error, show_traceback)
     return 0
@@ -64,7 +61,7 @@ def report_error(error: Exception, show_traceback: bool = False) -> int:
         traceback.print_exc()
     known = isinstance(error, UserError)
     print(f"error: {in_users_words(str(error)) if known else describe_unexpected(error)}", file=sys.stderr)
-    return error.exit_code if known else EXIT_ERROR
+    return error.exit_code if known else UserError.exit_code
 
 
 def in_users_words(message: str) -> str:
@@ -148,13 +145,13 @@ def keep_freed_memory() -> None:
     of an evaluation (batches of 500, bfloat16). Other C libraries have no such switch: there nothing happens.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def argument_parser(doc: str) -> argparse.ArgumentParser:
+def argument_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Of a program whose docstring is its help, with what an unexpected error points to."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
 
@@ -177,7 +174,7 @@ def end_with(parent: int) -> None:
     def follow() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os._exit(EXIT_ERROR)
+        os._exit(UserError.exit_code)
 
     threading.Thread(target=follow, daemon=True).start()
 

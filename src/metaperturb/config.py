@@ -207,10 +207,9 @@ def load_config(
     return cls(**settings)
 
 
-def parse_arguments(cls: type, doc: str, argv: list[str] | None = None, module: str = "") -> argparse.Namespace:
+def parse_arguments(cls: type, doc: str, argv: list[str] | None, prog: str | None = None) -> argparse.Namespace:
     """The command line shared by the programs: `--config FILE --set key=value … --traceback`."""
-    parser = argument_parser(doc)
-    parser.prog = f"python -m {module}" if module else parser.prog
+    parser = argument_parser(doc, prog)
     parser.epilog = "settings (--set key=value):"
     for field, default in zip(dataclasses.fields(cls), vars(cls()).values(), strict=True):
         choices = f"; {_describe(field.type)}" if get_origin(field.type) is Literal else ""

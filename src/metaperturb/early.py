@@ -25,10 +25,11 @@ def check_command_line() -> None:
     if module not in PROGRAMS:
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    source = Path(__file__).with_name(f"{module.rpartition('.')[2]}.py").read_text(encoding="utf-8")
-    arguments = parse_arguments(PROGRAMS[module], ast.get_docstring(ast.parse(source)), sys.argv[1:], module)
+    cls, source = PROGRAMS[module], Path(__file__).with_name(f"{module.rpartition('.')[2]}.py")
+    doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+    arguments = parse_arguments(cls, doc, sys.argv[1:], f"python -m {module}")
     try:
-        check_places(load_config(PROGRAMS[module], arguments.config, arguments.set))
+        check_places(load_config(cls, arguments.config, arguments.set))
     except UserError as error:
         sys.exit(report_error(error, arguments.traceback))
 
