@@ -136,13 +136,10 @@ def steps(part: Part) -> None:
 
 def meta_train(part: Part) -> None:
     """φ's gradients of two joint steps beside those on the CPU, from the same draws; then a whole meta-training."""
-    cpu, draw_seed = torch.device("cpu"), fused.draw_seed
+    cpu, draw_seed, draw = torch.device("cpu"), fused.draw_seed, batches.draw
 
-    def draw_codes(batch: int, padding: int, device: torch.device) -> torch.Tensor:
-        top, left, flip = batches.draw(batch, padding, cpu)
-        return (flip + 2 * (left + (2 * padding + 1) * top)).to(device)
-
-    fused.draw_seed, batches.draw_codes = lambda device: draw_seed(cpu).to(device), draw_codes
+    fused.draw_seed = lambda device: draw_seed(cpu).to(device)
+    batches.draw = lambda batch, padding, device: tuple(t.to(device) for t in draw(batch, padding, cpu))
     torch.backends.cudnn.allow_tf32 = False
     pairs = zip(gradients(part, part.device), gradients(part, cpu), strict=True)
     part.keep(phi_gradient_error=[((here - there).norm() / there.norm()).item() for here, there in pairs])

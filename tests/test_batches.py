@@ -1,21 +1,16 @@
 """Batches: the crop and the flip, the order of the images, and what a batch depends on."""
 
 import itertools
-import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
 from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, draw, normalize
-from metaperturb.kernels.cpp import crop_flip_normalize
 
 CPU = torch.device("cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
 
 
 def random_images(count, size=6, seed=0):
@@ -157,39 +152,6 @@ def test_labels_are_renumbered_for_a_task():
         batch = batches.batch(k)
         assert sorted(numbers(batch)) == indices.tolist()
         assert batch[1].tolist() == [{1: 0, 4: 1, 7: 2}[labels[i]] for i in numbers(batch)]
-
-
-# --- the C++ pass that batches take on a CPU
-
-
-@pytest.mark.parametrize("padding", [0, 1, 4, 9])
-@pytest.mark.parametrize("size", [1, 5, 16, 37])
-def test_one_pass_gives_the_same_bits(size, padding):
-    def batch(kernel):
-        torch.manual_seed(size)
-        with kernels.use_kernel(kernel):
-            return stream(random_images(7, size), 64, padding=padding).batch(3)
-
-    (fused, fused_labels), (plain, plain_labels) = batch("fused"), batch("plain")
-    assert torch.equal(fused, plain) and torch.equal(fused_labels, plain_labels)
-    assert fused.dtype == torch.float32 and fused.min() >= -1 and fused.max() <= 1
-
-
-@pytest.mark.skipif(not (GPU or INTERPRETED), reason="test_triton.py runs it in the interpreter")
-@pytest.mark.parametrize(("size", "padding", "batch"), [(5, 4, 7), (33, 2, 3), (8, 0, 6), (1, 1, 4)])
-def test_one_triton_launch_gives_the_same_bits(size, padding, batch):
-    from metaperturb.kernels.triton_site import training_batch
-
-    images, labels, table = torch.from_numpy(random_images(9, size)), torch.randint(4, (9,)), torch.tensor([3, 2, 1, 0])
-    rows, span = torch.randint(9, (batch,)), 2 * padding + 1
-    draws = torch.randint(2 * span**2, (batch,))
-    device = torch.device("cuda" if GPU else "cpu")
-    for renumbered in (table, None):
-        tensors = [t if t is None else t.to(device) for t in (images, labels, renumbered, rows, draws)]
-        x, y = training_batch(*tensors, padding)
-        places = draws // (2 * span), draws // 2 % span, draws % 2 == 1
-        assert torch.equal(x.cpu(), crop_flip_normalize(images.numpy(), rows, *places, padding))
-        assert torch.equal(y.cpu(), labels[rows] if renumbered is None else table[labels[rows]])
 
 
 def test_indices_beyond_the_images_are_an_error():

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaperturb import kernels
 from metaperturb.data.arrays import ImageArrays
-from metaperturb.kernels.cpp import crop_flip_normalize
 from metaperturb.randomness import numpy_generator
 
 UPLOADED = 4096  # images at a time: a copy of all of them in each process would be gigabytes
@@ -80,20 +78,9 @@ class TrainingBatches:
         Crop offsets and flips come from PyTorch's global generator of the device: seed it first to reproduce a batch.
         """
         indices, images = self._indices(step), self.images
-        kernel = kernels.batch_kernel(images.device) if self.augment is None else "plain"  # kernels give floats
-        if kernel == "triton":
-            from metaperturb.kernels.triton_site import training_batch  # importing Triton takes a second
-
-            draws = draw_codes(len(indices), self.padding, images.device)
-            return training_batch(images.images, images.labels, self.new_label, indices, draws, self.padding)
-        if kernel == "cpp":
-            draws = draw(len(indices), self.padding, images.device)
-            x = crop_flip_normalize(images.arrays.images, indices, *draws, self.padding)
-            labels = torch.from_numpy(images.arrays.labels[indices.numpy()])
-        else:
-            x, labels = images.take(indices)
-            x = crop_and_flip(x, self.padding)
-            x = normalize(x if self.augment is None else self.augment(x))
+        x, labels = images.take(indices)
+        x = crop_and_flip(x, self.padding)
+        x = normalize(x if self.augment is None else self.augment(x))
         return x, labels if self.new_label is None else self.new_label[labels]
 
     def _indices(self, step: int) -> Tensor:
@@ -131,19 +118,8 @@ def crop_and_flip(images: Tensor, padding: int) -> Tensor:
 def draw(batch: int, padding: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where each crop begins in the image with its border (top, left) and whether it is flipped: `[B]` each."""
     span = 2 * padding + 1
-    if device.type != "cpu":  # one draw, as every launch counts
-        codes = draw_codes(batch, padding, device)
-        return codes // (2 * span), codes // 2 % span, codes % 2 == 1
-    if padding:
-        top, left = torch.randint(span, (2, batch))
-    else:
-        top = left = torch.zeros(batch, dtype=torch.int64)
-    return top, left, torch.rand(batch) < 0.5
-
-
-def draw_codes(batch: int, padding: int, device: torch.device) -> Tensor:
-    """The same as one number: flip + 2·(left + (2p + 1)·top), `[B]`."""
-    return torch.randint(2 * (2 * padding + 1) ** 2, (batch,), device=device)
+    top, left = torch.randint(span, (2, batch), device=device)
+    return top, left, torch.rand(batch, device=device) < 0.5
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -64,12 +64,6 @@ def kernel_name(device: torch.device | str = "cpu") -> str:
     return "plain" if backend is None else backend.NAME
 
 
-def batch_kernel(device: torch.device) -> str | None:
-    """Name of the kernels that make image batches on this device; None: PyTorch operators do, with the same bits."""
-    found = _load(device) if _choice != "plain" else None
-    return found.NAME if isinstance(found, ModuleType) else None
-
-
 def tell_change(before: str, now: str, run_dir: str) -> None:
     """Say that a resumed run goes on with another kernel than it began with."""
     if before != now:

@@ -1,4 +1,4 @@
-"""What C++ does on the CPU: the fused site (`site.cpp`) and batches of images (`augment.cpp`), built on first use.
+"""The fused site on the CPU (`site.cpp`), built on first use.
 
 The library lands in `$XDG_CACHE_HOME/metaperturb` (default `~/.cache/metaperturb`) under a name made of the sources,
 the compiler and the processor, so that it is built once a machine. `CXX` chooses the compiler.
@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from metaperturb.kernels.backend import (
 )
 from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, Settings
 
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+SOURCE = Path(__file__).with_name("site.cpp")
 NAME = "cpp"
 UNSUPPORTED = HALF_PRECISION
 WHOLE_SLOT = True
@@ -168,20 +167,6 @@ def _run(name: str, site: tuple, draws: int = 1, **values: Tensor | bool) -> Non
     getattr(compiled(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(made))
 
 
-def crop_flip_normalize(
-    images: np.ndarray, rows: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int
-) -> Tensor:
-    """A training batch, float `[B, 3, S, S]` in [-1, 1], from uint8 images `[N, 3, S, S]`.
-
-    Image b is `rows[b]`, cut at `top[b]`, `left[b]` out of a black border of `padding` pixels, flipped if `flip[b]`.
-    """
-    out = torch.empty(len(rows), *images.shape[1:])
-    drawn = [t.contiguous() for t in (rows, top, left, flip)]
-    sizes = *out.shape, padding, torch.get_num_threads()
-    compiled().crop_flip_normalize(images.ctypes.data, *(t.data_ptr() for t in drawn), *sizes, out.data_ptr())
-    return out
-
-
 # --- building
 
 # No -ffast-math: a NaN has to stay one, and sums keep their order.
@@ -206,7 +191,7 @@ def compiled() -> ctypes.CDLL:
     # They name the compiler's version and the instructions of this processor: others may share the folder.
     macros = subprocess.run([*compiler, "-march=native", "-dM", "-E", "-xc++", os.devnull], capture_output=True).stdout
     variants = NATIVE + VARIANTS if macros else VARIANTS
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES) + macros)
+    key = hashlib.sha256(SOURCE.read_bytes() + macros)
     key.update(repr((compiler, os.uname().machine, FLAGS, CONSTANTS, variants)).encode())
     path = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     try:
@@ -226,7 +211,6 @@ def compiled() -> ctypes.CDLL:
         raise Unavailable(f"{path} does not fit this interpreter")
     int32, int64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     loaded.draw_float.argtypes = loaded.draw_double.argtypes = [ctypes.c_uint64, int64, int64, int32, pointer]
-    loaded.crop_flip_normalize.argtypes = 5 * [pointer] + 5 * [int64] + [int32, pointer]
     return loaded
 
 
@@ -235,7 +219,7 @@ def _build(compiler: tuple[str, ...], variants: tuple[tuple[str, ...], ...], pat
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         built = Path(folder) / "kernels.so"
         for variant in variants:
-            command = [*compiler, *FLAGS, *CONSTANTS, *variant, *map(str, SOURCES), "-o", str(built)]
+            command = [*compiler, *FLAGS, *CONSTANTS, *variant, str(SOURCE), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if result.returncode == 0:
                 os.replace(built, path)

@@ -687,30 +687,3 @@ def sum_parts(
                 statistic = tl.zeros([BLOCK], DTYPE) + ratio
             total += gradient * statistic
     tl.store(grad_phi + parameter, tl.sum(total, 0))
-
-
-# --- batches of images
-
-
-@jit
-def training_batch(
-    images, labels, table, rows, draws, out, out_labels, C: constexpr, S: constexpr, P: constexpr, BLOCK: constexpr
-):
-    """A training batch: images gathered, cropped, flipped and normalized, labels looked up; see `triton_site.py`."""
-    b, part = tl.program_id(0), tl.program_id(1)
-    row = tl.load(rows + b)
-    code = tl.load(draws + b).to(tl.int32)
-    span: constexpr = 2 * P + 1
-    flip, left, top = code % 2, (code // 2) % span, code // (2 * span)
-
-    offset = part * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < C * S * S
-    c, y, x = offset // (S * S), (offset // S) % S, offset % S
-    y += top - P
-    x = tl.where(flip == 1, S - 1 - x, x) + left - P
-    seen = inside & (y >= 0) & (y < S) & (x >= 0) & (x < S)  # the border is black
-    value = tl.load(images + row * (C * S * S) + c * (S * S) + y * S + x, mask=seen, other=0)
-    tl.store(out + b.to(tl.int64) * (C * S * S) + offset, tl.div_rn(value.to(tl.float32), 127.5) - 1.0, mask=inside)
-    if part == 0:
-        label = tl.load(labels + row)
-        tl.store(out_labels + b, label if table is None else tl.load(table + label))

@@ -31,7 +31,7 @@ PIXELS = 128  # at most
 QUARTER_PIXELS, QUARTER_WARPS = 32, 8  # where a program has the same piece of all four quarters of an image
 VALUES = 2048  # a program of `input_backward` goes through
 SCALE_CHANNELS, SCALE_ROWS = 4, 128
-SUM_BLOCK, BATCH_BLOCK = 512, 1024
+SUM_BLOCK = 512
 
 
 def _tile(h: Tensor, size: int) -> dict[str, Constants | int]:
@@ -244,24 +244,3 @@ def backward(grad_out, h, phi, noise, seed, scratch, settings, h_gradient, phi_g
             BLOCK=SUM_BLOCK,
         )
         return grad_h, grad_phi
-
-
-def training_batch(
-    images: Tensor, labels: Tensor, table: Tensor | None, rows: Tensor, draws: Tensor, padding: int
-) -> tuple[Tensor, Tensor]:
-    """A training batch, float images `[B, 3, S, S]` in [-1, 1] and labels `[B]`, with the bits of data/batches.py.
-
-    Args:
-        images, labels: the data set, uint8 `[N, 3, S, S]` and int64 `[N]`.
-        table: label of the data set → label here, or None.
-        rows: which images, int64 `[B]`.
-        draws: `[B]` from 0 to 2·(2p + 1)² − 1: flip + 2·(left + (2p + 1)·top), p the padding.
-        padding: p, the border of black pixels in which the crop moves.
-    """
-    batch, (channels, size, _) = len(rows), images.shape[1:]
-    out = torch.empty(batch, channels, size, size, device=images.device)
-    out_labels = torch.empty_like(rows)
-    tensors, grid = (images, labels, table, rows, draws, out, out_labels), (batch, _ceil(out[0].numel(), BATCH_BLOCK))
-    with torch.cuda.device_of(images):
-        triton_kernels.training_batch[grid](*tensors, channels, size, padding, BATCH_BLOCK)
-    return out, out_labels
