@@ -270,8 +270,7 @@ def versions(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """`"commit (digest)"` of each version of the package; commits between which it did not change count as one."""
     found: dict[str, str] = {}
     for record in records:
-        commit, code = record["commit"], record["code"]
-        found.setdefault(code or commit, f"{commit or 'no commit'} ({code or 'no digest'})")
+        found.setdefault(record["code"], f"{record['commit'] or 'no commit'} ({record['code']})")
     return sorted(found.values())
 
 

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import cluster
@@ -208,18 +209,13 @@ def grid_jobs(results: Results, cells: Iterable[Cell], runs: Path) -> list[Job]:
 
 
 def cell_job(results: Results, cell: Cell, runs: Path, needs: Mapping[str, Job]) -> Job:
-    record, lost = results.path(cell), results.path(cell, diverged=True)
-    run_dir = runs / results.grid.name / results.folder.name / cell.id
+    record, run_dir = results.path(cell), runs / results.grid.name / results.folder.name / cell.id
     made = {key: str(need.outcome(runs / "needs")) for key, need in cell.needs.items()}
     config = dataclasses.replace(cell.config, **made, run_dir=str(run_dir))
     place = {"table": results.grid.name, "row": cell.row, "column": cell.column, "needs": cell.need_ids}
 
-    def finish() -> None:
-        write_record(place, run_dir, record)
-        lost.unlink(missing_ok=True)
-
     def diverge(said: str) -> None:
-        write_diverged(place, config, fingerprints(config), said, lost)
+        write_diverged(place, config, fingerprints(config), said, results.path(cell, diverged=True))
 
     before = tuple(needs[id_] for id_ in cell.need_ids.values() if id_ in needs)
-    return Job(cell.id, "meta_test", config, record, finish, before, diverge)
+    return Job(cell.id, "meta_test", config, record, partial(write_record, place, run_dir, record), before, diverge)
