@@ -210,15 +210,12 @@ def _new_with_site(kind: type) -> nn.Module:
 # --- acting. Hooks are objects, so that a copy of the network has its own.
 
 
-class _Aside(nn.Module):
+class _Aside(nn.Identity):
     """A site as the child of a module that runs its children one by one: as one of them it does nothing."""
 
     def __init__(self, site: nn.Module) -> None:
         super().__init__()
         self.site = site
-
-    def forward(self, x: Any) -> Any:
-        return x
 
 
 class _Hook:
