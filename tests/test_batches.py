@@ -152,8 +152,3 @@ def test_labels_are_renumbered_for_a_task():
         batch = batches.batch(k)
         assert sorted(numbers(batch)) == indices.tolist()
         assert batch[1].tolist() == [{1: 0, 4: 1, 7: 2}[labels[i]] for i in numbers(batch)]
-
-
-def test_indices_beyond_the_images_are_an_error():
-    with pytest.raises(IndexError, match="beyond the 10 images"):
-        stream(indices=np.array([3, 10]))

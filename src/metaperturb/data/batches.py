@@ -63,8 +63,6 @@ class TrainingBatches:
     ) -> None:
         self.images, self.batch_size, self.padding, self.key, self.augment = images, batch_size, padding, key, augment
         self.indices = np.ascontiguousarray(indices, dtype=np.int64)
-        if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < len(images.arrays):
-            raise IndexError(f"indices reach beyond the {len(images.arrays)} images")
         self._epoch = lru_cache(2)(self._shuffled)  # a batch may lie across two
         self.new_label: Tensor | None = None
         if class_ids is not None:
@@ -108,10 +106,8 @@ def crop_and_flip(images: Tensor, padding: int) -> Tensor:
     """
     batch, _, height, width = images.shape
     top, left, flip = draw(batch, padding, images.device)
-    if padding:
-        padded = F.pad(images, (padding,) * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # view: [B, 3, 2p + 1, 2p + 1, S, S]
-        images = windows[torch.arange(batch, device=images.device), :, top, left]
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # [B, 3, 2p + 1, 2p + 1, S, S]
+    images = windows[torch.arange(batch, device=images.device), :, top, left]
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 

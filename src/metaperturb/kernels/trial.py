@@ -125,11 +125,9 @@ def check(module: str, device: torch.device) -> None:
 
 def _circumstances(module: str, device: torch.device) -> dict[str, Any]:
     """What a verdict depends on."""
-    code = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(source.read_bytes())
-    versions = {"torch": torch.__version__, "triton": getattr(sys.modules.get("triton"), "__version__", "none")}
-    about = {"kernels": module, **{name: str(text) for name, text in versions.items()}, "code": code.hexdigest()[:16]}
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.glob("*.py"))))
+    triton = getattr(sys.modules.get("triton"), "__version__", "none")
+    about = {"kernels": module, "torch": str(torch.__version__), "triton": triton, "code": code.hexdigest()[:16]}
     if device.type != "cuda":
         return {**about, "device": device.type}
     gpu, driver = torch.cuda.get_device_properties(device), Path("/proc/driver/nvidia/version")
@@ -198,9 +196,7 @@ def main() -> None:
         check_agreement(backend, device, (torch.float32, torch.bfloat16))
         if backend.NAME == "triton":
             _check_relative(backend, device)
-    except Unavailable as unavailable:
-        say(str(unavailable))
     except Exception as error:  # whatever a compiler, a linker or a driver has to say
-        say(f"they fail: {reason(error)}")
+        say(str(error) if isinstance(error, Unavailable) else f"they fail: {reason(error)}")
     else:
         say(PASSED)

@@ -1,4 +1,4 @@
-"""What Triton does on a GPU: batches of images, and the fused site with function, gradients and noise of `site.cpp`.
+"""The fused site on a GPU, in Triton: the same function, gradients and noise as `site.cpp`.
 
 Launches the kernels of `triton_kernels.py`, 3 a site forward and 4 backward, 5 with the gradient of φ; strength 0 takes
 2. What the settings make needless is not launched. No launch waits for the host, so a CUDA graph can hold a whole step.
