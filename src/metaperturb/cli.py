@@ -82,11 +82,6 @@ class Stop:
 
     A second one ends at once, but not within a second: terminal, scheduler and launcher may each pass on the same.
     `number` is that of the signal, or 0. `tell`: whether to say so; `forward` is called when a signal is noted.
-
-    >>> with Stop() as stop:
-    ...     for step in range(3):
-    ...         if stop.number:
-    ...             raise Stopped(stop.number, f"saved after step {step}")
     """
 
     def __init__(self, tell: bool = True, forward: Callable[[], None] = lambda: None) -> None:
@@ -138,11 +133,10 @@ def unbreakable_output() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees: the next feature map on the CPU needs it again.
+    """Let this process keep the memory that it frees, for the next feature map on the CPU; only glibc can.
 
-    glibc returns blocks above 32 MB to the system at once, and every new one is zeroed page by page before it is
-    written. In a ResNet20 at 84 pixels that was two fifths of a training step (batch of 128, float32) and two thirds
-    of an evaluation (batches of 500, bfloat16). Other C libraries have no such switch: there nothing happens.
+    It returns blocks above 32 MB to the system at once, and every new one is zeroed page by page. In a ResNet20 at 84
+    pixels that was two fifths of a training step (batch of 128, float32) and two thirds of an evaluation (bfloat16).
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-4, 0)  # M_MMAP_MAX

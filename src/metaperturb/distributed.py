@@ -81,9 +81,9 @@ class Group:
         """Whether the host sees the rows of each step anyway, so that it waits for nothing when it reads them."""
         return self.device.type == "cpu" if self.size == 1 else dist.get_backend() == "gloo"
 
-    def of_first(self, decide: Callable[[], str]) -> str:
+    def of_first(self, decide: Callable[..., str], *arguments: Any) -> str:
         """What rank 0 decides, on every process."""
-        texts = [decide() if self.rank == 0 else ""]
+        texts = [decide(*arguments) if self.rank == 0 else ""]
         if self.size > 1:
             with peer_errors():
                 dist.broadcast_object_list(texts, src=0)

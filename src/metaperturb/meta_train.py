@@ -137,9 +137,8 @@ def read_latest(run_dir: str, data: str) -> dict[str, Any]:
         return {}
     with training.restoring(path):
         latest = load_json(path)
-        other = latest["data"] != data
-    if other:
-        raise UserError(f"{run_dir}: the source or its split changed since this run began; choose another run_dir")
+        if latest["data"] != data:
+            raise UserError(f"{run_dir}: the source or its split changed since this run began; choose another run_dir")
     return latest
 
 
@@ -243,17 +242,15 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     # Data, φ and the tasks of this process
     sources, splits, split_seed = load_tasks(config)
     source, images = sources[0], {s.image_size: DeviceImages(s, group.device) for s in sources}
-    how = {"kernel": kernels.kernel_name(group.device)}
     data = data_digest(source, splits)
-    latest = read_latest(config.run_dir, data)  # a run goes on as it began
-    how["precision"] = latest.get("precision") or group.of_first(
-        lambda: training.choose_precision(config.precision, group.device)
-    )
+    precision = read_latest(config.run_dir, data).get("precision")  # a run goes on as it began
+    precision = precision or group.of_first(training.choose_precision, config.precision, group.device)
+    how = {"kernel": kernels.kernel_name(group.device), "precision": precision}
     seed_torch(config.seed, 0, "phi")
     phi = MetaPerturb(config.scale_free).to(group.device)
     phi_lr = config.lr if config.phi_lr is None else config.phi_lr
     phi_optimizer = torch.optim.Adam(phi.parameters(), lr=phi_lr, weight_decay=config.weight_decay, fused=True)
-    computed = dataclasses.replace(config, precision=how["precision"])
+    computed = dataclasses.replace(config, precision=precision)
     own = range(group.rank, config.tasks, group.size)
     tasks = [Task(t, splits[t], images[config.networks[t][1]], phi, computed) for t in own]
 

@@ -1,14 +1,12 @@
 """Predictions of a network with φ: the mean over draws of its noise, or one pass of a deterministic network.
 
-Up to the first site that acts, a network computes the same for all draws of one image. So only what follows that site
-runs once a draw: the site gets `[B, C, H, W]` and returns `[draws · B, C, H, W]`, all images of the first draw first.
-Not every network bears that its batch grows on the way: in some, what follows meets something that is `[B, …]` still.
-Each network is therefore tried out, and where both ways do not give the same, the images are repeated.
+Up to the first site that acts, a network computes the same for all draws of one image. So that site gets
+`[B, C, H, W]` and returns `[draws · B, C, H, W]`, all images of the first draw first. Not every network bears that its
+batch grows on the way. Each is therefore tried out, and where both ways do not give the same, the images are repeated.
 
-In a deterministic network every site multiplies by E[z | h] in place of a draw of z. The statistics of batch norm, and
-those that the scale is computed from, were gathered under noise and do not fit then (the variance shift of Li et al.
-2019), so they are taken anew. A mean over draws is less sure of itself than one pass. The classifier is therefore
-scaled by one number, a temperature (Guo et al. 2017), with which one pass is as sure as the mean over draws is.
+In a deterministic network every site multiplies by E[z | h] in place of a draw of z. Statistics gathered under noise do
+not fit then (the variance shift of Li et al. 2019), so they are taken anew. A mean over draws is less sure of itself
+than one pass. The classifier is therefore scaled by one number, a temperature (Guo et al. 2017).
 
 Examples:
     >>> model = metaperturb.make_deterministic(model.eval(), batches)  # batches: of the training images
