@@ -7,6 +7,7 @@ import http.server
 import io
 import pickle
 import re
+import resource
 import tarfile
 import threading
 import zipfile
@@ -161,6 +162,17 @@ def cifar_archive(tmp_path, monkeypatch):
     monkeypatch.setitem(FILES, "cifar-100-python", {tv.CIFAR100.url: md5(archive.read_bytes())})
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     return data
+
+
+@contextlib.contextmanager
+def disk_full(size: int):
+    """A real refusal by the kernel to write more than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def refusal(call, *arguments, **options) -> str:

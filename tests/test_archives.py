@@ -2,13 +2,12 @@
 
 import os
 import re
-import resource
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-from image_files import Link, md5, picture, refusal, refused, served, write_folder, write_tar, write_zip
+from image_files import Link, disk_full, md5, picture, refusal, refused, served, write_folder, write_tar, write_zip
 
 from metaperturb.data import files as module
 from metaperturb.data import official
@@ -117,14 +116,9 @@ def test_what_is_no_archive_or_no_whole_one(tmp_path, place):
 
 
 def test_no_room_to_unpack(tmp_path, place):
-    """A real refusal by the kernel."""
     path = write_tar(tmp_path / "x.tar", FILES)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    try:
+    with disk_full(2000):
         message = refusal(lambda: place(path).files)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "cannot be unpacked into" in message and message.endswith("(File too large); TMPDIR names another place")
 
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import shutil
 import tempfile
 import zlib
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import expected_pixels, folder_layout, picture, refused, write_folder, write_tar, write_zip
+from image_files import disk_full, expected_pixels, folder_layout, picture, refused, write_folder, write_tar, write_zip
 from PIL import Image, ImageOps
 
 from metaperturb.data import arrays, load
@@ -365,16 +364,12 @@ def test_damaged_cache_is_built_again_and_a_whole_one_is_not(tmp_path, monkeypat
 
 
 def test_disk_full(tmp_path):
-    """A refusal by the kernel, and a folder that cannot be one."""
+    """And a folder that cannot be one."""
     (root := tmp_path / "root").write_text("a file where the folder should be")
     path = write_zip(tmp_path / "x.zip", folder_layout(train=10))
     refused(str(root), _load, path, root)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
+    with disk_full(50_000):
         refused(r"cannot write the image cache \(File too large\)", _load, path, tmp_path, image_size=64)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 

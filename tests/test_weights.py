@@ -2,14 +2,13 @@
 
 import os
 import pickle
-import resource
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from image_files import refusal
+from image_files import disk_full, refusal
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, load_phi, models, save_phi
 from metaperturb.storage import save_tensors
@@ -263,16 +262,11 @@ def test_without_permission(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """A limit on the size of files fails in the middle of writing, as a full disk does."""
     path = tmp_path / "phi.pt"
     save_phi(make_phi(), path)
     big = {"weights": torch.zeros(300_000)}  # fails inside torch.save; φ fails when its buffer is flushed
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
+    with disk_full(1000):
         for save, content in ((save_phi, make_phi(1)), (save_tensors, big)):
             assert str(path) in refusal(save, content, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["phi.pt"]
     assert_loads(path)
