@@ -1,6 +1,5 @@
 """What is submitted to Slurm, once, and what is said when Slurm refuses: with stand-ins for its programs."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -52,18 +51,6 @@ class StandIn:
 
     def said(self, program: str) -> list[str]:
         return [line for line in (self.folder / "said").read_text().splitlines() if line.startswith(program)]
-
-    def refuse(self, program: str, words: str | None) -> None:
-        file = self.folder / f"refuses-{program}"
-        file.unlink() if words is None else file.write_text(words)
-
-    def change(self, *pairs: str) -> None:
-        """Of lines of the queue."""
-        queue = self.folder / "queue"
-        text = queue.read_text()
-        for pattern, replacement in zip(pairs[::2], pairs[1::2], strict=True):
-            text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-        queue.write_text(text)
 
 
 @pytest.fixture
@@ -131,9 +118,10 @@ def test_what_slurm_refuses_is_a_sentence_and_nothing_is_lost(slurm, path, tmp_p
     command = parsed(path, tmp_path, "--slurm", "partition=nope", "--seeds", "0")
     if program == "squeue":  # which is asked once something was submitted
         run_experiment(command)
-    slurm.refuse(program, words)
+    refuses = slurm.folder / f"refuses-{program}"
+    refuses.write_text(words)
     assert said in refusal(run_experiment, command)
-    slurm.refuse(program, None)
+    refuses.unlink()
     capsys.readouterr()
     run_experiment(command)
     assert ("in the queue already" if program == "squeue" else "submitted 4 as job") in capsys.readouterr().err
@@ -160,11 +148,11 @@ def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys)
     run_dir = tmp_path / "runs" / "small" / "paper" / base
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text('{"step": 2, "seconds": 10.0}\n')
-    slurm.change(
-        r"^(2_1.*)PENDING\|Priority\|$", r"\1RUNNING|None|n0",
-        r"^(2_3.*)\|Priority\|$", r"\1|PartitionTimeLimit|",
-        r"^2_[02].*\n", "",  # φ failed, which cancelled what needs it
-    )  # fmt: skip
+    _, running, _, waiting = (
+        (slurm.folder / "queue").read_text().splitlines()
+    )  # φ failed, which cancelled what needs it
+    running = running.replace("PENDING|Priority|", "RUNNING|None|n0")
+    (slurm.folder / "queue").write_text(running + "\n" + waiting.replace("Priority", "PartitionTimeLimit"))
     (folder,) = submissions(tmp_path)
     (folder / "2_0_0_log.out").write_text("error: no luck\nsrun: error: n0: task 0: Exited with exit code 1\n")
     capsys.readouterr()

@@ -136,7 +136,7 @@ def test_methods_side_by_side(runs, tmp_path):
             assert float(found[name][f"{column}_std"] or "nan") == pytest.approx(spread, nan_ok=True)
 
 
-def test_records_stand_for_runs(runs, target_settings, tmp_path):
+def test_records_stand_for_runs(runs, tmp_path):
     """What a table keeps of its cells is enough for pictures of what came out and how, and not for others."""
     folder = tmp_path / "results" / "small" / "paper"
     for name, needs in {"base-0": {}, "base-1": {}, "meta": {"phi": "phi-00001234"}}.items():
