@@ -95,15 +95,8 @@ def trained_runs(tmp_path_factory) -> dict[str, Path]:
     save_phi(MetaPerturb(), root / "phi.pt")
     data = f"target=folder target_path={write_folder(root / 'images', files)} data_root={root} image_size=12"
     long = "steps=70 lr=3e-3 batch_size=50 eval_every=1000 final_samples=5 checkpoint_every=1000 gpu=cpu threads=1"
-    own = {
-        "base": "",
-        "metaperturb": f"phi={root / 'phi.pt'}",
-        "adversarial": "adversarial_eps=0.05 adversarial_steps=2 adversarial_step_size=0.03",
-    }
-    return {
-        method: train(root / method, [], data, "model=resnet8", long, f"method={method}", settings)
-        for method, settings in own.items()
-    }
+    own = {"base": "method=base", "metaperturb": f"method=metaperturb phi={root / 'phi.pt'}"}
+    return {name: train(root / name, [], data, "model=resnet8", long, settings) for name, settings in own.items()}
 
 
 @pytest.fixture(scope="module")
