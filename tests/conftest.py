@@ -81,8 +81,7 @@ def phi_file(tmp_path_factory) -> Path:
     """A φ whose numbers are not small."""
     torch.manual_seed(1)
     phi, path = MetaPerturb(), tmp_path_factory.mktemp("phi") / "phi.pt"
-    with torch.no_grad():
-        phi.flat.normal_(0, 0.2)
+    phi.flat.data.normal_(0, 0.2)
     save_phi(phi, path, {"note": "random"})
     return path
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,17 @@ def check_equal(run_dir: Path, reference: Path) -> None:
     assert logged(run_dir) == logged(reference)
 
 
+def at_step(when: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    joint_step = program.joint_step
+
+    def acting(step, *arguments):
+        if step == when:
+            act()
+        return joint_step(step, *arguments)
+
+    monkeypatch.setattr(program, "joint_step", acting)
+
+
 def latest(tmp_path: Path) -> Path:
     return tmp_path / "src" / "checkpoints" / "latest.json"
 
@@ -113,14 +124,7 @@ def test_bits_under_torchrun(reference, here, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_followed_by_a_checkpoint_and_the_same_bits(reference, src, monkeypatch, capsys, number):
     """Also where no checkpoint is due for long."""
-    joint_step = program.joint_step
-
-    def signalled(step, *arguments):
-        if step == 1:  # the next one tells the others
-            os.kill(os.getpid(), number)
-        return joint_step(step, *arguments)
-
-    monkeypatch.setattr(program, "joint_step", signalled)
+    at_step(1, lambda: signal.raise_signal(number), monkeypatch)  # the next one tells the others
     src("checkpoint_every=100", code=128 + number)
     what = "interrupted" if number == signal.SIGINT else "stopped"
     assert f"\n{what}; saved after step 3 of {STEPS}; the same command goes on from there\n" in capsys.readouterr().err
@@ -457,8 +461,7 @@ def test_lookahead_gradient_against_finite_differences(setting):
     for batches in (task.train_batches, task.test_batches):
         original = batches.batch
         batches.batch = lambda step, original=original: (original(step)[0].double(), original(step)[1])
-    with torch.no_grad():
-        phi.flat.normal_(0, 0.3)  # away from zero, where every derivative is small
+    phi.flat.data.normal_(0, 0.3)  # away from zero, where every derivative is small
 
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
     gradient, *_ = task.lookahead_gradient(0)
@@ -536,15 +539,9 @@ def test_phi_that_is_kept_on_the_way_is_that_of_a_shorter_run(reference, here, s
 
 def test_phi_that_is_kept_belongs_to_a_run_on_record(here, src, tmp_path, monkeypatch, refused, capsys):
     """Killed right behind it, the run holds its folder: no other settings may begin there and leave that φ."""
-    settings, joint_step = ["keep_phi=2", "checkpoint_every=100"], program.joint_step
-
-    def killed(step, *arguments):
-        if step == 3:
-            raise KeyboardInterrupt
-        return joint_step(step, *arguments)
-
-    monkeypatch.setattr(program, "joint_step", killed)
-    src(*settings, code=130)
+    settings = ["keep_phi=2", "checkpoint_every=100"]
+    at_step(3, lambda: 1 / 0, monkeypatch)
+    src(*settings, code=1)
     assert (tmp_path / "src" / "phi-000002.pt").exists()
     monkeypatch.undo()
     line = refused(program, [*here, *settings, "lr=0.1"])
