@@ -243,7 +243,7 @@ def figures(arguments: argparse.Namespace) -> None:
         what = "meta-training (./run.sh src)" if figure.draw is learning else "meta-testing (./run.sh tgt, table1, …)"
         raise UserError(f"no finished run of {what} there")
     if others := [run for run in runs if figure.alike(run) != figure.alike(runs[0])]:
-        about = f"{others[0].path}: has another {figure.one} than {runs[0].path}"
+        about = f"{others[0].path}: has another data set, network or length than {runs[0].path}"
         raise UserError(f"{about}, and a picture shows one (./run.sh figures draws each)")
     figure.draw(runs, arguments)
 
@@ -452,7 +452,6 @@ class Figure(NamedTuple):
     draw: Callable[[Sequence[Finished], argparse.Namespace], None]  # refuses what does not go together
     takes: Callable[[Finished], bool] = operator.attrgetter("is_target")  # whether `figures` has a run in one
     alike: Callable[[Finished], Any] = lambda run: (data_of(run), run.steps)  # equal for runs of one picture
-    one: str = "data set, network or length"  # what that is
     analyses: tuple[type, ...] = ()  # settings that `--set` changes
 
 
@@ -460,33 +459,25 @@ def pictures(*of_runs: tuple[str, Callable, Any]) -> Callable[[Sequence[Finished
     return lambda runs, arguments: of_methods(runs, arguments, *of_runs)
 
 
+def has_scales(run: Finished) -> bool:
+    return run.has_network and run.method == "metaperturb" and run.config["gate"]
+
+
 has_network = operator.attrgetter("has_network")
 LENGTHS = functools.partial(growth, kind="lengths", setting="steps", of="steps")
 AMOUNT = functools.partial(growth, kind="amount", setting="train_per_class", of="train_images")
 CALIBRATION = ("fig6 calibration", plots.plot_reliability, Sampling), ("fig6 samples", plots.plot_samples, Sampling)
+ROBUSTNESS = ("fig6 robustness", plots.plot_robustness, Attack)
 FIGURES = {
     "fig5": Figure(pictures(("fig5", plots.plot_convergence, operator.attrgetter("curve"))), has_network),
-    "fig6": Figure(
-        pictures(*CALIBRATION, ("fig6 robustness", plots.plot_robustness, Attack)),
-        has_network,
-        analyses=(Attack, Sampling),
-    ),
-    "fig7": Figure(
-        scales,
-        lambda run: run.has_network and run.method == "metaperturb" and run.config["gate"],
-        operator.attrgetter("model"),
-        "network",
-    ),
+    "fig6": Figure(pictures(*CALIBRATION, ROBUSTNESS), has_network, analyses=(Attack, Sampling)),
+    "fig7": Figure(scales, has_scales, operator.attrgetter("model")),
     "fig8": Figure(surfaces, has_network, analyses=(Plane,)),
     "compare": Figure(pictures(("compare", plots.plot_comparison, lambda run: run.result["metrics"]))),
-    "lengths": Figure(LENGTHS, alike=data_of, one="data set or network"),
-    "amount": Figure(
-        AMOUNT, alike=lambda run: (run.images[1], run.model, run.steps), one="test set, network or length"
-    ),
+    "lengths": Figure(LENGTHS, alike=data_of),
+    "amount": Figure(AMOUNT, alike=lambda run: (run.images[1], run.model, run.steps)),
     "effort": Figure(effort),
-    "learning": Figure(
-        learning, lambda run: not run.is_target, lambda run: run.result["source"]["fingerprint"], "source of images"
-    ),
+    "learning": Figure(learning, lambda run: not run.is_target, lambda run: run.result["source"]["fingerprint"]),
 }
 
 

@@ -293,7 +293,7 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     content = result(twin)
     content["source"]["fingerprint"] = "other"
     (twin / "result.json").write_text(json.dumps(content))
-    refused("has another source of images than", "learning", meta_trainings / "0", twin)
+    refused("has another data set, network or length than", "learning", meta_trainings / "0", twin)
     (twin / "metrics.jsonl").unlink()
     refused("metrics.jsonl of MetaPerturb: no step that all seeds have", "learning", twin)
     refused("no finished run of meta-training", "learning", runs, meta_trainings / "none")

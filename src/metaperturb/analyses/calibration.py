@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaperturb.analyses.records import begun
+from metaperturb.analyses import begun
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages, normalize
 from metaperturb.errors import UserError

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaperturb.analyses.records import begun
+from metaperturb.analyses import begun
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages
 from metaperturb.data.splits import shuffled

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaperturb.analyses.records import begun
+from metaperturb.analyses import begun
 from metaperturb.attach import REGULARIZER
 from metaperturb.config import option
 from metaperturb.data.batches import DeviceImages, normalize
