@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import logged, model_state, result, start, train, wait_for
 from image_files import write_folder
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import metaperturb.meta_test as program
 from metaperturb import kernels, models
@@ -64,8 +65,7 @@ def test_run_folder_is_complete(reference, phi_file):
 def check_equal(run_dir: Path, reference: Path) -> None:
     """The same network to the bit, the same result, the same log."""
     ours, theirs = model_state(run_dir), model_state(reference)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert result(run_dir)["metrics"] == result(reference)["metrics"]
     assert logged(run_dir) == logged(reference)
 
@@ -126,16 +126,11 @@ def test_zero_strength_is_base_bit_for_bit(target_settings, phi_file, tmp_path, 
     assert all(torch.equal(value, zero[key]) for key, value in base.items())
 
 
-def test_learning_rate_and_strength_schedules(target_settings, phi_file, tmp_path, monkeypatch):
+def test_learning_rate_and_strength_schedules(settings, run_dir):
     seen = []
-    step = torch.optim.Adam.step
-
-    def recording(self, *args, **kwargs):
-        seen.append(self.param_groups[0]["lr"])
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", recording)
-    train(tmp_path / "tgt", target_settings, f"steps=10 phi={phi_file}")
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    train(run_dir, settings, "steps=10")
+    hook.remove()
     assert seen == pytest.approx([1e-3] * 4 + [3e-4] * 3 + [9e-5] * 2 + [2.7e-5])
     strengths = [annealed_strength(i, 10_000, 0.4) for i in (0, 1999, 3999, 4000, 9999)]
     assert strengths == [1 / 4000, 0.5, 1.0, 1.0, 1.0]

@@ -87,34 +87,25 @@ def test_a_site_multiplies_by_the_expectation():
 @pytest.mark.parametrize("scale_free", [False, True])
 def test_statistics_are_the_averages_over_the_batches(scale_free):
     model = network(phi=some_phi(scale_free))
-    direct, seen = copy.deepcopy(model), {}
+    direct, found = copy.deepcopy(model), []
     direct.metaperturb.deterministic = True
-    for name, part in direct.named_modules():
-        if isinstance(part, nn.BatchNorm2d | PerturbSite):
-            part.train()
-
-            def keep(_, args, kwargs, name=name):  # a site makes a block's sum itself
-                seen.setdefault(name, []).append(args[0] + kwargs.get("shortcut", 0.0))
-
-            part.register_forward_pre_hook(keep, with_kwargs=True)
+    parts = {name: m for name, m in direct.named_modules() if isinstance(m, nn.BatchNorm2d | PerturbSite)}
+    for part in parts.values():
+        part.train().momentum = 1.0  # of batch norm; that of sites is 0.1
     for x in batches():
-        draw(direct, x)
-    assert make_deterministic(model, [(x, None) for x in batches()]) is model
-    assert len(seen) == 7 + 3
-    for name, inputs in seen.items():
-        part, alone = model.get_submodule(name), direct.get_submodule(name)
-        alone._forward_pre_hooks.clear()
-        alone.momentum = share = 1.0 if isinstance(part, nn.BatchNorm2d) else 0.1  # of a batch in what is running
-        found = []
-        for x in inputs:
-            for statistic in alone.buffers(recurse=False):
+        for site in direct.metaperturb.sites:
+            for statistic in site.buffers(recurse=False):
                 statistic.zero_()
-            alone(x)
-            found.append([statistic / share for statistic in alone.buffers(recurse=False)])
-        for statistic, *of_batches in zip(part.buffers(recurse=False), *found, strict=True):
-            if statistic.is_floating_point():
-                assert torch.allclose(statistic, torch.stack(of_batches).mean(dim=0), rtol=1e-4, atol=1e-5)
-        assert not part.training and getattr(part, "momentum", 0.1) == 0.1
+        draw(direct, x)
+        found.append(state(direct))
+    assert make_deterministic(model, [(x, None) for x in batches()]) is model
+    assert len(parts) == 7 + 3
+    for name, part in parts.items():
+        mine, share = model.get_submodule(name), 1.0 if isinstance(part, nn.BatchNorm2d) else 0.1
+        for key, value in mine.named_buffers(recurse=False):
+            mean = torch.stack([one[f"{name}.{key}"] / share for one in found]).mean(dim=0)
+            assert "running" not in key or torch.allclose(value, mean, rtol=1e-4, atol=1e-5)
+        assert not mine.training and getattr(mine, "momentum", 0.1) == 0.1
 
 
 def test_the_temperature_is_fitted_to_the_first_images(monkeypatch):
