@@ -146,6 +146,10 @@ def norm(channels):
     return functools.partial(nn.BatchNorm2d, channels)
 
 
+def layer(channels, *between):
+    return conv(channels, 6), *(make() for make in between), nn.ReLU(inplace=True)
+
+
 @net(conv1=(3, 4), conv2=(4, 6), head=6)
 def functional_plain(net, x):
     return net.head(F.relu(net.conv2(F.max_pool2d(F.relu(net.conv1(x)), 2))))
@@ -207,18 +211,9 @@ PLAIN_NETS = {
     "functional": (functional_plain, ["conv1", "conv2"]),
     "batch norm": (norm_plain, ["bn1", "bn2"]),
     "shared relu": (shared_relu, ["conv1", "conv2", "conv3"]),
-    "all conv": (
-        lambda: nn.Sequential(
-            *(conv(3, 4), nn.ReLU(), conv(4, 6, 2), nn.ReLU(inplace=True)),
-            *(nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        ),
-        ["0", "2"],
-    ),
+    "all conv": (lambda: nn.Sequential(*layer(3), *layer(6), nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1)), ["0", "2"]),
     "conv bn pool relu": (
-        lambda: nn.Sequential(
-            *(conv(3, 4), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU()),
-            *(conv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), Head(6)),
-        ),
+        lambda: nn.Sequential(*layer(3, norm(6), lambda: nn.MaxPool2d(2)), *layer(6, norm(6)), Head(6)),
         ["1", "5"],
     ),
 }
@@ -287,13 +282,13 @@ def of_functions(slot):
     return Net(run, weight=nn.Parameter(torch.randn(4, 3, 3, 3)), slot=slot, head=Head(4))
 
 
-def reused(shared, widths=(4, 4)):
+def reused(shared):
     """One module at two places, between convolutions of their own."""
 
     def run(net, x):
         return net.head(F.relu(net.shared(net.conv2(F.relu(net.shared(net.conv1(x)))))))
 
-    return Net(run, conv1=conv(3, widths[0]), conv2=conv(*widths), head=Head(widths[1]), shared=shared)
+    return Net(run, conv1=conv(3, 4), conv2=conv(4, 4), head=Head(4), shared=shared)
 
 
 @net(conv=(4, 4))
@@ -716,11 +711,7 @@ WRAPPERS = {
 }
 TWICE = "'shared' runs 2 times a pass"  # its site would mix the statistics of two maps
 REFUSED = {
-    "unknown name": (
-        SMALL,
-        {"sites": ["layer2.0", "layer1.9"]},
-        "'layer1.9' is neither a place nor a module.*layer1.0",
-    ),
+    "unknown name": (SMALL, {"sites": ["layer2.0", "layer1.9"]}, "'layer1.9' is neither a place.*layer1.0"),
     "no feature map": (SMALL, {"sites": ["fc"]}, "'fc'"),
     "a name twice": (SMALL, {"sites": ["layer1.0", "layer1.0"]}, "none twice"),
     "no name": (SMALL, {"sites": []}, "at least one"),
@@ -739,7 +730,6 @@ REFUSED = {
     "functions": (lambda: of_functions(nn.Identity()), {}, r"put a metaperturb.Slot\(\) where"),
     "batch norm twice": (lambda: reused(nn.BatchNorm2d(4)), {}, TWICE),
     "a slot twice": (lambda: reused(metaperturb.Slot()), {}, TWICE),
-    "a slot twice, of two sizes": (lambda: reused(metaperturb.Slot(), (4, 6)), {}, TWICE),
     "an activation": (shared_relu, {"sites": ["relu"]}, "'relu' runs 3 times a pass"),
     "tokens": (lambda: without_values("vit_b_16"), {"image_size": 224}, "cuts the image into patches"),
     "more than an image": (TwoInputs, {}, "attach to a part of it"),

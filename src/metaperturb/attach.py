@@ -138,16 +138,16 @@ def place(model: nn.Module, sites: Sites, name: str, *, verbose: bool = True) ->
             continue  # runs its children itself
         if type(host).__module__.startswith("torch.nn.modules") and not isinstance(host, nn.Sequential):
             host.__class__ = _with_site(type(host))
+        hook = _Acts(name, site, spec)
         if spec.where == "output":
-            host.register_forward_hook(_OnOutput(name, site))
+            host.register_forward_hook(hook.on_output)
         elif spec.where == "input":
-            host.register_forward_pre_hook(_OnInput(name, site))
+            host.register_forward_pre_hook(hook.on_input)
         else:
-            last = _BeforeLastCall(name, site, spec)
             acting[spec] = host.get_submodule(spec.where)
-            host.register_forward_pre_hook(last.begin)
-            acting[spec].register_forward_pre_hook(last.act)
-            host.register_forward_hook(last.end, always_call=True)
+            host.register_forward_pre_hook(hook.begin)
+            acting[spec].register_forward_pre_hook(hook.on_last_call)
+            host.register_forward_hook(hook.end, always_call=True)
     model.__dict__[name] = sites  # no child: the network's children stay what they are
     model.register_forward_pre_hook(_Check(name, acting))
     _forget_compiled()
@@ -219,8 +219,8 @@ class _Aside(nn.Identity):
 
 
 class _Hook:
-    def __init__(self, name: str, site: nn.Module | None = None) -> None:
-        self.name, self.site = name, site
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     @property
     def __name__(self) -> str:
@@ -228,31 +228,28 @@ class _Hook:
         raise UserError("torch.jit.script cannot compile a network with φ; use torch.export, or torch.jit.trace")
 
 
-class _OnOutput(_Hook):
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+class _Acts(_Hook):
+    """Hands what a module gives or gets to a site; or what an activation gets in its last call in a block, where the
+    block runs one module several times."""
+
+    def __init__(self, name: str, site: nn.Module, spec: SiteSpec) -> None:
+        super().__init__(name)
+        self.site, self.spec = site, spec
+        self.count: int | None = None  # calls in the present pass; None outside the block's forward pass
+
+    def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if type(output) is not tuple:
             return self.site(output)
         h = self.site(output[0])  # a block that returns its feature map with something else
         return tuple(h if value is output[0] else value for value in output)
 
-
-class _OnInput(_Hook):
-    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+    def on_input(self, module: nn.Module, args: tuple) -> tuple:
         return self.site(args[0]), *args[1:]
-
-
-class _BeforeLastCall(_Hook):
-    """Acts on what an activation gets in its last call in a block, where the block runs one module several times."""
-
-    def __init__(self, name: str, site: nn.Module, spec: SiteSpec) -> None:
-        super().__init__(name, site)
-        self.spec = spec
-        self.count: int | None = None  # calls in the present pass; None outside the block's forward pass
 
     def begin(self, block: nn.Module, args: tuple) -> None:
         self.count = 0
 
-    def act(self, activation: nn.Module, args: tuple) -> tuple | None:
+    def on_last_call(self, activation: nn.Module, args: tuple) -> tuple | None:
         if self.count is None:
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # a backward pass
                 raise UserError(
@@ -261,7 +258,7 @@ class _BeforeLastCall(_Hook):
                 )
             return None
         self.count += 1
-        return (self.site(args[0]), *args[1:]) if self.count == self.spec.calls else None
+        return self.on_input(activation, args) if self.count == self.spec.calls else None
 
     def end(self, block: nn.Module, args: tuple, output: Any) -> None:
         count, self.count = self.count, None
