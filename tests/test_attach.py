@@ -431,7 +431,6 @@ def test_places_of_ablations(name):
     assert choose_sites(found, "all") == found
     for where, expected in zip(("bottom", "top", "before_pooling"), ABLATIONS[name], strict=True):
         assert [spec.name for spec in choose_sites(found, where)] == expected.split()
-    refused("unknown place", choose_sites, found, "middle")
 
 
 # --- the zoo and torchvision

@@ -91,9 +91,8 @@ def find_sites(
 ) -> list[SiteSpec]:
     """The sites that `attach` would choose, in the order in which the network runs them.
 
-    Their number is that of the network's blocks, or of its layers where it has none: 9 in ResNet20, 16 in ResNet50,
-    4 in DenseNet121. It has no upper limit: 50 in ResNet152, 55 in EfficientNet-B7, 115 in timm's HRNet-W18. What
-    bounds their total effect is the amplitude of the noise (`attach`, `paper=False`).
+    Their number is that of the network's blocks, or of its layers where it has none: 9 in ResNet20, 50 in ResNet152,
+    115 in timm's HRNet-W18. What bounds their total effect is the amplitude of the noise (`attach`, `paper=False`).
 
     Args:
         model: the network, or the part of one that takes images.
@@ -133,14 +132,9 @@ def choose_sites(specs: list[SiteSpec], where: str) -> list[SiteSpec]:
     `where`: `"all"`; `"bottom"`: the first stage; `"top"`: the last one; `"before_pooling"`: the last site of each
     stage, which the next down-sampling or the final pooling follows.
     """
-    if where not in PLACES:
-        raise UserError(f"sites {where!r}: unknown place (known: {', '.join(PLACES)})")
     stages = [list(stage) for _, stage in groupby(specs, key=lambda spec: spec.size)]
-    if where == "bottom":
-        return stages[0]
-    if where == "top":
-        return stages[-1]
-    return [stage[-1] for stage in stages] if where == "before_pooling" else list(specs)
+    last = [stage[-1] for stage in stages]
+    return {"all": list(specs), "before_pooling": last, "top": stages[-1], "bottom": stages[0]}[where]
 
 
 class _Finder:
