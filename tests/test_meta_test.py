@@ -246,10 +246,10 @@ def test_another_kernel_on_resume_is_said(reference, unfinished, run_dir, capsys
 
 
 def test_settings_without_effect_are_said(settings, run_dir, capsys):
-    changes = "method=base recipe=mixup mixup_alpha=0.5 dropblock_prob=0.5 clip=3 steps=1"
+    changes = "method=base recipe=mixup mixup_alpha=0.5 dropblock_prob=0.5 clip=3 steps=1 holdout=0.5"
     train(run_dir, settings, changes, "gpu=auto")
     said = capsys.readouterr().err
-    assert "method base does not use clip, phi, dropblock_prob\n" in said
+    assert "this run of base does not use clip, phi, dropblock_prob, holdout\n" in said
     assert said.count("running on") == 1
 
 

@@ -266,7 +266,8 @@ def test_of_equally_good_candidates_the_first_is_chosen_and_incomplete_columns_w
     assert found["chosen"] == {"CUB": {"dropout": {"dropout_prob": 0.3}, "mixup": {"mixup_alpha": 0.2}}}
     assert found["accuracy"]["CUB"][rows[1]] == {"mean": 25.0, "std": pytest.approx(math.sqrt(50)), "seeds": 2}
     said = capsys.readouterr()
-    assert "CUB: dropout: dropout_prob 0.3\n" in said.out
+    edge = "CUB: dropout: dropout_prob 0.3 (dropout_prob: an end of those tried; the best may lie beyond)\n"
+    assert edge in said.out and "CUB: mixup: mixup_alpha 0.2\n" in said.out
     assert "STL10: 1 of 5 candidates have not run yet: nothing chosen" in said.err
     table = Grid(write_grid(tmp_path / "configs"), tuned_path=tuned)  # it is what tables take
     assert table.cell("Dropout", "CUB", 0).config.dropout_prob == 0.3

@@ -102,6 +102,10 @@ def tune(arguments: argparse.Namespace) -> None:
             if method in best:
                 settings = {key: value for key, value in grid.rows[best[method]].items() if key != "method"}
                 chosen[column][method], said = settings, listed(settings) or "nothing to choose"
+                for key, value in settings.items():
+                    tried = [*dict.fromkeys(str(grid.rows[row][key]) for row in methods[method])]
+                    if len(tried) > 2 and str(value) in (tried[0], tried[-1]):
+                        said += f" ({key}: an end of those tried; the best may lie beyond)"
             print(f"{column}: {method}: {said}")
     if not chosen:
         raise UserError("nothing was chosen: no column has all its candidates yet")

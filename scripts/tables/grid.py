@@ -157,8 +157,8 @@ class Grid:
         check(str(path), content, GRID)
         check_known(f"{path}: preset", [preset], content["presets"])
         chosen = content["presets"][preset]
-        self.title, self.needs, self.baselines = content["title"], content["needs"], content["baselines"]
-        self.seeds: list[int] = chosen.get("seeds", content["seeds"])
+        self.title, self.needs, self.baselines = content["title"], dict(content["needs"]), content["baselines"]
+        self.seeds: list[int] = [*dict.fromkeys(chosen.get("seeds", content["seeds"]))]
         self.settings = content["set"] | chosen.get("set", {})
         self.tunes = bool(content["candidates"])  # what hyperparameters to take is what it asks
         content["rows"] = content["rows"] | candidate_rows(content["candidates"])
@@ -195,8 +195,7 @@ class Grid:
 
     def cells(self) -> list[Cell]:
         """All of them, seed by seed, so that a table that is interrupted has every row."""
-        seeds = dict.fromkeys(self.seeds)
-        return [self.cell(row, column, seed) for seed in seeds for column in self.columns for row in self.rows]
+        return [self.cell(row, column, seed) for seed in self.seeds for column in self.columns for row in self.rows]
 
     def add_row(self, row: str, name: str, file: Path | None = None) -> None:
         """A further row: MetaPerturb with the φ that is called so, in this file if it is still there."""

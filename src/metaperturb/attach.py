@@ -229,8 +229,7 @@ class _Hook:
 
 
 class _Acts(_Hook):
-    """Hands what a module gives or gets to a site; or what an activation gets in its last call in a block, where the
-    block runs one module several times."""
+    """Hands to a site what a module gives or gets, or what an activation gets in its last call in a block."""
 
     def __init__(self, name: str, site: nn.Module, spec: SiteSpec) -> None:
         super().__init__(name)

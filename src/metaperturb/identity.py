@@ -188,7 +188,7 @@ def check_settings(config: MetaTestConfig) -> torch.device:
         tell_phi(config.phi, phi, noise=config.noise, gate=config.gate)
     methods.create(config, phi)
     if unused := methods.unused_settings(config):
-        print(f"method {config.method} does not use {', '.join(unused)}", file=sys.stderr)
+        print(f"this run of {config.method} does not use {', '.join(unused)}", file=sys.stderr)
     check_network(config)
     if not (Path(config.run_dir) / "checkpoints" / "latest.pt").exists():
         initial_weights(config)

@@ -33,8 +33,7 @@ _SUPERSAMPLING = 2  # figures are drawn on a grid finer by this factor, then ave
 
 @functools.cache  # a grid's trainings in one process draw them once
 def embedded(part: str, image_size: int = 32) -> Images:
-    """The images of `"source"`, or of the `"train"` or `"test"` split of the target, ordered by class: 120, 25 and 63 a
-    class, of at least 8 pixels a side.
+    """The images of `"source"`, or of the `"train"` or `"test"` split of the target: 120, 25 and 63 a class, in order.
 
     Example:
         >>> images, labels, classes = embedded("source")

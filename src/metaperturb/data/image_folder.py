@@ -81,8 +81,7 @@ def _class(name: str) -> str:
 
 
 def _refuse_groups(where: str, prefix: str, paths: list[list[str]]) -> None:
-    """`<group>/<class>/…` would be taken for classes: no class has images of its own, and one holds several folders
-    whose names occur in no other."""
+    """Refuse `<group>/<class>/…`: no class has images of its own, and one holds several folders of names of its own."""
     inner = {(path[0], path[1]) for path in paths}
     count = Counter(name for _, name in inner)
     for group in sorted({path[0] for path in paths} if all(len(path) > 2 for path in paths) else ()):

@@ -127,14 +127,18 @@ def holdout_split(labels: np.ndarray, share: float, classes: Sequence[str]) -> t
 
 
 def few_per_class(labels: np.ndarray, count: int, skip: int = 0) -> np.ndarray:
-    """A fixed random choice of `count` images of each class, as sorted int64 indices; a smaller one is part of a larger
-    one, and one that leaves out `skip` of each class has none of those that `skip` of each would be."""
+    """A fixed random choice of `count` images of each class, as sorted int64 indices.
+
+    A smaller one is part of a larger one. One that leaves out `skip` of each class is disjoint from that of `skip`.
+    """
     return _joined([images[skip : skip + count] for images in _shuffled_classes(labels).values()])
 
 
 def few_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """All images of a fixed random choice of `count` classes, as sorted int64 indices; a smaller choice is part of a
-    larger one. `UserError`: there are fewer classes."""
+    """All images of a fixed random choice of `count` classes, as sorted int64 indices; refused where there are fewer.
+
+    A smaller choice is part of a larger one.
+    """
     classes = np.unique(labels)
     if count > len(classes):
         raise UserError(f"{count} classes are asked for, the data has {len(classes)}")
@@ -142,8 +146,7 @@ def few_classes(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def save_split(path: str | Path, splits: Sequence[TaskSplit], fingerprint: str, kind: str, seed: int) -> None:
-    """Write a split of the data set with this fingerprint (`ImageArrays.fingerprint`), made by `kind` and `seed`, as
-    JSON, atomically."""
+    """Write a split as JSON, made by `kind` and `seed`, of the data set with this `ImageArrays.fingerprint`."""
     tasks = [{field: getattr(split, field).tolist() for field in _FIELDS} for split in splits]
     head = {"format": _FORMAT, "fingerprint": fingerprint, "kind": kind, "seed": int(seed)}
     text = json.dumps({**head, "tasks": tasks})

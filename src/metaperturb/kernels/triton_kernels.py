@@ -310,8 +310,10 @@ def first_layer(maps, scales, batch, channel_ratio: f64, size_ratio: f64, moment
 
 @jit
 def hidden_layer(h, mean, phi, hidden, hidden_mean, signs, FIRST: constexpr, K: constexpr):
-    """The hidden map `[B, C, H, W]`, its mean `[B, H, W]`, and which of the four feature maps are positive, a bit each
-    `[B, C, H, W]`: what is not None. `FIRST`: the first program."""
+    """Of what is not None: the hidden map `[B, C, H, W]`, its mean `[B, H, W]`, bits of which features are positive.
+
+    `FIRST`: the first program.
+    """
     DTYPE: constexpr = phi.dtype.element_ty
     program = tl.program_id(0) - FIRST
     image = program // K.TILES

@@ -121,8 +121,10 @@ def track(h, phi, running_mean, running_var):
 
 
 def forward(h, phi, noise, seed, running_mean, running_var, settings, relative=False):
-    """One site, and what `backward` needs: features (None in evaluation), statistics, scale, and the means over
-    channels of h and of the hidden map `[B, H, W]` (None without noise)."""
+    """One site, and what `backward` needs: features (None in evaluation), statistics, scale, means over channels.
+
+    Those are of h and of the hidden map, `[B, H, W]` (None without noise).
+    """
     with torch.cuda.device_of(h):
         h = _like(h, h)
         hidden, scratch = _prepare(h, phi, running_mean, running_var, settings)

@@ -56,12 +56,13 @@ def _make(name: str, config: MetaTestConfig, phi: MetaPerturb | None) -> Method:
 
 
 def unused_settings(config: MetaTestConfig) -> list[str]:
-    """Settings of other methods that are off their defaults: what somebody may have meant to have an effect.
+    """Settings off their defaults that a run does not use: what somebody may have meant to have an effect.
 
     >>> unused_settings(MetaTestConfig(method="base", dropblock_prob=0.2, recipe=["mixup"], mixup_alpha=0.5))
     ['dropblock_prob']
     """
     others = REGULARIZERS.keys() - {config.method, *config.recipe}
     theirs = {setting for name in others for setting in REGULARIZERS[name].settings}
+    theirs |= {*["init_batch_norm"] * (config.init is None), *["holdout"] * (config.eval_split != "holdout")}
     usual = vars(MetaTestConfig())
     return [name for name, value in vars(config).items() if name in theirs and value != usual[name]]
