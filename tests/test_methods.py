@@ -525,6 +525,9 @@ def test_a_recipe_keeps_what_its_method_is():
     assert model.metaperturb.strength == 0.25 and combined.sites is model.metaperturb
     dropped = recipe("dropblock", "cutmix")
     assert not dropped.stochastic and dropped.ramp == create(MetaTestConfig(method="dropblock")).ramp
+    dropped.prepare(models.create("resnet8", 10, 12), images())
+    dropped.set_strength(0.25)
+    assert {site.strength for site in dropped.sites.sites} == {0.25}
     adversarial = recipe("adversarial", "label_smoothing")
     assert adversarial.method.attacked_loss == adversarial.loss != adversarial.method.loss
     information = recipe("info_dropout", "mixup")  # whose loss is its own

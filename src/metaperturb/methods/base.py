@@ -118,7 +118,7 @@ class Recipe(Method):
                 raise UserError(f"recipe: {' and '.join(found)} do not go together: each {what}")
         self.augment = next((part.augment for part in self.parts if part.augment), None)
         self.ramp, self.stochastic = self.method.ramp, self.method.stochastic
-        self.loss = methods[[first, *own_loss][-1]].loss
+        self.loss, self.set_strength = methods[[first, *own_loss][-1]].loss, self.method.set_strength
         if hasattr(self.method, "attacked_loss"):
             self.method.attacked_loss = self.loss
 
