@@ -54,7 +54,7 @@ def test_the_home_folder_in_every_path(monkeypatch):
 
 def test_file_then_assignments(tmp_path):
     path = yaml_file(tmp_path, "steps: 5\nlr: 1e-4\nclip: null\nsource_paths: [a.zip, b.zip]\n")
-    config = load_config(MetaTrainConfig, path, ["steps=6", "seed = 3", "source_paths=c.zip"])
+    config = load_config(MetaTrainConfig, path, ["steps=6", "seed = 3", "source_paths=c.zip,"])
     assert (config.steps, config.lr, config.clip, config.seed, config.source_paths) == (6, 1e-4, None, 3, ["c.zip"])
     assert load_config(MetaTrainConfig, path, ["clip=none", "source_paths="]).source_paths == []
     assert load_config(MetaTestConfig, None, ["steps=10_000", "phi=null"]).phi is None
@@ -96,6 +96,7 @@ def test_refused_in_a_file(tmp_path, text, expected):
         ("download=yes", "download: expected true or false, got 'yes'"),
         ("lr=inf", "lr: must be finite"),
         ("image_size=12,,16", "image_size: expected a whole number or a list, got '12,,16'"),
+        ("image_size=", "image_size: expected a whole number or a list, got ''"),
         ("image_size=12,4", "image_size: must be at least 8, got 4"),
         ("split=disjunct", "split: expected one of"),
         ("spilt=paired", "did you mean split?"),

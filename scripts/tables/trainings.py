@@ -129,12 +129,13 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Path | None:
         return write_table(grid, folder)
     if untuned := [column for column in grid.untuned if any(cell.column == column for cell in todo)]:
         raise UserError(f"{grid.tuned_path}: nothing was tuned for {', '.join(untuned)}; --columns names others")
-    devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
-    options = None if arguments.slurm is None else cluster.parse_options(arguments.slurm)
-    check(results, todo, jobs)
-    if options is not None:
+    if arguments.slurm is not None:  # this machine's devices are not those of the jobs
+        options = cluster.parse_options(arguments.slurm)
+        check(results, todo, jobs)
         device = "0" if options.get("gpus") else arguments.devices
         return cluster.submit(queue, [(job, (cluster.one_job, job, device)) for job in jobs if not job.done], options)
+    devices = parse_devices(arguments.devices, "--devices", most=torch.cuda.device_count())
+    check(results, todo, jobs)
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
     threads = max(cell.config.threads or available_cores() for cell in todo)
     at_once = max(1, arguments.jobs or (len(devices) if "cpu" not in devices else available_cores() // threads))

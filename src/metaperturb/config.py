@@ -253,16 +253,15 @@ def _convert(value: Any, kind: Any) -> Any:
     """What a file or a command line has for a setting, as its type; of several types the first that takes it."""
     if isinstance(kind, UnionType):
         for member in sorted(get_args(kind), key=lambda member: member is not NoneType):
-            try:
-                return _convert(value, member)
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError):
+                if (converted := _convert(value, member)) != []:  # which `A | list[A]` is not
+                    return converted
     elif get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
     elif get_origin(kind) is list:
         if isinstance(value, str):
-            text = value.strip("[] ")
+            text = value.strip("[], ")
             value = [item.strip() for item in text.split(",")] if text else []
         if isinstance(value, list):
             return [_convert(item, get_args(kind)[0]) for item in value]
