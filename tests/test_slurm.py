@@ -1,5 +1,6 @@
 """Slurm for real: a controller and two node daemons on this machine."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -35,9 +36,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
-AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
-CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -47,11 +46,8 @@ SlurmdLogFile={folder}/%n.log
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 SchedulerParameters=sched_interval=1,batch_sched_delay=1,bf_interval=1,requeue_delay=1
 ReturnToService=2
 SlurmdTimeout=8
@@ -64,13 +60,9 @@ PartitionName=main Nodes=n0,n1 Default=YES MaxTime=60 State=UP
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
 
 
 class Cluster:
@@ -108,22 +100,15 @@ class Cluster:
         self.daemons[node].kill()
         self.daemons[node].wait()
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = (folder / "environ").read_bytes().split(b"\0")
-                if f"SLURMD_NODENAME={node}".encode() in variables:
+            with contextlib.suppress(OSError):
+                if f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                     os.kill(int(folder.name), signal.SIGKILL)
-            except OSError:
-                pass
 
     def close(self) -> None:
         self.say("scancel", "--user", "root")
         for daemon in reversed(self.daemons.values()):
-            daemon.terminate()
-        for daemon in self.daemons.values():
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
+            daemon.kill()
+            daemon.wait()
 
 
 @pytest.fixture(scope="module")
