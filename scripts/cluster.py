@@ -1,6 +1,6 @@
 """Trainings as jobs of Slurm, submitted through submitit.
 
-    ./run.sh table1 --slurm partition=gpu gpus=1 time=8:00:00 array=64   # the cells that are not done, one job array
+    ./run.sh table1 --slurm partition=gpu gpus=1 time=8:00:00 array=64   # the cells that are not done, as job arrays
     ./run.sh src --slurm nodes=2 gpus=8                                  # one meta-training on two nodes, by torchrun
     ./run.sh table1 --status                                             # also: ./run.sh src --status
 
@@ -9,9 +9,9 @@ are about and is written before they are submitted: so nothing is submitted twic
 """
 
 import argparse
-import contextlib
 import dataclasses
 import getpass
+import importlib.util
 import os
 import re
 import secrets
@@ -89,14 +89,14 @@ class Queue:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
 
-    def submissions(self) -> dict[Path, dict[str, list[str]]]:
-        """Folder of each, the newest last → what its tasks are about, in their order → what that needs."""
+    def submissions(self) -> dict[Path, list[str]]:
+        """Folder of each, the newest last → what its tasks are about, in their order."""
         files = sorted(self.folder.glob("*/jobs.json"), key=lambda file: file.stat().st_mtime_ns)
-        return {file.parent: load_json(file) for file in files}
+        return {file.parent: [*load_json(file)] for file in files}
 
     def tasks(self) -> dict[str, Task]:
         """What is in Slurm's queue, by what it is about."""
-        about = {folder.name: [*jobs] for folder, jobs in self.submissions().items()}
+        about = {folder.name: jobs for folder, jobs in self.submissions().items()}
         options = ("--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%j|%T|%r|%N")
         found = {}
         for line in slurm("squeue", *options).splitlines() if about else ():
@@ -126,80 +126,68 @@ def said_by_slurm(text: str) -> str:
 
 
 def submit(queue: Queue, work: Sequence[tuple[Job, tuple[Any, ...]]], options: Mapping[str, str]) -> None:
-    """Submit what is not in the queue as one job array, and say so; or refuse, with nothing submitted.
+    """Submit what is not in the queue, as one array what waits for the same jobs, and say so; or refuse.
 
     `work`: jobs, each with `one_job` or `one_node` and its arguments.
     """
-    folder = queue.folder / f"metaperturb-{queue.folder.name}-{secrets.token_hex(4)}"
-    executor = make_executor(folder, options)
+    check_cluster()
     lock = hold(queue.folder / ".lock")
     if lock is None:
         raise UserError(f"{queue.folder}: another command submits these just now")
     with lock:
-        release(queue)  # what a command left that was killed before it could
-        tasks = queue.tasks()
-        new = [(job, call) for job, call in work if job.id not in tasks]
+        ids = {job: task.id for job, task in queue.tasks().items()}
+        new, arrays = [(job, call) for job, call in work if job.id not in ids], defaultdict(list)
         if len(new) < len(work):
             print(f"{len(work) - len(new)} are in the queue already", file=sys.stderr)
-        if not new:
-            return
-        save_json({job.id: [need.id for need in job.needs] for job, _ in new}, folder / "jobs.json")
-        try:
-            with executor.batch():
-                handles = [executor.submit(*call) for _, call in new]
-        except Exception as error:  # of submitit
-            shutil.rmtree(folder)
-            raise UserError(f"sbatch: {said_by_slurm(str(error))}; nothing was submitted") from error
-        release(queue)
-    number = handles[0].job_id.partition("_")[0]
-    print(f"submitted {len(new)} as job {number}; --status says how far they are", file=sys.stderr)
+        there = ids.keys() | {job.id for job, _ in new}
+        for job, call in new:
+            arrays[tuple(need.id for need in job.needs if need.id in there)].append((job, call))
+        numbers = []
+        for needs, some in sorted(arrays.items()):  # first of what waits for nothing
+            folder = queue.folder / f"metaperturb-{queue.folder.name}-{secrets.token_hex(4)}"
+            share = len(some) / len(new)
+            executor = make_executor(folder, options, share, [ids[need] for need in needs])
+            save_json([job.id for job, _ in some], folder / "jobs.json")
+            try:
+                with executor.batch():
+                    handles = [executor.submit(*call) for _, call in some]
+            except Exception as error:  # of submitit
+                shutil.rmtree(folder)
+                what = f"only {', '.join(numbers)}" if numbers else "nothing"
+                raise UserError(f"sbatch: {said_by_slurm(str(error))}; {what} was submitted") from error
+            ids |= {job.id: handle.job_id for (job, _), handle in zip(some, handles, strict=True)}
+            numbers.append(handles[0].job_id.partition("_")[0])
+    if new:
+        print(f"submitted {len(new)} as job {' and '.join(numbers)}; --status says how far they are", file=sys.stderr)
 
 
-def make_executor(folder: Path, options: Mapping[str, str]):
-    """The one of submitit, with what every job of ours has."""
+def check_cluster() -> None:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("--slurm: there is no sbatch here; run this on a login node of the cluster, or without --slurm")
-    try:
-        import submitit
-    except ImportError:
-        raise UserError(f"--slurm needs submitit: {sys.executable} -m pip install submitit") from None
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError(f"--slurm needs submitit: {sys.executable} -m pip install submitit")
+
+
+def make_executor(folder: Path, options: Mapping[str, str], share: float, after: Sequence[str]):
+    """The one of submitit, with what every job of ours has; of the jobs at a time it gets a share."""
+    import submitit
+
     executor = submitit.SlurmExecutor(folder)
     more = {LONG_NAMES.get(key, key): value for key, value in options.items() if key != "array" and value != "0"}
-    # Held until it is known what waits for what.
-    always = {"hold": True, "requeue": True, "kill-on-invalid-dep": "yes", "signal": f"USR1@{SAVING}"}
+    more |= {"requeue": True, "kill-on-invalid-dep": "yes", "signal": f"USR1@{SAVING}"}
+    more |= {"dependency": f"afterok:{':'.join(after)}"} if after else {}
     path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
     executor.update_parameters(
         job_name=folder.name,
         time=None,  # the partition's, unless the options have it
         wckey=None,
-        array_parallelism=int(options.get("array", 1000)),
+        array_parallelism=max(1, int(share * int(options.get("array", 1000)))),
         stderr_to_stdout=True,
         setup=[f"export PYTHONPATH='{path}'"],
         teardown=REQUEUE.splitlines(),
-        additional_parameters={**more, **always},
+        additional_parameters=more,
     )
     return executor
-
-
-def release(queue: Queue) -> None:
-    """Tell Slurm what those wait for that are held, and let them begin; where it refuses, they are cancelled."""
-    tasks, waiting = queue.tasks(), defaultdict(list)
-    held = {job: task.id.partition("_")[::2] for job, task in tasks.items() if task.reason == "JobHeldUser"}
-    for job, needs in (item for jobs in queue.submissions().values() for item in jobs.items()):
-        if job in held and (before := ":".join(tasks[need].id for need in needs if need in tasks)):
-            number, index = held[job]
-            waiting[number, before].append(index)
-    numbers = sorted({number for number, _ in held.values()})
-    try:
-        for (number, before), indices in waiting.items():
-            which = f"{number}_[{','.join(indices)}]" if any(indices) else number
-            slurm("scontrol", "update", f"JobId={which}", f"Dependency=afterok:{before}")
-        for number in numbers:
-            slurm("scontrol", "release", number)
-    except BaseException:
-        with contextlib.suppress(UserError):
-            slurm("scancel", *numbers)
-        raise
 
 
 # --- on a node
@@ -273,9 +261,7 @@ def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequenc
         print("the same command with --slurm submits what failed again; what is saved of it stays", file=sys.stderr)
 
 
-def state_of(
-    job: Job, step: int, task: Task | None, submissions: Mapping[Path, Mapping[str, list[str]]]
-) -> tuple[str, str]:
+def state_of(job: Job, step: int, task: Task | None, submissions: Mapping[Path, list[str]]) -> tuple[str, str]:
     """Whether it is done, running, waiting, failed or to do, and what there is to say of that."""
     begun = f" (step {step} of {job.config.steps})" if step else ""
     if job.done:
@@ -286,7 +272,7 @@ def state_of(
         never = "; it may never start so: scancel it, and submit it with other options"
         why = never if task.reason.startswith(NEVER) else ""
         return "waiting", f"Slurm says {task.reason} (job {task.id}){begun}{why}"
-    about = [(folder, [*of]) for folder, of in submissions.items() if job.id in of]
+    about = [(folder, of) for folder, of in submissions.items() if job.id in of]
     if not about:
         return "to do", begun.strip()
     folder, ids = about[-1]

@@ -24,16 +24,12 @@ if (here / ("refuses-" + name)).exists():
 lines = queue.read_text().splitlines() if queue.exists() else []
 if name == "sbatch":
     script = pathlib.Path(sys.argv[1]).read_text()
-    (here / "script").write_text(script)
     number = 1 + sum(line.startswith("sbatch") for line in said.read_text().splitlines())
+    (here / f"script-{{number}}").write_text(script)
     array = re.search(r"--array=0-(\\d+)", script)
     ids = [f"{{number}}_{{i}}" for i in range(int(array[1]) + 1)] if array else [str(number)]
-    lines += [f"{{id_}}|{{re.search('--job-name=(.*)', script)[1]}}|PENDING|JobHeldUser|" for id_ in ids]
+    lines += [f"{{id_}}|{{re.search('--job-name=(.*)', script)[1]}}|PENDING|Priority|" for id_ in ids]
     print("Submitted batch job", number)
-if name == "scancel":
-    lines = [line for line in lines if not line.startswith(sys.argv[1])]
-if name == "scontrol" and sys.argv[1] == "release":
-    lines = [re.sub("JobHeldUser", "Priority", line) if line.startswith(sys.argv[2]) else line for line in lines]
 if name == "squeue":
     print(*lines, sep="\\n", end="")
 queue.write_text("\\n".join(lines))
@@ -45,12 +41,13 @@ class StandIn:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("sbatch", "squeue", "scontrol", "scancel", "srun"):
+        for name in ("sbatch", "squeue", "scontrol", "srun"):
             (folder / name).write_text(STAND_IN)
             (folder / name).chmod(0o755)
 
-    def said(self, program: str) -> list[str]:
-        return [line for line in (self.folder / "said").read_text().splitlines() if line.startswith(program)]
+    def script(self, number: int) -> str:
+        """Of a job."""
+        return (self.folder / f"script-{number}").read_text()
 
 
 @pytest.fixture
@@ -75,42 +72,41 @@ def submissions(tmp_path: Path) -> dict[Path, list[str]]:
 def test_cells_are_submitted_once_behind_what_they_need(slurm, path, tmp_path, capsys):
     command = parsed(path, tmp_path, "--slurm", "partition=gpu", "gpus=1", "time=1:00:00", "array=3", "--seeds", "0")
     run_experiment(command)
-    assert "submitted 4 as job 2" in capsys.readouterr().err
-    (one,) = submissions(tmp_path).values()
-    assert [job.partition("-")[0] for job in one] == ["phi", "base", "metaperturb", "dropout"]
-    script = (slurm.folder / "script").read_text()
-    for words in ("array=0-3%3", "gpus-per-node=1", "partition=gpu", "time=1:00:00", "hold", "requeue"):
-        assert f"#SBATCH --{words}\n" in script
-    assert f"#SBATCH --signal=USR1@{cluster.SAVING}\n" in script
-    assert slurm.said("scontrol") == ["scontrol update JobId=2_[2] Dependency=afterok:2_0", "scontrol release 2"]
+    assert "submitted 4 as job 2 and 3" in capsys.readouterr().err
+    about = [[job.partition("-")[0] for job in jobs] for jobs in submissions(tmp_path).values()]
+    assert about == [["phi", "base", "dropout"], ["metaperturb"]]
+    for words in ("array=0-2%2", "gpus-per-node=1", "partition=gpu", "time=1:00:00", "requeue"):
+        assert f"#SBATCH --{words}\n" in slurm.script(2)
+    assert f"#SBATCH --signal=USR1@{cluster.SAVING}\n" in slurm.script(2) and "dependency" not in slurm.script(2)
+    assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(3)
     run_experiment(command)
     assert "4 are in the queue already" in capsys.readouterr().err
     more = parsed(path, tmp_path, "--slurm", "--rows", "MetaPerturb")  # another seed of what needs the same φ
     run_experiment(more)
-    assert "2 are in the queue already" in capsys.readouterr().err and len(slurm.said("sbatch")) == 2
-    assert slurm.said("scontrol")[2:] == ["scontrol update JobId=3 Dependency=afterok:2_0", "scontrol release 3"]
+    assert "2 are in the queue already" in capsys.readouterr().err
+    assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(4) and not (slurm.folder / "script-5").exists()
 
 
-def test_killed_before_it_could_release_the_next_command_does(slurm, path, tmp_path, capsys, monkeypatch):
-    command = parsed(path, tmp_path, "--slurm", "--seeds", "0")
+def test_what_a_killed_command_had_not_submitted_the_next_one_does(slurm, path, tmp_path, capsys, monkeypatch):
+    command, make_executor = parsed(path, tmp_path, "--slurm", "--seeds", "0"), cluster.make_executor
     with monkeypatch.context() as killed:
-        killed.setattr(cluster, "release", lambda queue: queue.tasks() and sys.exit("killed"))
+        killed.setattr(cluster, "make_executor", lambda *how: sys.exit("killed") if how[-1] else make_executor(*how))
         with pytest.raises(SystemExit):
             run_experiment(command)
     (folder,) = submissions(tmp_path)
-    assert not slurm.said("scontrol")
     with cluster.hold(folder.parent / ".lock"):
         refused("another command submits these just now", run_experiment, command)
-    run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0", "--rows", "Base"))  # of these, one
-    assert "1 are in the queue already" in capsys.readouterr().err and len(slurm.said("sbatch")) == 1
-    assert slurm.said("scontrol") == ["scontrol update JobId=2_[2] Dependency=afterok:2_0", "scontrol release 2"]
+    capsys.readouterr()
+    run_experiment(command)
+    said = capsys.readouterr().err
+    assert "3 are in the queue already" in said and "submitted 1 as job 3" in said
+    assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(3)
 
 
 @pytest.mark.parametrize(
     ("program", "words", "said"),
     [
         ("sbatch", "sbatch: error: invalid partition specified: nope", "invalid partition specified: nope; nothing"),
-        ("scontrol", "scontrol: error: Invalid user id", "scontrol: Invalid user id"),
         ("squeue", "slurm_load_jobs error: Unable to contact slurm controller", "Unable to contact slurm controller"),
     ],
 )
@@ -125,7 +121,7 @@ def test_what_slurm_refuses_is_a_sentence_and_nothing_is_lost(slurm, path, tmp_p
     capsys.readouterr()
     run_experiment(command)
     assert ("in the queue already" if program == "squeue" else "submitted 4 as job") in capsys.readouterr().err
-    assert len((slurm.folder / "queue").read_text().splitlines()) == 4  # what could not be released was cancelled
+    assert len((slurm.folder / "queue").read_text().splitlines()) == 4
 
 
 def test_without_slurm_or_submitit_it_is_said(path, tmp_path, monkeypatch, slurm):
@@ -148,12 +144,11 @@ def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys)
     run_dir = tmp_path / "runs" / "small" / "paper" / base
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text('{"step": 2, "seconds": 10.0}\n')
-    _, running, _, waiting = (
-        (slurm.folder / "queue").read_text().splitlines()
-    )  # φ failed, which cancelled what needs it
+    # φ failed, which cancelled what needs it.
+    _, running, waiting, _ = (slurm.folder / "queue").read_text().splitlines()
     running = running.replace("PENDING|Priority|", "RUNNING|None|n0")
     (slurm.folder / "queue").write_text(running + "\n" + waiting.replace("Priority", "PartitionTimeLimit"))
-    (folder,) = submissions(tmp_path)
+    folder, _ = submissions(tmp_path)
     (folder / "2_0_0_log.out").write_text("error: no luck\nsrun: error: n0: task 0: Exited with exit code 1\n")
     capsys.readouterr()
     run_experiment(parsed(path, tmp_path, "--status", "--seeds", "0"))
@@ -161,11 +156,11 @@ def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys)
     assert first.startswith("failed  phi-") and f": no luck (log: {folder / '2_0_0_log.out'})" in first
     assert second == f"running {base}: step 2 of 6 (job 2_1 on n0)"
     assert third.startswith(f"failed  {meta}: not run, because phi-") and third.endswith(" failed or was cancelled")
-    assert "waiting dropout--" in fourth and "PartitionTimeLimit (job 2_3); it may never start so: scancel it" in fourth
+    assert "waiting dropout--" in fourth and "PartitionTimeLimit (job 2_2); it may never start so: scancel it" in fourth
     # 4 steps of Base and 6 of Dropout at 5 s
     assert last == "small paper: 0 done, 1 running, 1 waiting, 2 failed; about 00:50 left, 1 at a time"
     run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0"))
-    assert [*submissions(tmp_path).values()][-1] == [first.split()[1].strip(":"), meta]
+    assert [*submissions(tmp_path).values()][-2:] == [[first.split()[1].strip(":")], [meta]]
 
 
 def src(tmp_path: Path, source_settings: list[str], *words: str) -> int:
@@ -176,8 +171,7 @@ def test_a_meta_training_asks_for_no_more_than_its_tasks_keep_busy(slurm, source
     for said in ("5 tasks keep 2 GPUs of a node busy: asking for gpus=2", "1 are in the queue already"):
         assert src(tmp_path, source_settings, "--slurm", "nodes=2", "gpus=8", "steps=7") == 0
         assert said in capsys.readouterr().err
-    script = (slurm.folder / "script").read_text()
-    assert "#SBATCH --nodes=2\n" in script and "#SBATCH --gpus-per-node=2\n" in script
+    assert "#SBATCH --nodes=2\n" in slurm.script(2) and "#SBATCH --gpus-per-node=2\n" in slurm.script(2)
     settings = (tmp_path / "slurm" / "src" / "settings.yaml").read_text()
     assert "gpus: 0,1\n" in settings and "steps: 7\n" in settings
     assert src(tmp_path, source_settings, "--slurm", "nodes=6") == 1

@@ -145,9 +145,10 @@ def test_an_array_of_cells_is_stopped_requeued_and_the_same_to_the_bit(slurm, tm
     assert sum(" Dependency" in line for line in slurm.queue()) in (0, 2)  # MetaPerturb's, as long as there is no φ
     (log,) = wait_for(lambda: [*(tmp_path / "a" / "runs" / "small" / "six").glob("base--*--seed0--*/log.txt")])
     wait_for(lambda: "step" in log.read_text(), 600)
-    (jobs,) = (tmp_path / "a" / "runs" / "slurm" / "small" / "six").glob("*/jobs.json")
-    number = {line.partition("_")[0] for line in slurm.queue()}.pop()
-    task = f"{number}_{[*json.loads(jobs.read_text())].index(log.parent.name)}"
+    folder = tmp_path / "a" / "runs" / "slurm" / "small" / "six"
+    (jobs,) = [file for file in folder.glob("*/jobs.json") if log.parent.name in file.read_text()]
+    number = slurm.say("squeue", "--noheader", "--name", jobs.parent.name, "--format", "%F").split()[0]
+    task = f"{number}_{json.loads(jobs.read_text()).index(log.parent.name)}"
     slurm.say("scancel", "--signal=TERM", task)
     status = table("a", "--status")
     assert " (job " in status and "small six: " in status

@@ -4,7 +4,7 @@
     ./run.sh table2 --preset quick --jobs 4 --devices 0,1   # reduced; four trainings at a time on two GPUs
     ./run.sh table1 --rows Base MetaPerturb --columns CUB --seeds 0 1
     ./run.sh table3 --report                                # no training: the table of what is there
-    ./run.sh table1 --slurm partition=gpu gpus=1 time=8:00:00 array=64   # on a cluster: one job array; returns
+    ./run.sh table1 --slurm partition=gpu gpus=1 time=8:00:00 array=64   # on a cluster: job arrays; returns
     ./run.sh table1 --status                                # what is done, running, waiting, failed; the time left
 
 Data that are missing are named before anything runs. Finished cells (a JSON each, under --results) are skipped, cells
