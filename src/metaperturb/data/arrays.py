@@ -99,7 +99,9 @@ class Plan:
 
 
 def file_picture(place: Place, member: str, class_name: str) -> Picture:
-    """One of the files of a place."""
+    """One of the files of a place; `UserError`: an official list names it, but it is not there."""
+    if member not in place.files:
+        raise UserError(f"{place.path}: {member} is listed but missing; delete this and fetch it again")
     return Picture(class_name, printable(f"{place.path}: {member}"), place.files[member].read_bytes)
 
 

@@ -171,10 +171,6 @@ def _fetched(place: Path, fetch: bool) -> Path:
 
 def _listed(place: Place, rows: Iterable[tuple[str, str]], classes: Sequence[str]) -> Plan:
     """A plan for (member, class name) rows that an official list names."""
-    rows = list(rows)
-    for member, _ in rows:
-        if member not in place.files:
-            raise UserError(f"{place.path}: {member} is listed but missing; delete this and fetch it again")
     return Plan(str(place.path), classes, [file_picture(place, *row) for row in rows])
 
 
