@@ -674,9 +674,7 @@ def test_an_average_has_the_strength_of_the_network():
 
 
 def with_a_child_of_this_name():
-    model = SMALL()
-    model.metaperturb = nn.Linear(2, 2)
-    return model
+    return Net(functional_plain.run, **dict(functional_plain().named_children()), metaperturb=nn.Linear(2, 2))
 
 
 def compiled():
@@ -725,7 +723,7 @@ REFUSED = {
     "images too large": (lambda: network("conv4"), {"image_size": 64}, "image_size"),
     "attached": (lambda: quiet(SMALL()), {}, "detach"),
     "attached in part": (lambda: nn.Sequential(quiet(root_sum()), nn.Linear(5, 2)), {}, "attached already"),
-    "a child of this name": (with_a_child_of_this_name, {}, "ResNet has a 'metaperturb' of its own"),
+    "a child of this name": (with_a_child_of_this_name, {}, "Net has a 'metaperturb' of its own"),
     "functions": (lambda: of_functions(nn.Identity()), {}, r"put a metaperturb.Slot\(\) where"),
     "batch norm twice": (lambda: reused(nn.BatchNorm2d(4)), {}, TWICE),
     "a slot twice": (lambda: reused(metaperturb.Slot()), {}, TWICE),

@@ -14,14 +14,8 @@ from metaperturb.kernels import cpp
 from metaperturb.kernels.backend import draw_seed
 from metaperturb.perturbation import draws_at_first_site
 
-SHAPES = {
-    "self1": (3, 3),
-    "all1": (3, 3),
-    "self2": (3, 3),
-    "all2": (3, 3),
-    "scale_kernels": (4, 3, 3),
-    "scale_affine": (10,),
-}
+KERNELS = dict.fromkeys(("self1", "all1", "self2", "all2"), (3, 3))
+SHAPES = {**KERNELS, "scale_kernels": (4, 3, 3), "scale_affine": (10,)}
 
 
 @pytest.fixture(params=["plain", "fused"], autouse=True)
