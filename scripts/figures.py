@@ -230,18 +230,17 @@ def figures(arguments: argparse.Namespace) -> None:
     if arguments.figure == "phi":
         every_number(arguments)
         return
-    found = find_runs(arguments.sources or [arguments.runs])
-    sources = [run for run in found if not run.is_target]
-    targets = [run for run in found if run.is_target]
-    tell_phis_apart(targets, pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix"))
+    runs = find_runs(arguments.sources or [arguments.runs])
+    called = pairs("--call", arguments.call, "FILE=NAME, the file of a φ without its suffix")
+    tell_phis_apart([run for run in runs if run.is_target], called)
     if everything:
-        every_figure([*targets, *sources], arguments)
+        every_figure(runs, arguments)
         return
     (figure,) = chosen
-    runs = sources if figure.draw is learning else targets
+    program = "meta_train" if figure.draw is learning else "meta_test"
+    runs = [run for run in runs if run.result["program"] == program]
     if not runs:
-        what = "meta-training (./run.sh src)" if figure.draw is learning else "meta-testing (./run.sh tgt, table1, …)"
-        raise UserError(f"no finished run of {what} there")
+        raise UserError(f"no finished run of {program} there")
     if others := [run for run in runs if figure.alike(run) != figure.alike(runs[0])]:
         about = f"{others[0].path}: has another data set, network or length than {runs[0].path}"
         raise UserError(f"{about}, and a picture shows one (./run.sh figures draws each)")
@@ -260,10 +259,12 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
                 try:
                     figure.draw(some, arguments)
                 except NothingToShow:
-                    continue
+                    pass
                 except UserError as error:
                     refused += 1
                     print(f"{name} not drawn: {error}", file=sys.stderr)
+                for run in some:
+                    run.network = None  # a GPU does not hold those of all
     if refused:
         raise UserError(f"{refused} pictures were not drawn, for the reasons above")
 

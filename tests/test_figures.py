@@ -296,7 +296,7 @@ def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     refused("has another data set, network or length than", "learning", meta_trainings / "0", twin)
     (twin / "metrics.jsonl").unlink()
     refused("metrics.jsonl of MetaPerturb: no step that all seeds have", "learning", twin)
-    refused("no finished run of meta-training", "learning", runs, meta_trainings / "none")
+    refused("no finished run of meta_train there", "learning", runs, meta_trainings / "none")
     refused("no such folder", "learning", tmp_path / "nowhere")
     drawn("figures", meta_trainings / "0", "--out", tmp_path / "out")  # of meta-trainings alone
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["learning-folder-train-resnet8.csv"]
@@ -339,7 +339,7 @@ def test_what_does_not_belong_into_one_picture_is_refused(runs, tmp_path):
         ("two runs of base with one seed", "fig5", base, left(tmp_path / "twin", base)),
         ("has no scales s", "fig7", base),
         ("no such folder", "fig5", tmp_path / "nowhere"),
-        ("no finished run of meta-testing", "fig5", base / "checkpoints"),
+        ("no finished run of meta_test there", "fig5", base / "checkpoints"),
         ("expected KEY=VALUE", "fig8", runs, "--set", "pionts=3"),
         ("points: expected a whole number, got 'few'", "fig8", runs, "--set", "points=few"),
         ("counts: expected a whole number, got '1.5'", "fig6", runs, "--set", "counts=1,1.5"),
