@@ -15,11 +15,7 @@ ZOO: dict[str, Callable[[int, int], nn.Module]] = {
     "conv4": lambda num_classes, image_size: ConvNet(CONV4, num_classes, image_size),
     "conv6": lambda num_classes, image_size: ConvNet(CONV6, num_classes, image_size),
     "vgg9": lambda num_classes, image_size: ConvNet(VGG9, num_classes, image_size),
-    "resnet8": lambda num_classes, _: ResNet(1, num_classes),
-    "resnet20": lambda num_classes, _: ResNet(3, num_classes),
-    "resnet32": lambda num_classes, _: ResNet(5, num_classes),
-    "resnet44": lambda num_classes, _: ResNet(7, num_classes),
-    "resnet56": lambda num_classes, _: ResNet(9, num_classes),
+    **{f"resnet{6 * n + 2}": lambda num_classes, _, n=n: ResNet(n, num_classes) for n in (1, 3, 5, 7, 9)},
     "wrn_28_2": lambda num_classes, _: ResNet(4, num_classes, width=2),
 }
 
