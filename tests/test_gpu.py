@@ -105,7 +105,7 @@ def backend(tmp_path, monkeypatch):
         tries = f"import os, signal, time\nopen({str(tmp_path / 'tries')!r}, 'a').write('x')\n"
         shutil.copytree(cpp.cache_folder(), tmp_path / "cache/metaperturb", ignore=shutil.ignore_patterns("trial-*"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        code = "from metaperturb.kernels.cpp import *\n" + tries + textwrap.dedent(body)
+        code = "from metaperturb.kernels.cpp import *\n" + tries + body
         (tmp_path / "made_kernels.py").write_text(code)
         monkeypatch.syspath_prepend(str(tmp_path))
         return "made_kernels"
@@ -119,20 +119,11 @@ def refusal(module):
     return str(caught.value)
 
 
-CRASHES = """
-    def forward(*arguments):
-        os.kill(os.getpid(), signal.SIGSEGV)
-"""
-DIFFERS = """
-    def forward(*arguments):
-        out, *rest = cpp_forward(*arguments)
-        return out * 1.001, *rest
-    from metaperturb.kernels.cpp import forward as cpp_forward
-"""
-FAILS = """
-    def forward(*arguments):
-        raise RuntimeError("ptxas exited with code 255")
-"""
+FORWARD = "from metaperturb.kernels import cpp\ndef forward(*arguments):\n    "
+CRASHES = FORWARD + "os.kill(os.getpid(), signal.SIGSEGV)"
+KILLED = FORWARD + "os.kill(os.getpid(), signal.SIGKILL)"  # as by the system, out of memory
+DIFFERS = FORWARD + "out, *rest = cpp.forward(*arguments)\n    return out * 1.001, *rest"
+FAILS = FORWARD + "raise RuntimeError('ptxas exited with code 255')"
 
 
 def check_verdict(module, said, tmp_path):
@@ -181,22 +172,15 @@ def test_kernels_that_hang_are_not_used(backend, tmp_path, monkeypatch):
         monkeypatch.setattr(trial, "SILENCE", 0.0)
 
     threading.Thread(target=impatient, daemon=True).start()
-    body = f"""
-        def forward(*arguments):
-            open({str(hanging) + "-"!r}, "w").write(str(os.getpid()))
-            os.rename({str(hanging) + "-"!r}, {str(hanging)!r})
-            time.sleep(1e6)
-    """
-    check_verdict(backend(body), "on cpu they hang: no progress in 0 s", tmp_path)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(hanging.read_text()), 0)
+    body = f"import pathlib\nfile = pathlib.Path({str(hanging)!r})\n{FORWARD}"
+    body += "file.with_suffix('.new').write_text(str(os.getpid()))\n    file.with_suffix('.new').rename(file)"
+    check_verdict(backend(body + "\n    time.sleep(1e6)"), "on cpu they hang: no progress in 0 s", tmp_path)
+    assert not alive(int(hanging.read_text()))
 
 
 @pytest.mark.slow
 def test_what_says_nothing_about_the_kernels_is_not_kept(backend, tmp_path, monkeypatch):
-    module = backend(
-        "def forward(*arguments):\n    os.kill(os.getpid(), signal.SIGKILL)"
-    )  # by the system, out of memory
+    module = backend(KILLED)
     assert "on cpu they crash: SIGKILL; the next start tries them again" in refusal(module)
     with pytest.raises(Unavailable, match="could not be tried"):
         trial.check(module, torch.device("meta"))
