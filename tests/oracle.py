@@ -29,14 +29,9 @@ def softplus(a: np.ndarray) -> np.ndarray:
 
 
 class OracleSite:
-    """One site with its own running statistics.
+    """One site with its own running statistics; the arguments are those of `PerturbSite`, the weights by name.
 
-    Args:
-        weights: `self1`, `all1`, `self2`, `all2` `[3, 3]`, `scale_kernels` `[4, 3, 3]`, `scale_affine` `[10]`.
-        channels: C.
-        channel_norm: the channel count of the network's widest perturbed layer.
-        size_norm: the input image size.
-        scale_free: whether the noise sees h divided by its root mean square: the batch's, or the running one.
+    `scale_free`: the noise sees h divided by its root mean square, the batch's or the running one.
     """
 
     def __init__(

@@ -111,23 +111,16 @@ def test_every_image_once_an_epoch(count, batch_size):
 @pytest.mark.parametrize("batch_size", [3, 4, 25])
 def test_a_batch_is_a_function_of_its_number_and_the_global_seed(batch_size):
     """Whatever was asked for before: a resumed run asks for one batch of a fresh stream."""
-    steps = 12
-
-    def fresh():
-        return stream(random_images(10), batch_size, padding=1)
 
     def batch(batches, k, seed=100):
         torch.manual_seed(seed + k)
         return batches.batch(k)
 
-    forward, again = fresh(), fresh()
-    expected = [batch(forward, k) for k in range(steps)]
-    order = np.random.default_rng(0).permutation(np.tile(np.arange(steps), 2))
-    asked = [(again, k) for k in order.tolist()] + [(fresh(), steps - 1), (fresh(), 0)]
-    for batches, k in asked:
-        for a, b in zip(batch(batches, k), expected[k], strict=True):
-            assert torch.equal(a, b)
-    assert not torch.equal(batch(forward, 0, seed=200)[0], expected[0][0])
+    *fresh, again = (stream(random_images(10), batch_size, padding=1) for _ in range(13))
+    expected = [batch(batches, k) for k, batches in enumerate(fresh)]
+    for k in np.random.default_rng(0).permutation(np.tile(np.arange(12), 2)).tolist():
+        assert all(torch.equal(a, b) for a, b in zip(batch(again, k), expected[k], strict=True))
+    assert not torch.equal(batch(again, 0, seed=200)[0], expected[0][0])
 
 
 def test_the_order_depends_on_the_key_and_not_on_the_global_state():

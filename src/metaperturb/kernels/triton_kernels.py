@@ -58,21 +58,16 @@ def offsets(c, pixel, K):
 
 
 @jit
-def neighbour(p, y, x, inside, DY, DX, STEP, K):
-    mask = inside
-    if DY != 0:
-        mask = mask & (y + DY >= 0) & (y + DY < K.H)
-    if DX != 0:
-        mask = mask & (x + DX >= 0) & (x + DX < K.W)
-    return tl.load(p + (DY * K.W + DX) * STEP, mask=mask, other=0)
-
-
-@jit
 def neighbours(p, pixel, inside, STEP, K):
     """The 3×3 neighbourhood of each place that `p` points to, zeros around the map: nine tiles, row by row."""
     y, x, near = pixel // K.W, pixel % K.W, ()
     for i in tl.static_range(9):
-        near += (neighbour(p, y, x, inside, i // 3 - 1, i % 3 - 1, STEP, K),)
+        mask = inside
+        if i // 3 != 1:
+            mask = mask & (y + (i // 3 - 1) >= 0) & (y + (i // 3 - 1) < K.H)
+        if i % 3 != 1:
+            mask = mask & (x + (i % 3 - 1) >= 0) & (x + (i % 3 - 1) < K.W)
+        near += (tl.load(p + ((i // 3 - 1) * K.W + (i % 3 - 1)) * STEP, mask=mask, other=0),)
     return near
 
 
@@ -91,19 +86,11 @@ def feature_kernels(phi):
 
 
 @jit
-def convolve(near, w, DTYPE):
-    total = near[0].to(DTYPE) * w[0]
+def convolve(near, w, DTYPE, BACKWARD: constexpr = False):
+    """`BACKWARD`: from the gradient of the result to that of the input."""
+    total = (near[8] if BACKWARD else near[0]).to(DTYPE) * w[0]
     for i in tl.static_range(1, 9):
-        total += near[i].to(DTYPE) * w[i]
-    return total
-
-
-@jit
-def convolve_transposed(near, w, DTYPE):
-    """What `convolve` does, backward: from the gradient of its result to that of its input."""
-    total = near[8].to(DTYPE) * w[0]
-    for i in tl.static_range(1, 9):
-        total += near[8 - i].to(DTYPE) * w[i]
+        total += (near[8 - i] if BACKWARD else near[i]).to(DTYPE) * w[i]
     return total
 
 
@@ -516,7 +503,7 @@ def second_layer_backward(layer, gate, rows, parts, columns, K: constexpr):
         pixel = program % K.TILES * K.PIXELS + tl.arange(0, K.PIXELS)[None, :]
         w = kernel3x3(phi, 2)
         around = neighbours(grad_mu_mean + plane + pixel, pixel, pixel < K.PLANE, 1, K)
-        shared = convolve_transposed(around, kernel3x3(phi, 3), DTYPE)
+        shared = convolve(around, kernel3x3(phi, 3), DTYPE, True)
         if parts is not None:
             # γ₂ sees the mean of the hidden map and the sum of the gradient over channels: C times its mean.
             mean = tl.load(hidden_mean + plane + pixel, mask=pixel < K.PLANE, other=0)
@@ -530,7 +517,7 @@ def second_layer_backward(layer, gate, rows, parts, columns, K: constexpr):
             offset = offsets(c, pixel, K)
             near = neighbours(grad_mu + base + offset, pixel, inside, K.STEP, K)
             x = tl.load(hidden + base + offset, mask=inside, other=0)
-            value = tl.where(x <= 0, 0.0, convolve_transposed(near, w, DTYPE) + shared)
+            value = tl.where(x <= 0, 0.0, convolve(near, w, DTYPE, True) + shared)
             tl.store(hidden + base + offset, value, mask=inside)
             total += value
             if parts is not None:
@@ -586,7 +573,7 @@ def input_backward(layer, gate, direct, grad_h, parts, batch, columns, K: conste
             if grad_hidden is not None:
                 near = neighbours(grad_hidden_mean + plane + pixel, pixel, pixel < K.PLANE, 1, K)
                 if grad_h is not None:
-                    total += convolve_transposed(near, w_all, DTYPE)
+                    total += convolve(near, w_all, DTYPE, True)
                 if parts is not None:
                     # γ₁ sees the mean of h once, not once a channel, and C times the mean of the gradient.
                     once = (pixel < K.PLANE) & (first == 0)
@@ -594,7 +581,7 @@ def input_backward(layer, gate, direct, grad_h, parts, batch, columns, K: conste
                     sums_all = correlate(sums_all, near, m)
                 near = neighbours(grad_hidden + base + offset, pixel, inside, K.STEP, K)
                 if grad_h is not None:
-                    total += convolve_transposed(near, w, DTYPE)
+                    total += convolve(near, w, DTYPE, True)
                 if parts is not None:
                     sums = correlate(sums, near, x)
             if signs is not None:
@@ -628,7 +615,7 @@ def feature_gradient(feature, mean, weight, logit, inside, batch):
 
 @jit
 def sum_where(bits, BIT, w):
-    """`convolve_transposed` of a map that is 1 where the neighbourhood `bits` has `BIT`, else 0."""
+    """`convolve`, backward, of a map that is 1 where the neighbourhood `bits` has `BIT`, else 0."""
     total = tl.where((bits[8] & BIT) != 0, w[0], 0.0)
     for i in tl.static_range(1, 9):
         total = tl.where((bits[8 - i] & BIT) != 0, total + w[i], total)
