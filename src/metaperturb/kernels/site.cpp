@@ -438,10 +438,14 @@ struct Sheet {
             }
     }
 
-    void accumulate(const T *__restrict sheet, T *__restrict sum) const {
-        for (int64_t x = 0; x < span; x += Register<T>::width)
-            for (int64_t i = first + x, end = i + height * pitch; i < end; i += pitch)
-                store(sum + i, load(sum + i) + load(sheet + i));
+    // Σ of all sheets of an image.
+    void accumulate(const T *__restrict sheets, T *__restrict sum) const {
+        for (int64_t y = 0; y < height; ++y)
+            for (int64_t i = first + y * pitch, end = i + span; i < end; i += Register<T>::width) {
+                Vector<T> total = load(sheets + i);
+                for (int64_t g = 1; g < groups; ++g) total += load(sheets + g * size + i);
+                store(sum + i, total);
+            }
     }
 
     // Replaces each plane of a sheet by `factor` times the sum of all.
@@ -675,23 +679,19 @@ struct Workspace {
         const Kernel<T> self(site.phi + SELF1), all(site.phi + ALL1), all2(site.phi + ALL2);
         const T share = T(1) / T(site.channels);
         const Vector<T> zero = Vector<T>{} + opaque(T(0));
-        std::fill_n(mean(), p.size, T(0));
-        std::fill_n(hidden_mean(), p.size, T(0));
-        for (int64_t g = 0; g < p.groups; ++g) {
-            p.expand(g, image + g * p.planes * p.pixels(), h(g * p.size));
-            p.accumulate(h(g * p.size), mean());
-        }
+        for (int64_t g = 0; g < p.groups; ++g) p.expand(g, image + g * p.planes * p.pixels(), h(g * p.size));
+        p.accumulate(h(), mean());
         p.share_sum(mean(), share);
         convolve(p, all, mean(), shared());
         for (int64_t g = 0; g < p.groups; ++g) {
             const I *inside = p.inside(g);
-            T *out = hidden(g * p.size), *sum = hidden_mean();
+            T *out = hidden(g * p.size);
             convolve(p, self, h(g * p.size), shared(), [=](Vector<T> value, int64_t x, int64_t, int64_t at) {
                 value = Vector<T>(Vector<I>(at_least(zero, value)) & load(inside + x));
                 store(out + at, value);
-                store(sum + at, load(sum + at) + value);
             });
         }
+        p.accumulate(hidden(), hidden_mean());
         p.share_sum(hidden_mean(), share);
         convolve(p, all2, hidden_mean(), shared());
     }
@@ -1088,23 +1088,21 @@ void mu_backward(const Site<T> &site, Workspace<T> &w, Buffer<T> &grad_mu, T *im
         all2(site.phi + ALL2, true, share);
     T *sum = w.sheet();
 
-    std::fill_n(sum, p.size, T(0));
-    for (int64_t g = 0; g < p.groups; ++g) p.accumulate(grad_mu(g * p.size), sum);
+    p.accumulate(grad_mu(), sum);
     if (grad_phi) correlate(p, sum, w.hidden_mean(), grad_phi + ALL2);
     p.share_sum(sum, T(1));
     convolve(p, all2, sum, w.shared());
 
-    std::fill_n(sum, p.size, T(0));
     for (int64_t g = 0; g < p.groups; ++g) {
         T *hidden = w.hidden(g * p.size);
         if (grad_phi) correlate(p, grad_mu(g * p.size), hidden, grad_phi + SELF2);
         convolve(p, self2, grad_mu(g * p.size), w.shared(), [=](Vector<T> through, int64_t, int64_t, int64_t at) {
             const Vector<T> zero{}, value = load(hidden + at) > zero ? through : zero;  // 0 outside the planes, as `hidden` is
             store(hidden + at, value);
-            store(sum + at, load(sum + at) + value);
         });
         if (grad_phi) correlate(p, hidden, w.h(g * p.size), grad_phi + SELF1);
     }
+    p.accumulate(w.hidden(), sum);
     if (grad_phi) correlate(p, sum, w.mean(), grad_phi + ALL1);
     if (!site.h_gradient) return;
     p.share_sum(sum, T(1));
