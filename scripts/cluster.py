@@ -244,21 +244,19 @@ def wait_for(path: Path) -> None:
 def tell_status(title: str, queue: Queue, jobs: Sequence[Job], finished: Sequence[str]) -> None:
     """A line for each job that is not done, and one for all, which counts the ids in `finished` as well."""
     tasks, submissions = queue.tasks(), queue.submissions()
-    newest = {job.id: [{"step": 0}, *read_metrics(job.run_dir)][-1] for job in jobs}  # line of its metrics
     count, left = Counter(done=len(finished)), []
     for job in jobs:
-        state, more = state_of(job, newest[job.id]["step"], tasks.get(job.id), submissions)
+        newest = [{"step": 0}, *read_metrics(job.run_dir)][-1]
+        state, more = state_of(job, newest["step"], tasks.get(job.id), submissions)
         count[state] += 1
         if state != "done":
             print(f"{state:8}{job.id}{': ' if more else ''}{more}")
         if state not in ("done", "failed"):
-            left.append((max(0, job.config.steps - newest[job.id]["step"]), newest[job.id]))
+            left.append((max(0, job.config.steps - newest["step"]), newest))
     told = ", ".join(f"{count[state]} {state}" for state in ("done", "running", "waiting", "failed"))
     told += f", {count['to do']} to do" if count["to do"] else ""
-    told += f"; {time_left(left, max(1, count['running']))}" if left or count["failed"] else ""
+    told += f"; {time_left(left, max(1, count['running']))}" if left else ""
     print(f"{title}: {told}")
-    if count["failed"]:
-        print("the same command with --slurm submits what failed again; what is saved of it stays", file=sys.stderr)
 
 
 def state_of(job: Job, step: int, task: Task | None, submissions: Mapping[Path, list[str]]) -> tuple[str, str]:
