@@ -71,8 +71,9 @@ class Finished:
         self.path, self.result = path, result  # its folder, or the record's file
         self.config = config = vars(from_record(PROGRAMS[result["program"]], result["config"]))
         self.seed, self.steps, self.model = config["seed"], config["steps"], config["model"]
-        self.is_target = result["program"] == "meta_test"
+        self.is_target, self.is_source = (result["program"] == name for name in ("meta_test", "meta_train"))
         self.has_network = self.is_target and path.is_dir()
+        self.has_scales = self.has_network and config["method"] == "metaperturb" and config["gate"]
         if self.is_target:
             self.method, self.accuracy = config["method"], result["metrics"]["accuracy"]
             size, split = config["image_size"], config["eval_split"]
@@ -237,10 +238,9 @@ def figures(arguments: argparse.Namespace) -> None:
         every_figure(runs, arguments)
         return
     (figure,) = chosen
-    program = "meta_train" if figure.draw is learning else "meta_test"
-    runs = [run for run in runs if run.result["program"] == program]
+    runs = [run for run in runs if run.is_source == (figure.takes == "is_source")]
     if not runs:
-        raise UserError(f"no finished run of {program} there")
+        raise UserError(f"no finished run of {'meta_train' if figure.takes == 'is_source' else 'meta_test'} there")
     if others := [run for run in runs if figure.alike(run) != figure.alike(runs[0])]:
         about = f"{others[0].path}: has another data set, network or length than {runs[0].path}"
         raise UserError(f"{about}, and a picture shows one (./run.sh figures draws each)")
@@ -255,7 +255,7 @@ def every_figure(runs: Sequence[Finished], arguments: argparse.Namespace) -> Non
         if len(by_folder) > 1:
             arguments.where = slug(os.path.relpath(folder, os.path.commonpath(by_folder)))
         for name, figure in FIGURES.items():
-            for some in grouped(filter(figure.takes, of_folder), figure.alike).values():
+            for some in grouped(filter(operator.attrgetter(figure.takes), of_folder), figure.alike).values():
                 try:
                     figure.draw(some, arguments)
                 except NothingToShow:
@@ -451,7 +451,7 @@ class Figure(NamedTuple):
     """A figure's command, and what `./run.sh figures` draws with it."""
 
     draw: Callable[[Sequence[Finished], argparse.Namespace], None]  # refuses what does not go together
-    takes: Callable[[Finished], bool] = operator.attrgetter("is_target")  # whether `figures` has a run in one
+    takes: str = "is_target"  # what `figures` has in one: attribute of a run
     alike: Callable[[Finished], Any] = lambda run: (data_of(run), run.steps)  # equal for runs of one picture
     analyses: tuple[type, ...] = ()  # settings that `--set` changes
 
@@ -460,25 +460,20 @@ def pictures(*of_runs: tuple[str, Callable, Any]) -> Callable[[Sequence[Finished
     return lambda runs, arguments: of_methods(runs, arguments, *of_runs)
 
 
-def has_scales(run: Finished) -> bool:
-    return run.has_network and run.method == "metaperturb" and run.config["gate"]
-
-
-has_network = operator.attrgetter("has_network")
 LENGTHS = functools.partial(growth, kind="lengths", setting="steps", of="steps")
 AMOUNT = functools.partial(growth, kind="amount", setting="train_per_class", of="train_images")
 CALIBRATION = ("fig6 calibration", plots.plot_reliability, Sampling), ("fig6 samples", plots.plot_samples, Sampling)
 ROBUSTNESS = ("fig6 robustness", plots.plot_robustness, Attack)
 FIGURES = {
-    "fig5": Figure(pictures(("fig5", plots.plot_convergence, operator.attrgetter("curve"))), has_network),
-    "fig6": Figure(pictures(*CALIBRATION, ROBUSTNESS), has_network, analyses=(Attack, Sampling)),
-    "fig7": Figure(scales, has_scales, operator.attrgetter("model")),
-    "fig8": Figure(surfaces, has_network, analyses=(Plane,)),
+    "fig5": Figure(pictures(("fig5", plots.plot_convergence, operator.attrgetter("curve"))), "has_network"),
+    "fig6": Figure(pictures(*CALIBRATION, ROBUSTNESS), "has_network", analyses=(Attack, Sampling)),
+    "fig7": Figure(scales, "has_scales", operator.attrgetter("model")),
+    "fig8": Figure(surfaces, "has_network", analyses=(Plane,)),
     "compare": Figure(pictures(("compare", plots.plot_comparison, lambda run: run.result["metrics"]))),
     "lengths": Figure(LENGTHS, alike=data_of),
     "amount": Figure(AMOUNT, alike=lambda run: (run.images[1], run.model, run.steps)),
     "effort": Figure(effort),
-    "learning": Figure(learning, lambda run: not run.is_target, lambda run: run.result["source"]["fingerprint"]),
+    "learning": Figure(learning, "is_source", lambda run: run.result["source"]["fingerprint"]),
 }
 
 

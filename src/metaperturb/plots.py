@@ -358,8 +358,7 @@ def plot_samples(results: Results) -> Drawn:
         columns = zip(samples, *(found[key].mean(axis=0) for key in keys), strict=True)
         rows += [(name, *column, len(runs)) for column in columns]
     grid[2].set(yscale="log")
-    locators = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_locator": NullLocator()}
-    grid[2].yaxis.set(major_formatter="{x:g}", **locators)
+    grid[2].yaxis.set(major_formatter="{x:g}", major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
     return figure, rows
 
 
