@@ -135,19 +135,38 @@ def test_the_oracle_knows_philox():
         assert tuple(philox(counter_and_key[:4], counter_and_key[4:])) == words
 
 
+def test_distribution_of_the_noise():
+    noise = cpp.draw_noise(torch.tensor(11), torch.empty(64, 16, 32, 32)).double()
+    n = noise.numel()
+    # Mean, variance, third and fourth moment of a normal, in standard errors of their estimates.
+    moments = torch.stack([noise.mean(), noise.var(), (noise**3).mean(), (noise**4).mean()])
+    errors = (moments - torch.tensor([0.0, 1.0, 0.0, 3.0])).abs() * (n / torch.tensor([1, 2, 15, 96])).sqrt()
+    assert errors.max() < 4.5
+    distance = (torch.special.ndtr(noise.flatten().sort().values) - (torch.arange(n) + 0.5) / n).abs().max()
+    assert distance < 1.95 / n**0.5  # Kolmogorov and Smirnov's test at the level 0.001
+    for tail in (3.0, 4.0):
+        expected = n * 2 * torch.special.ndtr(torch.tensor(-tail, dtype=torch.float64))
+        assert abs((noise.abs() > tail).sum() - expected) < 4.5 * expected**0.5
+
+
 def test_noise_is_not_correlated():
-    """Between sites, tasks and steps; what a seed gives is the oracle's."""
+    """Within a map, whose quarters come from one call of Philox, and between sites, tasks and steps."""
     like = torch.empty(32, 8, 32, 32)
-    pairs = {"seeds": (11, 12), "seeds with other high bits": (11, 11 + (1 << 40))}
-    seeds = []
+    a = cpp.draw_noise(torch.tensor(11), like)
+    pairs = {"pixels": (a[..., 1:], a[..., :-1]), "rows": (a[:, :, 1:], a[:, :, :-1])}
+    pairs |= {"channels": (a[:, 1:], a[:, :-1]), "images": (a[1:], a[:-1])}
+    pairs |= {f"quarters {i}": (a[:, :, 8 * i : 8 * i + 8], a[:, :, 8 * i + 8 : 8 * i + 16]) for i in range(3)}
+    seeds = {"seeds": (11, 12), "seeds with other high bits": (11, 11 + (1 << 40))}
+    drawn = []
     for task, step in ((0, 0), (1, 0), (0, 1)):
         seed_torch(0, task, "theta_step", step)
-        seeds += [draw_seed(like.device).item() for _ in range(2)]  # two sites
-    pairs |= {name: (seeds[0], seeds[i]) for name, i in (("sites", 1), ("tasks", 2), ("steps", 4))}
-    for name, pair in pairs.items():
-        x, y = (cpp.draw_noise(torch.tensor(seed), like).flatten() for seed in pair)
+        drawn += [draw_seed(like.device).item() for _ in range(2)]  # two sites
+    seeds |= {name: (drawn[0], drawn[i]) for name, i in (("sites", 1), ("tasks", 2), ("steps", 4))}
+    pairs |= {name: [cpp.draw_noise(torch.tensor(seed), like) for seed in both] for name, both in seeds.items()}
+    for name, (x, y) in pairs.items():
         for power in (1, 2):  # values and their squares: what makes pairs of Box and Muller alike shows in the radius
-            assert abs(torch.corrcoef(torch.stack([x**power, y**power]))[0, 1]) < 4.5 / len(x) ** 0.5, name
+            r = torch.corrcoef(torch.stack([x.flatten() ** power, y.flatten() ** power]))[0, 1]
+            assert abs(r) < 4.5 / x.numel() ** 0.5, name
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 6, 6), (5, 300, 2, 2)])
