@@ -81,7 +81,8 @@ def test_cells_are_submitted_once_behind_what_they_need(slurm, path, tmp_path, c
     assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(3)
     run_experiment(command)
     assert "4 are in the queue already" in capsys.readouterr().err
-    more = parsed(path, tmp_path, "--slurm", "--rows", "MetaPerturb")  # another seed of what needs the same φ
+    # Another seed of what needs the same φ, on a device that is not here.
+    more = parsed(path, tmp_path, "--slurm", "--rows", "MetaPerturb", "--devices", "7")
     run_experiment(more)
     assert "2 are in the queue already" in capsys.readouterr().err
     assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(4) and not (slurm.folder / "script-5").exists()
