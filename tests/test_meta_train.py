@@ -406,6 +406,12 @@ def setting(here):
     return build
 
 
+def test_the_norm_of_phis_gradient_is_that_of_the_mean_over_tasks():
+    tables = torch.zeros(2, 2, 82 + len(program.METRICS))
+    tables[:, 0, 0], tables[:, 1, 0], tables[:, :, 1] = 3.0, -3.0, 4.0
+    assert program.summarize(tables)["phi_gradient_norm"] == 4.0
+
+
 def test_no_gradient_is_computed_that_is_thrown_away(setting, monkeypatch):
     _, phi, (task, *_) = setting()
     wanted, cross_entropy = [], F.cross_entropy

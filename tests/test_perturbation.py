@@ -225,6 +225,12 @@ def test_noise_has_mean_zero_and_variance_one():
         assert abs((noise**4).mean() - 3) < 0.15  # normal
 
 
+def test_softplus_of_large_arguments():
+    site, h = PerturbSite(MetaPerturb(), 3).eval(), torch.ones(2, 3, 4, 4)
+    low, high = (site(h, noise=torch.full_like(h, eps)) for eps in (100.0, 200.0))  # e^100 is no float32
+    torch.testing.assert_close(high, 2 * low, rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_noise_differs_between_calls_and_sites_and_follows_the_seed(training, kernel):
     phi = make_phi()
