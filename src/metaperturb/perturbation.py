@@ -377,7 +377,7 @@ class PerturbSite(UsesPhi):
             h, draws = h.repeat(draws, 1, 1, 1), 1
         more = {"draws": draws} if whole else {}
         if usage.paper:
-            arguments = h, flat, noise, self.running_mean, self.running_var, self._settings(h, noise, relu)
+            arguments = h, flat, noise, self.running_mean, self.running_var, self._settings(h, usage, noise, relu)
             if backend is None:
                 return plain.site(*arguments)
             return fused.site(backend, *arguments, **more, **({} if shortcut is None else {"shortcut": shortcut}))
@@ -394,12 +394,11 @@ class PerturbSite(UsesPhi):
     def scale(self, h: Tensor) -> Tensor:
         """s: `[C]`, from the batch in training mode, from the running statistics in evaluation mode."""
         self._check(h)
-        phi, settings = self.phi.tensors(), self._settings(h)
+        phi, settings = self.phi.tensors(), self._settings(h, self.attachment.current())
         mean, var = plain.batch_statistics(h, phi) if settings.training else (self.running_mean, self.running_var)
         return plain.scale(mean, var, phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)
 
-    def _settings(self, h: Tensor, noise: Tensor | None = None, relu: bool = False) -> Settings:
-        usage = self.attachment.current()
+    def _settings(self, h: Tensor, usage: Usage, noise: Tensor | None = None, relu: bool = False) -> Settings:
         return Settings(
             training=self._uses_batch(h),
             noise=usage.noise,
