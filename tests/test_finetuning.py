@@ -169,6 +169,7 @@ REFUSED = {
             ("shape", WHOLE[..., :1, :1], "should be [16, 16, 3, 3], found torch.float32 [16, 16, 1, 1]"),
             ("kind", WHOLE.to(torch.int8), "should be [16, 16, 3, 3], found torch.int8"),
             ("complex", WHOLE.to(torch.complex64), "should be [16, 16, 3, 3], found torch.complex64"),
+            ("sparse", WHOLE.to_sparse(), "should be [16, 16, 3, 3], found no dense tensor (Tensor)"),
             ("not finite", WHOLE + float("nan"), "holds values that are not finite"),
         )
     },

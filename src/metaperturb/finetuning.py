@@ -112,7 +112,8 @@ def initialize(
 
 def _mismatch(name: str, own: Tensor, given: Any) -> str:
     """How an entry of a file differs from what the network needs, or nothing."""
-    if isinstance(given, Tensor) and given.shape == own.shape and given.is_floating_point() == own.is_floating_point():
+    dense = isinstance(given, Tensor) and given.layout == own.layout and not given.is_meta
+    if dense and given.shape == own.shape and given.is_floating_point() == own.is_floating_point():
         return ""
-    found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    found = f"{given.dtype} {list(given.shape)}" if dense else f"no dense tensor ({type(given).__name__})"
     return f"{name} should be {list(own.shape)}, found {found}"
