@@ -25,7 +25,7 @@ import metaperturb.meta_train as program
 from metaperturb import kernels
 from metaperturb.config import MetaTrainConfig, load_config
 from metaperturb.data.batches import DeviceImages
-from metaperturb.distributed import Group, backend_for, choose_devices, launch, parse_devices
+from metaperturb.distributed import Group, PeerLost, _cause, backend_for, choose_devices, launch, parse_devices
 from metaperturb.errors import Diverged
 from metaperturb.perturbation import MetaPerturb
 from metaperturb.runs import Run
@@ -182,6 +182,12 @@ def test_worker_killed_ends_all_within_seconds(here, tmp_path):
     line = error_line(err)
     assert "process 1 (cpu) was killed by SIGKILL" in line and "goes on with what is saved" in line
     assert not any(alive(pid) for pid in workers) and latest(tmp_path).exists()
+
+
+def test_a_process_that_only_lost_contact_with_another_is_not_the_cause(tmp_path):
+    codes = [PeerLost.exit_code, -signal.SIGKILL]  # the first is seen before the one that was killed
+    cause = _cause(0, codes, [torch.device("cpu")] * 2, tmp_path, 0)
+    assert "process 1 (cpu) was killed by SIGKILL (out of memory?)" in str(cause)
 
 
 @pytest.mark.slow
