@@ -245,6 +245,13 @@ def test_another_kernel_on_resume_is_said(reference, unfinished, run_dir, capsys
     assert result(run_dir)["kernel"] == "plain"
 
 
+def test_statistics_of_one_pass_are_of_images_augmented_as_in_training(settings, run_dir, monkeypatch):
+    augmented, make = [], program.TrainingBatches
+    monkeypatch.setattr(program, "TrainingBatches", lambda *how: augmented.append(how[-1]) or make(*how))
+    train(run_dir, settings, "recipe=trivial_augment steps=1")
+    assert len(augmented) == 2 and None not in augmented
+
+
 def test_settings_without_effect_are_said(settings, run_dir, capsys):
     changes = "method=base recipe=mixup mixup_alpha=0.5 dropblock_prob=0.5 clip=3 steps=1 holdout=0.5"
     train(run_dir, settings, changes, "gpu=auto")
