@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metaperturb.cli import PARENT
+from metaperturb.cli import PARENT, Stop
 from metaperturb.errors import Diverged, UserError
 from metaperturb.runs import clock
 from metaperturb.storage import reason, save_yaml
@@ -98,10 +98,11 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], at_once: int, retries:
                 free.append(device)
                 end(job, *_outcome(job, process.returncode, last_line(job.run_dir / LOG, log_begin)))
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        with Stop(tell=False):  # Slurm passes on a signal twice, and ends what is left when we are gone
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
     return failed
 
 
