@@ -314,6 +314,7 @@ def test_columns_may_differ_in_images_but_a_column_mixes_none_and_phi_in_how_man
         (("--rows", "Bas"), "--rows 'Bas' is unknown; did you mean 'Base'?"),
         (("--seeds", "7"), "--seeds 7 is unknown (0, 1)"),
         (("--devices", "tpu"), "expected GPU numbers or 'cpu'"),
+        (("--jobs", "0"), "--jobs: must be at least 1, got 0"),
         (("--path", "Bugs"), "--path Bugs: expected NAME=PATH"),
         (("--report",), "no finished cell of this table yet"),
     ],

@@ -43,7 +43,9 @@ def test_first_and_second_derivatives_against_finite_differences(drawn):
 
     def function(h, phi):
         torch.manual_seed(5)  # the same draw every time
-        return kernels.fused.site(cpp, h, phi, noise, site.running_mean, site.running_var, site._settings(h))
+        return kernels.fused.site(
+            cpp, h, phi, noise, site.running_mean, site.running_var, site._settings(h, site.attachment.current())
+        )
 
     assert torch.autograd.gradcheck(function, (h, site.phi.flat))
     assert torch.autograd.gradgradcheck(function, (h, site.phi.flat), fast_mode=True)

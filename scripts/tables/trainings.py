@@ -138,7 +138,9 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> Path | None:
     check(results, todo, jobs)
     devices = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
     threads = max(cell.config.threads or available_cores() for cell in todo)
-    at_once = max(1, arguments.jobs or (len(devices) if "cpu" not in devices else available_cores() // threads))
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError(f"--jobs: must be at least 1, got {arguments.jobs}")
+    at_once = arguments.jobs or (len(devices) if "cpu" not in devices else max(1, available_cores() // threads))
     head = f"{title}: {len(todo)} of {len(cells)} cells to run, {at_once} at a time on {','.join(devices)}"
     print(head, file=sys.stderr)
     if failed := run_jobs(jobs, devices, at_once):
