@@ -1,5 +1,6 @@
 """What a regularizer may do to a training run; φ as one, and several at once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
@@ -57,16 +58,16 @@ class Method:
         return F.cross_entropy(logits, labels)
 
 
-class SiteMethod(Method):
+class SiteMethod(Method, ABC):
     """A method that acts on feature maps, with a module at each of the sites where MetaPerturb acts.
 
     Most sites precede a ReLU, while some originals act behind it: what multiplies by numbers that are not negative does
     the same on either side.
     """
 
+    @abstractmethod
     def site(self, channels: int) -> nn.Module:
         """The module for one site: feature map `[B, C, H, W]` → the same shape."""
-        raise NotImplementedError
 
     def prepare(self, model: nn.Module, train: ImageArrays) -> None:
         specs = find_sites(model, train.image_size)
