@@ -15,6 +15,7 @@ RUN pip install --no-cache-dir --requirement requirements.txt
 COPY . .
 
 # Kernels are compiled once and kept beside the data.
-ENV VENV=none PYTHON=python XDG_CACHE_HOME=/metaperturb/data/compiled TRITON_CACHE_DIR=/metaperturb/data/compiled/triton
+ENV VENV=none PYTHON=python XDG_CACHE_HOME=/metaperturb/data/compiled \
+    TORCHINDUCTOR_CACHE_DIR=/metaperturb/data/compiled/inductor
 ENTRYPOINT ["./run.sh"]
 CMD ["help"]

@@ -20,7 +20,7 @@
 #   ./run.sh docs              README, docs/, results/ and the docstrings as a site, in build/site
 #   ./run.sh panel             try φ in some 120 CNNs of torchvision and timm, into results/panel.md
 #   ./run.sh bench             measure how fast it is, into results/benchmark
-#   ./run.sh gpu-check         try a GPU in nine minutes: kernels, speed, both programs, NCCL; into results/gpu
+#   ./run.sh gpu-check         try a GPU in nine minutes: sites, speed, both programs, NCCL; into results/gpu
 #   ./run.sh test              the tests
 #
 # --slurm [partition=… gpus=…] behind src or a table submits it to Slurm (docs/cluster.md); --status says how far it is.

@@ -1,4 +1,4 @@
-"""What sets the fused kernel of the CPU apart: its derivatives, its noise, and how a kernel is chosen and built."""
+"""What sets the fused kernel of the CPU apart, sites compiled by PyTorch, and how a kernel is chosen and built."""
 
 import functools
 import os
@@ -15,8 +15,7 @@ from test_fused import maps
 from torch import nn
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels, models
-from metaperturb.kernels import cpp, trial
-from metaperturb.kernels.backend import draw_seed
+from metaperturb.kernels import compiled, cpp, fused, plain, trial
 from metaperturb.randomness import seed_torch
 
 # Not where the kernel is not used: one that computes something else would then be skipped.
@@ -43,8 +42,8 @@ def test_first_and_second_derivatives_against_finite_differences(drawn):
 
     def function(h, phi):
         torch.manual_seed(5)  # the same draw every time
-        return kernels.fused.site(
-            cpp, h, phi, noise, site.running_mean, site.running_var, site._settings(h, site.attachment.current())
+        return fused.site(
+            h, phi, noise, site.running_mean, site.running_var, site._settings(h, site.attachment.current())
         )
 
     assert torch.autograd.gradcheck(function, (h, site.phi.flat))
@@ -162,7 +161,7 @@ def test_noise_is_not_correlated():
     drawn = []
     for task, step in ((0, 0), (1, 0), (0, 1)):
         seed_torch(0, task, "theta_step", step)
-        drawn += [draw_seed(like.device).item() for _ in range(2)]  # two sites
+        drawn += [fused.draw_seed().item() for _ in range(2)]  # two sites
     seeds |= {name: (drawn[0], drawn[i]) for name, i in (("sites", 1), ("tasks", 2), ("steps", 4))}
     pairs |= {name: [cpp.draw_noise(torch.tensor(seed), like) for seed in both] for name, both in seeds.items()}
     for name, (x, y) in pairs.items():
@@ -185,6 +184,59 @@ def test_nothing_depends_on_the_number_of_threads(shape):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# --- sites compiled by PyTorch, as on a GPU
+
+
+def test_a_stencil_is_the_convolution():
+    for shape in ((2, 3, 5, 6), (1, 2, 1, 1)):
+        found = []
+        for convolve in (plain._depthwise_conv, plain._stencil):
+            x, kernel = maps(*shape).requires_grad_(), maps(3, 3, seed=2).requires_grad_()
+            out = convolve(x, kernel)
+            found.append((out, *torch.autograd.grad(out, [x, kernel], maps(*shape, seed=3))))
+        torch.testing.assert_close(*found)
+
+
+def test_a_compilation_serves_sites_of_all_widths_sizes_and_strengths(monkeypatch):
+    built, compile = [], torch.compile
+    options = {"backend": lambda graph, inputs: built.append(graph) or graph, "fullgraph": True}
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compile(function, **more, **options))
+    monkeypatch.setattr(compiled, "_compiled", functools.cache(compiled._compiled.__wrapped__))
+    monkeypatch.setattr(plain, "_depthwise_conv", plain._stencil)
+    torch._dynamo.reset()
+    phi, kept = test_fused.make_phi(torch.float32), None
+    for training in (True, False):
+        for shape, strength in (((6, 5, 7, 9), 0.2), ((3, 8, 12, 12), 0.9), ((5, 33, 3, 2), 0.5)):
+            h, noise = maps(*shape).float().requires_grad_(), maps(*shape, seed=2).float()
+            site, results = test_fused.settings(training, strength=strength), []
+            for backend in (plain, compiled):
+                running = [s.float() for s in test_fused.statistics(shape[1])]
+                out = backend.site(h, phi, noise, *running, site)
+                results.append([out, *torch.autograd.grad(out, h, noise), *running])
+            torch.testing.assert_close(*results)
+            kept = compiled.relative_noise(h, phi, noise, strength)
+            torch.testing.assert_close(kept, plain.relative_noise(h, phi, noise, strength))
+    assert len(built) == 3 and not kept.requires_grad  # a site in training and in evaluation, noise of mean one
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_it_equals_the_plain_operators(monkeypatch):
+    monkeypatch.setattr(plain, "_depthwise_conv", plain._stencil)
+    assert trial.error_of(compiled, torch.device("cpu"), torch.float32) < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_where_nothing_can_be_compiled_the_plain_operators_take_over(fresh):
+    with pytest.warns(UserWarning, match="which is slower: torch.compile does not work here"):
+        assert kernels.kernel_name("cuda") == "plain"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_sites_on_a_gpu():
+    assert kernels.kernel_name("cuda") == "compiled"
+    assert trial.error_of(compiled, torch.device("cuda"), torch.float32) < 1e-5
 
 
 # --- choosing and building

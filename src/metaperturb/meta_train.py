@@ -235,7 +235,8 @@ class Task:
 def work(group: Group, config: MetaTrainConfig) -> None:
     """What one process does."""
     torch.set_num_threads(config.threads)
-    kernels.set_kernel(config.kernel)
+    second = config.lookahead and group.device.type == "cuda"  # derivatives, which compiled sites have not
+    kernels.set_kernel("plain" if second else config.kernel)
     if group.rank:  # the first process says it for all
         warnings.filterwarnings("ignore", "the perturbation runs in plain")
 

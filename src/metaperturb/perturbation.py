@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaperturb.errors import UserError
-from metaperturb.kernels import fused, fused_backend, plain
+from metaperturb.kernels import backend_for, fused, plain
 from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, PHI_SHAPES, Phi, Settings
 
 CLIP = 100.0  # k of section 3.2
@@ -364,8 +364,8 @@ class PerturbSite(UsesPhi):
         if idle and not (self.training and usage.paper):  # whose statistics move at strength 0, too
             h = h if shortcut is None else h + shortcut
             return F.relu(h) if relu else h
-        backend = fused_backend(h, self.phi.flat, noise, self.running_mean, self.running_var)
-        whole = backend is not None and backend.WHOLE_SLOT and not torch.is_grad_enabled()
+        backend = backend_for(h, self.phi.flat, noise, self.running_mean, self.running_var)
+        whole = backend is fused and not torch.is_grad_enabled()
         if shortcut is not None and (self.training or not (usage.paper and whole and fused.alike(h, shortcut))):
             h, shortcut = h + shortcut, None
         self._check(h, noise)
@@ -377,16 +377,10 @@ class PerturbSite(UsesPhi):
             h, draws = h.repeat(draws, 1, 1, 1), 1
         more = {"draws": draws} if whole else {}
         if usage.paper:
-            arguments = h, flat, noise, self.running_mean, self.running_var, self._settings(h, usage, noise, relu)
-            if backend is None:
-                return plain.site(*arguments)
-            return fused.site(backend, *arguments, **more, **({} if shortcut is None else {"shortcut": shortcut}))
-        strength = usage.strength * usage.amplitude
-        if backend is not None:
-            factor = fused.relative_noise(backend, h, flat, noise, strength, **more)
-        else:
-            noise = torch.randn_like(h) if noise is None else noise
-            factor = plain.relative_noise(h, Phi.of(flat), noise, strength)
+            more |= {} if shortcut is None else {"shortcut": shortcut}
+            settings = self._settings(h, usage, noise, relu)
+            return backend.site(h, flat, noise, self.running_mean, self.running_var, settings, **more)
+        factor = backend.relative_noise(h, flat, noise, usage.strength * usage.amplitude, **more)
         out = (factor.unflatten(0, (draws, -1)) * h).flatten(0, 1) if draws > 1 else h * factor
         out = out if usage.clip is None else out.clamp(-usage.clip, usage.clip)
         return F.relu(out) if relu else out

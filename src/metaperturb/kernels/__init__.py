@@ -1,18 +1,17 @@
-"""How sites compute: a fused kernel where there is one, else plain PyTorch operators.
+"""How sites compute: fused where that works, else plain PyTorch operators.
 
 | kernel | where | what it is |
 |---|---|---|
 | `plain` | everywhere | PyTorch operators: the reference (`plain.py`) |
-| `cpp` | CPU, with a C++ compiler | one pass an image in cache, compiled on first use (`cpp.py`, `site.cpp`) |
-| `triton` | CUDA | a few launches a site (`triton_site.py`) |
+| `cpp` | CPU, with a C++ compiler | one pass an image in cache, built on first use (`fused.py`, `cpp.py`, `site.cpp`) |
+| `compiled` | CUDA | the plain operators, by `torch.compile` (`compiled.py`) |
 
-All equal the plain operators up to rounding. The noise is another draw: the plain operators take ε from `torch.randn`,
-the fused kernels from their own counter-based generator, seeded by PyTorch's; a run should stay with one kernel.
+All are equal up to rounding. The noise of each is another draw, from a seed of PyTorch's generator; a run should stay
+with one kernel.
 """
 
 import contextlib
 import functools
-import importlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,12 +21,11 @@ import torch
 from torch import Tensor
 
 from metaperturb.errors import UserError
-from metaperturb.kernels import trial
-from metaperturb.kernels.backend import Unavailable
+from metaperturb.kernels import compiled, fused, plain, trial
+from metaperturb.kernels.cpp import Unavailable
 from metaperturb.kernels.plain import HALF_PRECISION
 
 CHOICES = ("auto", "fused", "plain")
-_BACKENDS = {"cpu": "cpp", "cuda": "triton_site"}
 _choice = "auto"
 
 
@@ -59,9 +57,8 @@ def use_kernel(choice: str) -> Iterator[None]:
 
 
 def kernel_name(device: torch.device | str = "cpu") -> str:
-    """What sites on this device compute with under the present choice: `"cpp"`, `"triton"` or `"plain"`."""
-    backend = _backend(torch.device(device))
-    return "plain" if backend is None else backend.NAME
+    """What sites on this device compute with under the present choice: `"cpp"`, `"compiled"` or `"plain"`."""
+    return _backend(torch.device(device)).NAME
 
 
 def tell_change(before: str, now: str, run_dir: str) -> None:
@@ -74,12 +71,10 @@ def tell_change(before: str, now: str, run_dir: str) -> None:
         )
 
 
-def fused_backend(
-    h: Tensor, phi: Tensor, noise: Tensor | None, running_mean: Tensor, running_var: Tensor
-) -> ModuleType | None:
-    """The fused backend for a site's input, or None where the plain operators have to do.
+def backend_for(h: Tensor, phi: Tensor, noise: Tensor | None, running_mean: Tensor, running_var: Tensor) -> ModuleType:
+    """`fused`, `compiled` or `plain`: each has `site` and `relative_noise`, as in `plain.py`.
 
-    The plain operators serve what the fused kernels cannot: `torch.compile`, `torch.jit`, `torch.func`, forward-mode
+    The plain operators serve what the others cannot: `torch.compile`, `torch.jit`, `torch.func`, forward-mode
     derivatives, a noise with a gradient, precisions other than φ's (a half-precision map excepted); and they tell what
     is wrong where tensors are on different devices.
     """
@@ -95,13 +90,13 @@ def fused_backend(
         or any(t.dtype != dtype or t.device != h.device or not t.is_contiguous() for t in tensors)
         or (noise is not None and (noise.requires_grad or noise.dtype != h.dtype or noise.device != h.device))
     ):
-        return None
+        return plain
     return _backend(h.device)
 
 
-def _backend(device: torch.device) -> ModuleType | None:
+def _backend(device: torch.device) -> ModuleType:
     if _choice == "plain":
-        return None
+        return plain
     found = _load(device)
     if isinstance(found, ModuleType):
         return found
@@ -111,7 +106,7 @@ def _backend(device: torch.device) -> ModuleType | None:
         _told.add(device.type)
         text = f"the perturbation runs in plain PyTorch operators, which is slower: {found}"
         warnings.warn_explicit(text, UserWarning, "metaperturb", 1)  # of no file, whose line would be printed, too
-    return None
+    return plain
 
 
 _told = {"meta"}  # devices whose lack of a fused kernel has been said, or needs no saying
@@ -120,16 +115,13 @@ _told = {"meta"}  # devices whose lack of a fused kernel has been said, or needs
 @functools.cache
 def _load(device: torch.device) -> ModuleType | str:
     """The backend for this device, tried out on it and on no other, or why there is none."""
-    if device.type not in _BACKENDS:
-        return f"there is none for {device.type}"
-    name = f"metaperturb.kernels.{_BACKENDS[device.type]}"
     try:
-        backend = importlib.import_module(name)
         if device.type == "cpu":
-            trial.check_agreement(backend, device, (torch.float32,))
-        else:
-            trial.check(name, device)
-            backend.check_launch(device)
+            trial.check_agreement()
+            return fused
+        if device.type == "cuda":
+            compiled.check(device)
+            return compiled
     except Unavailable as unavailable:
         return str(unavailable)
-    return backend
+    return f"there is none for {device.type}"

@@ -7,34 +7,33 @@ the compiler and the processor, so that it is built once a machine. `CXX` choose
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from metaperturb.errors import UserError
 from metaperturb.kernels import plain
-from metaperturb.kernels.backend import (
-    TRACKING,
-    Unavailable,
-    cache_folder,
-    noise_source,
-    order_of,
-    relative_settings,
-    upper_bound,
-)
-from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, Settings
+from metaperturb.kernels.plain import MOMENTUM, NUM_SCALE_FEATURES, Settings
 
 SOURCE = Path(__file__).with_name("site.cpp")
-NAME = "cpp"
-UNSUPPORTED = HALF_PRECISION
-WHOLE_SLOT = True
 OWN_FOLDER = "set XDG_CACHE_HOME to a folder of your own"
 SUFFIX = {torch.float32: "float", torch.float64: "double"}
+NO_NOISE, DRAWN, GIVEN, EXPECTED = range(4)  # as in site.cpp
+
+# Strength 0 leaves only the statistics of a training step to do.
+TRACKING = Settings(training=True, noise=False, gate=False, strength=0.0, clip=None, channel_ratio=0, size_ratio=0)
+
+
+class Unavailable(UserError):
+    """No fused kernel here; the message says why and what to do, in one line."""
 
 
 class _Site(ctypes.Structure):
@@ -65,7 +64,8 @@ def relative_noise(
     h: Tensor, phi: Tensor, noise: Tensor | None, seed: Tensor | None, strength: float, draws: int = 1
 ) -> Tensor:
     """`plain.relative_noise`, a factor `[draws · B, C, H, W]`."""
-    out, settings = _like(h, draws), relative_settings(strength)
+    settings = replace(TRACKING, training=False, noise=True, strength=strength)  # neither a scale nor statistics
+    out = _like(h, draws)
     _run("forward", (h, phi, noise, seed, settings), draws, relative=True, out=out)
     return out
 
@@ -91,7 +91,7 @@ def forward(
 
     Returns:
         The perturbed map `[draws · B, C, H, W]`, and what `backward` needs beside its inputs: features `[B, C, 4]`
-        (empty in evaluation), the statistics that made the scale `[2, C, 4]` (second in every backend), the scale
+        (empty in evaluation), the statistics that made the scale `[2, C, 4]`, the scale
         `[C]`, and in training where the scale's kernels were above 0, a byte a value.
     """
     out, scratch = _like(h, draws), _scratch(h, settings.training)
@@ -120,15 +120,27 @@ def backward(
     `scratch` is what `forward` returned after the perturbed map.
     """
     tensors = dict(zip(("features", "statistics", "scale", "signs"), scratch, strict=False))
-    tensors |= {"grad_out": grad_out.contiguous(memory_format=order_of(h)), "grad_h": _like(h)}
+    tensors |= {"grad_out": grad_out.contiguous(memory_format=_order_of(h)), "grad_h": _like(h)}
     tensors["grad_phi"] = torch.empty(phi.shape, dtype=torch.float64)
     wanted = {"h_gradient": h_gradient, "phi_gradient": phi_gradient}
     _run("backward", (h, phi, noise, seed, settings), **wanted, **tensors)
     return tensors["grad_h"] if h_gradient else None, tensors["grad_phi"].to(h.dtype) if phi_gradient else None
 
 
+def noise_source(settings: Settings, noise: Tensor | None) -> int:
+    if not settings.noise:
+        return NO_NOISE
+    return EXPECTED if settings.expected else DRAWN if noise is None else GIVEN
+
+
+def _order_of(h: Tensor) -> torch.memory_format:
+    """In which the kernel takes and gives maps like `h`."""
+    last = not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _like(h: Tensor, draws: int = 1) -> Tensor:
-    return torch.empty((draws * len(h), *h.shape[1:]), dtype=h.dtype, memory_format=order_of(h))
+    return torch.empty((draws * len(h), *h.shape[1:]), dtype=h.dtype, memory_format=_order_of(h))
 
 
 def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
@@ -143,7 +155,7 @@ def _scratch(h: Tensor, training: bool) -> dict[str, Tensor]:
 def _run(name: str, site: tuple, draws: int = 1, **values: Tensor | bool) -> None:
     """Call `name` of the library for h, φ, ε, its seed and settings; it fills the tensors among `values`."""
     h, phi, noise, seed, settings = site
-    order = order_of(h)
+    order = _order_of(h)
     values["h"], values["phi"] = h.contiguous(memory_format=order), phi
     if noise is not None:
         values["given_noise"] = noise.contiguous()
@@ -157,7 +169,7 @@ def _run(name: str, site: tuple, draws: int = 1, **values: Tensor | bool) -> Non
         relu=settings.relu,
         channels_last=order == torch.channels_last,
         strength=settings.strength,
-        clip=upper_bound(settings),
+        clip=math.inf if settings.clip is None else settings.clip,
         channel_ratio=settings.channel_ratio,
         size_ratio=settings.size_ratio,
         momentum=MOMENTUM,
@@ -212,6 +224,18 @@ def compiled() -> ctypes.CDLL:
     int32, int64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     loaded.draw_float.argtypes = loaded.draw_double.argtypes = [ctypes.c_uint64, int64, int64, int32, pointer]
     return loaded
+
+
+def cache_folder() -> Path:
+    """Where a user's compiled kernels are kept.
+
+    Raises:
+        Unavailable: a user without a home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaperturb"
+    except RuntimeError:
+        raise Unavailable("no home folder to keep the compiled kernels in (set XDG_CACHE_HOME)") from None
 
 
 def _build(compiler: tuple[str, ...], variants: tuple[tuple[str, ...], ...], path: Path) -> None:

@@ -1,24 +1,23 @@
-"""The fused site as one differentiable function, whatever backend (`cpp`, `triton`) computes it.
+"""The fused site on the CPU as one differentiable function; `cpp.py` calls the kernel.
 
 It keeps the feature map that comes in and, at most, a byte a value: the backward pass computes the intermediate maps
 again and draws the noise again from its seed.
 """
 
-from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaperturb.kernels import plain
-from metaperturb.kernels.backend import DRAWN, draw_seed, noise_source
+from metaperturb.kernels import cpp, plain
+from metaperturb.kernels.cpp import DRAWN, noise_source
 from metaperturb.kernels.plain import HALF_PRECISION, Phi, Settings
+
+NAME = "cpp"
 
 
 def site(
-    backend: ModuleType,
     h: Tensor,
     phi: Tensor,
     noise: Tensor | None,
@@ -27,21 +26,26 @@ def site(
     settings: Settings,
     **whole: Any,
 ) -> Tensor:
-    """`plain.site` by a backend, which draws ε from a seed that PyTorch's generator of the device gives.
+    """`plain.site` by the kernel, which draws ε from a seed that PyTorch's generator gives.
 
-    `whole` are the `draws` and the `shortcut` of a backend with `WHOLE_SLOT`, without gradients and in evaluation.
+    `whole` are `draws`, several of each image, and a `shortcut`, in evaluation; both without gradients.
     """
     if settings.strength == 0.0:
         if settings.training:
-            x = h.to(running_mean.dtype) if h.dtype in backend.UNSUPPORTED else h
-            backend.track(x.detach(), phi, running_mean, running_var)
+            x = h.to(running_mean.dtype) if h.dtype in HALF_PRECISION else h
+            cpp.track(x.detach(), phi, running_mean, running_var)
         return F.relu(h) if settings.relu else h
-    seed = draw_seed(h.device) if noise_source(settings, noise) == DRAWN else None
-    return apply(backend, h, phi, noise, seed, running_mean, running_var, settings, **whole)
+    seed = draw_seed() if noise_source(settings, noise) == DRAWN else None
+    return apply(h, phi, noise, seed, running_mean, running_var, settings, **whole)
+
+
+def draw_seed() -> Tensor:
+    """Seed of one site's noise, from PyTorch's generator: an int64 scalar."""
+    return torch.empty((), dtype=torch.int64).random_()
 
 
 def alike(h: Tensor, shortcut: Tensor) -> bool:
-    """Whether a kernel can add a shortcut: it lies in memory as the map does."""
+    """Whether the kernel can add a shortcut: it lies in memory as the map does."""
     return (
         h.dtype == shortcut.dtype not in HALF_PRECISION
         and h.shape == shortcut.shape
@@ -51,19 +55,16 @@ def alike(h: Tensor, shortcut: Tensor) -> bool:
     )
 
 
-def relative_noise(
-    backend: ModuleType, h: Tensor, phi: Tensor, noise: Tensor | None, strength: float, **whole: Any
-) -> Tensor:
-    """`plain.relative_noise`, a factor `[B, C, H, W]` in the precision of `h`; ε is drawn where it is not given."""
-    seed = draw_seed(h.device) if noise is None else None
+def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, strength: float, **whole: Any) -> Tensor:
+    """`plain.relative_noise`, a factor `[B, C, H, W]` in the precision of `h`."""
+    seed = draw_seed() if noise is None else None
     x, phi = h.detach(), phi.detach()
-    if h.dtype in backend.UNSUPPORTED:  # half precision
+    if h.dtype in HALF_PRECISION:
         x, noise = x.to(phi.dtype), None if noise is None else noise.to(phi.dtype)
-    return backend.relative_noise(x, phi, noise, seed, strength, **whole).to(h.dtype)
+    return cpp.relative_noise(x, phi, noise, seed, strength, **whole).to(h.dtype)
 
 
 def apply(
-    backend: ModuleType,
     h: Tensor,
     phi: Tensor,
     noise: Tensor | None,
@@ -74,42 +75,38 @@ def apply(
     **whole: Any,
 ) -> Tensor:
     """The same at a strength above 0, with the seed of the noise given."""
-    if settings.relu and not backend.WHOLE_SLOT:
-        settings = replace(settings, relu=False)
-        return F.relu(apply(backend, h, phi, noise, seed, running_mean, running_var, settings))
-    if h.dtype in backend.UNSUPPORTED:  # half precision
+    if h.dtype in HALF_PRECISION:
         noise = None if noise is None else noise.to(running_mean.dtype)
         x = h.to(running_mean.dtype)
-        return apply(backend, x, phi, noise, seed, running_mean, running_var, settings, **whole).to(h.dtype)
+        return apply(x, phi, noise, seed, running_mean, running_var, settings, **whole).to(h.dtype)
     if not torch.is_grad_enabled():
-        return backend.forward(h, phi, noise, seed, running_mean, running_var, settings, **whole)[0]
-    return _Perturb.apply(h, phi, noise, seed, running_mean, running_var, settings, backend)
+        return cpp.forward(h, phi, noise, seed, running_mean, running_var, settings, **whole)[0]
+    return _Perturb.apply(h, phi, noise, seed, running_mean, running_var, settings)
 
 
 class _Perturb(torch.autograd.Function):
     # `forward` with a context: PyTorch's newer form without one inspects signatures at each call, 60 µs a site.
     @staticmethod
-    def forward(ctx, h, phi, noise, seed, mean, var, settings, backend):
-        out, *scratch = backend.forward(h, phi, noise, seed, mean, var, settings)
-        ctx.settings, ctx.backend = settings, backend
+    def forward(ctx, h, phi, noise, seed, mean, var, settings):
+        out, *scratch = cpp.forward(h, phi, noise, seed, mean, var, settings)
+        ctx.settings = settings
         ctx.save_for_backward(h, phi, noise, seed, *scratch)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         h, phi, noise, seed, *scratch = ctx.saved_tensors  # once: activation checkpointing allows no second look
-        nothing = (None,) * 6
+        nothing = (None,) * 5
         if torch.is_grad_enabled():  # somebody will differentiate this gradient: the plain operators can be
             grads = _differentiable_backward(ctx, grad_out, h, phi, noise, seed, statistics=scratch[1])
             return *grads, *nothing
         wanted = ctx.needs_input_grad[:2]  # of the first site in the φ-step h needs none
-        grads = ctx.backend.backward(grad_out, h, phi, noise, seed, scratch, ctx.settings, *wanted)
-        return *grads, *nothing
+        return *cpp.backward(grad_out, h, phi, noise, seed, scratch, ctx.settings, *wanted), *nothing
 
 
 def _differentiable_backward(ctx, grad_out, h, phi, noise, seed, statistics):
     if seed is not None:
-        noise = ctx.backend.draw_noise(seed, h)
+        noise = cpp.draw_noise(seed, h)
     inputs = [t for t, needed in zip((h, phi), ctx.needs_input_grad, strict=False) if needed]
     named = Phi.of(phi)
     mean, var = plain.batch_statistics(h, named) if ctx.settings.training else statistics

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NUM_SCALE_FEATURES = 4
+NAME = "plain"
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 MOMENTUM = 0.1  # of the running statistics
 
@@ -134,10 +135,11 @@ def perturb(h: Tensor, phi: Phi, mean: Tensor, var: Tensor, noise: Tensor | None
     return F.relu(out) if settings.relu else out
 
 
-def relative_noise(h: Tensor, phi: Phi, noise: Tensor, strength: float) -> Tensor:
+def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, strength: float) -> Tensor:
     """`1 + (z / E[z | h] − 1)·c`, a factor of mean one for `h` `[B, C, H, W]`; no gradient flows through it."""
     with torch.no_grad():
-        mu = noise_mean(h, phi).clamp(*MU_RANGE)
+        noise = torch.randn_like(h) if noise is None else noise
+        mu = noise_mean(h, Phi.of(phi)).clamp(*MU_RANGE)
         return 1.0 + (F.softplus(mu + noise) / expected_softplus(mu) - 1.0) * strength
 
 
@@ -153,8 +155,17 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 def _depthwise_conv(x: Tensor, kernel: Tensor) -> Tensor:
     """Convolve every channel of `x` `[B, C, H, W]` with the one `kernel` `[3, 3]`, padding 1."""
+    if x.is_cuda and torch.compiler.is_compiling():
+        return _stencil(x, kernel)
     channels = x.shape[1]
     return F.conv2d(x, kernel.to(x.dtype).expand(channels, 1, 3, 3), padding=1, groups=channels)
+
+
+def _stencil(x: Tensor, kernel: Tensor) -> Tensor:
+    """The same as a sum, which a compiler fuses with what is around it, once for all numbers of channels."""
+    height, width = x.shape[2:]
+    padded, kernel = F.pad(x, (1, 1, 1, 1)), kernel.to(x.dtype)
+    return sum(kernel[i, j] * padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3))
 
 
 def _equivariant_conv(x: Tensor, self_kernel: Tensor, all_kernel: Tensor) -> Tensor:
