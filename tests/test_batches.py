@@ -76,14 +76,6 @@ def test_against_a_loop_with_the_same_draws(size, padding):
     assert np.array_equal(images, before)
 
 
-@pytest.mark.parametrize("padding", [0, 1])
-def test_a_read_only_memory_map_is_no_problem_and_stays_as_it_is(tmp_path, padding):
-    np.save(tmp_path / "images.npy", numbered_images(10))
-    images = np.load(tmp_path / "images.npy", mmap_mode="r")
-    stream(images, 5, padding=padding).batch(0)[0].zero_()
-    assert np.array_equal(images, numbered_images(10))
-
-
 def test_value_range():
     out = normalize(torch.arange(256, dtype=torch.uint8))
     assert out.dtype == torch.float32 and out.min() == -1 and out.max() == 1

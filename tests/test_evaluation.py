@@ -64,16 +64,7 @@ def test_calibration_error_by_hand(confidence, correct, bins, expected):
     assert value == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("bins", [1, 7, 15, 100])
-def test_calibration_error_against_a_loop(bins):
-    generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(500, generator=generator, dtype=torch.float64)
-    correct = (torch.rand(500, generator=generator) < 0.6).double()
-    expected = ece_by_loop(confidence.tolist(), correct.tolist(), bins)
-    assert expected_calibration_error(confidence, correct, bins) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (5, 100), (7, 1), (1, 3)])
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (90, 100), (7, 1), (1, 3)])
 def test_every_image_counts(count, batch_size):
     data, model = data_set(count), Recorder().eval()
     result = evaluate(model, data, samples=1, batch_size=batch_size)

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 from conftest import class_pictures, result
-from image_files import write_folder, write_zip
+from image_files import refusal, write_zip
 
 import metaperturb.meta_test as program
-from metaperturb.config import MetaTestConfig, load_config
 from metaperturb.data.arrays import from_memory, subset
-from metaperturb.data.registry import load_parts
 from metaperturb.data.splits import holdout_split
 
 NAMES = [f"class {i}" for i in range(20)]
@@ -29,6 +27,7 @@ def test_disjoint_complete_and_stratified(share):
 def test_the_choice_is_fixed_for_ever_and_a_larger_share_has_more():
     fewer, more = (holdout_split(np.repeat([0, 1], 10), share, NAMES)[1].tolist() for share in (0.2, 0.3))
     assert more == [1, 2, 3, 11, 13, 15] and {*fewer} < {*more}
+    assert "holdout: class class 1 has one training image" in refusal(holdout_split, np.array([0, 0, 1]), 0.2, NAMES)
 
 
 def test_a_subset_has_a_fingerprint_of_its_own():
@@ -42,21 +41,6 @@ def test_a_subset_has_a_fingerprint_of_its_own():
     assert subset(whole, np.array([1, 4]), "rest").fingerprint == part.fingerprint
     with pytest.raises(ValueError, match="read-only"):
         part.images[0] = 0
-
-
-def load(target_settings, *changes):
-    return load_parts(load_config(MetaTestConfig, None, [*target_settings, "eval_split=holdout", *changes]))
-
-
-def test_the_parts_are_of_the_training_images(target_settings):
-    whole, _ = load_parts(load_config(MetaTestConfig, None, target_settings))
-    rest, held_out = load(target_settings, "holdout=0.25")
-    assert (len(rest), len(held_out)) == (60, 20)
-    assert np.bincount(held_out.labels).tolist() == [2] * 10
-    pixels = sorted(image.tobytes() for image in whole.images)
-    assert sorted(image.tobytes() for part in (rest, held_out) for image in part.images) == pixels
-    again = load(target_settings, "holdout=0.25", "seed=7")
-    assert [p.fingerprint for p in again] == [rest.fingerprint, held_out.fingerprint]
 
 
 @pytest.mark.parametrize("test", ["none", "broken"])
@@ -77,21 +61,3 @@ def test_a_run_never_opens_the_test_set(target_settings, tmp_path, capsys, test)
     assert found["config"]["eval_split"] == "holdout" and found["target"]["name"] == "folder-train-rest"
     caches = [path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
     assert len(caches) == 1 and caches[0].startswith("folder-train-")
-
-
-BAD = {
-    "holdout=0": "holdout: must be at least 0.001 and below 1, got 0",
-    "holdout=1": "holdout: must be at least 0.001 and below 1, got 1",
-    "eval_split=train": "eval_split: expected one of test, val, holdout",
-    "target=embedded_source": "eval_split: embedded_source has no test images",
-    "target=cub eval_split=val": "eval_split: cub has no val images",
-    "eval_split=holdout": "holdout: class a has one training image",
-}
-
-
-@pytest.mark.parametrize("changes", BAD)
-def test_bad_settings_are_one_line(target_settings, tmp_path, refused, changes):
-    picture = class_pictures(1, 1, "train").popitem()[1]
-    folder = write_folder(tmp_path / "images", {f"train/{name}.png": picture for name in ("a/0", "b/0", "b/1")})
-    settings = [*target_settings, f"target_path={folder}", f"data_root={tmp_path}", f"run_dir={tmp_path / 'tgt'}"]
-    assert BAD[changes] in refused(program, [*settings, "method=base", *changes.split()])
