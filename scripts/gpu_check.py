@@ -86,11 +86,11 @@ def about(part: Part) -> None:
 
 def kernels(part: Part) -> None:
     """The relative errors of compiled sites at a network's sizes."""
-    backend, errors = fused if part.rehearse else compiled, {}
+    kernel, errors = fused if part.rehearse else compiled, {}
     for shape in [(4, 4, 4, 4)] if part.rehearse else SHAPES:
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
             key = f"{shape} {str(dtype).removeprefix('torch.')}"
-            errors[key] = float(f"{trial.error_of(backend, part.device, dtype, shape):.2g}")
+            errors[key] = float(f"{trial.error_of(kernel, part.device, dtype, shape):.2g}")
             part.keep(errors=errors)
             if not errors[key] < tolerance:
                 raise UserError(f"compiled sites differ from plain operators: {key}, relative error {errors[key]}")

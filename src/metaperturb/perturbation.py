@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaperturb.errors import UserError
-from metaperturb.kernels import backend_for, fused, plain
+from metaperturb.kernels import fused, kernel_for, plain
 from metaperturb.kernels.plain import HALF_PRECISION, MOMENTUM, NUM_SCALE_FEATURES, PHI_SHAPES, Phi, Settings
 
 CLIP = 100.0  # k of section 3.2
@@ -364,8 +364,8 @@ class PerturbSite(UsesPhi):
         if idle and not (self.training and usage.paper):  # whose statistics move at strength 0, too
             h = h if shortcut is None else h + shortcut
             return F.relu(h) if relu else h
-        backend = backend_for(h, self.phi.flat, noise, self.running_mean, self.running_var)
-        whole = backend is fused and not torch.is_grad_enabled()
+        kernel = kernel_for(h, self.phi.flat, noise, self.running_mean, self.running_var)
+        whole = kernel is fused and not torch.is_grad_enabled()
         if shortcut is not None and (self.training or not (usage.paper and whole and fused.alike(h, shortcut))):
             h, shortcut = h + shortcut, None
         self._check(h, noise)
@@ -379,8 +379,8 @@ class PerturbSite(UsesPhi):
         if usage.paper:
             more |= {} if shortcut is None else {"shortcut": shortcut}
             settings = self._settings(h, usage, noise, relu)
-            return backend.site(h, flat, noise, self.running_mean, self.running_var, settings, **more)
-        factor = backend.relative_noise(h, flat, noise, usage.strength * usage.amplitude, **more)
+            return kernel.site(h, flat, noise, self.running_mean, self.running_var, settings, **more)
+        factor = kernel.relative_noise(h, flat, noise, usage.strength * usage.amplitude, **more)
         out = (factor.unflatten(0, (draws, -1)) * h).flatten(0, 1) if draws > 1 else h * factor
         out = out if usage.clip is None else out.clamp(-usage.clip, usage.clip)
         return F.relu(out) if relu else out

@@ -58,7 +58,7 @@ def use_kernel(choice: str) -> Iterator[None]:
 
 def kernel_name(device: torch.device | str = "cpu") -> str:
     """What sites on this device compute with under the present choice: `"cpp"`, `"compiled"` or `"plain"`."""
-    return _backend(torch.device(device)).NAME
+    return _kernel_on(torch.device(device)).NAME
 
 
 def tell_change(before: str, now: str, run_dir: str) -> None:
@@ -71,7 +71,7 @@ def tell_change(before: str, now: str, run_dir: str) -> None:
         )
 
 
-def backend_for(h: Tensor, phi: Tensor, noise: Tensor | None, running_mean: Tensor, running_var: Tensor) -> ModuleType:
+def kernel_for(h: Tensor, phi: Tensor, noise: Tensor | None, running_mean: Tensor, running_var: Tensor) -> ModuleType:
     """`fused`, `compiled` or `plain`: each has `site` and `relative_noise`, as in `plain.py`.
 
     The plain operators serve what the others cannot: `torch.compile`, `torch.jit`, `torch.func`, forward-mode
@@ -91,10 +91,10 @@ def backend_for(h: Tensor, phi: Tensor, noise: Tensor | None, running_mean: Tens
         or (noise is not None and (noise.requires_grad or noise.dtype != h.dtype or noise.device != h.device))
     ):
         return plain
-    return _backend(h.device)
+    return _kernel_on(h.device)
 
 
-def _backend(device: torch.device) -> ModuleType:
+def _kernel_on(device: torch.device) -> ModuleType:
     if _choice == "plain":
         return plain
     found = _load(device)
@@ -114,7 +114,7 @@ _told = {"meta"}  # devices whose lack of a fused kernel has been said, or needs
 
 @functools.cache
 def _load(device: torch.device) -> ModuleType | str:
-    """The backend for this device, tried out on it and on no other, or why there is none."""
+    """The kernel for this device, tried out on it and on no other, or why there is none."""
     try:
         if device.type == "cpu":
             trial.check_agreement()

@@ -24,7 +24,7 @@ def check_agreement() -> None:
         raise Unavailable(f"{fused.NAME} disagrees with them on this machine (relative error {error:.1e})")
 
 
-def error_of(backend: ModuleType, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = SHAPE) -> float:
+def error_of(kernel: ModuleType, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = SHAPE) -> float:
     """The largest relative error for a feature map of this shape; half-precision ones have their channels last.
 
     In float32 the plain operators would err more: on a GPU convolutions may round what they multiply to TF32.
@@ -40,13 +40,13 @@ def error_of(backend: ModuleType, device: torch.device, dtype: torch.dtype, shap
         h = (h.to(memory_format=torch.channels_last) if half else h).requires_grad_()
         running = wave(shape[1], 4), wave(shape[1], 4)
         settings = plain.Settings(True, True, True, 0.7, 1.5, 0.5, 0.5)
-        if backend is fused:  # what it draws itself
+        if kernel is fused:  # what it draws itself
             seed = torch.tensor(SEED)
             noise = cpp.draw_noise(seed, h.to(phi.dtype))
             actual = fused.apply(h, phi, None, seed, *running, settings)
         else:
             noise = wave(*shape).flip(1).to(dtype)
-            actual = backend.site(h, phi, noise, *running, settings)
+            actual = kernel.site(h, phi, noise, *running, settings)
         exact_h, exact_phi = h.double(), plain.Phi.of(phi.double())
         statistics = plain.batch_statistics(exact_h, exact_phi)
         expected = plain.perturb(exact_h, exact_phi, *statistics, noise.double(), settings)
