@@ -95,7 +95,9 @@ def trained_runs(tmp_path_factory) -> dict[str, Path]:
     data = f"target=folder target_path={write_folder(root / 'images', files)} data_root={root} image_size=12"
     long = "steps=70 lr=3e-3 batch_size=50 eval_every=1000 final_samples=5 checkpoint_every=1000 gpu=cpu threads=1"
     own = {"base": "method=base", "metaperturb": f"method=metaperturb phi={root / 'phi.pt'}"}
-    return {name: train(root / name, [], data, "model=resnet8", long, settings) for name, settings in own.items()}
+    runs = {name: train(root / name, [], data, "model=resnet8", long, settings) for name, settings in own.items()}
+    (root / "phi.pt").unlink()  # a run is complete without it
+    return runs
 
 
 @pytest.fixture(scope="module")
