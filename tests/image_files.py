@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import hashlib
-import http.server
 import io
 import pickle
 import re
 import resource
 import tarfile
-import threading
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -91,31 +89,6 @@ def write_folder(path: Path, files: dict[str, bytes | Link]) -> Path:
 
 def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
-
-
-@contextlib.contextmanager
-def served(folder: Path):
-    """The files of a folder by HTTP: the address, and the requests that were answered."""
-    asked: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(folder))
-
-        def log_request(self, code="-", size="-"):
-            asked.append(self.path)
-
-        def log_error(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def expect_counts(monkeypatch, name, num_classes, train, test, val=None):

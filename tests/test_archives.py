@@ -1,13 +1,16 @@
 """One walk through folders, zips and tars; downloads with a checksum."""
 
+import http.server
 import os
 import re
 import tarfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
-from image_files import Link, disk_full, md5, picture, refusal, refused, served, write_folder, write_tar, write_zip
+from image_files import Link, disk_full, md5, picture, refusal, refused, write_folder, write_tar, write_zip
 
 from metaperturb.data import files as module
 from metaperturb.data import official
@@ -130,17 +133,23 @@ CONTENT = b"data set " * 100_000
 
 @pytest.fixture
 def download(tmp_path, monkeypatch):
-    """Fetches root/set.zip from an address below that of a server, with a checksum."""
-    path = tmp_path / "root" / "set.zip"
-    write_folder(tmp_path / "server", {"good/set.zip": CONTENT, "truncated/set.zip": CONTENT[:5000]})
-    with served(tmp_path / "server") as (server, asked):
+    """Fetches root/set.zip from a folder of a server, with a checksum; and what the server was asked for."""
+    path, asked = tmp_path / "root" / "set.zip", []
+    served = write_folder(tmp_path / "server", {"good/set.zip": CONTENT, "truncated/set.zip": CONTENT[:5000]})
 
-        def fetch(folder="good", content=CONTENT):
-            url = f"{server}/{folder}" if folder != "closed" else "http://127.0.0.1:9"  # nothing listens there
-            monkeypatch.setitem(official.FILES, path.name, {f"{url}/set.zip": md5(content)})
-            return official._fetched(path, True)
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.path)
 
+    def fetch(folder="good", content=CONTENT):
+        address = "http://127.0.0.1:9" if folder == "closed" else f"http://127.0.0.1:{server.server_port}/{folder}"
+        monkeypatch.setitem(official.FILES, path.name, {f"{address}/set.zip": md5(content)})
+        return official._fetched(path, True)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=served)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         yield fetch, asked
+        server.shutdown()
     assert sorted(p.name for p in path.parent.iterdir()) in ([".set.zip.lock"], [".set.zip.lock", "set.zip"])
 
 

@@ -46,10 +46,11 @@ def test_the_home_folder_in_every_path(monkeypatch):
     config = load_config(MetaTrainConfig, None, texts)
     found = (config.run_dir, config.data_root, config.source_paths, config.split_file)
     assert found == ("/home/ada/r", "/home/ada/d", ["/home/ada/a.zip", "b.zip"], "/home/ada/s.json")
-    texts = ["phi=~/phi.pt", "init=~/run", "target_path=a.zip,~/b.zip", "model=~"]
+    texts = ["phi=~/phi.pt", "init=~/run", "target=tiny_imagenet", "target_path=a.zip,~/b.zip", "model=~"]
     config = load_config(MetaTestConfig, None, texts)
-    found = (config.phi, config.init, config.target_path, config.model)
-    assert found == ("/home/ada/phi.pt", "/home/ada/run", "a.zip,/home/ada/b.zip", "~")
+    found = (config.phi, config.init, config.target_path, config.target_paths, config.model)
+    paths = ["a.zip", "/home/ada/b.zip"]
+    assert found == ("/home/ada/phi.pt", "/home/ada/run", ",".join(paths), paths, "~")
 
 
 def test_file_then_assignments(tmp_path):

@@ -76,7 +76,8 @@ def test_what_cells_start_from_is_one_run_for_all_that_agree_on_it(path):
         assert pretrained.id == cells["FT + Dropout", "STL10"].needs["init"].id
         runs = Path("runs")
         assert [phi.outcome(runs), pretrained.outcome(runs)] == [runs / phi.id / "phi.pt", runs / pretrained.id]
-        assert (pretrained.config.model, pretrained.config.target) == ("resnet8", "tiny_imagenet")  # the model as in FT
+        found = pretrained.config.model, pretrained.config.target, pretrained.config.method
+        assert found == ("resnet8", "tiny_imagenet", "base")  # the model as in FT
     assert phi.config.source_paths == ["a.zip", "b.zip"] and pretrained.config.target_path == "a.zip,b.zip"
     assert moved.cell("FT", "CUB", 0).config.target_path == "c.zip"
     other = Grid(path, sets=("phi.seed=3",)).cell("MetaPerturb", "CUB", 0)

@@ -88,30 +88,27 @@ def test_the_list_of_s_cifar100():
     assert len(chosen) == len({*chosen}) == 7500 and all(re.fullmatch("[0-9a-f]{8}", crc) for crc in chosen)
 
 
-def _tiny_imagenet():
+@pytest.fixture
+def tiny(monkeypatch):
+    """Files of a small Tiny ImageNet, whose parts have two images of each class, and the first a validation image."""
+    monkeypatch.setattr(images, "IMAGES_A_PART", 2)
+    monkeypatch.setattr(images, "VALIDATION_IMAGES", 1)
     return tiny_imagenet(("n01", "n02"), range(6), val=("n01", "n01", "n02", "n01", "n02"))
 
 
-def _part_of_tiny_imagenet(monkeypatch):
-    monkeypatch.setattr(images, "IMAGES_A_PART", 2)
-    monkeypatch.setattr(images, "VALIDATION_IMAGES", 1)
-
-
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_parts_of_tiny_imagenet_are_the_files_themselves(tmp_path, monkeypatch, as_folder):
-    files = _tiny_imagenet()
-    _part_of_tiny_imagenet(monkeypatch)
-    write_folder(tmp_path, files) if as_folder else write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+def test_parts_of_tiny_imagenet_are_the_files_themselves(tiny, tmp_path, monkeypatch, as_folder):
+    write_folder(tmp_path, tiny) if as_folder else write_zip(tmp_path / "tiny-imagenet-200.zip", tiny)
     for part, numbers, validation in ((1, (0, 1), (0, 2)), (2, (2, 3), ())):
         name = f"tiny-imagenet-200.part{part}.zip"
         wanted = [f"tiny-imagenet-200/train/{w}/images/{w}_{i}.JPEG" for w in ("n01", "n02") for i in numbers]
         wanted += [f"tiny-imagenet-200/val/images/val_{i}.JPEG" for i in validation]
-        rows = "\n".join(sorted(f"{member}:{zlib.crc32(files[member]):08x}" for member in wanted))
+        rows = "\n".join(sorted(f"{member}:{zlib.crc32(tiny[member]):08x}" for member in wanted))
         _expect(monkeypatch, name, len(wanted), hashlib.sha256(rows.encode()).hexdigest())
         with zipfile.ZipFile(images.make_zip(name, tmp_path)) as archive:
             found = {member: archive.read(member) for member in archive.namelist()}
         table = found.pop("tiny-imagenet-200/val/val_annotations.txt", b"")
-        assert found == {member: files[member] for member in wanted}
+        assert found == {member: tiny[member] for member in wanted}
         assert [line.split()[:2] for line in table.decode().splitlines()] == (
             [["val_0.JPEG", "n01"], ["val_2.JPEG", "n02"]] if part == 1 else []
         )
@@ -124,9 +121,8 @@ def test_parts_of_tiny_imagenet_are_the_files_themselves(tmp_path, monkeypatch, 
         (6, "0" * 64, "not the images behind the published results; is the data set the official one?"),
     ],
 )
-def test_other_images_than_the_official_ones(tmp_path, monkeypatch, images_there, digest, says):
-    _part_of_tiny_imagenet(monkeypatch)
-    write_zip(tmp_path / "tiny-imagenet-200.zip", _tiny_imagenet())
+def test_other_images_than_the_official_ones(tiny, tmp_path, monkeypatch, images_there, digest, says):
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny)
     _expect(monkeypatch, "tiny-imagenet-200.part1.zip", images_there, digest)
     message = refusal(images.make_zip, "tiny-imagenet-200.part1.zip", tmp_path)
     assert says in message and "part1.zip" in message
@@ -138,11 +134,9 @@ def _prepare(monkeypatch, root: Path, *names: str) -> int:
     return prepare_data.main()
 
 
-def test_a_validation_image_that_is_missing_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
-    _part_of_tiny_imagenet(monkeypatch)
-    files = _tiny_imagenet()
-    del files["tiny-imagenet-200/val/images/val_2.JPEG"]
-    write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+def test_a_validation_image_that_is_missing_does_not_keep_the_others(tiny, tmp_path, monkeypatch, capsys):
+    del tiny["tiny-imagenet-200/val/images/val_2.JPEG"]
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny)
     expect_counts(monkeypatch, "cub", 3, 6, 6)
     write_folder(tmp_path, cub_files())
     assert _prepare(monkeypatch, tmp_path, "tiny-imagenet-200.part1.zip", "cub") == 1
@@ -154,9 +148,8 @@ def test_a_validation_image_that_is_missing_does_not_keep_the_others(tmp_path, m
     refused("001.Bird_0/b0.jpg: unreadable image", images.make_zip, "cub50.zip", tmp_path)
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    _part_of_tiny_imagenet(monkeypatch)
-    write_zip(tmp_path / "tiny-imagenet-200.zip", _tiny_imagenet())
+def test_the_command(tiny, tmp_path, monkeypatch, capsys):
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny)
     _expect(monkeypatch, "tiny-imagenet-200.part2.zip", 4)
     made = tmp_path / "tiny-imagenet-200.part2.zip"
     assert _prepare(monkeypatch, tmp_path, made.name) == 0

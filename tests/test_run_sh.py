@@ -144,12 +144,13 @@ def typed(line: str) -> tuple[list[str], dict[str, str]]:
 
 @pytest.fixture
 def options(project):
-    """The settings that a command of `run.sh` gives its program."""
-    _, told = project
+    """The settings that a command of `run.sh` gives its program beside those of its file."""
+    folder, told = project
 
     def of(line: str, **environment: str) -> dict[str, str]:
         command, variables = typed(line)
         said = told(*command, VENV="none", **variables, **environment)[-1]
+        assert f" --config {folder}/configs/{command[0]}.yaml " in said
         return dict(word.split("=", 1) for word in said.partition(" --set ")[2].split())
 
     return of
@@ -167,7 +168,9 @@ GIVEN = {
         "phi=tiny_imagenet_resnet20 gpu=cpu seed=1 steps=3 run_dir=tgt-s_cifar100-resnet20-metaperturb-seed1"
     ),
     "PHI=own TGT_RUN=here ./run.sh tgt cpu": "phi=own gpu=cpu run_dir=here",
-    "TGT_MODEL=conv4 ./run.sh pretrain 1": "gpu=1 model=conv4 run_dir=pretrain-tiny_imagenet-conv4-seed0",
+    "TGT_MODEL=conv4 SRC_PATHS=a.zip,b.zip TGT_PATH=c.zip METHOD=dropout ./run.sh pretrain 1": (
+        "gpu=1 model=conv4 target_path=a.zip,b.zip run_dir=pretrain-tiny_imagenet-conv4-seed0"
+    ),
     "SRC_DATA=embedded ./run.sh pretrain 1": (  # it has no test images
         "gpu=1 target=embedded_source eval_split=holdout run_dir=pretrain-embedded-resnet20-seed0"
     ),
@@ -236,47 +239,22 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo" / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture
-def parts(tmp_path) -> list[Path]:
-    """Two zips of Tiny ImageNet, 10 classes of 4 images in each; the first has a validation image a class."""
+def test_src_then_tgt(tmp_path):
+    """On two parts of Tiny ImageNet, 10 classes of 4 images in each, and on three classes with two test images each."""
     wnids = [f"n{label:08}" for label in range(10)]
-    files = tiny_imagenet(wnids, range(4), val=wnids), tiny_imagenet(wnids, range(4, 8))
-    return [write_zip(tmp_path / f"tiny.part{i}.zip", part) for i, part in enumerate(files)]
-
-
-@pytest.fixture
-def small(tmp_path, parts) -> dict[str, str]:
-    """Variables of runs on these, and on images of three classes, of which six are of the test set."""
-    images = class_pictures(3, 4, "train") | class_pictures(3, 2, "test")
-    target = {"TGT_DATA": "folder", "TGT_PATH": str(write_folder(tmp_path / "images", images)), "TGT_STEPS": "2"}
-    source = {"SRC_PATHS": ",".join(map(str, parts)), "SRC_TASKS": "5", "SRC_STEPS": "2", "GPUS": "cpu,cpu"}
-    return {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), **source, **target}
-
-
-def test_src_then_tgt(tmp_path, small):
-    completed = run_sh("src", "batch_size=4", **small, SRC_MODEL="resnet8")
+    parts = [tiny_imagenet(wnids, range(4), val=wnids), tiny_imagenet(wnids, range(4, 8))]
+    parts = [str(write_zip(tmp_path / f"tiny.part{i}.zip", part)) for i, part in enumerate(parts)]
+    images = write_folder(tmp_path / "images", class_pictures(3, 4, "train") | class_pictures(3, 2, "test"))
+    common = {"RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "SRC_MODEL": "resnet8"}
+    source = {"SRC_PATHS": ",".join(parts), "SRC_TASKS": "5", "SRC_STEPS": "2", "GPUS": "cpu,cpu"}
+    completed = run_sh("src", "batch_size=4", **common, **source)
     assert completed.returncode == 0, completed.stderr
-    completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", **small, SRC_MODEL="resnet8", TGT_MODEL="conv4")
+    target = {"TGT_DATA": "folder", "TGT_PATH": str(images), "TGT_STEPS": "2", "TGT_MODEL": "conv4"}
+    completed = run_sh("tgt", "cpu", "batch_size=4", "final_samples=2", **common, **target)
     assert completed.returncode == 0 and ", of ./run.sh src (PHI=" in completed.stderr, completed.stderr
-    runs = tmp_path / "runs"
-    found = result(runs / "tgt-folder-images-conv4-metaperturb-seed0")
-    assert found["config"]["phi"] == str(runs / "src-tiny_imagenet-resnet8-disjoint-seed0" / "phi.pt")
-    assert found["target"]["test"] == 6
-
-
-@pytest.mark.slow
-def test_pretrain_then_finetune(tmp_path, small):
-    runs, small = tmp_path / "runs", {**small, "TGT_MODEL": "resnet8", "METHOD": "base"}
-    pretrained = runs / "pretrain-tiny_imagenet-resnet8-seed0"
-    for command, init in ((("pretrain", "cpu", "steps=2"), ""), (("tgt", "cpu"), ""), (("tgt", "cpu"), pretrained)):
-        completed = run_sh(*command, "batch_size=4", **small, INIT=str(init))
-        assert completed.returncode == 0, completed.stderr
-    found = result(pretrained)
-    assert found["config"]["method"] == "base" and found["init"] is None
-    assert (found["target"]["train"], found["target"]["test"]) == (80, 10)
-    scratch, finetuned = (result(runs / f"tgt-folder-images-resnet8-base-seed0{suffix}") for suffix in ("", "-ft"))
-    assert scratch["init"] is None and finetuned["init"]["from"] == str(pretrained)
-    assert finetuned["init"]["run"]["target"] == "tiny_imagenet"
+    found = result(tmp_path / "runs" / "tgt-folder-images-conv4-metaperturb-seed0")
+    made = tmp_path / "runs" / "src-tiny_imagenet-resnet8-disjoint-seed0"
+    assert found["config"]["phi"] == str(made / "phi.pt") and found["target"]["test"] == 6
 
 
 ERRORS = {
