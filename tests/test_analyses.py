@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import train
 from image_files import refusal, refused
 from torch import nn
 
@@ -125,24 +124,12 @@ def test_bad_settings(trained):
 # --- calibration
 
 
-class Drawing(nn.Module):
-    """Predictions that are other for each call: remembers them."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.calls = nn.Parameter(torch.zeros(1)), []
-
-    def forward(self, x):
-        self.calls.append(3 * torch.randn(len(x), 10))
-        return self.calls[-1]
-
-
 def test_counts_are_means_over_disjoint_draws(trained, tmp_path):
-    network = Drawing()
-    run = dataclasses.replace(trained["metaperturb"], model=network)
-    result = measure_calibration(run, Sampling(counts=(4, 1, 6, 2), batch_size=64), tmp_path / "c.json")
-    assert [len(logits) for logits in network.calls] == [64, 64, 64, 8] * 6  # six passes over 200 images, no more
-    draws = [torch.cat(network.calls[4 * k : 4 * k + 4]).double().softmax(1) for k in range(6)]
+    run, calls = trained["metaperturb"], []
+    with run.model.register_forward_hook(lambda module, args, out: calls.append(out)):
+        result = measure_calibration(run, Sampling(counts=(4, 1, 6, 2), batch_size=64), tmp_path / "c.json")
+    assert [len(logits) for logits in calls] == [64, 64, 64, 8] * 6  # six passes over 200 images, no more
+    draws = [torch.cat(calls[4 * k : 4 * k + 4]).double().softmax(1) for k in range(6)]
     labels = torch.from_numpy(run.test.labels.copy())
     for found in result["counts"]:
         count = found["samples"]
@@ -251,18 +238,21 @@ def test_the_middle_is_the_network_itself(trained_runs, name, tmp_path):
 # --- scales and noise
 
 
-@pytest.fixture(scope="module")
-def perturbed(target_settings, phi_file, tmp_path_factory):
-    """Runs of MetaPerturb with and without its parts."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, changes in {"whole": "", "ungated": "gate=false", "noiseless": "noise=false"}.items():
-        with mock.patch.object(plots, "save_figure"):  # each would render its curves
-            train(folder / name, target_settings, f"phi={phi_file} steps=4", changes)
-    return folder
+@pytest.fixture
+def perturbed(trained_runs):
+    """A run of MetaPerturb, with a φ whose numbers are not small."""
+    run = load_run(trained_runs["metaperturb"])
+    torch.manual_seed(1)
+    run.model.metaperturb.phi.flat.data.normal_(0, 0.2)
+    return run
+
+
+def with_settings(run, **changes):
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, **changes))
 
 
 def test_scales_are_those_that_evaluation_uses(perturbed):
-    run, used = load_run(perturbed / "whole"), {}
+    run, used = perturbed, {}
     for spec, site in zip(run.model.metaperturb.specs, run.model.metaperturb.sites, strict=True):
         site.register_forward_hook(lambda site, args, out, name=spec.name: used.update({name: site.scale(args[0])}))
     with torch.no_grad():
@@ -275,14 +265,12 @@ def test_scales_are_those_that_evaluation_uses(perturbed):
 
 
 def test_the_spread_of_the_noise_is_that_of_many_draws(perturbed):
-    run = load_run(perturbed / "whole")
-    sites = run.model.metaperturb.sites
-    seen = {}
+    sites, seen = perturbed.model.metaperturb.sites, {}
     for site in sites:
         site.register_forward_hook(
             lambda site, args, more, out: seen.update({site: args[0] + more.get("shortcut", 0.0)}), with_kwargs=True
         )
-    found = [at["spread"] for at in learned_scales(run, images=1)]
+    found = [at["spread"] for at in learned_scales(perturbed, images=1)]
     assert [len(spread) for spread in found] == [16, 32, 64]
     generator = torch.Generator().manual_seed(0)
     for site, spread in zip(sites, found, strict=True):
@@ -297,10 +285,10 @@ def test_the_spread_of_the_noise_is_that_of_many_draws(perturbed):
     x = torch.linspace(-9, 9, 20001, dtype=torch.float64)
     z, density = F.softplus(x), (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
     mean, square = (torch.trapezoid(density * value, x) for value in (z, z.square()))
-    spreads = np.concatenate([at["spread"] for at in learned_scales(run)])
+    spreads = np.concatenate([at["spread"] for at in learned_scales(perturbed)])
     assert spreads == pytest.approx(((square - mean.square()).sqrt() / mean).item(), abs=1e-5)
     assert spreads == pytest.approx(0.65, abs=0.005)  # as its description says
-    assert not any(any(at["spread"]) for at in learned_scales(load_run(perturbed / "noiseless")))
+    assert not any(any(at["spread"]) for at in learned_scales(with_settings(perturbed, noise=False)))
 
 
 @pytest.mark.parametrize("mu", [-45.0, -104.0, -1e4])
@@ -311,4 +299,4 @@ def test_the_spread_far_below_zero_is_its_limit(mu):
 
 def test_runs_without_scales_are_refused(trained, perturbed):
     assert "method base" in refusal(learned_scales, trained["base"])
-    assert "gate=false" in refusal(learned_scales, load_run(perturbed / "ungated"))
+    assert "gate=false" in refusal(learned_scales, with_settings(perturbed, gate=False))

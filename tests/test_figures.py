@@ -323,7 +323,12 @@ def test_all_figures(runs, meta_trainings, tmp_path):
     assert len(scales) == 16 + 32 + 64 and all(0 <= float(row["s"]) <= 1 for row in scales)
     assert len([*out.glob("*.csv")]) == len(found) + 2
     assert len(found["fig8"]) == 3 * 9  # a panel a method, of the lowest seed
-    assert {row["seeds"] for row in found["fig6-robustness"] if row["name"] == "base"} == {"2"}
+    attacked = [row for row in found["fig6-robustness"] if row["name"] == "base"]
+    accuracies = {(row["norm"], float(row["eps"])): float(row["accuracy_percent"]) for row in attacked}
+    (one,), (two,) = (own.glob(f"base-{seed}/analyses/robustness-*.json") for seed in (0, 1))
+    both = zip(*(json.loads(path.read_text())["points"] for path in (one, two)), strict=True)
+    expected = {(a["norm"], a["eps"]): 100 * sum(a["correct"] + b["correct"]) / 40 for a, b in both}
+    assert accuracies == pytest.approx(expected) and {row["seeds"] for row in attacked} == {"2"}
     # What takes long is kept, and taken from there.
     again = figures("fig6", own, "--out", tmp_path / "again", "--set", *FAST)
     assert again.returncode == 0 and "step" not in again.stderr

@@ -1,11 +1,9 @@
 """Robustness: that the attack is a real one, on networks trained here. test_analyses.py: that its results are kept."""
 
-import csv
 import dataclasses
 import json
 import math
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from image_files import refusal
 from test_analyses import ATTACK as SMALL
 from torch import nn
 
-from metaperturb import plots
 from metaperturb.analyses import robustness
 from metaperturb.analyses.robustness import Attack, AttackedModel, measure_robustness
 from metaperturb.data.batches import normalize
@@ -175,28 +172,16 @@ def test_a_network_that_overflows_under_attack_has_no_answer(trained, tmp_path, 
 # --- results
 
 
-@pytest.fixture(scope="module")
-def small(trained, tmp_path_factory):
-    """method → the file of results of `SMALL`. Do not change them."""
-    folder = tmp_path_factory.mktemp("small")
-    for method in ("base", "metaperturb"):
-        measure_robustness(trained[method], SMALL, folder / f"{method}.json")
-    return {path.stem: path for path in folder.iterdir()}
-
-
-def read(path):
-    return json.loads(path.read_text())
-
-
-def test_further_radii_are_added(trained, small, tmp_path):
+def test_further_radii_are_added(trained, tmp_path):
     run, path, few = trained["base"], tmp_path / "r.json", dataclasses.replace(SMALL, linf=(0.05,), l1=())
+    whole = measure_robustness(run, SMALL, tmp_path / "whole.json")
     measure_robustness(run, few, path)
-    assert {**measure_robustness(run, SMALL, path), "seconds": 0} == {**read(small["base"]), "seconds": 0}
+    assert {**measure_robustness(run, SMALL, path), "seconds": 0} == {**whole, "seconds": 0}
     fewer = measure_robustness(run, few, path)  # what was not asked for is not drawn
     assert [(point["norm"], point["eps"]) for point in fewer["points"]] == few.points
-    whole = read(path)
-    whole["points"][-1]["correct"].pop()  # as if cut off there
-    path.write_text(json.dumps(whole))
+    kept = json.loads(path.read_text())
+    kept["points"][-1]["correct"].pop()  # as if cut off there
+    path.write_text(json.dumps(kept))
     measure_robustness(run, few, path)  # nor need it be complete
 
 
@@ -226,17 +211,6 @@ def test_the_images_are_the_same_for_every_run(trained):
     ((every_one, labels),) = robustness.attacked_images(trained["base"], 200, 600, CPU)
     assert torch.equal(labels.bincount(), torch.tensor(trained["base"].test.labels).bincount())
     assert len(every_one.unique(dim=0)) == 200 and len(images[0].unique(dim=0)) == 8
-
-
-def test_curves_and_picture(small, tmp_path):
-    results = {method: [read(small[method])] * 2 for method in ("base", "metaperturb")}
-    with mock.patch.object(plots, "save_figure"):  # test_figures.py renders it
-        plots.plot_robustness(results, "drawn", tmp_path / "figure6.abc")
-    rows = csv.DictReader((tmp_path / "figure6.abc.csv").open())
-    drawn = {(row["name"], row["norm"], float(row["eps"])): float(row["accuracy_percent"]) for row in rows}
-    points = {(m, at["norm"], at["eps"]): at["correct"] for m in results for at in results[m][0]["points"]}
-    assert len(points) == 2 * len(SMALL.points)
-    assert drawn == pytest.approx({key: 100 * sum(correct) / SMALL.images for key, correct in points.items()})
 
 
 def test_foolbox_that_is_not_installed(trained, tmp_path, monkeypatch):
