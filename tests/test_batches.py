@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from metaperturb.data.arrays import ImageArrays
-from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, draw, normalize
+from metaperturb.data.arrays import from_memory
+from metaperturb.data.batches import DeviceImages, TrainingBatches, crop_and_flip, draw
 
 CPU = torch.device("cpu")
 
@@ -23,16 +23,13 @@ def numbered_images(count):
     return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 3, 4, 4)).copy()
 
 
-def data_set(images, labels=None, num_classes=5, device=CPU):
-    labels = np.arange(len(images)) % num_classes if labels is None else labels
-    names = tuple(f"class {i}" for i in range(num_classes))
-    return DeviceImages(ImageArrays(images, np.asarray(labels, dtype=np.int64), names, "0" * 8, "made-train"), device)
-
-
-def stream(images=10, batch_size=4, indices=None, class_ids=None, padding=0, key=(0, 0, "order_train"), **options):
-    images = data_set(numbered_images(images) if isinstance(images, int) else images, **options)
-    indices = np.arange(len(images.arrays)) if indices is None else indices
-    return TrainingBatches(images, indices, class_ids, batch_size, padding, key)
+def stream(images=10, batch_size=4, indices=None, class_ids=None, padding=0, key=(0, 0, "order_train"), labels=None):
+    """Of these images, or of so many numbered ones; a label is its number modulo 5."""
+    images = numbered_images(images) if isinstance(images, int) else images
+    labels = np.arange(len(images)) % 5 if labels is None else labels
+    data = DeviceImages(from_memory("made-train", images, labels, "0123456789"), CPU)
+    indices = np.arange(len(images)) if indices is None else indices
+    return TrainingBatches(data, indices, class_ids, batch_size, padding, key)
 
 
 def numbers(batch):
@@ -74,12 +71,6 @@ def test_against_a_loop_with_the_same_draws(size, padding):
         assert np.array_equal(out[i].numpy(), all_crops(images[i], padding)[key])
     out.zero_()
     assert np.array_equal(images, before)
-
-
-def test_value_range():
-    out = normalize(torch.arange(256, dtype=torch.uint8))
-    assert out.dtype == torch.float32 and out.min() == -1 and out.max() == 1
-    torch.testing.assert_close(out, torch.arange(256) / 255 * 2 - 1, rtol=0, atol=1e-6)
 
 
 # --- order
@@ -132,7 +123,7 @@ def test_labels_are_renumbered_for_a_task():
     labels = np.array([4, 1, 4, 7, 1, 7, 0, 2, 9, 4])
     class_ids = np.array([1, 4, 7])
     indices = np.flatnonzero(np.isin(labels, class_ids))
-    batches = stream(10, 7, indices, class_ids, labels=labels, num_classes=10)
+    batches = stream(10, 7, indices, class_ids, labels=labels)
     for k in range(3):
         batch = batches.batch(k)
         assert sorted(numbers(batch)) == indices.tolist()

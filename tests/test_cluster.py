@@ -36,26 +36,16 @@ queue.write_text("\\n".join(lines))
 """
 
 
-class StandIn:
-    """Where the stand-ins are, and what they were called with."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("sbatch", "squeue", "scontrol", "srun"):
-            (folder / name).write_text(STAND_IN)
-            (folder / name).chmod(0o755)
-
-    def script(self, number: int) -> str:
-        """Of a job."""
-        return (self.folder / f"script-{number}").read_text()
-
-
 @pytest.fixture
-def slurm(tmp_path, monkeypatch) -> StandIn:
+def slurm(tmp_path, monkeypatch) -> Path:
+    """Where the stand-ins are, and what they keep: the scripts of jobs, among others."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    for name in ("sbatch", "squeue", "scontrol", "srun"):
+        (folder / name).write_text(STAND_IN)
+        (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
-    return StandIn(folder)
+    return folder
 
 
 @pytest.fixture
@@ -75,17 +65,19 @@ def test_cells_are_submitted_once_behind_what_they_need(slurm, path, tmp_path, c
     assert "submitted 4 as job 2 and 3" in capsys.readouterr().err
     about = [[job.partition("-")[0] for job in jobs] for jobs in submissions(tmp_path).values()]
     assert about == [["phi", "base", "dropout"], ["metaperturb"]]
-    for words in ("array=0-2%2", "gpus-per-node=1", "partition=gpu", "time=1:00:00", "requeue"):
-        assert f"#SBATCH --{words}\n" in slurm.script(2)
-    assert f"#SBATCH --signal=USR1@{cluster.SAVING}\n" in slurm.script(2) and "dependency" not in slurm.script(2)
-    assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(3)
+    signal = f"signal=USR1@{cluster.SAVING}"
+    for words in ("array=0-2%2", "gpus-per-node=1", "partition=gpu", "time=1:00:00", "requeue", signal):
+        assert f"#SBATCH --{words}\n" in (slurm / "script-2").read_text()
+    assert "dependency" not in (slurm / "script-2").read_text()
+    assert "#SBATCH --dependency=afterok:2_0\n" in (slurm / "script-3").read_text()
     run_experiment(command)
     assert "4 are in the queue already" in capsys.readouterr().err
     # Another seed of what needs the same φ, on a device that is not here.
     more = parsed(path, tmp_path, "--slurm", "--rows", "MetaPerturb", "--devices", "7")
     run_experiment(more)
     assert "2 are in the queue already" in capsys.readouterr().err
-    assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(4) and not (slurm.folder / "script-5").exists()
+    assert "#SBATCH --dependency=afterok:2_0\n" in (slurm / "script-4").read_text()
+    assert not (slurm / "script-5").exists()
 
 
 def test_what_a_killed_command_had_not_submitted_the_next_one_does(slurm, path, tmp_path, capsys, monkeypatch):
@@ -101,7 +93,7 @@ def test_what_a_killed_command_had_not_submitted_the_next_one_does(slurm, path, 
     run_experiment(command)
     said = capsys.readouterr().err
     assert "3 are in the queue already" in said and "submitted 1 as job 3" in said
-    assert "#SBATCH --dependency=afterok:2_0\n" in slurm.script(3)
+    assert "#SBATCH --dependency=afterok:2_0\n" in (slurm / "script-3").read_text()
 
 
 @pytest.mark.parametrize(
@@ -115,14 +107,14 @@ def test_what_slurm_refuses_is_a_sentence_and_nothing_is_lost(slurm, path, tmp_p
     command = parsed(path, tmp_path, "--slurm", "partition=nope", "--seeds", "0")
     if program == "squeue":  # which is asked once something was submitted
         run_experiment(command)
-    refuses = slurm.folder / f"refuses-{program}"
+    refuses = slurm / f"refuses-{program}"
     refuses.write_text(words)
     assert said in refusal(run_experiment, command)
     refuses.unlink()
     capsys.readouterr()
     run_experiment(command)
     assert ("in the queue already" if program == "squeue" else "submitted 4 as job") in capsys.readouterr().err
-    assert len((slurm.folder / "queue").read_text().splitlines()) == 4
+    assert len((slurm / "queue").read_text().splitlines()) == 4
 
 
 def test_without_slurm_or_submitit_it_is_said(path, tmp_path, monkeypatch, slurm):
@@ -139,16 +131,16 @@ def test_status_is_what_slurm_and_the_folders_say(slurm, path, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:-1]] == [["to", "do"]] * 7  # φ and six cells; Slurm is not asked
     assert lines[-1] == "small paper: 0 done, 0 running, 0 waiting, 0 failed, 7 to do; time left not known yet"
-    assert not (slurm.folder / "said").exists()
+    assert not (slurm / "said").exists()
     run_experiment(parsed(path, tmp_path, "--slurm", "--seeds", "0"))
     base, meta = (Grid(path).cell(row, "Bugs", 0).id for row in ("Base", "MetaPerturb"))
     run_dir = tmp_path / "runs" / "small" / "paper" / base
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text('{"step": 2, "seconds": 10.0}\n')
     # φ failed, which cancelled what needs it.
-    _, running, waiting, _ = (slurm.folder / "queue").read_text().splitlines()
+    _, running, waiting, _ = (slurm / "queue").read_text().splitlines()
     running = running.replace("PENDING|Priority|", "RUNNING|None|n0")
-    (slurm.folder / "queue").write_text(running + "\n" + waiting.replace("Priority", "PartitionTimeLimit"))
+    (slurm / "queue").write_text(running + "\n" + waiting.replace("Priority", "PartitionTimeLimit"))
     folder, _ = submissions(tmp_path)
     (folder / "2_0_0_log.out").write_text("error: no luck\nsrun: error: n0: task 0: Exited with exit code 1\n")
     capsys.readouterr()
@@ -172,7 +164,7 @@ def test_a_meta_training_asks_for_no_more_than_its_tasks_keep_busy(slurm, source
     for said in ("5 tasks keep 2 GPUs of a node busy: asking for gpus=2", "1 are in the queue already"):
         assert src(tmp_path, source_settings, "--slurm", "nodes=2", "gpus=8", "steps=7") == 0
         assert said in capsys.readouterr().err
-    assert "#SBATCH --nodes=2\n" in slurm.script(2) and "#SBATCH --gpus-per-node=2\n" in slurm.script(2)
+    assert all(f"#SBATCH --{words}=2\n" in (slurm / "script-2").read_text() for words in ("nodes", "gpus-per-node"))
     settings = (tmp_path / "slurm" / "src" / "settings.yaml").read_text()
     assert "gpus: 0,1\n" in settings and "steps: 7\n" in settings
     assert src(tmp_path, source_settings, "--slurm", "nodes=6") == 1
@@ -187,7 +179,7 @@ def test_what_is_wrong_with_a_word_or_a_node_is_a_sentence(slurm, monkeypatch, t
     monkeypatch.setattr(cluster, "SHARED_FOLDER_SECONDS", 0)
     said = "is not there, though what makes it is done; do all nodes see"
     refused(said, cluster.wait_for, tmp_path / "result.json")
-    (slurm.folder / "scontrol").write_text("#!/bin/sh\necho n0\n")
+    (slurm / "scontrol").write_text("#!/bin/sh\necho n0\n")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n0")
     monkeypatch.setattr(cluster.signal, "signal", lambda *_: None)  # of this process

@@ -13,12 +13,6 @@ from metaperturb.identity import differences
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def yaml_file(tmp_path: Path, text: str) -> str:
-    path = tmp_path / "settings.yaml"
-    path.write_text(text)
-    return str(path)
-
-
 def test_defaults_are_the_papers():
     source, target = MetaTrainConfig(), MetaTestConfig()
     assert (source.tasks, source.steps, source.batch_size, source.lr, source.weight_decay) == (10, 750, 128, 1e-3, 5e-4)
@@ -54,7 +48,8 @@ def test_the_home_folder_in_every_path(monkeypatch):
 
 
 def test_file_then_assignments(tmp_path):
-    path = yaml_file(tmp_path, "steps: 5\nlr: 1e-4\nclip: null\nsource_paths: [a.zip, b.zip]\n")
+    path = str(tmp_path / "settings.yaml")
+    Path(path).write_text("steps: 5\nlr: 1e-4\nclip: null\nsource_paths: [a.zip, b.zip]\n")
     config = load_config(MetaTrainConfig, path, ["steps=6", "seed = 3", "source_paths=c.zip,"])
     assert (config.steps, config.lr, config.clip, config.seed, config.source_paths) == (6, 1e-4, None, 3, ["c.zip"])
     assert load_config(MetaTrainConfig, path, ["clip=none", "source_paths="]).source_paths == []
@@ -84,9 +79,11 @@ def test_file_then_assignments(tmp_path):
     ],
 )
 def test_refused_in_a_file(tmp_path, text, expected):
-    path = yaml_file(tmp_path, text) if text else "nowhere.yaml"
-    message = refusal(load_config, MetaTrainConfig, path)
-    assert expected in message and path in message
+    path = tmp_path / "settings.yaml"
+    if text:
+        path.write_text(text)
+    message = refusal(load_config, MetaTrainConfig, str(path))
+    assert expected in message and str(path) in message
 
 
 @pytest.mark.parametrize(

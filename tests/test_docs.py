@@ -21,18 +21,15 @@ AUTHORED = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.m
 PAGES = {*AUTHORED, *ROOT.glob("results/*/*.md"), *ROOT.glob("src/metaperturb/shipped/*.md")}
 SPEED = "results/benchmark/cpu.json"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+each_page = pytest.mark.parametrize("page", AUTHORED, ids=lambda path: path.relative_to(ROOT).as_posix())
 TARGET = re.compile(r"\]\(([^)\s]+)\)")
-
-
-@pytest.fixture(params=AUTHORED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def page(request) -> Path:
-    return request.param
 
 
 def without_code(text: str) -> str:
     return re.sub(r"```.*?```", "", text, flags=re.S)
 
 
+@each_page
 def test_the_front_page_and_sentences_are_short(page):
     """What stands between full stops, outside code, headings and tables; a paragraph or item ends its last one."""
     assert page.name != "README.md" or len(page.read_text().splitlines()) <= 180
@@ -55,6 +52,7 @@ def test_links_lead_to_files_and_every_page_is_linked():
     assert PAGES - linked == {ROOT / "README.md"}
 
 
+@each_page
 def test_commands_and_variables_are_those_of_run_sh(page):
     script = (ROOT / "run.sh").read_text()
     code = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S))

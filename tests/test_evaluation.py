@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaperturb.data.arrays import ImageArrays
+from metaperturb.data.arrays import from_memory
 from metaperturb.data.batches import DeviceImages
 from metaperturb.evaluation import evaluate, expected_calibration_error
 
@@ -14,9 +14,7 @@ def data_set(count, num_classes=3, labels=None):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8)
     labels = rng.integers(0, num_classes, count) if labels is None else labels
-    names = tuple(map(str, range(num_classes)))
-    arrays = ImageArrays(images, np.asarray(labels, dtype=np.int64), names, "0" * 8, "made-test")
-    return DeviceImages(arrays, torch.device("cpu"))
+    return DeviceImages(from_memory("made-test", images, labels, "0123456789"[:num_classes]), torch.device("cpu"))
 
 
 class Recorder(nn.Module):

@@ -252,8 +252,9 @@ def test_another_kernel_on_resume_is_said(reference, unfinished, run_dir, capsys
 def test_statistics_of_one_pass_are_of_images_augmented_as_in_training(settings, run_dir, monkeypatch):
     augmented, make = [], program.TrainingBatches
     monkeypatch.setattr(program, "TrainingBatches", lambda *how: augmented.append(how[-1]) or make(*how))
-    train(run_dir, settings, "recipe=trivial_augment steps=1")
+    train(run_dir, settings, "recipe=trivial_augment,label_smoothing steps=1")
     assert len(augmented) == 2 and None not in augmented
+    assert load_run(run_dir).config.recipe == ["label_smoothing", "trivial_augment"]  # whatever their order
 
 
 def test_settings_without_effect_are_said(settings, run_dir, capsys):

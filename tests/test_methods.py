@@ -521,15 +521,6 @@ def test_a_recipe_keeps_what_its_method_is():
     assert information.loss(logits, labels) > F.cross_entropy(logits, labels) + 1.0  # with its KL term
 
 
-def test_a_recipe_as_a_run(common, base_state, draws_itself, tmp_path):
-    """It trains, says what it was, and is read back."""
-    run = train(tmp_path / "tgt", common, "method=dropblock recipe=label_smoothing,trivial_augment,mixup")
-    assert result(run)["config"]["recipe"] == ["label_smoothing", "mixup", "trivial_augment"]
-    trained = model_state(run)
-    assert any(not torch.equal(value, trained[key]) for key, value in base_state.items())
-    assert not load_run(run).stochastic
-
-
 def test_ablations_as_runs(common, tmp_path, capsys):
     """A φ that learned under another one is told."""
     save_phi(MetaPerturb(), tmp_path / "phi.pt", card={"config": {"noise": True, "gate": False}})

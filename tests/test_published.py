@@ -20,15 +20,14 @@ from metaperturb import load_phi
 PAGES = sorted(path for path in (ROOT / "results").glob("*/*.csv") if path.with_suffix("").is_dir())
 
 
-@pytest.fixture(params=PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def page(request) -> Path:
-    return request.param
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
 def lines(page: Path) -> list[dict[str, str]]:
     return [*csv.DictReader(page.open())]
 
 
+@each_page
 def test_every_record_is_counted_in_its_line(page):
     folder = page.with_suffix("")  # a result counts in place of a record that its training diverged
     records = {path.name: path for path in [*folder.glob("diverged/*--*.json"), *folder.glob("*--*.json")]}
@@ -113,6 +112,7 @@ def test_the_readmes_results_are_those_of_the_pages():
         assert difference == gain_of_paper(with_phi, base)
 
 
+@each_page
 def test_report_makes_the_page_again(page, tmp_path):
     """Without the φ that was given for its trainings, of which only what was kept of its making is there."""
     folder = tmp_path / page.stem
