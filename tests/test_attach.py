@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections import OrderedDict
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -820,17 +821,11 @@ def test_a_replica_of_data_parallel_is_refused():
 @pytest.mark.parametrize("make", [root_sum, Residual, shared_relu])
 def test_after_an_error_in_the_forward_all_is_as_before(make):
     model, x = quiet(make()).eval(), images()
-    expected = seeded(model, x)
-
-    def fail(module, args, output):
-        raise RuntimeError("on purpose")
-
+    expected, fail = seeded(model, x), Mock(side_effect=RuntimeError("on purpose"))
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     for module in (convolutions[0], convolutions[-1]):
-        handle = module.register_forward_hook(fail)
-        with pytest.raises(RuntimeError, match="on purpose"):
+        with module.register_forward_hook(fail), pytest.raises(RuntimeError, match="on purpose"):
             model(x)
-        handle.remove()
     assert torch.equal(seeded(model, x), expected)
 
 

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
+from unittest.mock import Mock
 
 import make_tables
 import pytest
@@ -73,13 +73,6 @@ def test_jobs_run_after_what_they_need_on_devices_in_turn(tmp_path):
     assert run_jobs(jobs, ["0"], 1) == {} and all(job.starts == 1 for job in jobs)
 
 
-def raising(error: Exception) -> Callable:
-    def fails(*_: object) -> None:
-        raise error
-
-    return fails
-
-
 NOT_FINITE = "print('error: not finite', file=sys.stderr); sys.exit(3)"
 DENIED = PermissionError(13, "Permission denied", "metrics.jsonl")
 
@@ -95,8 +88,8 @@ def test_what_fails_is_tried_again_and_the_others_run(tmp_path, capsys):
         "without a record": ("said nothing", 2, "pass"),
         "hopeless": ("not finite", 1, NOT_FINITE),
         "diverged": (None, 1, NOT_FINITE, {"diverge": kept.write_text}),
-        "not kept": ("disk full", 2, NOT_FINITE, {"diverge": raising(UserError("disk full"))}),
-        "denied": ("[Errno 13] Permission denied: 'metrics.jsonl'", 2, "pass", {"finish": raising(DENIED)}),
+        "not kept": ("disk full", 2, NOT_FINITE, {"diverge": Mock(side_effect=UserError("disk full"))}),
+        "denied": ("[Errno 13] Permission denied: 'metrics.jsonl'", 2, "pass", {"finish": Mock(side_effect=DENIED)}),
         "good": (None, 1, "done()"),
     }
     jobs = [script(tmp_path, id_, code, **dict(*options)) for id_, (_, _, code, *options) in cases.items()]
@@ -159,23 +152,19 @@ def records(folder: Path, preset: str) -> list[str]:
     return [path.name for path in (folder / "results" / "small" / preset).glob("*.json")]
 
 
-class Here:
-    """In place of a process: runs a program in this one, which has imported all of it."""
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """Programs run in this process, which has imported all of them."""
 
-    def __init__(self, command: list[str], stdout: BinaryIO, **_: object) -> None:
+    def run(command: list[str], stdout: BinaryIO, **_: object) -> Mock:
         _python, _m, program, *arguments = command
         log = io.TextIOWrapper(stdout, write_through=True)
         with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
-            self.returncode = importlib.import_module(program).main(arguments)
+            code = importlib.import_module(program).main(arguments)
         log.detach()
+        return Mock(returncode=code, poll=lambda: code)
 
-    def poll(self) -> int:
-        return self.returncode
-
-
-@pytest.fixture
-def here(monkeypatch) -> None:
-    monkeypatch.setattr("tables.runner.subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
+    monkeypatch.setattr("tables.runner.subprocess", SimpleNamespace(Popen=run, DEVNULL=None))
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ import figures as scripts_figures
 import metaperturb.meta_train as meta_training
 from metaperturb import plots
 from metaperturb.perturbation import MetaPerturb
-from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi, save_phi
 
 FIGURE_6 = ("fig6-robustness", "fig6-calibration", "fig6-samples")
@@ -362,20 +361,10 @@ def test_what_does_not_belong_into_one_picture_is_refused(runs, tmp_path):
 
 
 def test_damaged_runs_are_named(runs, tmp_path):
-    def spoil(name: str):
-        def change(folder: Path) -> None:
-            state = load_tensors(folder / "checkpoints" / "latest.pt")
-            next(value for key, value in state["model"].items() if key.endswith(name)).view(-1)[0] = math.nan
-            save_tensors(state, folder / "checkpoints" / "latest.pt")
-
-        return change
-
     moved = json.dumps(result(runs / "meta") | {"config": result(runs / "meta")["config"] | {"target_path": "/gone"}})
     for figure, change, said in (
         ("fig5", lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl"),
         ("fig5", lambda run: (run / "result.json").write_text('{"program": "meta_test"}'), "is no result of a run"),
-        ("fig7", spoil("bn1.running_mean"), "holds values that are not finite"),
-        ("fig8", spoil("metaperturb.running_var"), "holds values that are not finite"),
         ("fig8", lambda run: (run / "result.json").write_text(moved), "/gone: no such file or folder"),
     ):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -398,10 +399,7 @@ def test_a_cache_that_is_not_ours(open_path, capsys, root_is):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     first, _ = _load(folder_layout(), tmp_path)
     assert "no locks here" in capsys.readouterr().err
     assert _load(folder_layout(), tmp_path)[0].fingerprint == first.fingerprint
@@ -423,12 +421,9 @@ def test_processes_that_start_at_once_build_once(tmp_path, capfd):
 
 
 def test_what_a_killed_builder_leaves_is_no_cache(tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
-
     path = write_zip(tmp_path / "x.zip", folder_layout())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(arrays, "to_pixels", killed)
+        patch.setattr(arrays, "to_pixels", Mock(side_effect=KeyboardInterrupt))
         patch.setattr(shutil, "rmtree", lambda *_, **options: None)  # nobody cleans up
         _load(path, tmp_path, splits=("train",))
     assert [p.name for p in _cache_folder(tmp_path).iterdir()] == ["images.bin"]

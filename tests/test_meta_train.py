@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -597,17 +598,14 @@ def test_some_classes(reference, src):
 
 def record_collectives(group: Group, config: MetaTrainConfig, path: Path) -> None:
     """`work`, with the size of every tensor that any collective sends written down."""
-    sent: list[tuple[str, int]] = []
-    for name in ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor", "reduce", "gather", "scatter"):
-        original = getattr(dist, name)
-
-        def recording(*arguments, name=name, original=original, **options):
-            tensors = [a for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor)]
-            sent.append((name, tensors[-1].numel()))  # what comes back stands before it
-            return original(*arguments, **options)
-
-        setattr(dist, name, recording)
-    program.work(group, config)
+    names = ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor", "reduce", "gather", "scatter")
+    with patch.multiple(dist, **{name: Mock(wraps=getattr(dist, name)) for name in names}):
+        program.work(group, config)
+        calls = [(name, call) for name in names for call in getattr(dist, name).call_args_list]
+    sent = []
+    for name, call in calls:
+        tensors = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.Tensor)]
+        sent.append((name, tensors[-1].numel()))  # what comes back stands before it
     if group.rank == 0:
         path.write_text(json.dumps(sent))
 

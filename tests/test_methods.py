@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import math
 import typing
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,15 +119,9 @@ def test_information_dropout_loss_and_gradients():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The probability and the size of each call of torchvision's DropBlock in training."""
-    calls, drop = [], noise.drop_block2d
-
-    def recording(h, p, size, training):
-        calls.extend([(p, size)] * training)
-        return drop(h, p, size, training=training)
-
-    monkeypatch.setattr(noise, "drop_block2d", recording)
-    return calls
+    """The calls of torchvision's DropBlock."""
+    monkeypatch.setattr(noise, "drop_block2d", spy := Mock(wraps=noise.drop_block2d))
+    return spy
 
 
 @pytest.mark.parametrize(
@@ -137,13 +132,14 @@ def test_dropblock_drops_the_largest_odd_squares_that_fit(height, width, size, f
     site, h = noise.DropBlockSite(prob=0.2, size=size), torch.ones(200, 16, height, width)
     site.strength = 0.5
     out = site(h)
-    assert drawn == [(0.1, fits)] and 0.05 < (out == 0).float().mean() < 0.12
+    assert drawn.call_args.args[1:] == (0.1, fits) and 0.05 < (out == 0).float().mean() < 0.12
     assert out.mean().item() == pytest.approx(1, rel=1e-4) and site.eval()(h) is h
 
 
 def test_dropblock_rises_linearly_over_the_whole_training(target_settings, tmp_path, drawn):
     train(tmp_path / "tgt", target_settings, "method=dropblock dropblock_prob=0.2 steps=5")
-    assert [p for p, _ in drawn[::3]] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2]) and len(drawn) == 15
+    drops = [call.args[1] for call in drawn.call_args_list if call.kwargs["training"]]
+    assert drops[::3] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2]) and len(drops) == 15
 
 
 # --- mixup, CutMix, Manifold Mixup

@@ -1,5 +1,6 @@
 """Finished runs read back: the network that was trained, on the images that it was trained on."""
 
+import math
 import shutil
 
 import pytest
@@ -30,13 +31,20 @@ def test_the_network_evaluates_as_it_did(trained, method):
 
 def test_what_is_no_finished_run_is_said(trained_runs, tmp_path):
     refused("holds no finished run", load_run, tmp_path)
-    run = shutil.copytree(trained_runs["base"], tmp_path / "run")
+    run = shutil.copytree(trained_runs["metaperturb"], tmp_path / "run")
     other = write_folder(tmp_path / "other", class_pictures(10, 8, "train", 13) | class_pictures(10, 5, "test", 13))
     refused("other images", load_run, run, target_path=str(other))
     moved = shutil.copytree(trained_runs["base"].parent / "images", tmp_path / "moved")
     assert len(load_run(run, target_path=str(moved), data_root=str(tmp_path / "cache")).test) == 200
     refused("no such file or folder", load_run, run, target_path=str(tmp_path / "nowhere"))
     checkpoint, result = run / "checkpoints" / "latest.pt", run / "result.json"
+    whole = checkpoint.read_bytes()
+    for name in ("bn1.running_mean", "layer3.0.slot.metaperturb.running_var"):
+        checkpoint.write_bytes(whole)
+        state = load_tensors(checkpoint)
+        state["model"][name].view(-1)[0] = math.nan
+        save_tensors(state, checkpoint)
+        refused("holds values that are not finite", load_run, run)
     checkpoint.write_bytes(b"half")
     refused("latest.pt", load_run, run)
     checkpoint.unlink()
