@@ -18,7 +18,7 @@
 #   ./run.sh compare [run …]   methods side by side; learning: what φ learns in meta-training; figures: all of these
 #   ./run.sh phi <φ>           the 82 numbers of a φ, drawn: a file or a shipped name
 #   ./run.sh docs              README, docs/, results/ and the docstrings as a site, in build/site
-#   ./run.sh panel             try φ in some 120 CNNs of torchvision and timm, into results/panel.md
+#   ./run.sh panel             try φ in some 130 CNNs of torchvision and timm, into results/panel.md
 #   ./run.sh bench             measure how fast it is, into results/benchmark
 #   ./run.sh gpu-check         try a GPU in nine minutes: sites, speed, both programs, NCCL; into results/gpu
 #   ./run.sh test              the tests

@@ -13,6 +13,7 @@ from conftest import python
 from oracle import philox
 from test_fused import maps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metaperturb import MetaPerturb, PerturbSite, UserError, attach, kernels, models
 from metaperturb.kernels import compiled, cpp, fused, plain, trial
@@ -199,12 +200,27 @@ def test_a_stencil_is_the_convolution():
         torch.testing.assert_close(*found)
 
 
+def test_half_precision_of_a_gpu_is_kept():
+    """Its autocast computes softplus in float32."""
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+        h = torch.empty(6, 5, 8, 8, device="cuda", dtype=torch.bfloat16)
+        phi, *running = (torch.empty(shape, device="cuda") for shape in (82, (5, 4), (5, 4)))
+        assert plain.site(h, phi, None, *running, test_fused.settings()).dtype == torch.bfloat16
+        assert plain.relative_noise(h, phi, None, 0.7).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
 def test_a_compilation_serves_sites_of_all_widths_sizes_and_strengths(monkeypatch):
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
     built, compile = [], torch.compile
-    options = {"backend": lambda graph, inputs: built.append(graph) or graph, "fullgraph": True}
+    backend = aot_autograd(
+        fw_compiler=lambda graph, inputs: built.append(graph) or graph, decompositions=select_decomp_table()
+    )
+    options = {"backend": backend, "fullgraph": True}
     monkeypatch.setattr(torch, "compile", lambda function, **more: compile(function, **more, **options))
     monkeypatch.setattr(compiled, "_compiled", functools.cache(compiled._compiled.__wrapped__))
-    monkeypatch.setattr(plain, "_depthwise_conv", plain._stencil)
     torch._dynamo.reset()
     phi, kept = test_fused.make_phi(torch.float32), None
     for training in (True, False):
@@ -214,22 +230,23 @@ def test_a_compilation_serves_sites_of_all_widths_sizes_and_strengths(monkeypatc
             for backend in (plain, compiled):
                 running = [s.float() for s in test_fused.statistics(shape[1])]
                 out = backend.site(h, phi, noise, *running, site)
-                results.append([out, *torch.autograd.grad(out, h, noise), *running])
+                gradients = [*torch.autograd.grad(out, h, noise, retain_graph=True), *torch.autograd.grad(out, h, h)]
+                results.append([out, *gradients, *running])
             torch.testing.assert_close(*results)
             kept = compiled.relative_noise(h, phi, noise, strength)
             torch.testing.assert_close(kept, plain.relative_noise(h, phi, noise, strength))
-    assert len(built) == 3 and not kept.requires_grad  # a site in training and in evaluation, noise of mean one
+    assert len(built) == 5 and not kept.requires_grad  # training and evaluation, each with gradients; noise of mean one
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor_it_equals_the_plain_operators(monkeypatch):
-    monkeypatch.setattr(plain, "_depthwise_conv", plain._stencil)
+@pytest.mark.timeout(1800)  # compiling, on a busy machine
+def test_compiled_by_inductor_it_equals_the_plain_operators():
     assert trial.error_of(compiled, torch.device("cpu"), torch.float32) < 1e-5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_where_nothing_can_be_compiled_the_plain_operators_take_over(fresh):
-    with pytest.warns(UserWarning, match="which is slower: torch.compile does not work here"):
+    with pytest.warns(UserWarning, match="which is slower: torch.compile fails on cuda"):
         assert kernels.kernel_name("cuda") == "plain"
 
 
@@ -237,6 +254,12 @@ def test_where_nothing_can_be_compiled_the_plain_operators_take_over(fresh):
 def test_compiled_sites_on_a_gpu():
     assert kernels.kernel_name("cuda") == "compiled"
     assert trial.error_of(compiled, torch.device("cuda"), torch.float32) < 1e-5
+    site, h = PerturbSite(make_phi(torch.float32), 3).cuda(), torch.randn(8, 3, 16, 16, device="cuda")
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(site(h))
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
 
 
 # --- choosing and building
@@ -263,7 +286,7 @@ def fresh(monkeypatch, tmp_path):
     """As in a process that has not used a kernel yet, with a cache of its own that holds the library."""
     shutil.copytree(cpp.cache_folder(), tmp_path / "metaperturb", dirs_exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpp, "compiled", functools.cache(cpp.compiled.__wrapped__))
+    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
     monkeypatch.setattr(kernels, "_load", functools.cache(kernels._load.__wrapped__))
     monkeypatch.setattr(kernels, "_told", {"meta"})
 
@@ -310,7 +333,7 @@ def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
 
 def test_kinds_of_processor_that_share_a_home_have_libraries_of_their_own(fresh, monkeypatch, tmp_path):
     """One with instructions that the other lacks would end its process."""
-    library, kind, compiler, built = cpp.compiled()._name, tmp_path / "kind", tmp_path / "compiler", []
+    library, kind, compiler, built = cpp.library()._name, tmp_path / "kind", tmp_path / "compiler", []
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-march=native*) cat {kind}; esac')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
@@ -322,7 +345,7 @@ def test_kinds_of_processor_that_share_a_home_have_libraries_of_their_own(fresh,
     monkeypatch.setattr(cpp, "_build", build)
     for macros in ("#define __AVX2__ 1", "#define __AVX512F__ 1", "#define __AVX2__ 1", ""):
         kind.write_text(macros)
-        cpp.compiled.__wrapped__()
+        cpp.library.__wrapped__()
     assert built == [True, True, False]
 
 
@@ -333,7 +356,7 @@ def test_a_library_of_another_user_is_not_loaded(whose, fresh):
     folder = cpp.cache_folder()
     for path in [folder] if whose == "folder" else folder.glob("*.so"):
         os.chown(path, 12345, 12345)
-    cpp.compiled.cache_clear()
+    cpp.library.cache_clear()
     kernels._load.cache_clear()
     assert "belongs to another user" in refused()
 

@@ -27,7 +27,7 @@ def markdown(results: Results) -> str:
         _overview(grid, entries, marks),
         "\n".join(f"-{note}" for note in _notes(results, entries, marks)),
         "## In detail",
-        "The difference to the baseline is the mean over the seeds that both have, with the 95 % interval of Student's "
+        "The difference from the baseline is the mean over the seeds that both have, with the 95 % interval of Student's "
         "t over these pairs. NLL is in nats.",
         _details(entries, marks),
     ]
@@ -74,7 +74,7 @@ def _overview(grid: Grid, entries: Sequence[Entry], marks: Marks) -> str:
 
 
 def _details(entries: Sequence[Entry], marks: Marks) -> str:
-    head = ["", "", "seeds", "accuracy %", "paper", "ours − paper", "difference to baseline", "NLL", "ECE %", "setting"]
+    head = ["", "", "seeds", "accuracy %", "paper", "ours − paper", "difference from baseline", "NLL", "ECE %", "setting"]
     head += ["one pass: accuracy %", "one pass: NLL", "one pass: ECE %"] * _measured_once(entries)
     rows = []
     for entry in entries:
@@ -119,7 +119,7 @@ def _notes(results: Results, entries: Sequence[Entry], marks: Marks) -> Iterator
     reported = {name: of for name, of in grid.columns.items() if any(grid.paper_value(row, name) for row in grid.rows)}
     for name, column in reported.items():
         if column["stands_for"] != name:
-            how = "" if column["comparable"] else " Its images differ, so no difference to the paper is given."
+            how = "" if column["comparable"] else " Its images differ, so no difference from the paper is given."
             yield f" `{name}` stands in for the paper's {column['stands_for']}.{how}"
     if others := [name for name, of in reported.items() if of["stands_for"] == name and not of["comparable"]]:
         yield f" {', '.join(others)}: the images differ from the paper's, so its numbers are not comparable to ours."

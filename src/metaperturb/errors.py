@@ -18,6 +18,10 @@ class Diverged(UserError):
     exit_code = 3  # 2 is argparse's
 
 
+class Unavailable(UserError):
+    """No fused kernel here; the message says why and what to do, in one line."""
+
+
 class Damaged(UserError):
     """A file that does not hold what was written to it, or never held what is looked for."""
 

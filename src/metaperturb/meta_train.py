@@ -236,6 +236,8 @@ def work(group: Group, config: MetaTrainConfig) -> None:
     """What one process does."""
     torch.set_num_threads(config.threads)
     second = config.lookahead and group.device.type == "cuda"  # derivatives, which compiled sites have not
+    if second and config.kernel == "fused":
+        raise UserError("kernel: fused sites of a GPU lack the second derivatives that lookahead needs; leave it out")
     kernels.set_kernel("plain" if second else config.kernel)
     if group.rank:  # the first process says it for all
         warnings.filterwarnings("ignore", "the perturbation runs in plain")

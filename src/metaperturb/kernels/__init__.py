@@ -20,9 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from metaperturb.errors import UserError
+from metaperturb.errors import Unavailable, UserError
 from metaperturb.kernels import compiled, fused, plain, trial
-from metaperturb.kernels.cpp import Unavailable
 from metaperturb.kernels.plain import HALF_PRECISION
 
 CHOICES = ("auto", "fused", "plain")
@@ -115,13 +114,11 @@ _told = {"meta"}  # devices whose lack of a fused kernel has been said, or needs
 @functools.cache
 def _load(device: torch.device) -> ModuleType | str:
     """The kernel for this device, tried out on it and on no other, or why there is none."""
+    kernel = {"cpu": fused, "cuda": compiled}.get(device.type)
+    if kernel is None:
+        return f"there is none for {device.type}"
     try:
-        if device.type == "cpu":
-            trial.check_agreement()
-            return fused
-        if device.type == "cuda":
-            compiled.check(device)
-            return compiled
+        trial.check_agreement(kernel, device)
     except Unavailable as unavailable:
         return str(unavailable)
-    return f"there is none for {device.type}"
+    return kernel

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from metaperturb.kernels import plain
-from metaperturb.kernels.cpp import Unavailable
-from metaperturb.storage import reason
 
 NAME = "compiled"
 MOST = 64  # compilations of one function; after PyTorch's 8 the rest would run uncompiled
@@ -22,27 +20,26 @@ MOST = 64  # compilations of one function; after PyTorch's 8 the rest would run 
 
 def site(*arguments) -> Tensor:
     """`plain.site`."""
-    return _compiled(plain.site)(*arguments)
+    return _run(plain.site, *arguments)
 
 
 def relative_noise(*arguments) -> Tensor:
     """`plain.relative_noise`."""
-    return _compiled(plain.relative_noise)(*arguments)
+    return _run(plain.relative_noise, *arguments)
+
+
+def _run(function: Callable[..., Tensor], *arguments) -> Tensor:
+    plain.STENCILS = True
+    try:
+        return _compiled(function)(*arguments)
+    finally:
+        plain.STENCILS = False
 
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    from torch._functorch import config  # not before something is compiled: it takes its time
+
+    config.donated_buffer = False  # which would forbid backward(retain_graph=True)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST)
     return torch.compile(function, dynamic=True)
-
-
-def check(device: torch.device) -> None:
-    """Compile and run something small.
-
-    Raises:
-        Unavailable: that does not work here.
-    """
-    try:
-        torch.compile(lambda x: -x)(torch.ones(8, device=device))
-    except Exception as error:  # whatever a compiler, a linker or a driver has to say
-        raise Unavailable(f"torch.compile does not work here ({reason(error)})") from None

@@ -17,6 +17,7 @@ NUM_SCALE_FEATURES = 4
 NAME = "plain"
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 MOMENTUM = 0.1  # of the running statistics
+STENCILS = False  # while `compiled` compiles: sums in place of convolutions
 
 
 class Phi(NamedTuple):
@@ -132,6 +133,7 @@ def perturb(h: Tensor, phi: Phi, mean: Tensor, var: Tensor, noise: Tensor | None
         g = z * scale(mean, var, phi, settings.channel_ratio, settings.size_ratio).to(h.dtype)[:, None, None]
     out = h * ((g - 1.0) * settings.strength + 1.0)
     out = out if settings.clip is None else out.clamp(max=settings.clip)
+    out = out.to(h.dtype)  # autocast of a GPU has softplus in float32
     return F.relu(out) if settings.relu else out
 
 
@@ -140,7 +142,7 @@ def relative_noise(h: Tensor, phi: Tensor, noise: Tensor | None, strength: float
     with torch.no_grad():
         noise = torch.randn_like(h) if noise is None else noise
         mu = noise_mean(h, Phi.of(phi)).clamp(*MU_RANGE)
-        return 1.0 + (F.softplus(mu + noise) / expected_softplus(mu) - 1.0) * strength
+        return (1.0 + (F.softplus(mu + noise) / expected_softplus(mu) - 1.0) * strength).to(h.dtype)
 
 
 def expected_softplus(mu: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 def _depthwise_conv(x: Tensor, kernel: Tensor) -> Tensor:
     """Convolve every channel of `x` `[B, C, H, W]` with the one `kernel` `[3, 3]`, padding 1."""
-    if x.is_cuda and torch.compiler.is_compiling():
+    if STENCILS:
         return _stencil(x, kernel)
     channels = x.shape[1]
     return F.conv2d(x, kernel.to(x.dtype).expand(channels, 1, 3, 3), padding=1, groups=channels)

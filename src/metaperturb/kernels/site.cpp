@@ -191,7 +191,7 @@ INLINE Factor<float> expected_softplus(float mu, const Limits<float> &limits) {
     return {at_least(limits.zero, mu) + above, mu < 0 ? slope : 1 - slope};
 }
 
-// --- noise: a pure function of (seed, plane, position in the plane), the same in every backend
+// --- noise: a pure function of (seed, plane, position in the plane)
 
 // Two standard normals from two random words (Box and Muller 1958).
 INLINE void normal_pair(uint32_t first, uint32_t second, float &n0, float &n1) {

@@ -1,4 +1,4 @@
-"""The fused kernel is compared with the plain operators before it is used: nobody tested the compiler that it meets."""
+"""Kernels are compared with the plain operators before they are used: nobody tested the compilers that they meet."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -6,22 +6,29 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from metaperturb.errors import Unavailable
 from metaperturb.kernels import cpp, fused, plain
-from metaperturb.kernels.cpp import Unavailable
+from metaperturb.storage import reason
 
-SHAPE = (4, 5, 6, 7)  # of what is compared: small, and no side a power of two
+SHAPE = (6, 5, 7, 9)  # of what is compared: small, and no two sides alike, which would be taken for one by compilers
 SEED = 0x123456789ABCDEF
 
 
-def check_agreement() -> None:
+def check_agreement(kernel: ModuleType, device: torch.device) -> None:
     """Compare a small site's output and gradients with those of the plain operators in float64.
 
     Raises:
-        Unavailable: they differ.
+        Unavailable: they differ, or there is no kernel.
     """
-    error = error_of(fused, torch.device("cpu"), torch.float32)
+    try:
+        error = error_of(kernel, device, torch.float32)
+    except Exception as error:  # whatever a compiler, a linker or a driver has to say
+        if kernel is fused:
+            raise
+        needs = "that takes a GPU that works, a C compiler and Python's headers"
+        raise Unavailable(f"torch.compile fails on {device} ({reason(error)}); {needs}") from None
     if not error < 1e-4:  # a NaN is no agreement either
-        raise Unavailable(f"{fused.NAME} disagrees with them on this machine (relative error {error:.1e})")
+        raise Unavailable(f"{kernel.NAME} disagrees with them on this machine (relative error {error:.1e})")
 
 
 def error_of(kernel: ModuleType, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = SHAPE) -> float:
