@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import json
 import shutil
 from pathlib import Path
@@ -85,9 +84,12 @@ def fill(grid: Grid, folder: Path, accuracies: dict[tuple[str, str], list[float 
                 write_record(folder, grid.cell(row, column, seed), accuracy)
 
 
+def csv_lines(path: Path) -> list[dict[str, str]]:
+    return [*csv.DictReader(path.open(newline=""))]
+
+
 def read_csv(page: Path) -> dict[tuple[str, str], dict[str, str]]:
-    lines = list(csv.DictReader(io.StringIO(page.with_suffix(".csv").read_text())))
-    return {(line["row"], line["column"]): line for line in lines}
+    return {(line["row"], line["column"]): line for line in csv_lines(page.with_suffix(".csv"))}
 
 
 def tables(page: str) -> list[list[list[str]]]:

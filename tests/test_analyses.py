@@ -1,7 +1,6 @@
 """Analyses of finished runs: that results are kept and continued; calibration, loss surfaces, scales and noise."""
 
 import copy
-import csv
 import dataclasses
 import json
 import math
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from grid_files import csv_lines
 from image_files import refusal, refused
 from torch import nn
 
@@ -167,7 +167,7 @@ def test_calibration_of_real_runs_and_its_pictures(trained, tmp_path):
     with mock.patch.object(plots, "save_figure"):  # test_figures.py renders them
         for plot, lines in ((plots.plot_reliability, 30), (plots.plot_samples, 4)):
             plot(results, "drawn", tmp_path / "drawn")
-            rows = [*csv.DictReader((tmp_path / "drawn.csv").open())]
+            rows = csv_lines(tmp_path / "drawn.csv")
             assert len(rows) == lines
             found |= {(row["name"], key, row[key]): row for row in rows for key in ("bin", "samples") if key in row}
         plots.plot_samples({"base": results["base"]}, "drawn", tmp_path / "alone")  # nothing to compare counts with

@@ -165,7 +165,6 @@ def test_download(download):
 def test_failed_download_leaves_nothing(tmp_path, download, page):
     arguments = ("good", b"") if page == "other" else (page,)
     message = refusal(download[0], *arguments)
-    assert re.search(
-        rf"root/set.zip: download from http\S+/set.zip failed; fetch set.zip by other means to {tmp_path}", message
-    )
+    says = rf"root/set.zip: download from http\S+/set.zip failed; fetch set.zip by other means to {tmp_path}"
+    assert re.search(says, message)
     assert (page == "absent") == ("HTTP Error 404" in message) and not (tmp_path / "root/set.zip").exists()

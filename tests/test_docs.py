@@ -35,9 +35,8 @@ def test_the_front_page_and_sentences_are_short(page):
     assert page.name != "README.md" or len(page.read_text().splitlines()) <= 180
     text = TARGET.sub("]", without_code(page.read_text()))
     text = re.sub(r"^(#|\||!).*$", "", text, flags=re.M)
-    sentences = [
-        part for item in re.split(r"\n\s*\n|^- ", text, flags=re.M) for part in re.split(r"[.!?][*)]*\s", item)
-    ]
+    items = re.split(r"\n\s*\n|^- ", text, flags=re.M)
+    sentences = [sentence for item in items for sentence in re.split(r"[.!?][*)]*\s", item)]
     lengths = [len(re.findall(r"\S*\w\S*", sentence)) for sentence in sentences]
     assert statistics.mean(filter(None, lengths)) <= 17
 

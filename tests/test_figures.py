@@ -1,7 +1,6 @@
 """The figures' commands on finished runs: pictures and numbers, and what is refused."""
 
 import contextlib
-import csv
 import io
 import json
 import math
@@ -18,6 +17,7 @@ import conftest
 import pytest
 import torch
 from conftest import result
+from grid_files import csv_lines
 from PIL import Image
 from tables.results import write_record
 
@@ -72,13 +72,9 @@ def left(run: Path, of: Path, accuracy: float = 0.3, own: dict | None = None, **
     return run
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    return [*csv.DictReader(path.open(newline=""))]
-
-
 def by_columns(path: Path, *columns: str) -> dict[tuple[str, ...], float]:
     """The accuracies of a file of numbers, in %, by the values in these columns."""
-    return {tuple(row[name] for name in columns): float(row["accuracy_percent"]) for row in rows(path)}
+    return {tuple(row[name] for name in columns): float(row["accuracy_percent"]) for row in csv_lines(path)}
 
 
 def percent(run: Path) -> float:
@@ -90,7 +86,7 @@ def check_pictures(folder: Path, stem: str) -> list[dict[str, str]]:
     with Image.open(folder / f"{stem}.png") as image:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 20
     assert (folder / f"{stem}.svg").read_text().lstrip().startswith("<?xml")
-    return rows(folder / f"{stem}.csv")
+    return csv_lines(folder / f"{stem}.csv")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +108,7 @@ def runs(target_settings, tmp_path_factory) -> Path:
 def test_convergence(runs, tmp_path):
     completed = drawn("fig5", runs, "--out", tmp_path)
     assert completed.stdout.strip() == str(tmp_path / "fig5-folder-12-px-resnet8-8-steps.png")
-    found = rows(tmp_path / "fig5-folder-12-px-resnet8-8-steps.csv")
+    found = csv_lines(tmp_path / "fig5-folder-12-px-resnet8-8-steps.csv")
     logged = [json.loads(line) for line in (runs / "base-1" / "metrics.jsonl").read_text().splitlines()]
     columns = ("step", "test_nll", "test_accuracy", "test_ece")
     expected = [[line[key] for key in columns] for line in logged if "test_accuracy" in line]
@@ -123,7 +119,7 @@ def test_convergence(runs, tmp_path):
 
 def test_methods_side_by_side(runs, tmp_path):
     drawn("compare", runs, "--out", tmp_path)
-    found = {row["name"]: row for row in rows(tmp_path / "compare-folder-12-px-resnet8-8-steps.csv")}
+    found = {row["name"]: row for row in csv_lines(tmp_path / "compare-folder-12-px-resnet8-8-steps.csv")}
     folders = {"base": ["base-0", "base-1"], "metaperturb": ["meta"], "base, finetuned": ["tuned"]}
     assert {name: int(row["seeds"]) for name, row in found.items()} == {name: len(of) for name, of in folders.items()}
     for name, of_method in folders.items():
@@ -146,7 +142,7 @@ def test_records_stand_for_runs(runs, tmp_path):
 
     def numbers(name: str, *arguments, figure: str = "compare") -> list[dict[str, str]]:
         drawn(figure, *arguments, "--out", tmp_path / name)
-        return rows(tmp_path / name / f"{figure}-folder-12-px-resnet8-8-steps.csv")
+        return csv_lines(tmp_path / name / f"{figure}-folder-12-px-resnet8-8-steps.csv")
 
     some = [runs / name for name in ("base-0", "base-1", "meta")]
     assert numbers("a", *some) == numbers("b", folder) == numbers("c", *folder.glob("*.json"))
@@ -270,7 +266,7 @@ def meta_trainings(source_settings, tmp_path_factory) -> Path:
 def test_what_meta_trainings_learn(meta_trainings, runs, tmp_path):
     """Each setting is a line; a number is the mean over its seeds, and μ's norm that of all its kernels."""
     drawn("learning", meta_trainings, runs, "--out", tmp_path)
-    found = {(row["name"], row["step"]): row for row in rows(tmp_path / "learning-folder-train-resnet8.csv")}
+    found = {(row["name"], row["step"]): row for row in csv_lines(tmp_path / "learning-folder-train-resnet8.csv")}
     assert [*found] == [(name, step) for name in ("phi_lr None", "phi_lr 0.1") for step in "24"]
     for name, folders in {"phi_lr None": "01", "phi_lr 0.1": ["fast"]}.items():
         logged = [json.loads((meta_trainings / x / "metrics.jsonl").read_text().splitlines()[-1]) for x in folders]
@@ -378,7 +374,7 @@ def test_seeds_with_a_phi_each_are_averaged_under_one_name(runs, tmp_path):
         own = {"phi_digest": f"{seed}" * 64}
         left(tmp_path / f"{seed}", runs / "meta", 0.2 + seed / 10, own, seed=seed, phi=f"src-seed{seed}/phi.pt")
     drawn("compare", tmp_path, "--out", tmp_path, "--call", "src-seed0=ours", "src-seed1=ours")
-    (row,) = rows(tmp_path / "compare-folder-12-px-resnet8-8-steps.csv")
+    (row,) = csv_lines(tmp_path / "compare-folder-12-px-resnet8-8-steps.csv")
     assert (row["name"], row["seeds"], float(row["accuracy_percent"])) == ("metaperturb, ours", "2", 25)
 
 

@@ -357,17 +357,15 @@ def test_placing_beside_an_attached_phi_and_copying():
 # --- training runs
 
 
-class WithDropout(nn.Sequential):
+def with_dropout(*_):
     """A network that draws numbers itself, in training: others than with Base if a method draws any before."""
-
-    def __init__(self):
-        layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 8, 3), nn.ReLU())
-        super().__init__(*layers, nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 8, 3), nn.ReLU())
+    return nn.Sequential(*layers, nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 @pytest.fixture
 def draws_itself(monkeypatch):
-    monkeypatch.setattr(models, "create", lambda *_: WithDropout())
+    monkeypatch.setattr(models, "create", with_dropout)
 
 
 def check_same(state, base):
@@ -382,7 +380,7 @@ def common(target_settings) -> list[str]:
 @pytest.fixture(scope="module")
 def base_state(common, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "create", lambda *_: WithDropout())
+        patch.setattr(models, "create", with_dropout)
         return model_state(train(tmp_path_factory.mktemp("base") / "tgt", common, "method=base"))
 
 

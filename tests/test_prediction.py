@@ -362,9 +362,8 @@ def test_draws_share_what_comes_before_the_first_site_where_the_network_allows(n
     x, sizes, rng = images(count, 3, 32, 32), [], torch.get_rng_state()
     assert prediction.bears_draws(model, x) == prediction.bears_draws(model, x) == (name in BEAR)
     assert torch.equal(torch.get_rng_state(), rng)
-    next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(
-        lambda _, args: sizes.append(len(args[0]))
-    )
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     torch.manual_seed(5)
     found = prediction.log_prediction(model, x, samples=4)
     assert sizes == [count if name in BEAR else 4 * count]

@@ -1,16 +1,14 @@
 """What is committed under results/: each number of a table's pages is that of the JSONs beside it."""
 
-import csv
 import json
 import re
 import shutil
 import statistics
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from grid_files import tables
+from grid_files import csv_lines, tables
 from tables.grid import Grid
 from tables.results import take_recorded
 from tables.trainings import write_table
@@ -23,17 +21,13 @@ PAGES = sorted(path for path in (ROOT / "results").glob("*/*.csv") if path.with_
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
-def lines(page: Path) -> list[dict[str, str]]:
-    return [*csv.DictReader(page.open())]
-
-
 @each_page
 def test_every_record_is_counted_in_its_line(page):
     folder = page.with_suffix("")  # a result counts in place of a record that its training diverged
     records = {path.name: path for path in [*folder.glob("diverged/*--*.json"), *folder.glob("*--*.json")]}
     found = [json.loads(path.read_text()) for path in records.values()]
     places = Counter((record["cell"]["row"], record["cell"]["column"], record["metrics"] is None) for record in found)
-    for line in lines(page):
+    for line in csv_lines(page):
         for key, lost in (("seeds", False), ("diverged", True)):
             assert int(line.get(key) or 0) == places.pop((line["row"], line["column"], lost), 0)
     assert not places
@@ -53,11 +47,10 @@ COLUMNS += (("CUB (50 classes)", "cpu_full_length"),)
 
 def of_table1(column: str, preset: str) -> dict[str, dict[str, str]]:
     """Row → its line; the control at 32 pixels is a row of another table."""
-    known = [*lines(ROOT / "results" / "table1" / f"{preset}.csv")]
+    known = csv_lines(ROOT / "results" / "table1" / f"{preset}.csv")
     if preset == "cpu_full_length":
-        known += [
-            line for line in lines(ROOT / "results/meta_training/cpu.csv") if line["row"].startswith("no meta-training")
-        ]
+        controls = csv_lines(ROOT / "results" / "meta_training" / "cpu.csv")
+        known += [line for line in controls if line["row"].startswith("no meta-training")]
     return {line["row"]: line for line in known if line["column"] == column}
 
 

@@ -172,9 +172,8 @@ def test_what_is_no_record_is_named(grid, folder):
         record = json.loads(path.read_text())
         parts = ("program", "cell", "config", "metrics", "target", "phi_digest", *own)
         damaged = [{key: value for key, value in record.items() if key != part} for part in parts]
-        damaged += [
-            record | change for change in ({"cell": {"row": "Base"}}, own, {"target": {"fingerprints": ["one"]}})
-        ]
+        changes = {"cell": {"row": "Base"}}, {"target": {"fingerprints": ["one"]}}, own
+        damaged += [record | change for change in changes]
         for text in ("{", "[]", *map(json.dumps, damaged)):
             path.write_text(text)
             assert str(path) in refusal(read_record, path)

@@ -17,9 +17,8 @@ from metaperturb.identity import data_name
 def run_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """With the packages of the Python that runs the tests; installing them is what started the tests."""
     env = {**os.environ, "VENV": "none", "PYTHON": sys.executable, "PYTHONPATH": "", **environment}
-    return subprocess.run(
-        [str(ROOT / "run.sh"), *arguments], capture_output=True, text=True, timeout=280, env=env, check=False
-    )
+    command = [str(ROOT / "run.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
 
 
 def test_help():
@@ -110,10 +109,8 @@ def test_the_installation_of_another_user(project, tmp_path):
 
     def demo() -> subprocess.CompletedProcess:
         env = {**os.environ, "LOG": str(tmp_path / "log"), "RUNS": "/tmp"}
-        command = [str(folder / "run.sh"), "demo"]
-        return subprocess.run(
-            command, cwd="/", env=env, capture_output=True, text=True, check=False, user=65534, group=65534
-        )
+        command, nobody = [str(folder / "run.sh"), "demo"], {"user": 65534, "group": 65534}
+        return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, check=False, **nobody)
 
     assert demo().returncode == 0 and "scripts/demo.py" in (tmp_path / "log").read_text().splitlines()[-1]
     with (folder / "requirements.txt").open("a") as file:
@@ -191,9 +188,8 @@ def test_edited_settings_take_effect(options, project):
     src, tgt = (project[0] / "configs" / name for name in ("src.yaml", "tgt.yaml"))
     src.write_text(src.read_text().replace("split: disjoint", "split: paired  # as the authors").replace("750", "123"))
     assert options("RUNS=r ./run.sh src")["run_dir"] == "r/src-tiny_imagenet-resnet20-paired-seed0"
-    tgt.write_text(
-        tgt.read_text().replace("method: metaperturb", "method: 'base'") + "data_root: /data\nrun_dir: own\n"
-    )
+    text = tgt.read_text().replace("method: metaperturb", "method: 'base'")
+    tgt.write_text(text + "data_root: /data\nrun_dir: own\n")
     assert options("./run.sh tgt 0") == {"gpu": "0"}
     tgt.write_text("target: cub\nmodel: conv4\nmethod: metaperturb\nphi: mine.pt\nseed: 3\n")
     given = options("RUNS=r ./run.sh tgt 0")

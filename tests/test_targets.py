@@ -104,9 +104,8 @@ def _cub():
     photographs = [content for name, content in files.items() if name.endswith(".jpg")]
     train, test = ([photographs[i] for i in numbers] for numbers in ((0, 1, 4, 5, 8, 9), (2, 3, 6, 7, 10, 11)))
     classes = ("001.Bird_0", "002.Bird_1", "003.Bird_2")
-    return Miniature(
-        files, classes, train, test, ([0, 0, 1, 1, 2, 2],) * 2, {"CUB_200_2011.tgz": ("", "")}, "CUB_200_2011"
-    )
+    packed = {"CUB_200_2011.tgz": ("", "")}
+    return Miniature(files, classes, train, test, ([0, 0, 1, 1, 2, 2],) * 2, packed, "CUB_200_2011")
 
 
 def _dogs():
@@ -153,9 +152,8 @@ def _dtd():
     found = [list(files.values())[:8], list(files.values())[8:]]
     for split, part in (("train", names[:4]), ("val", names[4:8]), ("test", names[8:])):
         files[f"dtd/dtd/labels/{split}1.txt"] = "\n".join(part).encode()
-    return Miniature(
-        files, ("banded", "woven"), *found, ([0, 1] * 4, [0, 1] * 2), {"dtd-r1.0.1.tar.gz": ("dtd/", "")}, "dtd"
-    )
+    packed = {"dtd-r1.0.1.tar.gz": ("dtd/", "")}
+    return Miniature(files, ("banded", "woven"), *found, ([0, 1] * 4, [0, 1] * 2), packed, "dtd")
 
 
 def _stl10():

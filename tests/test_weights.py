@@ -131,9 +131,8 @@ def test_our_file_holds_six_named_tensors_as_it_always_has(tmp_path):
     save_phi(phi, tmp_path / "phi.pt", {"steps": 750})
     content = torch.load(tmp_path / "phi.pt", weights_only=True)
     assert content["version"] == 1 and content["card"] == {"steps": 750}
-    assert {name: tuple(value.shape) for name, value in content["state"].items()} == {
-        ours: tuple(size for size in shape if size > 1) for ours, shape in AUTHORS.values()
-    }
+    shapes = {ours: tuple(size for size in shape if size > 1) for ours, shape in AUTHORS.values()}
+    assert {name: tuple(value.shape) for name, value in content["state"].items()} == shapes
     assert all(torch.equal(value, getattr(phi, name)) for name, value in content["state"].items())
     digest = "780ebaa8736df5e802b03a3c1e32f895e202573b23dee8882d140a1eba668185"
     assert phi_digest(load_phi("tiny_imagenet_resnet20")) == digest
