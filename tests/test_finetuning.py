@@ -258,6 +258,9 @@ def test_a_pretrained_network_may_move_or_vanish_but_not_change(settings, pretra
     torch.save(changed, checkpoint)
     said = f"the network in {moved} changed since this run began"
     assert all(code == 1 and said in message for code, message in again())
+    checkpoint.unlink()
+    assert program.main([*common, f"init={moved}", f"run_dir={tmp_path / 'new'}"]) == 1  # what begins needs all of it
+    assert f"error: init: {checkpoint}: no such file" in capsys.readouterr().err and not (tmp_path / "new").exists()
     shutil.rmtree(moved)
     assert program.main([*common, f"init={moved}"]) == 0
     message = capsys.readouterr().err
@@ -265,14 +268,3 @@ def test_a_pretrained_network_may_move_or_vanish_but_not_change(settings, pretra
     assert "resuming after step 4" in message and "tensors from" not in message
     assert all(torch.equal(value, state[name]) for name, value in model_state(run_dir).items())
     assert (result(run_dir)["metrics"], result(run_dir)["init"]) == (whole["metrics"], whole["init"])
-
-
-@pytest.mark.parametrize(
-    ("lacks", "expected"), [("result.json", "holds no finished run (no result.json"), ("checkpoints", "no such file")]
-)
-def test_bad_folders_are_one_line(settings, pretrained, tmp_path, refused, lacks, expected):
-    """And said before any data is looked at: there is none."""
-    shutil.copytree(pretrained, tmp_path / "from", ignore=shutil.ignore_patterns(lacks))
-    paths = [f"init={tmp_path / 'from'}", f"run_dir={tmp_path / 'tgt'}", "target_path=nowhere"]
-    assert expected in refused(program, [*settings, *paths])
-    assert not (tmp_path / "tgt").exists()

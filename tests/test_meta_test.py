@@ -117,15 +117,6 @@ def test_some_images_of_each_class(target_settings, tmp_path):
     assert len(rest) == 40 and len(images) == 40 and not images & {image.tobytes() for image in rest.images}
 
 
-def test_zero_strength_is_base_bit_for_bit(target_settings, phi_file, tmp_path, monkeypatch):
-    """With c held at 0 the perturbed network learns exactly what the plain one learns."""
-    common = [*target_settings, "steps=4", "lr_milestones=0.5"]
-    base = model_state(train(tmp_path / "base", common, "method=base"))
-    monkeypatch.setattr(program.training, "annealed_strength", lambda *_: 0.0)
-    zero = model_state(train(tmp_path / "zero", common, f"phi={phi_file}"))
-    assert all(torch.equal(value, zero[key]) for key, value in base.items())
-
-
 def test_learning_rate_and_strength_schedules(settings, run_dir):
     seen = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
@@ -146,6 +137,7 @@ def test_learning_rate_and_strength_schedules(settings, run_dir):
         ("phi=null", "phi: method metaperturb needs"),
         ("phi=nowhere.pt", "nowhere.pt: no such φ file"),
         ("phi=.", ".: is a folder; φ is a file, for instance phi.pt"),
+        ("init=. target_path=nowhere", "init: .: holds no finished run (no result.json"),
         ("eval_split=val", "val"),
         ("eval_split=train", "eval_split: expected one of test, val, holdout"),
         ("target=embedded_source", "eval_split: embedded_source has no test images"),

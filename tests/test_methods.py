@@ -391,6 +391,11 @@ def test_a_method_that_is_off_is_base_bit_for_bit(off, common, base_state, draws
     check_same(model_state(train(tmp_path / "tgt", common, f"method={name}", off)), base_state)
 
 
+def test_strength_0_is_base_bit_for_bit(common, base_state, draws_itself, phi_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(program.training, "annealed_strength", lambda *_: 0.0)
+    check_same(model_state(train(tmp_path / "tgt", common, f"phi={phi_file}")), base_state)
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_run_interrupt_resume(name, common, base_state, draws_itself, tmp_path, monkeypatch):
     """A run trains otherwise than Base, says what it was, is read back, and continues to the bit where it was cut."""
