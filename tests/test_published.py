@@ -108,7 +108,7 @@ def test_the_readmes_results_are_those_of_the_pages():
 def test_the_gains_at_a_glance_are_those_of_the_pages():
     (_, *rows, _) = tables((ROOT / "results" / "README.md").read_text())[0]
     known = [of_table1(*place)["MetaPerturb"] for place in COLUMNS] + [of_table1(*COLUMNS[-1])["FT + MetaPerturb"]]
-    table2 = lines(ROOT / "results" / "table2" / "cpu_full_length.csv")
+    table2 = csv_lines(ROOT / "results" / "table2" / "cpu_full_length.csv")
     known += [line for line in table2 if line["row"] == "MetaPerturb"]
     for row, line in zip(rows, known, strict=True):
         difference, *interval = (f"{float(line[key]):.1f}" for key in ("difference", "low_95", "high_95") if line[key])
