@@ -128,7 +128,6 @@ def meta_train(part: Part) -> None:
     torch.backends.cudnn.allow_tf32 = False
     with use_kernel("plain"):
         pairs = [*zip(gradients(part, part.device), gradients(part, cpu), strict=True)]
-    torch.randn_like = draw_noise
     part.keep(phi_gradient_error=[((here - there).norm() / there.norm()).item() for here, there in pairs])
     gpu = "cpu" if part.rehearse else "0"
     part.run("meta_train", "source=embedded", "tasks=10", "steps=750", f"gpus={gpu}", "checkpoint_every=1000")

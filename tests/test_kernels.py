@@ -227,9 +227,9 @@ def test_a_compilation_serves_sites_of_all_widths_sizes_and_strengths(monkeypatc
         for shape, strength in (((6, 5, 7, 9), 0.2), ((3, 8, 12, 12), 0.9), ((5, 33, 3, 2), 0.5)):
             h, noise = maps(*shape).float().requires_grad_(), maps(*shape, seed=2).float()
             site, results = test_fused.settings(training, strength=strength), []
-            for backend in (plain, compiled):
+            for kernel in (plain, compiled):
                 running = [s.float() for s in test_fused.statistics(shape[1])]
-                out = backend.site(h, phi, noise, *running, site)
+                out = kernel.site(h, phi, noise, *running, site)
                 gradients = [*torch.autograd.grad(out, h, noise, retain_graph=True), *torch.autograd.grad(out, h, h)]
                 results.append([out, *gradients, *running])
             torch.testing.assert_close(*results)
@@ -286,7 +286,7 @@ def fresh(monkeypatch, tmp_path):
     """As in a process that has not used a kernel yet, with a cache of its own that holds the library."""
     shutil.copytree(cpp.cache_folder(), tmp_path / "metaperturb", dirs_exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    monkeypatch.setattr(cpp, "load", functools.cache(cpp.load.__wrapped__))
     monkeypatch.setattr(kernels, "_load", functools.cache(kernels._load.__wrapped__))
     monkeypatch.setattr(kernels, "_told", {"meta"})
 
@@ -333,7 +333,7 @@ def test_a_kernel_that_disagrees_is_not_used(error, fresh, monkeypatch):
 
 def test_kinds_of_processor_that_share_a_home_have_libraries_of_their_own(fresh, monkeypatch, tmp_path):
     """One with instructions that the other lacks would end its process."""
-    library, kind, compiler, built = cpp.library()._name, tmp_path / "kind", tmp_path / "compiler", []
+    library, kind, compiler, built = cpp.load()._name, tmp_path / "kind", tmp_path / "compiler", []
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-march=native*) cat {kind}; esac')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
@@ -345,7 +345,7 @@ def test_kinds_of_processor_that_share_a_home_have_libraries_of_their_own(fresh,
     monkeypatch.setattr(cpp, "_build", build)
     for macros in ("#define __AVX2__ 1", "#define __AVX512F__ 1", "#define __AVX2__ 1", ""):
         kind.write_text(macros)
-        cpp.library.__wrapped__()
+        cpp.load.__wrapped__()
     assert built == [True, True, False]
 
 
@@ -356,7 +356,7 @@ def test_a_library_of_another_user_is_not_loaded(whose, fresh):
     folder = cpp.cache_folder()
     for path in [folder] if whose == "folder" else folder.glob("*.so"):
         os.chown(path, 12345, 12345)
-    cpp.library.cache_clear()
+    cpp.load.cache_clear()
     kernels._load.cache_clear()
     assert "belongs to another user" in refused()
 

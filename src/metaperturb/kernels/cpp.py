@@ -51,7 +51,7 @@ def draw_noise(seed: Tensor, like: Tensor) -> Tensor:
     """The ε that the kernel draws from `seed` for a feature map: `[B, C, H, W]`."""
     batch, channels, height, width = like.shape
     noise = torch.empty(like.shape, dtype=like.dtype)
-    draw = getattr(library(), f"draw_{SUFFIX[like.dtype]}")
+    draw = getattr(load(), f"draw_{SUFFIX[like.dtype]}")
     draw(seed.item(), batch * channels, height * width, torch.get_num_threads(), noise.data_ptr())
     return noise
 
@@ -92,7 +92,7 @@ def forward(
     """
     out, scratch = _like(h, draws), _scratch(h, settings.training)
     if settings.training and settings.gate:
-        scratch["signs"] = torch.empty(library().signs_size(ctypes.byref(_Site(*h.shape))), dtype=torch.uint8)
+        scratch["signs"] = torch.empty(load().signs_size(ctypes.byref(_Site(*h.shape))), dtype=torch.uint8)
     tensors = {"running_mean": running_mean, "running_var": running_var, "out": out, **scratch}
     if shortcut is not None:
         tensors["shortcut"] = shortcut
@@ -172,7 +172,7 @@ def _run(name: str, site: tuple, draws: int = 1, **values: Tensor | bool) -> Non
         seed=0 if seed is None else seed.item(),
         **{key: value.data_ptr() if isinstance(value, Tensor) else value for key, value in values.items()},
     )
-    getattr(library(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(made))
+    getattr(load(), f"{name}_{SUFFIX[h.dtype]}")(ctypes.byref(made))
 
 
 # --- building
@@ -189,7 +189,7 @@ VARIANTS = (("-fopenmp",), ("-fopenmp-simd",), ())
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """The compiled sources, built if this machine has not built it yet.
 
     Raises:
