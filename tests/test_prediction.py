@@ -153,6 +153,81 @@ def test_one_pass_is_as_sure_as_the_mean_over_draws():
     assert abs(best / ratio[0, 0] - 1) < 1e-3 and best > 1.1
 
 
+# --- learning from the draws
+
+
+def test_one_pass_learns_what_the_draws_predict():
+    """One step of Adam moves each parameter by lr against the sign of its gradient."""
+    model = network().double()
+    model.fc.bias.requires_grad_(False)
+    drawing, direct, x = copy.deepcopy(model), copy.deepcopy(model), batches(1)[0].double()
+    for other in (model, direct):
+        other.conv1.weight.grad = torch.ones_like(other.conv1.weight)  # left over from training
+    torch.manual_seed(3)
+    make_deterministic(direct, [x])
+    target = predict(drawing, x, samples=4).double()
+    direct.train().zero_grad()
+    (-(target * direct(x).log_softmax(dim=1)).sum() / len(x)).backward()
+    torch.manual_seed(3)
+    make_deterministic(model, [x], steps=1, lr=1e-4)
+    for after, before in zip(model.parameters(), direct.parameters(), strict=True):
+        if after.requires_grad:
+            sure = before.grad.abs() > 1e-5
+            assert sure.any() and after.grad is None
+            assert torch.allclose((after - before)[sure], -1e-4 * before.grad.sign()[sure], rtol=2e-3)
+    assert torch.equal(model.fc.bias, direct.fc.bias)
+    make_stochastic(model)
+    assert same(state(model), state(drawing))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_comes_closer_to_the_draws_and_back_again(autocast, tmp_path):
+    model, x = network(), torch.cat(batches())
+    model.fc.weight.data.mul_(40)
+    before, target = state(model), predict(model, x, samples=100)
+    distance = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for steps in (0, 60):
+            one = predict(make_deterministic(model, batches(), steps), x)
+            distance.append((target * (target / one).log()).sum(dim=1).mean().item())
+            kept = state(model)
+            assert same(state(make_stochastic(model)), before)
+    assert distance[1] < 0.9 * distance[0]
+    fresh = network()
+    fresh.load_state_dict(kept)
+    assert same(state(make_stochastic(fresh)), before)
+    assert not any(module.training for module in model.modules())
+
+
+BAD_STEPS = {
+    "at least 0 and lr positive, got -1": {"steps": -1},
+    "lr positive, got 3 and 0": {"steps": 3, "lr": 0},
+    "no batches to learn from": {"steps": 3, "batches": []},
+    "end after 0 of 4 steps": {"steps": 4, "batches": iter(batches(6))},
+    "became infinite or NaN; a smaller lr": {"steps": 9, "lr": 1e30},
+    "batch 2 holds one image": {"steps": 9, "batches": [*batches(1), images(1, 3, SIZE, SIZE)]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_STEPS)
+def test_steps_that_cannot_be_leave_the_network_as_it_was(message):
+    model = network()
+    before, how = state(model), {"batches": batches(), **BAD_STEPS[message]}
+    assert message in refusal(make_deterministic, model, fitted=24, **how)
+    assert same(state(model), before) and not model.metaperturb.deterministic
+    assert not any(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_to_train():
+    model = network().requires_grad_(False)
+    assert "no parameter requires a gradient" in refusal(make_deterministic, model, batches(), steps=1)
+    with torch.inference_mode():
+        assert "inference_mode" in refusal(make_deterministic, network().eval(), batches(), steps=1)
+
+
+# --- what a network may be
+
+
 def test_the_network_may_be_wrapped_or_unwrapped_in_between():
     model, x = network(), images(4, 3, SIZE, SIZE)
     before, wrapped = state(model), torch.optim.swa_utils.AveragedModel(model)

@@ -12,7 +12,7 @@ and in one pass), `metrics.jsonl`, `curves.png` and the checkpoint with the trai
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,6 +31,20 @@ from metaperturb.randomness import seed_torch
 from metaperturb.runs import Run, StepProgress, finished_result, read_metrics
 from metaperturb.storage import load_tensors, save_tensors
 from metaperturb.weights import load_phi, phi_digest
+
+ONE_PASS_SHARE = 0.03  # of the steps of training: so many more, in which one pass learns from the draws
+
+
+@dataclasses.dataclass
+class Epochs:
+    """Batches that can be gone through again and again; `epoch(number)` gives those of one time, from 0."""
+
+    epoch: Callable[[int], Iterator[torch.Tensor]]
+    number: int = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.number += 1
+        return self.epoch(self.number - 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,19 +129,21 @@ def meta_test(config: MetaTestConfig) -> dict:
         with training.autocast(device, precision):
             return evaluate(model, test_images, samples, config.eval_batch_size, tell)
 
-    def pictures() -> Iterator[torch.Tensor]:
-        """All training images once, augmented as in training."""
-        key = (config.seed, 0, "one_pass")
-        size = len(train) // max(1, len(train) // max(2, config.eval_batch_size))
-        once = TrainingBatches(train_images, everything, None, size, padding, key, method.augment)
-        for step in range(len(train) // size):
-            seed_torch(*key, step)
-            yield once.batch(step)[0]
+    def evaluated_in_one_pass(steps: int, **how: int) -> dict[str, float]:
+        """The network is deterministic for the time of it; `steps` and `how` as `make_deterministic` takes them."""
+        key, count = (config.seed, 0, "one_pass"), max(1, len(train) // config.batch_size)
+        size = min(len(train), config.batch_size)
+        stream = TrainingBatches(train_images, everything, None, size, padding, key, method.augment)
 
-    def evaluated_in_one_pass(**how: int) -> dict[str, float]:
-        """The network is deterministic for the time of it; `how` as `make_deterministic` takes it."""
+        def epoch(number: int) -> Iterator[torch.Tensor]:
+            """The training images once, augmented as in training."""
+            for step in range(number * count, (number + 1) * count):
+                tell(min(1.0, step / (count + steps)))
+                seed_torch(*key, step)
+                yield stream.batch(step)[0]
+
         with eval_mode(model), training.autocast(device, precision):
-            make_deterministic(model, pictures(), **how)
+            make_deterministic(model, Epochs(epoch), steps, lr=config.lr, **how)
             try:
                 return evaluate(model, test_images, 1, config.eval_batch_size, tell)
             finally:
@@ -153,7 +169,7 @@ def meta_test(config: MetaTestConfig) -> dict:
             line = {"step": done, "train_loss": round(mean_loss, 6), "train_accuracy": round(mean_accuracy, 6)}
             if evaluates:
                 try:
-                    metrics = evaluated_in_one_pass(fitted=128) if once else evaluated(done, config.eval_samples)
+                    metrics = evaluated_in_one_pass(0, fitted=128) if once else evaluated(done, config.eval_samples)
                 except NotFinite as error:
                     progress.say(f"step {done}: {error}; not evaluated")  # training may yet bring it back
                     metrics = {}
@@ -200,7 +216,7 @@ def meta_test(config: MetaTestConfig) -> dict:
                 f"{config.run_dir}: after the last step {error}: it has diverged ({advice} may help, in a new run_dir)"
             ) from error
         try:
-            one_pass = evaluated_in_one_pass() if draws else {}
+            one_pass = evaluated_in_one_pass(round(ONE_PASS_SHARE * config.steps)) if draws else {}
         except NotFinite as error:
             progress.say(f"not evaluated in one pass: {error}")
             one_pass = {}

@@ -6,13 +6,15 @@ batch grows on the way. Each is therefore tried out, and where both ways do not 
 
 In a deterministic network every site multiplies by E[z | h] in place of a draw of z. Statistics gathered under noise do
 not fit then (the variance shift of Li et al. 2019), so they are taken anew. A mean over draws is less sure of itself
-than one pass. The classifier is therefore scaled by one number, a temperature (Guo et al. 2017).
+than one pass. The classifier is therefore scaled by one number, a temperature (Guo et al. 2017). What averaging gains
+beyond that, one pass can learn from the draws (distillation, Hinton et al. 2015).
 
 Examples:
-    >>> model = metaperturb.make_deterministic(model.eval(), batches)  # batches: of the training images
+    >>> model = metaperturb.make_deterministic(model.eval(), batches, steps=300)  # batches: of the training images
     >>> probabilities = model(images).softmax(dim=1)
 """
 
+import copy
 import math
 import sys
 import weakref
@@ -21,6 +23,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaperturb.dry_run import classifier_name
@@ -33,6 +36,8 @@ from metaperturb.sites import unwrapped
 # Of a forward pass, up to which images and draws run together; on a CPU more are slower than one pass a draw.
 PIXELS = {"cpu": 2**16}
 PIXELS_ELSEWHERE = 2**20
+ALL, NONE = -2, -1  # of a network's modules, beside the number of one
+LEARNED = 4  # draws of each image, in steps of training
 DRAWS = 20  # together: what runs once for all of them is then a small part of the work
 
 _bears_draws: "weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]]" = weakref.WeakKeyDictionary()
@@ -152,7 +157,9 @@ def _logits(model: nn.Module, x: Tensor, draws: int, shared: bool) -> Tensor:
 
 
 @torch.no_grad()
-def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None, *, fitted: int = 512) -> nn.Module:
+def make_deterministic(
+    model: nn.Module, batches: Iterable[Any] | None = None, steps: int = 0, *, lr: float = 1e-3, fitted: int = 512
+) -> nn.Module:
     """Turn `model` into one that predicts in one pass, in place, and return it. `make_stochastic` reverses it.
 
     Args:
@@ -162,43 +169,58 @@ def make_deterministic(model: nn.Module, batches: Iterable[Any] | None = None, *
             these batches. Weight and bias of the classifier are divided by the temperature that brings one pass
             closest to the mean over 20 draws, in cross-entropy. A network without batch norm needs no batches; then
             nothing of this is done.
+        steps: of training with Adam, behind that: one pass learns the mean of 4 draws of the network as it was, a batch
+            a step. Then the statistics are taken anew. `batches` is gone through again and again.
+        lr: learning rate of these steps, after the first tenth of them; it falls to 0 like a cosine.
         fitted: how many images, the first ones, the temperature is fitted to.
 
-    The mode is in the state dict of the network, together with the statistics and the classifier from before.
+    The mode is in the state dict of the network, together with the statistics and the classifier from before; after
+    `steps` with all parameters from before.
 
     Raises:
-        UserError: the network has no sites, is deterministic already, or is in training mode; it has batch norm and
-            there are no batches; a batch holds one image, or images that the network does not take. The network is
-            then as it was. So it is after whatever `batches` raises.
+        UserError: the network has no sites, is deterministic already, or is in training mode; it has batch norm, or
+            there are steps, and there are no batches; a batch holds one image, or images that the network does not
+            take. The network is then as it was. So it is after whatever `batches` raises.
 
     Examples:
         >>> loader = torch.utils.data.DataLoader(training_images, batch_size=128, shuffle=True)
-        >>> make_deterministic(model.eval(), loader)(images).softmax(dim=1)
+        >>> make_deterministic(model.eval(), loader, steps=300)(images).softmax(dim=1)
     """
+    if steps < 0 or not lr > 0:
+        raise UserError(f"steps must be at least 0 and lr positive, got {steps} and {lr}")
     wrapper, model = model, unwrapped(model)
     attachments = _attachments(model)
     if any(attachment.deterministic for attachment in attachments):
         raise UserError("this network is deterministic already (make_stochastic(model) reverses it)")
     if any(module.training for module in model.modules()):
         raise UserError("this network, or a part of it, is in training mode; call model.eval() first")
-    images = _images(model, () if batches is None else batches)
+    batches = () if batches is None else batches
+    images = _images(model, batches)
     first, few = [], []
     while (left := fitted - sum(map(len, few))) > 0 and (x := next(images, None)) is not None:
         first.append(x)
         few.append(x[:left])
-    if not first and _norms(model):
-        raise UserError("there are no batches, and this network has batch norm, whose statistics are taken anew")
+    if not first and (steps or _norms(model)):
+        why = "to learn from" if steps else "and this network has batch norm, whose statistics are taken anew"
+        raise UserError(f"there are no batches{'' if steps else ','} {why}")
     layer = _classifier(model, first[0]) if first else None
     drawn = [predict(model, x) for x in few] if layer else []
+    drawing = copy.deepcopy(model) if steps else None
     if first:
-        attachments[0].before = torch.cat([v.flatten().double().cpu() for v in _changed(model, layer)])
+        scaled = NONE if layer is None else [*model.modules()].index(layer)
+        attachments[0].before = torch.cat(
+            [value.flatten().double().cpu() for value in _changed(model, ALL if steps else scaled)]
+        )
     for attachment in attachments:
         attachment.deterministic = True
     try:
-        if first:
+        if few:
             _gather(model, chain(first, images))
         cooled = layer is not None and _cool(model, layer, few, torch.cat(drawn))
-        if first and not cooled:
+        if drawing is not None:
+            _learn(model, drawing, batches, steps, lr)
+            _gather(model, _images(model, batches))
+        elif few and not cooled:
             print("metaperturb: no classifier to scale; one pass may be surer of itself than draws", file=sys.stderr)
     except BaseException:
         make_stochastic(model)
@@ -241,11 +263,13 @@ def _sites(model: nn.Module) -> list[PerturbSite]:
     return [site for site in sites if site.attachment.gate or site.phi.scale_free]
 
 
-def _changed(model: nn.Module, layer: nn.Module | None) -> Iterator[Tensor]:
-    """What a deterministic network has anew: statistics, and the classifier, whose number among the modules leads."""
-    number = -1 if layer is None else [*model.modules()].index(layer)
+def _changed(model: nn.Module, number: int) -> Iterator[Tensor]:
+    """What a deterministic network has anew: statistics, and parameters, all or those of the module of this number."""
     yield torch.tensor([number])
-    yield from () if layer is None else layer.parameters(recurse=False)
+    if number == ALL:
+        yield from model.parameters()
+    elif layer := dict(enumerate(model.modules())).get(number):
+        yield from layer.parameters(recurse=False)
     for norm in _norms(model):
         yield from (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     for site in _sites(model):
@@ -253,11 +277,10 @@ def _changed(model: nn.Module, layer: nn.Module | None) -> Iterator[Tensor]:
 
 
 def _restore(model: nn.Module, values: Tensor) -> None:
-    number = int(values[0])
-    changed = list(_changed(model, dict(enumerate(model.modules())).get(number)))
+    changed = list(_changed(model, int(values[0])))
     sizes = [tensor.numel() for tensor in changed]
     if sum(sizes) != len(values):
-        raise UserError("the batch norms or the classifier were exchanged or folded since make_deterministic")
+        raise UserError("layers were exchanged or folded since make_deterministic")
     for tensor, value in zip(changed, values.split(sizes), strict=True):
         tensor.copy_(value.view(tensor.shape))
     torch.clear_autocast_cache()
@@ -277,6 +300,50 @@ def _images(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
         yield _moved(x, model)
 
 
+def _forward(model: nn.Module, x: Tensor, number: int) -> Tensor:
+    try:
+        return model(x)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"batch {number}: the network does not take images {_shape(x)} ({reason})") from error
+
+
+def _learn(model: nn.Module, drawing: nn.Module, batches: Iterable[Any], steps: int, lr: float) -> None:
+    """Train one pass of `model` to predict what `drawing`, the network as it was, predicts with noise.
+
+    One draw an image and step suffices: its mean over the steps is that of many, and the gradient is linear in it.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters or torch.is_inference_mode_enabled():
+        why = "inside torch.inference_mode()" if parameters else "as no parameter requires a gradient"
+        raise UserError(f"steps: nothing can be trained {why}")
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    share = lambda step: min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    changing, done = [*_norms(model), *_sites(model)], 0
+    set_mode(changing, True)
+    try:
+        while (before := done) < steps:
+            for number, x in zip(range(1, steps - before + 1), _images(model, batches), strict=False):
+                torch.clear_autocast_cache()  # of the weights as they were, or without a gradient
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    logits = _forward(model, x, number)
+                    loss = F.cross_entropy(logits.float(), predict(drawing, x, samples=LEARNED))
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                done += 1
+            if done == before:
+                raise UserError(f"batches end after {done} of {steps} steps; take a loader or a list")
+            if not torch.isfinite(loss):
+                raise NotFinite(f"in {done} of {steps} steps the loss became infinite or NaN; a smaller lr may help")
+    finally:
+        set_mode(changing, False)
+        optimizer.zero_grad()
+        torch.clear_autocast_cache()
+
+
 def _gather(model: nn.Module, images: Iterable[Tensor]) -> None:
     """What `update_bn` of `torch.optim.swa_utils` does, for the sites, too, and with dropout in evaluation mode."""
     norms, sites = _norms(model), _sites(model)
@@ -291,11 +358,7 @@ def _gather(model: nn.Module, images: Iterable[Tensor]) -> None:
         for number, x in enumerate(images, 1):
             for statistic in running:  # which a batch then moves by its own, times the momentum
                 statistic.zero_()
-            try:
-                model(x)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"batch {number}: the network does not take images {_shape(x)} ({reason})") from error
+            _forward(model, x, number)
             for statistic, total in zip(running, sums, strict=True):
                 total += statistic / MOMENTUM
         for statistic, total in zip(running, sums, strict=True):
