@@ -59,6 +59,13 @@ def spread(line: dict[str, str], *, seeds: bool) -> str:
     return f"{float(line['accuracy']):.2f}{deviation}" + (f" ({line['seeds']})" if seeds else "")
 
 
+def agree(shown: str, expected: str) -> bool:
+    """A page rounds the numbers themselves, not the four digits of the CSV file: the last digit may differ by one."""
+    numbers = [[float(number) for number in re.findall(r"\d+\.\d+", text)] for text in (shown, expected)]
+    rest = [re.sub(r"\d+\.\d+", "", text) for text in (shown, expected)]
+    return rest[0] == rest[1] and numbers[0] == pytest.approx(numbers[1], abs=0.0101)
+
+
 def gain(line: dict[str, str]) -> str:
     return f"{float(line['difference']):+.2f} [{float(line['low_95']):+.2f}, {float(line['high_95']):+.2f}]"
 
@@ -78,7 +85,7 @@ def test_all_rows_of_table_1_are_those_of_the_pages():
             if (line := of_column.get(name)) is None:
                 assert ours == "–"
                 continue
-            assert ours == spread(line, seeds=True)
+            assert agree(ours, spread(line, seeds=True))
             assert paper.replace(" ", "") == line["paper"]
     _, *papers_and_ours = gains
     for paper, of_column in zip(papers_and_ours[0:3:2], known, strict=False):
@@ -97,7 +104,8 @@ def test_the_readmes_results_are_those_of_the_pages():
         assert (base, with_phi) == tuple(spread(of_column[name], seeds=False) for name in ("Base", "MetaPerturb"))
         assert (difference, seeds) == (gain(of_column["MetaPerturb"]), of_column["MetaPerturb"]["pairs"])
         if (line := of_column.get("no meta-training")) is not None:
-            assert control == spread(line, seeds=False) + (" (1 seed)" if line["seeds"] == "1" else "")
+            fewer = "" if line["seeds"] == seeds else f" ({line['seeds']} seeds)"
+            assert agree(control, spread(line, seeds=False) + fewer)
     papers = [row for row in rows if row[1] == "paper"]
     for (_, _, base, _, with_phi, difference, _), of_column in zip(papers, (*known[:2], known[3]), strict=True):
         assert base.replace(" ", "") == of_column["Base"]["paper"]
