@@ -360,6 +360,24 @@ def test_one_pass_is_evaluated_and_leaves_the_training_as_it_is(reference, setti
     assert f"in one pass: accuracy {100 * results[0]['one_pass']['accuracy']:.2f} %" in capsys.readouterr().out
 
 
+def test_further_steps_of_one_pass_leave_the_training_as_it_is(reference, settings, run_dir, monkeypatch):
+    epochs, make = [], program.make_deterministic
+    monkeypatch.setattr(program, "ONE_PASS_SHARE", 2.0)
+
+    def making(model, batches, steps, lr):
+        epochs.extend([torch.cat(list(batches)) for _ in range(2)])
+        assert (steps, lr) == (16, result(reference)["config"]["lr"])
+        return make(model, batches, steps, lr=lr)
+
+    monkeypatch.setattr(program, "make_deterministic", making)
+    train(run_dir, settings)
+    ours, theirs = model_state(run_dir), model_state(reference)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert result(run_dir)["metrics"] == result(reference)["metrics"]
+    assert result(run_dir)["one_pass"] != result(reference)["one_pass"]
+    assert epochs[0].shape == epochs[1].shape and not torch.equal(*epochs)  # augmented anew
+
+
 def test_grouped_convolutions_run_in_channels_last_on_a_cpu():
     for name, grouped in (("mobilenet_v3_small", True), ("resnet18", False)):
         model = place(models.create(name, 5, 32), torch.device("cpu"))

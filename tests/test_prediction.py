@@ -218,9 +218,16 @@ def test_steps_that_cannot_be_leave_the_network_as_it_was(message):
     assert not any(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
 
 
-def test_nothing_to_train():
+def test_nothing_to_train_or_nothing_left():
     model = network().requires_grad_(False)
     assert "no parameter requires a gradient" in refusal(make_deterministic, model, batches(), steps=1)
+    model.fc.weight.requires_grad_(True)
+    model.layer3[-1].bn2.weight.mul_(1000)
+    before = state(model)
+    assert "after 1 steps the network's outputs are not finite" in refusal(
+        make_deterministic, model, batches(), steps=1, lr=3e37
+    )
+    assert same(state(model), before)
     with torch.inference_mode():
         assert "inference_mode" in refusal(make_deterministic, network().eval(), batches(), steps=1)
 

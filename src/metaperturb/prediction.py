@@ -220,6 +220,8 @@ def make_deterministic(
         if drawing is not None:
             _learn(model, drawing, batches, steps, lr)
             _gather(model, _images(model, batches))
+            if not torch.isfinite(model(few[0])).all():
+                raise NotFinite(f"after {steps} steps the network's outputs are not finite; a smaller lr may help")
         elif few and not cooled:
             print("metaperturb: no classifier to scale; one pass may be surer of itself than draws", file=sys.stderr)
     except BaseException:
