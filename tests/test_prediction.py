@@ -200,8 +200,8 @@ def test_it_comes_closer_to_the_draws_and_back_again(autocast, tmp_path):
 
 
 BAD_STEPS = {
-    "at least 0 and lr positive, got -1": {"steps": -1},
-    "lr positive, got 3 and 0": {"steps": 3, "lr": 0},
+    "at least 0, got -1": {"steps": -1},
+    "lr must be at least 0, got 3 and -1": {"steps": 3, "lr": -1},
     "no batches to learn from": {"steps": 3, "batches": []},
     "end after 0 of 4 steps": {"steps": 4, "batches": iter(batches(6))},
     "became infinite or NaN; a smaller lr": {"steps": 9, "lr": 1e30},

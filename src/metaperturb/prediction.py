@@ -180,14 +180,15 @@ def make_deterministic(
     Raises:
         UserError: the network has no sites, is deterministic already, or is in training mode; it has batch norm, or
             there are steps, and there are no batches; a batch holds one image, or images that the network does not
-            take. The network is then as it was. So it is after whatever `batches` raises.
+            take; `steps` or `lr` is negative, or no parameter can be trained. The network is then as it was. So it is
+            after whatever `batches` raises.
 
     Examples:
         >>> loader = torch.utils.data.DataLoader(training_images, batch_size=128, shuffle=True)
         >>> make_deterministic(model.eval(), loader, steps=300)(images).softmax(dim=1)
     """
-    if steps < 0 or not lr > 0:
-        raise UserError(f"steps must be at least 0 and lr positive, got {steps} and {lr}")
+    if steps < 0 or not lr >= 0:
+        raise UserError(f"steps and lr must be at least 0, got {steps} and {lr}")
     wrapper, model = model, unwrapped(model)
     attachments = _attachments(model)
     if any(attachment.deterministic for attachment in attachments):
