@@ -153,6 +153,8 @@ PAGES_OF_RUNS = {  # page → its rows: what the records are called, and which o
         "control, one pass": ("control", "one_pass"),
         "shipped φ, 100 draws": ("shipped", "metrics"),
         "shipped φ, one pass": ("shipped", "one_pass"),
+        "CUB, 32 pixels, shipped φ, 100 draws": ("long-shipped", "metrics"),
+        "CUB, 32 pixels, shipped φ, one pass": ("long-shipped", "one_pass"),
     },
     "imagenet": {
         "Base": ("base", "metrics"),
